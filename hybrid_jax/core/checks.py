@@ -1,0 +1,176 @@
+"""Argument checks: an error names the argument, what it got and what it expected."""
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybrid_jax.core import paths
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Returns `value` as a float if it lies in [0, 1].
+
+    Args:
+      name: The argument's name, for the message.
+      value: A concrete real number.
+
+    Raises:
+      ValueError: If `value` is not a real number in [0, 1].
+
+    Example:
+      >>> check_fraction('sparsity', 0.8)
+      0.8
+      >>> check_fraction('sparsity', 1.3)
+      Traceback (most recent call last):
+      ...
+      ValueError: sparsity must be in [0, 1], got 1.3
+    """
+    if not _is_real(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return float(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Returns `value` as a float if it is finite and above zero.
+
+    Raises:
+      ValueError: If it is not.
+
+    Example:
+      >>> check_positive('temperature', 4)
+      4.0
+      >>> check_positive('temperature', 0.0)
+      Traceback (most recent call last):
+      ...
+      ValueError: temperature must be a finite number above 0, got 0.0
+    """
+    if not _is_real(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def check_integer(name: str, value: int, low: int | None = None, high: int | None = None) -> int:
+    """Returns `value` as an int if it is an integer in [`low`, `high`].
+
+    Args:
+      name: The argument's name, for the message.
+      value: Anything that is an integer exactly (Python or NumPy; not a bool, not a float).
+      low: Smallest value allowed, or None.
+      high: Largest value allowed, or None.
+
+    Raises:
+      ValueError: If `value` is no integer or lies outside.
+
+    Example:
+      >>> check_integer('bits', 4, 2, 8)
+      4
+      >>> check_integer('bits', 0, 2, 8)
+      Traceback (most recent call last):
+      ...
+      ValueError: bits must be an integer in [2, 8], got 0
+    """
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    outside = number is None or (low is not None and number < low)
+    if outside or (high is not None and number > high):
+        if low is None and high is None:
+            expected = "an integer"
+        elif high is None:
+            expected = f"an integer of at least {low}"
+        elif low is None:
+            expected = f"an integer of at most {high}"
+        else:
+            expected = f"an integer in [{low}, {high}]"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: str, options: Iterable[str]) -> str:
+    """Returns `value` if it is one of `options`; the error names the nearest of them.
+
+    Raises:
+      ValueError: If `value` is none of `options`.
+
+    Example:
+      >>> check_choice('criterion', 'magnitud', ['magnitude', 'taylor'])
+      Traceback (most recent call last):
+      ...
+      ValueError: criterion must be one of magnitude, taylor, got 'magnitud'; did you mean magnitude?
+    """
+    options = list(options)
+    if value not in options:
+        close = difflib.get_close_matches(str(value), options, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
+    return value
+
+
+def check_same_structure(name: str, expected: Any, got: Any) -> None:
+    """Raises unless both pytrees have the same paths, and leaves of equal shape and dtype.
+
+    Raises:
+      ValueError: Names the first path that differs, and how.
+
+    Example:
+      >>> check_same_structure('params', {'a': np.ones(2)}, {'a': np.ones(3)})
+      Traceback (most recent call last):
+      ...
+      ValueError: params must have float64[2] at 'a', got float64[3]
+    """
+    left, right = paths.flatten_paths(expected), paths.flatten_paths(got)
+    for path in [*left, *right]:
+        a = _describe(left[path]) if path in left else "no leaf"
+        b = _describe(right[path]) if path in right else "no leaf"
+        if a != b:
+            raise ValueError(f"{name} must have {a} at {path!r}, got {b}")
+    if jax.tree.structure(expected) != jax.tree.structure(got):
+        raise ValueError(
+            f"{name} must have structure {jax.tree.structure(expected)}, "
+            f"got {jax.tree.structure(got)}"
+        )
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Raises if a leaf of a concrete pytree holds NaN or infinity.
+
+    Raises:
+      ValueError: Names the first path that does, and how many values.
+
+    Example:
+      >>> check_finite('scores', {'a': np.array([1.0, float('nan')])})
+      Traceback (most recent call last):
+      ...
+      ValueError: scores must be finite, got 1 NaN or infinite value of 2 at 'a'
+    """
+    for path, leaf in paths.flatten_paths(tree).items():
+        if paths.is_masked_node(leaf) or not jax.numpy.issubdtype(leaf.dtype, np.inexact):
+            continue
+        bad = int(np.size(leaf) - np.isfinite(np.asarray(leaf)).sum())
+        if bad:
+            values = "value" if bad == 1 else "values"
+            raise ValueError(
+                f"{name} must be finite, got {bad} NaN or infinite {values} "
+                f"of {np.size(leaf)} at {path!r}"
+            )
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return False
+    return isinstance(value, numbers.Real) or (
+        hasattr(value, "dtype") and np.ndim(value) == 0 and np.isrealobj(value)
+    )
+
+
+def _describe(leaf: Any) -> str:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return type(leaf).__name__

@@ -1,0 +1,108 @@
+"""Pytree paths as strings, and the one rule engine that works on them."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+REQUIRED = object()
+"""Default of `match_rules`: a path that no rule covers is an error."""
+
+
+def path_string(key_path: Sequence[Any]) -> str:
+    """Writes a JAX key path with slashes.
+
+    Example:
+      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({'params': {'Conv_0': {'kernel': 1}}})
+      >>> path_string(path)
+      'params/Conv_0/kernel'
+    """
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+
+
+def is_masked_node(leaf: Any) -> bool:
+    """Whether `leaf` is the `optax.MaskedNode()` that stands where nothing is pruned."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def flatten_paths(tree: Any) -> dict[str, Any]:
+    """Flattens a pytree to {path: leaf}, in tree order; `MaskedNode` counts as a leaf.
+
+    Raises:
+      ValueError: If two leaves have the same path (as with keys that hold a slash).
+
+    Example:
+      >>> flatten_paths({'b': [1, 2], 'a': optax.MaskedNode()})
+      {'a': MaskedNode(), 'b/0': 1, 'b/1': 2}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked_node)
+    flat = {path_string(path): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        names = [path_string(path) for path, _ in leaves]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"tree must have distinct paths, got {twice!r} more than once")
+    return flat
+
+
+def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `f(path, leaf, *leaves of rest)` over `tree`; `MaskedNode` counts as a leaf.
+
+    Example:
+      >>> map_with_path(lambda path, x, y: f'{path}={x + y}', {'a': 1, 'b': 2}, {'a': 3, 'b': 4})
+      {'a': 'a=4', 'b': 'b=6'}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: f(path_string(path), *leaves), tree, *rest, is_leaf=is_masked_node
+    )
+
+
+def match_rules(
+    rules: Iterable[tuple[str, Any]], paths: Iterable[str], default: Any = REQUIRED
+) -> dict[str, Any]:
+    """Gives each path the value of the first rule whose pattern matches all of it.
+
+    Args:
+      rules: (pattern, value) pairs; a pattern is a regular expression for `re.fullmatch`.
+      paths: Path strings, as `flatten_paths` makes them.
+      default: Value of a path that no rule matches; without one, such a path is an error.
+
+    Returns:
+      {path: value}, in the order of `paths`.
+
+    Raises:
+      ValueError: If a rule matches no path, or (without a default) a path matches no rule. Both
+        list the paths. A pattern that is no regular expression is an error too.
+
+    Example:
+      >>> match_rules([('.*/kernel', 4)], ['a/kernel', 'a/bias'], default=32)
+      {'a/kernel': 4, 'a/bias': 32}
+      >>> match_rules([('b/.*', 4)], ['a/kernel'], default=32)
+      Traceback (most recent call last):
+      ...
+      ValueError: rule 'b/.*' must match at least one path, got none of: a/kernel
+    """
+    paths = list(paths)
+    compiled = []
+    for pattern, value in rules:
+        try:
+            compiled.append((re.compile(pattern), value))
+        except re.error as error:
+            raise ValueError(
+                f"rule {pattern!r} must be a regular expression, got: {error}"
+            ) from error
+    for pattern, _ in compiled:
+        if not any(pattern.fullmatch(path) for path in paths):
+            raise ValueError(
+                f"rule {pattern.pattern!r} must match at least one path, "
+                f"got none of: {', '.join(paths)}"
+            )
+    values = {
+        path: next((value for pattern, value in compiled if pattern.fullmatch(path)), default)
+        for path in paths
+    }
+    uncovered = [path for path, value in values.items() if value is REQUIRED]
+    if uncovered:
+        raise ValueError(f"rules must cover every path, got none for: {', '.join(uncovered)}")
+    return values
