@@ -1,0 +1,110 @@
+"""Pure, jittable functions of a batch of images (and a key)."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Scales images to zero mean and unit deviation: (images / 255 - mean) / std.
+
+    Args:
+      images: (B, H, W, C) uint8.
+      mean: (C,) in [0, 1].
+      std: (C,) in [0, 1].
+
+    Returns:
+      (B, H, W, C) float32.
+
+    Raises:
+      ValueError: If `mean` or `std` has another length than C.
+
+    Example:
+      >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), [0.5], [0.25]).item()
+      2.0
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != images.shape[-1]:
+            raise ValueError(
+                f"{name} must have one value for each of {images.shape[-1]} channels, got {values}"
+            )
+    mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def random_shift(images: jax.Array, key: jax.Array, padding: int) -> jax.Array:
+    """Pads each side with zeros and crops each image back to its size at a random place.
+
+    Args:
+      images: (B, H, W, C), any dtype.
+      key: Random key.
+      padding: Largest shift, in pixels.
+
+    Returns:
+      (B, H, W, C), same dtype: each image shifted by up to `padding` pixels along H and W.
+
+    Example:
+      >>> image = jnp.ones((1, 4, 4, 1))
+      >>> random_shift(image, jax.random.key(0), padding=1).sum().item() >= 9
+      True
+    """
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (*corner, jnp.int32(0)), images.shape[1:])
+
+    return jax.vmap(crop)(padded, corners)
+
+
+def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability one half.
+
+    Args:
+      images: (B, H, W, C), any dtype.
+      key: Random key.
+
+    Returns:
+      (B, H, W, C), same dtype.
+
+    Example:
+      >>> row = jnp.arange(3).reshape(1, 1, 3, 1)
+      >>> random_flip(row, jax.random.key(0)).ravel().tolist() in ([0, 1, 2], [2, 1, 0])
+      True
+    """
+    flipped = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(flipped, images[:, :, ::-1], images)
+
+
+def augmentation(
+    padding: int = 0, flip: bool = False
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Makes the augmentation of a data set.
+
+    Args:
+      padding: Largest shift, in pixels: 4 for CIFAR-10, 1 for 8×8 digits.
+      flip: Whether to mirror; not for digits, whose mirror images are no digits.
+
+    Returns:
+      Function (images (B, H, W, C), key) -> images of the same shape and dtype, pure and jittable.
+
+    Raises:
+      ValueError: If `padding` is negative.
+
+    Example:
+      >>> augment = jax.jit(augmentation(padding=4, flip=True))
+      >>> augment(jnp.zeros((2, 32, 32, 3), jnp.uint8), jax.random.key(0)).shape
+      (2, 32, 32, 3)
+    """
+    core.check_integer("padding", padding, 0)
+
+    def augment(images: jax.Array, key: jax.Array) -> jax.Array:
+        shift_key, flip_key = jax.random.split(key)
+        if padding:
+            images = random_shift(images, shift_key, padding)
+        return random_flip(images, flip_key) if flip else images
+
+    return augment

@@ -1,0 +1,124 @@
+"""Batches that depend on (seed, epoch, step) alone, so that training resumes in mid-epoch."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.data.splits import Arrays
+
+Batch = dict[str, np.ndarray]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch goes through `count` examples.
+
+    Returns:
+      (count,) int: a permutation that depends on its arguments alone.
+
+    Example:
+      >>> sorted(epoch_order(4, seed=0, epoch=7).tolist())
+      [0, 1, 2, 3]
+    """
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def steps_per_epoch(arrays: Arrays, batch_size: int) -> int:
+    """How many full batches an epoch has; the examples left over sit this epoch out.
+
+    Raises:
+      ValueError: If `batch_size` is below 1 or above the number of examples.
+
+    Example:
+      >>> steps_per_epoch(Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32)), 4)
+      2
+    """
+    return len(arrays.labels) // core.check_integer("batch_size", batch_size, 1, len(arrays.labels))
+
+
+def batches(
+    arrays: Arrays, batch_size: int, *, seed: int, start_step: int = 0, steps: int | None = None
+) -> Iterator[Batch]:
+    """Iterates over shuffled full batches, epoch after epoch.
+
+    Args:
+      arrays: n examples.
+      batch_size: B.
+      seed: Decides the order.
+      start_step: Step to begin with: what follows equals what an iterator from step 0 would give
+        from there on.
+      steps: Step to end before; None goes on for ever.
+
+    Returns:
+      Iterator over {'image': (B, H, W, C) uint8, 'label': (B,) int32, 'index': (B,) int32}, where
+      `index` is the example's position in `arrays`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> arrays = Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10, dtype=np.int32))
+      >>> whole = [batch['label'] for batch in batches(arrays, 4, seed=0, steps=5)]
+      >>> resumed = [b['label'] for b in batches(arrays, 4, seed=0, start_step=3, steps=5)]
+      >>> np.array_equal(whole[3:], resumed)
+      True
+    """
+    per_epoch = steps_per_epoch(arrays, batch_size)
+    core.check_integer("seed", seed, 0)
+    core.check_integer("start_step", start_step, 0)
+    if steps is not None:
+        core.check_integer("steps", steps, 0)
+
+    def generate() -> Iterator[Batch]:
+        epoch, order = None, None
+        for step in itertools.count(start_step) if steps is None else range(start_step, steps):
+            if epoch != step // per_epoch:
+                epoch = step // per_epoch
+                order = epoch_order(len(arrays.labels), seed, epoch)
+            first = step % per_epoch * batch_size
+            index = order[first : first + batch_size]
+            yield {
+                "image": arrays.images[index],
+                "label": arrays.labels[index],
+                "index": index.astype(np.int32),
+            }
+
+    return generate()
+
+
+def evaluation_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
+    """Iterates over every example once, in order, in batches of one shape.
+
+    Args:
+      arrays: n examples.
+      batch_size: B.
+
+    Returns:
+      Iterator over {'image': (B, H, W, C) uint8, 'label': (B,) int32, 'index': (B,) int32,
+      'mask': (B,) bool}. The last batch is filled up with copies of the first example; `mask` is
+      False there.
+
+    Raises:
+      ValueError: If `batch_size` is below 1.
+
+    Example:
+      >>> arrays = Arrays(np.zeros((5, 8, 8, 1), np.uint8), np.arange(5, dtype=np.int32))
+      >>> [batch['mask'].tolist() for batch in evaluation_batches(arrays, 3)]
+      [[True, True, True], [True, True, False]]
+    """
+    core.check_integer("batch_size", batch_size, 1)
+
+    def generate() -> Iterator[Batch]:
+        for first in range(0, len(arrays.labels), batch_size):
+            index = np.arange(first, first + batch_size, dtype=np.int32)
+            mask = index < len(arrays.labels)
+            index = np.where(mask, index, 0)
+            yield {
+                "image": arrays.images[index],
+                "label": arrays.labels[index],
+                "index": index,
+                "mask": mask,
+            }
+
+    return generate()
