@@ -1,0 +1,316 @@
+"""What the mixture gains over each control, what it does not beat, and what looks wrong."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from hybrid_jax.report import formatting
+
+SIGNIFICANCE = 0.05
+# Four independent networks gain 0.6 to 1.0 points over one on CIFAR-10 (WRN-28-10, ResNet-32x4),
+# so a routed mixture that gains more should be checked.
+SUSPICIOUS_GAIN = 0.01
+ORACLE_GAP = 0.01
+COLLAPSED_SHARE = 0.9
+UNUSED_SHARE = 0.01
+ALIKE = 0.005
+AGREEMENT = 0.999
+UNEQUAL = 0.05
+
+
+class McNemar(NamedTuple):
+    """Outcome of McNemar's test between models a and b on the same examples."""
+
+    only_a: int  # examples that a alone classifies correctly
+    only_b: int
+    p_value: float
+
+
+class Comparison(NamedTuple):
+    """The mixture against one rival; differences are mixture minus rival, as fractions."""
+
+    rival: str
+    accuracy: float
+    difference: float
+    test: McNemar | None
+
+    @property
+    def significant(self) -> bool:
+        """Whether the test was made and rejects equality at the 5 % level."""
+        return self.test is not None and self.test.p_value < SIGNIFICANCE
+
+    @property
+    def beaten(self) -> bool:
+        """Whether the mixture is ahead by more than chance explains."""
+        return self.significant and self.difference > 0
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words."""
+        if self.difference == 0:
+            return "equal"
+        side = "ahead" if self.difference > 0 else "behind"
+        if self.test is None:
+            return f"{side}, not tested"
+        if not self.significant:
+            return f"{side}, within chance"
+        return "beaten" if self.difference > 0 else "behind"
+
+
+def mcnemar(correct_a, correct_b) -> McNemar:
+    """McNemar's exact two-sided test that two classifiers err equally often.
+
+    Only examples on which the two differ carry evidence; under equality each of them is a fair
+    coin toss, so the count is Binomial(only_a + only_b, 1/2). Q. McNemar, "Note on the sampling
+    error of the difference between correlated proportions or percentages", Psychometrika 1947.
+
+    Args:
+        correct_a: (n,) booleans, or zeros and ones: whether a is right on each example.
+        correct_b: (n,) the same for b, on the same examples in the same order.
+
+    Returns:
+        The two discordant counts and the p-value (1.0 where the two never differ).
+
+    Raises:
+        ValueError: If the two are not vectors of one length.
+
+    Example:
+        >>> mcnemar([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1])
+        McNemar(only_a=5, only_b=1, p_value=0.21875)
+    """
+    a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(
+            f"correct_b must be a vector as long as correct_a, got shapes {a.shape} and {b.shape}"
+        )
+    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+    tosses = only_a + only_b
+    p = float(stats.binomtest(only_a, tosses, 0.5).pvalue) if tosses else 1.0
+    return McNemar(only_a, only_b, p)
+
+
+def of_kind(results: dict, kind: str) -> list[dict]:
+    """Rows of one kind that have an accuracy, in their order."""
+    return [
+        row
+        for row in results.get("rows", ())
+        if row.get("kind") == kind and formatting.finite(row.get("accuracy")) is not None
+    ]
+
+
+def headline(results: dict) -> dict | None:
+    """The mixture that the report speaks of: the first row of that kind."""
+    return next(iter(of_kind(results, "mixture")), None)
+
+
+def is_oracle(row: dict) -> bool:
+    """Whether the row knows the answer: it bounds what a gate can reach and rivals nobody."""
+    return "oracle" in row["name"].lower()
+
+
+def rivals(results: dict) -> dict[str, dict]:
+    """The rows that the mixture has to beat, by name: dense, the best expert, every control.
+
+    The best expert is taken on the test set, which favours it, unless a control row names it.
+    """
+    dense = of_kind(results, "dense")[:1]
+    controls = [row for row in of_kind(results, "control") if not is_oracle(row)]
+    named = {row["name"]: row for row in dense + controls}
+    single = of_kind(results, "expert")
+    if single and not _named(controls, "best"):
+        named["best single expert"] = max(single, key=lambda row: row["accuracy"])
+    return named
+
+
+def compare(results: dict) -> list[Comparison]:
+    """The headline mixture against every rival; tested where both rows carry `correct`.
+
+    Example:
+        >>> rows = [{"name": "dense", "kind": "dense", "accuracy": 0.5, "correct": [1, 0]},
+        ...         {"name": "top-1", "kind": "mixture", "accuracy": 1.0, "correct": [1, 1]}]
+        >>> [(c.rival, c.difference, c.verdict) for c in compare({"rows": rows})]
+        [('dense', 0.5, 'ahead, within chance')]
+    """
+    mixture = headline(results)
+    if mixture is None:
+        return []
+    return [
+        Comparison(
+            name, row["accuracy"], mixture["accuracy"] - row["accuracy"], _test(mixture, row)
+        )
+        for name, row in rivals(results).items()
+    ]
+
+
+def summary(results: dict) -> list[str]:
+    """What came out, in plain sentences computed from the rows."""
+    mixture = headline(results)
+    if mixture is None:
+        return ["This run has no mixture row: there is nothing to compare."]
+    comparisons = compare(results)
+    dense_name = next((row["name"] for row in of_kind(results, "dense")), None)
+    against_dense = [c for c in comparisons if c.rival == dense_name]
+    others = [c for c in comparisons if c.rival != dense_name]
+    sentences = [_headline_sentence(results, mixture, against_dense)]
+    if ahead := [c for c in others if c.beaten]:
+        sentences.append(f"It beats {formatting.listing([_gain(c) for c in ahead])}.")
+    if rest := [c for c in others if not c.beaten]:
+        sentences.append(f"It does NOT beat {formatting.listing([_gain(c) for c in rest])}.")
+    if gap := _gate_skill(results, mixture):
+        sentences.append(gap)
+    return sentences
+
+
+def warnings(results: dict) -> list[str]:
+    """Everything that a reader should not overlook; empty where nothing looks wrong."""
+    return [
+        *_dearer_than_dense(results),
+        *_unequal_controls(results),
+        *_gate_warnings(results),
+        *_expert_warnings(results),
+        *_deploy_warnings(results),
+    ]
+
+
+def effective_experts(usage) -> float:
+    """How many experts a gate uses: exp of the entropy of the usage averaged over classes.
+
+    Args:
+        usage: (N, E) fraction of class n routed to expert e.
+
+    Returns:
+        A number from 1 (all images to one expert) to E (all experts alike).
+
+    Example:
+        >>> effective_experts([[1.0, 0.0], [0.0, 1.0]])
+        2.0
+    """
+    share = np.nanmean(np.asarray(usage, float), axis=0)
+    share = share[share > 0] / np.sum(share)
+    return round(float(np.exp(-np.sum(share * np.log(share)))), 12)
+
+
+def _named(rows, *words) -> dict | None:
+    return next((r for r in rows if all(word in r["name"].lower() for word in words)), None)
+
+
+def _test(a: dict, b: dict) -> McNemar | None:
+    if a.get("correct") is None or b.get("correct") is None:
+        return None
+    return mcnemar(a["correct"], b["correct"])
+
+
+def _gain(comparison: Comparison) -> str:
+    evidence = "not tested"
+    if comparison.test is not None:
+        evidence = formatting.p_value(comparison.test.p_value)
+    return f"{comparison.rival} ({formatting.points(comparison.difference)} points, {evidence})"
+
+
+def _headline_sentence(results, mixture, against_dense) -> str:
+    text = f"The mixture “{mixture['name']}” classifies {formatting.percent(mixture['accuracy'])}"
+    text += " of the test images correctly"
+    if against_dense:
+        (comparison,) = against_dense
+        difference = formatting.points(comparison.difference)
+        text += f", {difference} points against the dense parent ({comparison.verdict})"
+    dense = next(iter(of_kind(results, "dense")), {})
+    costs = []
+    for field, name in (("bytes", "bytes"), ("macs", "active MACs"), ("bops", "active BOPs")):
+        if ratio := _ratio(mixture.get(field), dense.get(field)):
+            costs.append(f"{formatting.times(ratio)} its {name}")
+    return f"{text}, at {formatting.listing(costs)}." if costs else f"{text}."
+
+
+def _gate_skill(results, mixture) -> str | None:
+    controls = of_kind(results, "control")
+    random, oracle = _named(controls, "random"), _named(controls, "oracle")
+    if not random or not oracle or oracle["accuracy"] <= random["accuracy"]:
+        return None
+    skill = (mixture["accuracy"] - random["accuracy"]) / (oracle["accuracy"] - random["accuracy"])
+    return (
+        f"A gate that always chose a right expert would reach "
+        f"{formatting.percent(oracle['accuracy'])}, one that chooses at random "
+        f"{formatting.percent(random['accuracy'])}: the gate covers "
+        f"{100 * skill:.0f} % of that distance.".replace("-", "−")
+    )
+
+
+def _ratio(value, reference) -> float | None:
+    value, reference = formatting.finite(value), formatting.finite(reference)
+    return value / reference if value is not None and reference else None
+
+
+def _dearer_than_dense(results):
+    dense = next(iter(of_kind(results, "dense")), {})
+    for row in results.get("rows", ()):
+        if row.get("kind") not in ("expert", "mixture"):
+            continue
+        latency = formatting.finite(row.get("latency_ratio"))
+        if latency is not None and latency > 1:
+            yield f"{row['name']} is slower than dense: {formatting.times(latency)} its latency"
+        for field, word, name in (
+            ("bytes", "larger", "bytes"),
+            ("macs", "dearer", "MACs"),
+            ("bops", "dearer", "BOPs"),
+        ):
+            ratio = _ratio(row.get(field), dense.get(field))
+            if ratio is not None and ratio > 1:
+                yield f"{row['name']} is {word} than dense: {formatting.times(ratio)} its {name}"
+
+
+def _unequal_controls(results):
+    mixture = headline(results) or {}
+    controls = [row for row in of_kind(results, "control") if "equal" in row["name"].lower()]
+    for word, field, name in (("byte", "bytes", "bytes"), ("bop", "bops", "BOPs")):
+        control = _named(controls, word)
+        ratio = _ratio(control and control.get(field), mixture.get(field))
+        if ratio is not None and abs(ratio - 1) > UNEQUAL:
+            yield f"{control['name']} is not equal: {formatting.times(ratio)} the mixture's {name}"
+
+
+def _gate_warnings(results):
+    usage = results.get("gate", {}).get("usage")
+    if usage:
+        share = np.nanmean(np.asarray(usage, float), axis=0)
+        if share.max() > COLLAPSED_SHARE:
+            yield (
+                f"The gate collapsed: expert {share.argmax()} gets "
+                f"{formatting.percent(share.max())} of the images"
+            )
+        elif idle := [str(e) for e in np.flatnonzero(share < UNUSED_SHARE)]:
+            yield f"The gate hardly ever uses expert {formatting.listing(idle)} (under 1 %)"
+    mixture, oracle = headline(results), _named(of_kind(results, "control"), "oracle")
+    if mixture and oracle and oracle["accuracy"] - mixture["accuracy"] > ORACLE_GAP:
+        gap = 100 * (oracle["accuracy"] - mixture["accuracy"])
+        yield f"Oracle gap: the gate leaves {gap:.2f} points to a gate that is always right"
+
+
+def _expert_warnings(results):
+    disagreement = np.asarray(results.get("disagreement") or [], float)
+    if disagreement.size > 1 and np.nanmax(disagreement) < ALIKE:
+        yield (
+            "The experts are alike: no two disagree on more than "
+            f"{formatting.percent(np.nanmax(disagreement))} of the images, "
+            "so the gate has nothing to choose from"
+        )
+    mixture, single = headline(results), of_kind(results, "expert")
+    if mixture and single:
+        best = max(single, key=lambda row: row["accuracy"])
+        gain, test = mixture["accuracy"] - best["accuracy"], _test(mixture, best)
+        if gain > SUSPICIOUS_GAIN and (test is None or test.p_value < SIGNIFICANCE):
+            yield (
+                f"The gain of {100 * gain:.2f} points over the best expert is more than ensembles "
+                "of independent networks usually reach: check it"
+            )
+
+
+def _deploy_warnings(results):
+    for record in results.get("deploy") or ():
+        agreement = formatting.finite(record.get("agreement"))
+        if agreement is not None and agreement < AGREEMENT:
+            yield (
+                f"{record['artifact']} agrees with the model on only "
+                f"{formatting.percent(agreement)} of the test images"
+            )

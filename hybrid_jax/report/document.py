@@ -1,0 +1,105 @@
+"""A report as data, and its two renderings: Markdown with PNG files, one self-contained HTML."""
+
+import base64
+import dataclasses
+import io
+import os
+import pathlib
+import tempfile
+
+import jinja2
+from matplotlib.figure import Figure
+
+_DPI = 180
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Text cells; the first column holds names and is aligned left. `strong` rows stand out."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    strong: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A figure and the file name (without suffix) it is saved under."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading with what follows it, in this order; a folded one is closed in HTML."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    plots: tuple[Plot, ...] = ()
+    code: str = ""
+    folded: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A whole report."""
+
+    title: str
+    summary: list[str]
+    warnings: list[str]
+    sections: list[Section]
+
+
+def publish(document: Document, directory) -> pathlib.Path:
+    """Write report.md, report.html and a PNG per plot into a directory, each file atomically.
+
+    Args:
+        document: The report.
+        directory: Made where it does not exist. Other files in it are left alone.
+
+    Returns:
+        The path of report.html.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    images = {
+        plot.name: _png(plot.figure) for section in document.sections for plot in section.plots
+    }
+    for name, image in images.items():
+        write_atomically(directory / f"{name}.png", image)
+    encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
+    for name in ("report.md", "report.html"):
+        template = _environment().get_template(f"{name}.jinja")
+        text = template.render(document=document, images=encoded)
+        write_atomically(directory / name, text.encode())
+    return directory / "report.html"
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644)  # temporary files are private; a report is there to be read
+    os.replace(file.name, path)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No version stamp: the same results give the same bytes.
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hybrid_jax.report", ""),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    return environment

@@ -1,0 +1,254 @@
+"""Several runs that differ in nothing but their seed, as one table."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from hybrid_jax.report import comparison
+from hybrid_jax.report.document import Document, Section, Table, publish, write_atomically
+from hybrid_jax.report.formatting import MISSING, finite, listing, percent, points, si, times
+from hybrid_jax.report.single import GLOSSARY, title, tradeoff_plots
+
+FIELDS = (
+    "accuracy", "delta", "parameters_total", "parameters_active", "bytes", "macs", "bops",
+    "latency_ratio",
+)  # fmt: skip
+
+
+def read(workdir) -> dict:
+    """The results of a run.
+
+    Raises:
+        FileNotFoundError: If the directory has no results.json.
+        ValueError: If it is not a JSON object that holds rows.
+    """
+    path = pathlib.Path(workdir) / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"workdir must hold the results.json of a finished run, got {str(workdir)!r} without"
+        )
+    try:
+        results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(results, dict) or not results.get("rows"):
+        raise ValueError(f"{path} must be an object that holds a non-empty list 'rows'")
+    return results
+
+
+def aggregate(results: list[dict]) -> dict:
+    """Mean and standard deviation over runs that differ in nothing but their seed.
+
+    Args:
+        results: What each run left in results.json.
+
+    Returns:
+        A dictionary: `runs`, `seeds`, `rows` (one per model, in the first run's order, each
+        number as a mean with its sample standard deviation (ddof = 1) next to it under
+        `<field>_std`; both None where a run lacks it, the deviation also for a single run) and
+        `comparisons` (the mixture minus each rival, paired by run: `difference`,
+        `difference_std`, `ahead` and `beaten` as numbers of runs, `tested` as the number of runs
+        that carry McNemar's test).
+
+    Raises:
+        ValueError: If there is no run, if configs differ in more than the seed (names the keys),
+            if two runs have the same seed, or if the runs hold different models.
+
+    Example:
+        >>> run = lambda seed, accuracy: {"config": {"seed": seed}, "rows": [
+        ...     {"name": "dense", "kind": "dense", "accuracy": accuracy}]}
+        >>> row = aggregate([run(0, 0.90), run(1, 0.92)])["rows"][0]
+        >>> round(row["accuracy"], 4), round(row["accuracy_std"], 4)
+        (0.91, 0.0141)
+    """
+    if not results:
+        raise ValueError("results must hold at least one run, got none")
+    _check_same_but_seed([run.get("config") or {} for run in results])
+    names = [[row["name"] for row in run["rows"]] for run in results]
+    for number, other in enumerate(names):
+        if other != names[0]:
+            odd = sorted(set(other) ^ set(names[0])) or other
+            raise ValueError(f"runs must hold the same rows, got run {number} differing in {odd}")
+    return {
+        "runs": len(results),
+        "seeds": [(run.get("config") or {}).get("seed") for run in results],
+        "rows": [_mean_row(rows) for rows in zip(*(run["rows"] for run in results), strict=True)],
+        "comparisons": _mean_comparisons([comparison.compare(run) for run in results]),
+    }
+
+
+def write_aggregate(results: list[dict], directory) -> pathlib.Path:
+    """Write the report over seeds: report.md, report.html, plots and aggregate.json.
+
+    Args:
+        results: As for `aggregate`.
+        directory: Where to write; made where it does not exist.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ValueError: As `aggregate`.
+
+    Example:
+        >>> import tempfile
+        >>> rows = [{"name": "dense", "kind": "dense", "accuracy": 0.9, "bytes": 1000}]
+        >>> runs = [{"config": {"seed": s}, "rows": rows} for s in range(2)]
+        >>> write_aggregate(runs, tempfile.mkdtemp()).name
+        'report.html'
+    """
+    table = aggregate(results)
+    path = publish(_describe(results, table), directory)
+    content = json.dumps(table, indent=2).encode()
+    write_atomically(path.with_name("aggregate.json"), content)
+    return path
+
+
+def _describe(results, table) -> Document:
+    runs = table["runs"]
+    rows = [
+        (
+            row["name"],
+            row["kind"],
+            percent(row["accuracy"], row["accuracy_std"]),
+            points(row["delta"], row["delta_std"]),
+            si(row["parameters_total"], "", row["parameters_total_std"]),
+            si(row["parameters_active"], "", row["parameters_active_std"]),
+            si(row["bytes"], "B", row["bytes_std"]),
+            si(row["macs"], "", row["macs_std"]),
+            si(row["bops"], "", row["bops_std"]),
+            times(row["latency_ratio"], row["latency_ratio_std"]),
+        )
+        for row in table["rows"]
+    ]
+    header = ("model", "kind", "accuracy", "Δ", "params", "active", "size", "MACs", "BOPs",
+              "latency")  # fmt: skip
+    strong = frozenset(i for i, row in enumerate(table["rows"]) if row["kind"] == "mixture")
+    text = f"Mean ± sample standard deviation over {_runs(runs)}. {GLOSSARY}"
+    sections = [
+        Section("Results", text, Table(header, rows, strong), tradeoff_plots(table["rows"]))
+    ]
+    if table["comparisons"]:
+        sections.append(_comparison_section(table))
+    return Document(
+        title=f"{title(results[0])}, {_runs(runs)}",
+        summary=_summary(table),
+        warnings=_warnings(results),
+        sections=sections,
+    )
+
+
+def _comparison_section(table) -> Section:
+    runs = table["runs"]
+    rows = [
+        (
+            c["rival"],
+            points(c["difference"], c["difference_std"]),
+            f"{c['ahead']} of {runs}",
+            f"{c['beaten']} of {c['tested']}" if c["tested"] else MISSING,
+        )
+        for c in table["comparisons"]
+    ]
+    header = ("rival", "difference", "ahead in", "beaten in (p < 0.05)")
+    text = (
+        "Mixture minus rival in percentage points, paired by seed. Beaten counts the runs in which "
+        "McNemar's exact test rejects equality in the mixture's favour."
+    )
+    return Section("The mixture against each control", text, Table(header, rows))
+
+
+def _summary(table) -> list[str]:
+    runs, mixture = table["runs"], comparison.headline(table)
+    if mixture is None:
+        return ["These runs have no mixture row: there is nothing to compare."]
+    accuracy = percent(mixture["accuracy"], mixture["accuracy_std"])
+    sentences = [f"Over {_runs(runs)} the mixture “{mixture['name']}” reaches {accuracy}."]
+    always = [c for c in table["comparisons"] if c["ahead"] == runs]
+    rest = [c for c in table["comparisons"] if c["ahead"] < runs]
+    if always:
+        sentences.append(f"It is ahead in every run of {listing(list(map(_gain, always)))}.")
+    if rest:
+        sentences.append(f"It is NOT ahead in every run of {listing(list(map(_gain, rest)))}.")
+    return sentences
+
+
+def _gain(c) -> str:
+    tested = f", significantly in {c['beaten']} of {c['tested']} runs" if c["tested"] else ""
+    return f"{c['rival']} ({points(c['difference'], c['difference_std'])} points{tested})"
+
+
+def _warnings(results) -> list[str]:
+    """Each run's warnings, with the run's seed in front."""
+    return [
+        f"Seed {(run.get('config') or {}).get('seed', number)}: {text}"
+        for number, run in enumerate(results)
+        for text in comparison.warnings(run)
+    ]
+
+
+def _mean_row(rows) -> dict:
+    mean = {"name": rows[0]["name"], "kind": rows[0]["kind"]}
+    for field in FIELDS:
+        mean[field], mean[f"{field}_std"] = _mean_std([finite(row.get(field)) for row in rows])
+    return mean
+
+
+def _mean_comparisons(runs) -> list[dict]:
+    common = [c.rival for c in runs[0] if all(c.rival in {o.rival for o in run} for run in runs)]
+    merged = []
+    for rival in common:
+        paired = [next(c for c in run if c.rival == rival) for run in runs]
+        difference, std = _mean_std([c.difference for c in paired])
+        merged.append(
+            {
+                "rival": rival,
+                "difference": difference,
+                "difference_std": std,
+                "ahead": sum(c.difference > 0 for c in paired),
+                "beaten": sum(c.beaten for c in paired),
+                "tested": sum(c.test is not None for c in paired),
+            }
+        )
+    return merged
+
+
+def _mean_std(values) -> tuple[float | None, float | None]:
+    if None in values:
+        return None, None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), std
+
+
+def _check_same_but_seed(configs) -> None:
+    flat = [_flatten(config) for config in configs]
+    for number, other in enumerate(flat):
+        keys = {
+            key
+            for key in flat[0].keys() | other.keys()
+            if key.rpartition(".")[2] != "seed"
+            and flat[0].get(key, MISSING) != other.get(key, MISSING)
+        }
+        if keys:
+            first = sorted(keys)[0]
+            raise ValueError(
+                f"configs must differ in nothing but the seed, got run {number} differing from "
+                f"run 0 in {listing(sorted(keys))} "
+                f"({first}: {flat[0].get(first)!r} and {other.get(first)!r})"
+            )
+        if other in flat[:number] and other:
+            raise ValueError(
+                f"runs must have different seeds, got run {number} with the seed of "
+                f"run {flat.index(other)}"
+            )
+
+
+def _flatten(config, prefix="") -> dict:
+    if not isinstance(config, dict):
+        return {prefix: config}
+    parts = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in config.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"

@@ -1,0 +1,215 @@
+"""The report of one run."""
+
+import json
+import pathlib
+
+from hybrid_jax.report import comparison, plots
+from hybrid_jax.report.document import Document, Plot, Section, Table, publish
+from hybrid_jax.report.formatting import MISSING, duration, p_value, percent, points, si, times
+
+GLOSSARY = (
+    "Bytes are those of the packed weights of everything stored; a mixture stores all its "
+    "experts and its gate. MACs, BOPs (MACs × weight bits × activation bits) and active "
+    "parameters are those of one image. Latency is at batch 1, relative to dense in the same "
+    "run: below 1 is faster. Δ is against dense, in percentage points. 1 kB = 1000 bytes."
+)
+TEST = (
+    "Difference is mixture minus rival, in percentage points. “Only mixture” and “only rival” "
+    "count the test images that one alone gets right; p is McNemar's exact two-sided test, and "
+    "a rival counts as beaten where p < 0.05."
+)
+
+
+def write(results: dict, directory) -> pathlib.Path:
+    """Write the report of one run: report.md, report.html and the plots as PNG.
+
+    Whatever is missing or not finite in `results` is shown as a dash, and a section with nothing
+    in it is left out.
+
+    Args:
+        results: What a run leaves in results.json: `rows` with one entry per model (accuracies
+            and deltas as fractions, sizes in bytes) and optionally `config`, `dataset`, `layers`,
+            `gate`, `disagreement`, `deploy`, `history`, `environment`, `command`, `seconds`.
+        directory: Where to write; made where it does not exist. Files are replaced atomically.
+
+    Returns:
+        The path of report.html, one file with everything inside.
+
+    Raises:
+        ValueError: If `results` has no rows.
+
+    Example:
+        >>> import tempfile
+        >>> rows = [{"name": "dense", "kind": "dense", "accuracy": 0.9, "bytes": 1000}]
+        >>> write({"rows": rows}, tempfile.mkdtemp()).name
+        'report.html'
+    """
+    return publish(describe(results), directory)
+
+
+def describe(results: dict) -> Document:
+    """The report of one run as a Document."""
+    if not results.get("rows"):
+        raise ValueError(
+            f"results must hold a non-empty list 'rows', got keys {sorted(map(str, results))}"
+        )
+    sections = [
+        Section(
+            "Results", GLOSSARY, _results_table(results["rows"]), tradeoff_plots(results["rows"])
+        ),
+        _comparison_section(results),
+        _gate_section(results),
+        _layer_section(results),
+        _training_section(results),
+        _deploy_section(results),
+        _run_section(results),
+    ]
+    return Document(
+        title=title(results),
+        summary=comparison.summary(results),
+        warnings=comparison.warnings(results),
+        sections=[section for section in sections if section],
+    )
+
+
+def title(results: dict) -> str:
+    """The heading, with the data set where it is known."""
+    name = (results.get("dataset") or {}).get("name")
+    return f"Compression report: {name}" if name else "Compression report"
+
+
+def tradeoff_plots(rows: list[dict]) -> tuple[Plot, ...]:
+    """Accuracy against each cost."""
+    figures = {cost: plots.accuracy_against(cost, rows) for cost in plots.COSTS}
+    return tuple(
+        Plot(f"accuracy_{cost}", f"Test accuracy against {plots.COSTS[cost][0]}", figure)
+        for cost, figure in figures.items()
+        if figure
+    )
+
+
+def _results_table(rows) -> Table:
+    return Table(
+        ("model", "kind", "accuracy", "Δ", "params", "active", "size", "MACs", "BOPs", "latency",
+         "note"),
+        [
+            (
+                row["name"],
+                row["kind"],
+                percent(row.get("accuracy")),
+                points(row.get("delta")),
+                si(row.get("parameters_total")),
+                si(row.get("parameters_active")),
+                si(row.get("bytes"), "B"),
+                si(row.get("macs")),
+                si(row.get("bops")),
+                times(row.get("latency_ratio")),
+                row.get("note") or "",
+            )
+            for row in rows
+        ],
+        _strong(rows),
+    )  # fmt: skip
+
+
+def _strong(rows) -> frozenset[int]:
+    return frozenset(i for i, row in enumerate(rows) if row["kind"] == "mixture")
+
+
+def _comparison_section(results) -> Section | None:
+    comparisons = comparison.compare(results)
+    if not comparisons:
+        return None
+    rows = []
+    for c in comparisons:
+        counts = (str(c.test.only_a), str(c.test.only_b)) if c.test else (MISSING, MISSING)
+        p = p_value(c.test.p_value).removeprefix("p = ").removeprefix("p ") if c.test else MISSING
+        rows.append((c.rival, percent(c.accuracy), points(c.difference), *counts, p, c.verdict))
+    header = ("rival", "accuracy", "difference", "only mixture", "only rival", "p", "verdict")
+    return Section("The mixture against each control", TEST, Table(header, rows))
+
+
+def _gate_section(results) -> Section | None:
+    gate, matrix = results.get("gate") or {}, results.get("disagreement") or []
+    usage = gate.get("usage") or []
+    experts = len(usage[0]) if usage else len(matrix)
+    names = (results.get("dataset") or {}).get("class_names")
+    drawn = _drawn(
+        ("gate_usage", "Use of the experts by class", plots.gate_usage(usage, names)),
+        (
+            "gate_entropy",
+            "Entropy of the gate's use of the experts",
+            plots.gate_entropy(gate.get("per_epoch"), experts),
+        ),
+    )
+    if not drawn and not matrix:
+        return None
+    text = ""
+    if usage:
+        effective = comparison.effective_experts(usage)
+        text = f"The gate uses {effective:.2f} of {experts} experts (exp of its usage entropy). "
+    table = None
+    if matrix:
+        text += "The table gives the share of test images on which two experts disagree."
+        header = ("disagreement", *(f"expert {e}" for e in range(len(matrix))))
+        table = Table(header, [(f"expert {e}", *map(percent, row)) for e, row in enumerate(matrix)])
+    return Section("The gate and its experts", text.strip(), table, drawn)
+
+
+def _layer_section(results) -> Section | None:
+    figure = plots.layers(results.get("layers") or [])
+    if not figure:
+        return None
+    text = (
+        "Colour of a width is the share of the dense width that is kept; the number is the width."
+    )
+    return Section("Layers", text, plots=_drawn(("layers", "Widths, sparsity and bits", figure)))
+
+
+def _training_section(results) -> Section | None:
+    history = results.get("history") or {}
+    drawn = _drawn(
+        *(
+            (f"training_{metric}", f"Training {metric}", plots.training_curve(history, metric))
+            for metric in ("loss", "accuracy")
+        )
+    )
+    return Section("Training", plots=drawn) if drawn else None
+
+
+def _deploy_section(results) -> Section | None:
+    records = results.get("deploy")
+    if not records:
+        return None
+    rows = [
+        (
+            record["artifact"],
+            ", ".join(record.get("platforms") or ()) or MISSING,
+            si(record.get("bytes"), "B"),
+            MISSING if record.get("max_difference") is None else f"{record['max_difference']:.1e}",
+            percent(record.get("agreement")),
+        )
+        for record in records
+    ]
+    header = ("artifact", "platforms", "size", "largest difference", "same top-1")
+    text = "Each artifact was loaded again and run against the model it was made from."
+    return Section("Deployed artifacts", text, Table(header, rows))
+
+
+def _run_section(results) -> Section | None:
+    facts = [(str(k), str(v)) for k, v in (results.get("environment") or {}).items()]
+    sizes = (results.get("dataset") or {}).get("sizes") or {}
+    facts += [(f"images, {split}", f"{size:,}") for split, size in dict(sizes).items()]
+    facts += [(f"time, {k}", duration(v)) for k, v in (results.get("seconds") or {}).items()]
+    config = results.get("config")
+    code = (results.get("command") or "").strip()
+    if config:
+        code += "\n\n" + json.dumps(config, indent=2, default=str)
+    if not facts and not code:
+        return None
+    table = Table(("fact", "value"), facts) if facts else None
+    return Section("This run", "", table, code=code.strip(), folded=True)
+
+
+def _drawn(*candidates) -> tuple[Plot, ...]:
+    return tuple(Plot(*candidate) for candidate in candidates if candidate[-1] is not None)
