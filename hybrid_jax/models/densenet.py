@@ -1,0 +1,62 @@
+"""DenseNet: Huang, Liu, van der Maaten, Weinberger, Densely Connected ... (arXiv 1608.06993)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax.models.layers import conv, norm
+
+
+class DenseNet(nn.Module):
+    """DenseNet in its CIFAR form.
+
+    Attributes:
+      num_classes: N.
+      blocks: Number of layers of each dense block.
+      growth: Channels that each layer adds (k in the paper).
+      bottleneck: Whether a 1×1 convolution to 4·growth channels precedes each 3×3 (the B of BC).
+      reduction: Fraction of channels that a transition keeps (below 1: the C of BC).
+
+    Example:
+      >>> model = DenseNet(10, blocks=(2, 2), growth=4)
+      >>> images = jnp.zeros((2, 8, 8, 3))
+      >>> model.apply(model.init(jax.random.key(0), images), images).shape
+      (2, 10)
+    """
+
+    num_classes: int
+    blocks: tuple[int, ...]
+    growth: int = 12
+    bottleneck: bool = True
+    reduction: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (B, H, W, C) to logits (B, N)."""
+        stem = 2 * self.growth if self.bottleneck else 16
+        x = conv(stem, 3, name="stem")(x)
+        for block, count in enumerate(self.blocks):
+            for i in range(count):
+                y = x
+                if self.bottleneck:
+                    y = NormConv(4 * self.growth, 1, name=f"block{block}_layer{i}_narrow")(y, train)
+                y = NormConv(self.growth, 3, name=f"block{block}_layer{i}")(y, train)
+                x = jnp.concatenate([x, y], axis=-1)
+            if block < len(self.blocks) - 1:
+                kept = int(self.reduction * x.shape[-1])
+                x = NormConv(kept, 1, name=f"transition{block}")(x, train)
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.relu(norm(train)(x))
+        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+
+
+class NormConv(nn.Module):
+    """BatchNorm, ReLU, then convolution without bias."""
+
+    features: int
+    size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps (B, H, W, C) to (B, H, W, features)."""
+        return conv(self.features, self.size, name="conv")(nn.relu(norm(train)(x)))

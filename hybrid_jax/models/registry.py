@@ -1,0 +1,97 @@
+"""Models by the names that papers and configs use."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+
+from hybrid_jax import core
+from hybrid_jax.models.densenet import DenseNet
+from hybrid_jax.models.mobilenet import MobileNetV2
+from hybrid_jax.models.resnet import ResNet
+from hybrid_jax.models.vgg import VGG
+
+_CIFAR_WIDTHS = (16, 32, 64)
+_IMAGENET_RESNET = {"widths": (64, 128, 256, 512), "stem": "imagenet", "shortcut": "project"}
+
+_MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "resnet8": (ResNet, {"blocks": (1, 1, 1), "widths": _CIFAR_WIDTHS}),
+    "resnet20": (ResNet, {"blocks": (3, 3, 3), "widths": _CIFAR_WIDTHS}),
+    "resnet32": (ResNet, {"blocks": (5, 5, 5), "widths": _CIFAR_WIDTHS}),
+    "resnet56": (ResNet, {"blocks": (9, 9, 9), "widths": _CIFAR_WIDTHS}),
+    "resnet18": (ResNet, {"blocks": (2, 2, 2, 2), **_IMAGENET_RESNET}),
+    "resnet50": (ResNet, {"blocks": (3, 4, 6, 3), "bottleneck": True, **_IMAGENET_RESNET}),
+    "vgg16_bn": (
+        VGG,
+        {"widths": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))},
+    ),
+    "mobilenet_v2": (
+        MobileNetV2,
+        {
+            "stages": (
+                (1, 16, 1, 1),
+                (6, 24, 2, 2),
+                (6, 32, 3, 2),
+                (6, 64, 4, 2),
+                (6, 96, 3, 1),
+                (6, 160, 3, 2),
+                (6, 320, 1, 1),
+            )
+        },
+    ),
+    "densenet": (DenseNet, {"blocks": (16, 16, 16)}),
+    "densenet40": (DenseNet, {"blocks": (12, 12, 12), "bottleneck": False, "reduction": 1.0}),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `create` knows.
+
+    Example:
+      >>> 'resnet20' in names()
+      True
+    """
+    return tuple(_MODELS)
+
+
+def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
+    """Makes a model by name.
+
+    For 32×32 images: 'resnet8', 'resnet20', 'resnet32', 'resnet56', 'vgg16_bn', 'densenet'
+    (DenseNet-BC of 100 layers, growth 12), 'densenet40' (not BC). For 224×224 images: 'resnet18',
+    'resnet50', 'mobilenet_v2'; with stem='cifar' these take 32×32 images too. Each takes any
+    number of input channels.
+
+    Args:
+      name: One of `names()`.
+      num_classes: N.
+      **overrides: Attributes of the model's class that differ from the published, as
+        `widths=(8, 16, 32)`; lists become tuples.
+
+    Returns:
+      A Linen module, called as `model.apply(variables, images, train)`, with images
+      (B, H, W, C) float32 and logits (B, N) float32; collections 'params' and 'batch_stats'.
+
+    Raises:
+      ValueError: If the name, or the name of an override, is unknown (names the nearest), or
+        `num_classes` is below 1.
+
+    Example:
+      >>> create('resnet8', 10, widths=[8, 16, 32]).widths
+      (8, 16, 32)
+      >>> create('densnet', 10)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      ValueError: name must be one of ..., got 'densnet'; did you mean densenet?
+    """
+    cls, published = _MODELS[core.check_choice("name", name, _MODELS)]
+    core.check_integer("num_classes", num_classes, 1)
+    fields = [f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
+    for override in overrides:
+        core.check_choice(f"override of {name}", override, fields[1:])
+    overrides = {key: _as_tuple(value) for key, value in overrides.items()}
+    return cls(num_classes=num_classes, **{**published, **overrides})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
