@@ -154,8 +154,8 @@ def _medmnist(dir: str | os.PathLike | None) -> Source:
     if dir is None or not pathlib.Path(dir).is_file():
         raise ValueError(f"{expected}, got {_shown(dir)} (no such file)")
     try:
-        with np.load(dir) as file:
-            arrays: Mapping[str, np.ndarray] = dict(file)
+        with open(dir, "rb") as file, np.load(file) as npz:
+            arrays: Mapping[str, np.ndarray] = dict(npz)
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{expected}, got {_shown(dir)} (not readable: {error})") from error
     keys = [f"{part}_{what}" for part in ("train", "val", "test") for what in ("images", "labels")]
