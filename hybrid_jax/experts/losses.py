@@ -1,0 +1,116 @@
+"""Auxiliary losses of a gate: scalars to add, each with its own small factor, to the task loss.
+
+Functions of the gate logits `(B, E)` or the weights `(B, E)` of one batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+
+
+def importance(weights: jax.Array) -> jax.Array:
+    """Squared coefficient of variation of each expert's total weight; 0 when all are equal.
+
+    Source: Shazeer et al., arXiv 1701.06538, eq. 6-7.
+
+    Args:
+      weights: float `(B, E)`, of any routing.
+
+    Example:
+      >>> importance(jnp.array([[1.0, 0.0], [1.0, 0.0]]))
+      Array(1., dtype=float32)
+    """
+    return _squared_variation(weights.sum(0))
+
+
+def load(logits: jax.Array, scores: jax.Array, k: int, noise: float = 1.0) -> jax.Array:
+    """Squared coefficient of variation of each expert's expected number of inputs.
+
+    The expectation is over a new draw of that expert's own noise, so that, unlike a count, it has a
+    gradient. Source: Shazeer et al., arXiv 1701.06538, eq. 8-11.
+
+    Args:
+      logits: float `(B, E)`, the gate's, without noise.
+      scores: float `(B, E)`, with noise: `Routed.scores` of `noisy_top_k(k, noise)`.
+      k: K, from 1 to E - 1 (with all experts chosen there is nothing to balance).
+      noise: The deviation that was used; above 0.
+
+    Raises:
+      ValueError: If `k` is not from 1 to E - 1 or `noise` not above 0.
+
+    Example:
+      >>> load(jnp.zeros((1, 2)), jnp.zeros((1, 2)), k=1)
+      Array(0., dtype=float32)
+    """
+    core.check_integer("k", k, 1, logits.shape[-1] - 1)
+    core.check_positive("noise", noise)
+    top, _ = jax.lax.top_k(scores, k + 1)
+    # The k-th largest score of the *other* experts: what this one has to beat to be chosen.
+    to_beat = jnp.where(scores >= top[:, k - 1 : k], top[:, k : k + 1], top[:, k - 1 : k])
+    return _squared_variation(jax.scipy.stats.norm.cdf((logits - to_beat) / noise).sum(0))
+
+
+def switch_balance(logits: jax.Array) -> jax.Array:
+    """E times the dot product of shares of inputs and mean probabilities; 1 when balanced, up to E.
+
+    Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4-6 (without its factor alpha).
+
+    Args:
+      logits: float `(B, E)`.
+
+    Example:
+      >>> switch_balance(jnp.array([[30.0, 0.0], [0.0, 30.0]]))
+      Array(1., dtype=float32)
+    """
+    num_experts = logits.shape[-1]
+    first = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts, dtype=logits.dtype)
+    return num_experts * (first.mean(0) * jax.nn.softmax(logits).mean(0)).sum()
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Mean entropy of the gate's choice for one input, in nats; 0 when it is sure, at most log E.
+
+    Add it to make the gate decisive, subtract it to keep it open.
+
+    Args:
+      logits: float `(B, E)`.
+
+    Example:
+      >>> entropy(jnp.zeros((3, 4))).round(4)  # log 4
+      Array(1.3863, dtype=float32)
+    """
+    return -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+
+def z_loss(logits: jax.Array) -> jax.Array:
+    """Mean square of logsumexp of the logits, which keeps them small.
+
+    Source: Zoph et al., ST-MoE, arXiv 2202.08906, eq. 5.
+
+    Args:
+      logits: float `(B, E)`.
+
+    Example:
+      >>> z_loss(jnp.zeros((3, 1)))
+      Array(0., dtype=float32)
+    """
+    return jnp.square(jax.nn.logsumexp(logits, -1)).mean()
+
+
+def expected_cost(logits: jax.Array, costs: jax.Array) -> jax.Array:
+    """Mean over inputs of the cost of one expert drawn with the gate's probabilities.
+
+    Args:
+      logits: float `(B, E)`.
+      costs: float `(E,)`, as MACs or BOPs of each expert, in any unit.
+
+    Example:
+      >>> expected_cost(jnp.zeros((5, 2)), jnp.array([1.0, 3.0]))
+      Array(2., dtype=float32)
+    """
+    return (jax.nn.softmax(logits) * costs[None]).sum(-1).mean()
+
+
+def _squared_variation(x):
+    return jnp.var(x) / jnp.square(jnp.mean(x))

@@ -1,0 +1,202 @@
+"""Routings: pure functions from gate logits `(B, E)` to the weight `(B, E)` of each expert.
+
+A routing is `routing(logits, key) -> Routed`. NaN in an input's gate logits gives NaN weights for
+that input, and so a NaN output: it is never routed in silence. Ties go to the lowest index.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+
+
+class Routed(NamedTuple):
+    """What a routing decided.
+
+    Attributes:
+      weights: float `(B, E)`, zero where an expert was not chosen.
+      scores: float `(B, E)`, the logits that it went by (with their noise, if any).
+    """
+
+    weights: jax.Array
+    scores: jax.Array
+
+
+Routing = Callable[[jax.Array, jax.Array | None], Routed]
+
+
+def soft(temperature: float = 1.0) -> Routing:
+    """Every expert, weighted by the softmax of the logits (Jacobs et al. 1991).
+
+    Args:
+      temperature: Divides the logits; above 0.
+
+    Raises:
+      ValueError: If `temperature` is not a finite number above 0.
+
+    Example:
+      >>> soft()(jnp.array([[0.0, 0.0]])).weights
+      Array([[0.5, 0.5]], dtype=float32)
+    """
+    core.check_positive("temperature", temperature)
+
+    def route(logits, key=None):
+        del key
+        scores = logits / temperature
+        return Routed(jax.nn.softmax(scores), scores)
+
+    return route
+
+
+def top_k(k: int, *, normalize: bool = True) -> Routing:
+    """The K experts with the largest logits, weighted by softmax.
+
+    Args:
+      k: K, from 1 to E.
+      normalize: True: the softmax runs over the chosen experts alone and the weights sum to one
+        (Shazeer et al., Outrageously Large Neural Networks, arXiv 1701.06538, eq. 3-5); with K = 1
+        the weight is exactly 1 and the gate gets no gradient (see `straight_through`). False: the
+        softmax over all experts, cut to the chosen (Fedus et al., arXiv 2101.03961).
+
+    Raises:
+      ValueError: If `k` is not an integer from 1 to E (E known when called).
+
+    Example:
+      >>> top_k(2)(jnp.array([[1.0, 5.0, 5.0]])).weights
+      Array([[0. , 0.5, 0.5]], dtype=float32)
+      >>> top_k(4)(jnp.zeros((1, 3)))
+      Traceback (most recent call last):
+      ...
+      ValueError: k must be an integer in [1, 3], got 4
+    """
+    core.check_integer("k", k, 1)
+
+    def route(logits, key=None):
+        del key
+        num_experts = logits.shape[-1]
+        core.check_integer("k", k, 1, num_experts)
+        _, chosen = jax.lax.top_k(logits, k)
+        kept = jax.nn.one_hot(chosen, num_experts, dtype=logits.dtype).sum(-2)
+        weights = jax.nn.softmax(logits) * kept
+        if normalize:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return Routed(weights, logits)
+
+    return route
+
+
+def switch() -> Routing:
+    """The one expert with the largest logit, weighted by its probability (Fedus et al. 2021).
+
+    The weight scales the output, which gives the gate a gradient and leaves the top-1 class alone.
+    Source: Switch Transformers, arXiv 2101.03961, eq. 2.
+
+    Example:
+      >>> switch()(jnp.array([[0.0, 0.0]])).weights
+      Array([[0.5, 0. ]], dtype=float32)
+    """
+    return top_k(1, normalize=False)
+
+
+def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routing:
+    """`top_k` of the logits plus Gaussian noise, so that every expert is tried.
+
+    Source: Shazeer et al., arXiv 1701.06538, eq. 4, with the constant deviation of Riquelme et al.,
+    arXiv 2106.05974. Without a key (at inference) there is no noise.
+
+    Args:
+      k: K, from 1 to E.
+      noise: Standard deviation, in units of logits; above 0.
+      normalize: As for `top_k`.
+
+    Raises:
+      ValueError: If `k` is not from 1 to E or `noise` not above 0.
+
+    Example:
+      >>> routed = noisy_top_k(1)(jnp.zeros((1, 3)), jax.random.key(0))
+      >>> int((routed.weights > 0).sum())
+      1
+    """
+    core.check_positive("noise", noise)
+    chosen = top_k(k, normalize=normalize)
+
+    def route(logits, key=None):
+        if key is None:
+            return chosen(logits, None)
+        return chosen(logits + noise * jax.random.normal(key, logits.shape, logits.dtype), None)
+
+    return route
+
+
+def straight_through(routing: Routing) -> Routing:
+    """Weights of `routing`, gradient of the full softmax over its scores.
+
+    The outputs are to the bit those of the discrete choice that is deployed, while the gate learns
+    from every expert whether it would have been better. Source: Bengio et al., Estimating or
+    Propagating Gradients Through Stochastic Neurons, arXiv 1308.3432.
+
+    Example:
+      >>> weight = lambda logits: straight_through(top_k(1))(logits).weights[0, 0]
+      >>> jax.value_and_grad(weight)(jnp.array([[0.0, 0.0]]))
+      (Array(1., dtype=float32), Array([[ 0.25, -0.25]], dtype=float32))
+    """
+
+    def route(logits, key=None):
+        hard = routing(logits, key)
+        probabilities = jax.nn.softmax(hard.scores)
+        # The bracket is exactly zero, and so leaves the hard weights to the bit.
+        weights = jax.lax.stop_gradient(hard.weights) + (
+            probabilities - jax.lax.stop_gradient(probabilities)
+        )
+        return Routed(weights, hard.scores)
+
+    return route
+
+
+def random() -> Routing:
+    """One expert at random, whatever the gate says: a control for evaluation.
+
+    Raises:
+      ValueError: If called without a key.
+
+    Example:
+      >>> random()(jnp.zeros((5, 3)), jax.random.key(0)).weights.sum(-1)
+      Array([1., 1., 1., 1., 1.], dtype=float32)
+    """
+
+    def route(logits, key=None):
+        if key is None:
+            raise ValueError("key must be a jax.random.key for random routing, got None")
+        scores = jax.random.gumbel(key, logits.shape, logits.dtype)
+        return Routed(_one_hot_argmax(scores), scores)
+
+    return route
+
+
+def oracle(expert_logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The best expert for each input, known from its label: the bound on any top-1 gate.
+
+    Args:
+      expert_logits: float `(E, B, N)`.
+      labels: int `(B,)`.
+
+    Returns:
+      One-hot float `(B, E)`: an expert that is right if there is one, and among those (or if none
+      is) the one with the highest probability of the label.
+
+    Example:
+      >>> logits = jnp.array([[[2.0, 0.0]], [[0.0, 1.0]]])
+      >>> oracle(logits, jnp.array([1]))
+      Array([[0., 1.]], dtype=float32)
+    """
+    right = jnp.argmax(expert_logits, -1) == labels[None]
+    labelled = jax.nn.one_hot(labels, expert_logits.shape[-1], dtype=expert_logits.dtype)
+    probability = (jax.nn.softmax(expert_logits) * labelled[None]).sum(-1)
+    return _one_hot_argmax((right.astype(probability.dtype) + probability).T)
+
+
+def _one_hot_argmax(scores):
+    return jax.nn.one_hot(jnp.argmax(scores, -1), scores.shape[-1], dtype=scores.dtype)

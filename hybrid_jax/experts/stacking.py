@@ -1,0 +1,83 @@
+"""Experts of equal shape as one pytree with a leading axis E, and back."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+
+
+def stack(experts: Sequence[Any]) -> Any:
+    """Stacks the parameters of E experts along a new leading axis.
+
+    Args:
+      experts: E >= 1 pytrees of arrays with the same structure, shapes and dtypes.
+
+    Returns:
+      One pytree of the same structure, each leaf `(E, ...)`.
+
+    Raises:
+      ValueError: If there is no expert, or naming the first path that differs.
+
+    Example:
+      >>> stack([{'w': jnp.zeros(3)}, {'w': jnp.ones(3)}])['w'].shape
+      (2, 3)
+      >>> stack([{'w': jnp.zeros(3)}, {'w': jnp.zeros(4)}])
+      Traceback (most recent call last):
+      ...
+      ValueError: experts[1] must have float32[3] at 'w', got float32[4]
+    """
+    if not experts:
+        raise ValueError("experts must hold at least 1 pytree, got 0")
+    for e, expert in enumerate(experts):
+        core.check_same_structure(f"experts[{e}]", experts[0], expert)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
+
+
+def unstack(stacked: Any) -> list[Any]:
+    """Splits a stack into the list of its E experts, the inverse of `stack`.
+
+    Args:
+      stacked: Pytree with leaves `(E, ...)`.
+
+    Raises:
+      ValueError: Naming the first path whose leading axis is not E.
+
+    Example:
+      >>> [expert['w'].shape for expert in unstack({'w': jnp.zeros((2, 3))})]
+      [(3,), (3,)]
+    """
+    return [jax.tree.map(operator.itemgetter(e), stacked) for e in range(count(stacked))]
+
+
+def count(stacked: Any) -> int:
+    """The number of experts E of a stack.
+
+    Raises:
+      ValueError: If the stack has no leaf, or naming the first path whose leading axis is not E.
+
+    Example:
+      >>> count({'w': jnp.zeros((2, 3)), 'b': jnp.zeros(2)})
+      2
+      >>> count({'b': jnp.zeros(3), 'w': jnp.zeros((2, 3))})
+      Traceback (most recent call last):
+      ...
+      ValueError: stacked must have a leading axis of 3 at 'w', got shape (2, 3)
+    """
+    leaves = [
+        (path, jnp.shape(leaf))
+        for path, leaf in core.flatten_paths(stacked).items()
+        if not core.is_masked_node(leaf)
+    ]
+    if not leaves or not leaves[0][1]:
+        raise ValueError(f"stacked must have leaves with a leading axis, got {leaves[:1]}")
+    size = leaves[0][1][0]
+    for path, shape in leaves:
+        if shape[:1] != (size,):
+            raise ValueError(
+                f"stacked must have a leading axis of {size} at {path!r}, got shape {shape}"
+            )
+    return size
