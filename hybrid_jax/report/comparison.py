@@ -209,7 +209,7 @@ def _gain(comparison: Comparison) -> str:
 
 
 def _headline_sentence(results, mixture, against_dense) -> str:
-    text = f"The mixture “{mixture['name']}” classifies {formatting.percent(mixture['accuracy'])}"
+    text = f"“{mixture['name']}” classifies {formatting.percent(mixture['accuracy'])}"
     text += " of the test images correctly"
     if against_dense:
         (comparison,) = against_dense
@@ -219,8 +219,9 @@ def _headline_sentence(results, mixture, against_dense) -> str:
     costs = []
     for field, name in (("bytes", "bytes"), ("macs", "active MACs"), ("bops", "active BOPs")):
         if ratio := _ratio(mixture.get(field), dense.get(field)):
-            costs.append(f"{formatting.times(ratio)} its {name}")
-    return f"{text}, at {formatting.listing(costs)}." if costs else f"{text}."
+            side = "fewer" if ratio < 1 else "as many"
+            costs.append(f"{formatting.times(max(ratio, 1 / ratio))} {side} {name}")
+    return f"{text}, with {formatting.listing(costs)}." if costs else f"{text}."
 
 
 def _gate_skill(results, mixture) -> str | None:
@@ -271,7 +272,7 @@ def _unequal_controls(results):
 
 
 def _gate_warnings(results):
-    usage = results.get("gate", {}).get("usage")
+    usage = (results.get("gate") or {}).get("usage")
     if usage:
         share = np.nanmean(np.asarray(usage, float), axis=0)
         if share.max() > COLLAPSED_SHARE:

@@ -15,11 +15,12 @@ _DPI = 180
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Text cells; the first column holds names and is aligned left. `strong` rows stand out."""
+    """Text cells; the first column and those in `words` align left, `strong` rows stand out."""
 
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
     strong: frozenset[int] = frozenset()
+    words: frozenset[str] = frozenset({"kind", "note", "verdict", "platforms", "value"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,8 @@ def points(value, spread=None) -> str:
 def si(value, unit="", spread=None) -> str:
     """A count with three significant digits, a decimal SI prefix (1 kB = 1000 bytes) and a unit.
 
+    A spread of exactly zero is left out: costs are often the same in every run.
+
     Example:
         >>> si(125_500_000, "MACs"), si(999_600, "B"), si(512, "B"), si(1500.0, "B", 20.0)
         ('126 M MACs', '1.00 MB', '512 B', '1.50 ± 0.02 kB')
@@ -61,12 +63,12 @@ def si(value, unit="", spread=None) -> str:
     decimals = 0 if power == 0 and value == int(value) else _decimals(scaled)
     # Only the byte takes its prefix without a space between: kB, but M MACs.
     tail = _PREFIXES[power] + unit if unit == "B" else f"{_PREFIXES[power]} {unit}".strip()
-    number = f"{scaled:.{decimals}f}{_plus_minus(spread, 1 / 1000**power, decimals)}"
+    number = f"{scaled:.{decimals}f}{_plus_minus(spread or None, 1 / 1000**power, decimals)}"
     return f"{number} {tail}".strip()
 
 
 def times(value, spread=None) -> str:
-    """A ratio.
+    """A ratio; a spread of exactly zero is left out.
 
     Example:
         >>> times(0.516), times(12.34), times(None)
@@ -75,7 +77,7 @@ def times(value, spread=None) -> str:
     if finite(value) is None:
         return MISSING
     decimals = _decimals(value)
-    return f"{value:.{decimals}f}{_plus_minus(spread, 1, decimals)}×"
+    return f"{value:.{decimals}f}{_plus_minus(spread or None, 1, decimals)}×"
 
 
 def p_value(value) -> str:

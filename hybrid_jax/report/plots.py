@@ -20,6 +20,7 @@ KINDS = {
     "mixture": ("#D55E00", "*"),
 }
 COSTS = {"bytes": ("size", "B"), "macs": ("active MACs", ""), "bops": ("active BOPs", "")}
+_MARKER_SIZE = {"*": 11, "^": 7}
 _SMALL = 8
 _GREY = "#666666"
 
@@ -38,7 +39,7 @@ def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
     rows = [row for row in rows if _drawable(row, cost)]
     if not rows:
         return None
-    axes = _labelled_axes(height=max(4.2, 1.3 + 0.2 * len(rows)))
+    axes = _labelled_axes(height=max(4.2, 1.3 + 0.2 * len(rows)), width=0.475)
     x = np.array([row[cost] for row in rows])
     y = np.array([100 * row["accuracy"] for row in rows])
     front = pareto_front(x, np.where([comparison.is_oracle(row) for row in rows], -np.inf, y))
@@ -48,7 +49,8 @@ def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
         spread = 100 * (formatting.finite(row.get("accuracy_std")) or 0)
         axes.errorbar(
             x_row, y_row, spread or None, color=color, marker=marker, elinewidth=1, capsize=2,
-            markersize=11 if marker == "*" else 6, markeredgecolor="white", zorder=3,
+            markersize=_MARKER_SIZE.get(marker, 6), markeredgecolor="white",
+            zorder=3 if marker == "*" else 2.5,
         )  # fmt: skip
     middle, reach = np.sqrt(x.min() * x.max()), max(np.sqrt(x.max() / x.min()) * 1.2, 2.5)
     axes.set_xscale("log")
@@ -57,16 +59,25 @@ def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
     name, unit = COSTS[cost]
     steps = (1.0, 2.0, 5.0) if reach < 12 else (1.0,)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=steps, numticks=6))
-    axes.xaxis.set_major_formatter(lambda value, _: formatting.si(round(value), unit))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(unit))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel(f"{name} (log scale)")
     axes.set_ylabel("test accuracy (%)")
     names = [f"{_shorten(row['name'])}  {formatting.percent(row['accuracy'])}" for row in rows]
     _label_right(axes, x, y, names, [KINDS[row["kind"]][0] for row in rows])
-    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    kinds = {row["kind"] for row in rows}
     handles = [
-        Line2D([], [], color=KINDS[kind][0], marker=KINDS[kind][1], linestyle="", label=kind)
-        for kind in kinds
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=marker,
+            linestyle="",
+            label=kind,
+            markersize=_MARKER_SIZE.get(marker, 6),
+        )
+        for kind, (color, marker) in KINDS.items()
+        if kind in kinds
     ]
     handles.append(Line2D([], [], color=_GREY, linewidth=1, label="Pareto front"))
     axes.figure.legend(
@@ -173,11 +184,11 @@ def gate_usage(usage, class_names) -> Figure | None:
     labels = np.vectorize(lambda v: f"{100 * v:.0f}" if np.isfinite(v) else "", otypes=[object])
     _heat_map(axes, values, labels(values) if classes <= 40 else None)
     axes.set_xticks(range(experts))
-    axes.set_xlabel("expert")
+    axes.set_xlabel("expert", fontsize=_SMALL + 1)
     names = list(class_names or range(classes))
     if classes <= 40:
         axes.set_yticks(range(classes), [_shorten(str(name), 20) for name in names])
-    axes.set_ylabel("class")
+    axes.set_ylabel("class", fontsize=_SMALL + 1)
     axes.set_title("images of a class routed to each expert (%)", fontsize=_SMALL + 1)
     return figure
 
@@ -185,7 +196,7 @@ def gate_usage(usage, class_names) -> Figure | None:
 def gate_entropy(entropies, experts: int) -> Figure | None:
     """Entropy of the gate's usage by epoch (nats), with the entropy of an even split."""
     values = [formatting.finite(value) for value in entropies or ()]
-    if not any(value is not None for value in values):
+    if experts < 1 or not any(value is not None for value in values):
         return None
     figure = Figure(figsize=(5.6, 2.8), layout="constrained")
     axes = figure.subplots()
@@ -207,19 +218,23 @@ def gate_entropy(entropies, experts: int) -> Figure | None:
 
 
 def training_curve(history: dict, metric: str) -> Figure | None:
-    """One metric ("loss" or "accuracy") against the step, one labelled line per stage."""
+    """One metric ("loss" or "accuracy") against the step, one labelled line per stage.
+
+    A stage that trains experts together may record a list, one number per expert: one line each.
+    """
     curves = {}
     for stage, records in history.items():
-        pairs = [
-            (formatting.finite(record.get("step")), formatting.finite(record.get(metric)))
-            for record in records
-        ]
-        pairs = [pair for pair in pairs if None not in pair]
-        if pairs:
-            curves[stage] = np.array(pairs).T
+        records = [r for r in records if r.get("step") is not None and r.get(metric) is not None]
+        x = np.array([record["step"] for record in records])
+        values = np.array([record[metric] for record in records], float)
+        experts = values.T if values.ndim == 2 else [values]
+        for expert, y in enumerate(experts):
+            name = f"{stage} {expert}" if values.ndim == 2 else stage
+            if np.isfinite(y).any():
+                curves[name] = np.array([x, y])[:, np.isfinite(y)]
     if not curves:
         return None
-    axes = _labelled_axes(height=max(3.2, 0.8 + 0.2 * len(curves)))
+    axes = _labelled_axes(height=max(3.2, 0.8 + 0.2 * len(curves)), width=0.62)
     scale = 100 if metric == "accuracy" else 1
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(curves))]
     styles = ["-", "--", ":", "-."]
@@ -238,10 +253,10 @@ def training_curve(history: dict, metric: str) -> Figure | None:
     return axes.figure
 
 
-def _labelled_axes(height: float):
-    """Axes with a margin on the right that _label_right fills."""
+def _labelled_axes(height: float, width: float):
+    """Axes over a fraction of the figure's width, with room on the right for _label_right."""
     figure = Figure(figsize=(6, height))
-    axes = figure.add_axes((0.115, 0.52 / height, 0.475, 1 - 0.88 / height))
+    axes = figure.add_axes((0.115, 0.52 / height, width, 1 - 0.88 / height))
     axes.tick_params(labelsize=_SMALL)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -268,13 +283,13 @@ def _label_right(axes, x, y, labels, colors):
 
 def _heat_map(axes, values, labels=None, norm=None):
     limits = {"norm": LogNorm(1, 32)} if norm == "bits" else {"vmin": 0, "vmax": 1}
-    image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", **limits)
-    axes.tick_params(length=0)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap="Blues", aspect="auto", **limits)
+    axes.tick_params(length=0, labelsize=_SMALL)
     for spine in axes.spines.values():
         spine.set_visible(False)
     if labels is None:
         return
-    dark = image.norm(np.nan_to_num(values, nan=1.0)) < 0.55
+    dark = image.norm(np.nan_to_num(values)) > 0.6
     for i, j in np.ndindex(values.shape):
         color = "white" if dark[i, j] else "black"
         axes.text(j, i, labels[i, j], ha="center", va="center", color=color, fontsize=_SMALL - 1)

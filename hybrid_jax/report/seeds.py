@@ -125,7 +125,7 @@ def _describe(results, table) -> Document:
     header = ("model", "kind", "accuracy", "Δ", "params", "active", "size", "MACs", "BOPs",
               "latency")  # fmt: skip
     strong = frozenset(i for i, row in enumerate(table["rows"]) if row["kind"] == "mixture")
-    text = f"Mean ± sample standard deviation over {_runs(runs)}. {GLOSSARY}"
+    text = f"Mean ± sample standard deviation over {_runs(runs)}; none where all agree. {GLOSSARY}"
     sections = [
         Section("Results", text, Table(header, rows, strong), tradeoff_plots(table["rows"]))
     ]
@@ -134,7 +134,7 @@ def _describe(results, table) -> Document:
     return Document(
         title=f"{title(results[0])}, {_runs(runs)}",
         summary=_summary(table),
-        warnings=_warnings(results),
+        warnings=_warnings(results, table),
         sections=sections,
     )
 
@@ -163,13 +163,13 @@ def _summary(table) -> list[str]:
     if mixture is None:
         return ["These runs have no mixture row: there is nothing to compare."]
     accuracy = percent(mixture["accuracy"], mixture["accuracy_std"])
-    sentences = [f"Over {_runs(runs)} the mixture “{mixture['name']}” reaches {accuracy}."]
+    sentences = [f"Over {_runs(runs)} “{mixture['name']}” reaches {accuracy}."]
     always = [c for c in table["comparisons"] if c["ahead"] == runs]
     rest = [c for c in table["comparisons"] if c["ahead"] < runs]
     if always:
-        sentences.append(f"It is ahead in every run of {listing(list(map(_gain, always)))}.")
+        sentences.append(f"It is always ahead of {listing(list(map(_gain, always)))}.")
     if rest:
-        sentences.append(f"It is NOT ahead in every run of {listing(list(map(_gain, rest)))}.")
+        sentences.append(f"It is NOT always ahead of {listing(list(map(_gain, rest)))}.")
     return sentences
 
 
@@ -178,12 +178,12 @@ def _gain(c) -> str:
     return f"{c['rival']} ({points(c['difference'], c['difference_std'])} points{tested})"
 
 
-def _warnings(results) -> list[str]:
-    """Each run's warnings, with the run's seed in front."""
-    return [
-        f"Seed {(run.get('config') or {}).get('seed', number)}: {text}"
-        for number, run in enumerate(results)
-        for text in comparison.warnings(run)
+def _warnings(results, table) -> list[str]:
+    """Warnings about the means, then what only a single run can show, its seed in front."""
+    return comparison.warnings(table) + [
+        f"Seed {seed}: {text}"
+        for seed, run in zip(table["seeds"], results, strict=True)
+        for text in comparison.warnings({**run, "rows": []})
     ]
 
 
@@ -216,8 +216,9 @@ def _mean_comparisons(runs) -> list[dict]:
 def _mean_std(values) -> tuple[float | None, float | None]:
     if None in values:
         return None, None
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), std
+    if len(set(values)) == 1:  # exact where rounding of the mean would leave 1e-17
+        return values[0], 0.0 if len(values) > 1 else None
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def _check_same_but_seed(configs) -> None:
