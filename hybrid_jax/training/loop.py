@@ -1,0 +1,131 @@
+"""The training loop: progress, records, checkpoints, resumption, and a check on the loss."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.training.checkpoints import Checkpoints
+from hybrid_jax.training.progress import progress
+from hybrid_jax.training.records import Path, drop_records, write_record
+from hybrid_jax.training.state import TrainState, copy
+from hybrid_jax.training.steps import Batch, Metrics, Step
+
+
+def fit(
+    step: Step,
+    state: TrainState,
+    batches: Callable[[int], Iterator[Batch]],
+    *,
+    steps: int,
+    name: str,
+    checkpoint: Checkpoints | None = None,
+    records: Path | None = None,
+    evaluate: Callable[[TrainState], dict[str, Any]] | None = None,
+    every: int | None = None,
+    record_every: int = 50,
+) -> TrainState:
+    """Trains until step `steps`, from the latest checkpoint if there is one.
+
+    Resuming is bit-equal to never having stopped, since everything random depends on the step
+    alone. Stopped at any moment, it leaves complete checkpoints of finite values, and whole lines.
+
+    Args:
+      step: Of `make_step` or `make_stacked_step`.
+      state: Where to start; also the structure that a checkpoint is restored into. It stays usable.
+      batches: (first step) -> iterator over the batches from that step on, such as
+        `lambda first: data.batches(arrays, 128, seed=0, start_step=first)`.
+      steps: Step to end at, counted from the beginning of training.
+      name: Of this training, in the progress bar, the records and errors.
+      checkpoint: Where to save and resume from.
+      records: File to append records to: {'name', 'step', 'loss', …}, each metric the mean since
+        the record before; a list over experts for a stack.
+      evaluate: (state) -> dict of numbers or (E,) arrays, added to the record.
+      every: Steps between evaluations and between checkpoints; None does both at the end only.
+      record_every: Steps between records, which is when the loss is looked at.
+
+    Returns:
+      The state after step `steps`.
+
+    Raises:
+      FloatingPointError: If a loss, or a parameter to be saved, is NaN or infinite. Names the step.
+      ValueError: If an argument is out of range, the checkpoint is beyond `steps` or of another
+        structure, or the batches run out.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from hybrid_jax.training import create_state, make_step
+      >>> def loss_fn(params, state, batch, key):
+      ...     return (params['w'] - batch['label']) ** 2, (state, {})
+      >>> state = create_state({'w': jnp.float32(0)}, {}, optax.sgd(0.25), jax.random.key(0))
+      >>> batches = lambda first: itertools.repeat({'label': jnp.float32(1)})
+      >>> state = fit(make_step(loss_fn), state, batches, steps=3, name='parent')
+      >>> int(state.step), state.params['w'].item()
+      (3, 0.875)
+    """
+    core.check_integer("steps", steps, 0)
+    core.check_integer("record_every", record_every, 1)
+    every = max(steps, 1) if every is None else core.check_integer("every", every, 1)
+
+    state = copy(state)
+    saved = checkpoint.latest() if checkpoint else None
+    if saved is not None:
+        state = checkpoint.restore(saved, state)
+    done = int(np.ravel(state.step)[0])
+    if done > steps:
+        raise ValueError(f"steps must be at least the {done} that {name} has done, got {steps}")
+    if records is not None:
+        drop_records(records, name, after=done)
+
+    window: list[Metrics] = []
+    with progress(name, steps, start=done) as show:
+        for batch in itertools.islice(batches(done), steps - done):
+            state, metrics = step(state, batch)
+            window.append(metrics)
+            done += 1
+            note = ""
+            boundary = done % every == 0 or done == steps
+            if boundary or done % record_every == 0:
+                means = _means(name, done, window)
+                note = "  ".join(f"{key} {np.mean(value):.4g}" for key, value in means.items())
+                if boundary:
+                    _check_parameters(name, done, state)
+                    means |= evaluate(state) if evaluate else {}
+                if records is not None:
+                    values = {key: np.asarray(value).tolist() for key, value in means.items()}
+                    write_record(records, {"name": name, "step": done, **values})
+                if boundary and checkpoint:
+                    checkpoint.save(done, state)
+                window = []
+            show(done, note)
+    if done < steps:
+        raise ValueError(f"batches must reach step {steps} of {name}, got no more after {done}")
+    return state
+
+
+def _means(name: str, done: int, window: list[Metrics]) -> dict[str, np.ndarray]:
+    """Means of the last metrics, whose losses are checked; the one place that waits for them."""
+    window = jax.device_get(window)
+    for step, metrics in enumerate(window, done - len(window) + 1):
+        if not np.all(np.isfinite(metrics["loss"])):
+            loss = np.ravel(metrics["loss"])
+            worst = int(np.argmin(np.isfinite(loss)))
+            whose = f" of expert {worst}" if np.ndim(metrics["loss"]) else ""
+            raise FloatingPointError(
+                f"{name}: loss{whose} must be finite, got {loss[worst]} at step {step}; "
+                "lower the learning rate or clip the gradient"
+            )
+    return {key: np.mean([np.float64(m[key]) for m in window], axis=0) for key in window[0]}
+
+
+def _check_parameters(name: str, done: int, state: TrainState) -> None:
+    """Catches what the last update broke before it is saved: no loss has seen it yet."""
+    try:
+        core.check_finite("params", state.params)
+    except ValueError as error:
+        raise FloatingPointError(
+            f"{name}: {error} after step {done}; lower the learning rate or clip the gradient"
+        ) from None

@@ -1,0 +1,49 @@
+"""Records of a run: one JSON object a line, appended, and never half a line to the reader."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Appends one record and flushes it.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     write_record(f'{directory}/records.jsonl', {'name': 'parent', 'step': 1})
+      ...     read_records(f'{directory}/records.jsonl')
+      [{'name': 'parent', 'step': 1}]
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Reads the records of the run `name`, or of all; [] if there is no file.
+
+    A last line that a killed process left unfinished is passed over.
+    """
+    path = pathlib.Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if name is None or record["name"] == name]
+
+
+def drop_records(path: Path, name: str, after: int) -> None:
+    """Removes what `name` wrote after step `after`: a resumed run will write it again.
+
+    The file is replaced in one move.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return
+    kept = [r for r in read_records(path) if r["name"] != name or r["step"] <= after]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)

@@ -1,0 +1,151 @@
+"""One update: of one model, and of a stack of experts under one `jit`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from hybrid_jax import experts
+from hybrid_jax.training.state import TrainState
+
+Batch = Mapping[str, Any]
+"""'image' (B, H, W, C), 'label' (B,) int32; optional 'weight' (B,) float32, 'teacher' (B, N)."""
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]
+"""loss_fn(params, state, batch, key) -> (loss (), (new_state, metrics: dict of scalars))."""
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Teacher = Callable[[jax.Array], jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    loss_fn: LossFn, augment: Augment | None = None, teacher: Teacher | None = None
+) -> Step:
+    """Makes the jitted step of one model.
+
+    Args:
+      loss_fn: (params, state, batch, key) -> (loss (), (new_state, metrics)).
+      augment: (images (B, H, W, C), key) -> images as `loss_fn` takes them.
+      teacher: (images (B, H, W, C), augmented) -> logits (B, N), put into batch['teacher'].
+
+    Returns:
+      step(state, batch) -> (state, metrics with 'loss'). The state handed in is donated: use the
+      one that comes back. On a sharded batch and a replicated state it is data parallel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax.training import create_state
+      >>> def loss_fn(params, state, batch, key):
+      ...     return jnp.mean((batch['image'] @ params['w'] - batch['label']) ** 2), (state, {})
+      >>> state = create_state({'w': jnp.zeros(2)}, {}, optax.sgd(0.5), jax.random.key(0))
+      >>> batch = {'image': jnp.eye(2), 'label': jnp.ones(2)}
+      >>> state, metrics = make_step(loss_fn)(state, batch)
+      >>> float(metrics['loss']), state.params['w'].tolist()
+      (1.0, [0.5, 0.5])
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        augment_key, loss_key = _keys(state.key, state.step)
+        batch = _prepare(batch, augment_key, augment, teacher)
+        return _update(loss_fn, state, batch, loss_key)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_stacked_step(
+    loss_fn: LossFn,
+    augment: Augment | None = None,
+    teacher: Teacher | None = None,
+    *,
+    per_expert: Sequence[str] = (),
+    method: str = "auto",
+) -> Step:
+    """Makes the jitted step of E experts: equal to E separate steps on the same batch.
+
+    The images are augmented, and seen by the teacher, once for all experts (drawn from the first
+    expert's key); `loss_fn` draws from each expert's own key.
+
+    Args:
+      loss_fn: As of `make_step`: of one expert.
+      augment: As of `make_step`.
+      teacher: As of `make_step`.
+      per_expert: Names of the entries of the batch that have a leading axis E, such as 'weight'
+        (E, B). All others are shared.
+      method: Of `experts.map_experts`. 'auto' measures when it first compiles, and the methods
+        agree only up to rounding: name one where a resumed run must be bit-equal.
+
+    Returns:
+      step(states, batch) -> (states, metrics), with a leading axis E on every leaf of both. The
+      states handed in are donated.
+
+    Raises:
+      ValueError: At once if `method` is unknown; when called, if the batch has no entry of a name
+        in `per_expert`, or one whose leading axis is not E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax.training import create_state, stack_states
+      >>> def loss_fn(params, state, batch, key):
+      ...     return jnp.mean(batch['weight'] * (params['w'] - batch['label']) ** 2), (state, {})
+      >>> one = create_state({'w': jnp.zeros(())}, {}, optax.sgd(0.5), jax.random.key(0))
+      >>> step = make_stacked_step(loss_fn, per_expert=['weight'])
+      >>> batch = {'label': jnp.ones(2), 'weight': jnp.array([[1.0, 1.0], [0.0, 1.0]])}
+      >>> states, metrics = step(stack_states([one, one]), batch)
+      >>> states.params['w'].tolist(), metrics['loss'].tolist()
+      ([1.0, 0.5], [1.0, 0.5])
+    """
+
+    def update(state: TrainState, own: Batch, shared: Batch) -> tuple[TrainState, Metrics]:
+        _, loss_key = _keys(state.key, state.step)
+        return _update(loss_fn, state, {**shared, **own}, loss_key)
+
+    update_all = experts.map_experts(update, method, in_axes=(0, 0, None))
+
+    def step(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        own = _own_entries(batch, per_expert, experts=states.step.shape[0])
+        augment_key, _ = _keys(states.key[0], states.step[0])
+        shared = {name: leaf for name, leaf in batch.items() if name not in own}
+        return update_all(states, own, _prepare(shared, augment_key, augment, teacher))
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    augment_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
+    return augment_key, loss_key
+
+
+def _prepare(
+    batch: Batch, key: jax.Array, augment: Augment | None, teacher: Teacher | None
+) -> Batch:
+    if augment is not None:
+        batch = {**batch, "image": augment(batch["image"], key)}
+    if teacher is not None:
+        batch = {**batch, "teacher": jax.lax.stop_gradient(teacher(batch["image"]))}
+    return batch
+
+
+def _update(
+    loss_fn: LossFn, state: TrainState, batch: Batch, key: jax.Array
+) -> tuple[TrainState, Metrics]:
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (new_state, metrics)), grads = gradient(state.params, state.state, batch, key)
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = state.replace(step=state.step + 1, params=params, state=new_state, opt_state=opt_state)
+    return new, {"loss": loss, **metrics}
+
+
+def _own_entries(batch: Batch, names: Sequence[str], experts: int) -> Batch:
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"per_expert must name entries of the batch, got {name!r}")
+        if batch[name].ndim == 0 or batch[name].shape[0] != experts:
+            raise ValueError(
+                f"batch[{name!r}] must have a leading axis of {experts} experts, "
+                f"got shape {batch[name].shape}"
+            )
+    return {name: batch[name] for name in names}
