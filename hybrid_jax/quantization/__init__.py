@@ -1,0 +1,55 @@
+"""Ranges and observers, integer grids, and fake-quantization of a model's weights and activations.
+
+The way through it:
+
+    spec = quantization.spec(graph, weight_bits=4)
+    ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
+    q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
+
+Ranges are a pytree of floats to be trained along with the parameters, bits are data.
+"""
+
+from hybrid_jax.quantization.calibration import calibrate
+from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
+from hybrid_jax.quantization.grids import (
+    OFF,
+    Grid,
+    Range,
+    affine,
+    dequantize,
+    extent,
+    quantize,
+    symmetric,
+)
+from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels
+from hybrid_jax.quantization.observers import Observer, minmax, moving_average, mse, percentile
+from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, spec
+from hybrid_jax.quantization.surrogate import with_gradient
+
+__all__ = [
+    "OFF",
+    "Grid",
+    "Integers",
+    "Observer",
+    "Quantizer",
+    "Range",
+    "SiteSpec",
+    "Spec",
+    "affine",
+    "calibrate",
+    "dequantize",
+    "extent",
+    "fake_quant",
+    "fake_quantized",
+    "integer_kernels",
+    "lsq",
+    "minmax",
+    "moving_average",
+    "mse",
+    "pact",
+    "percentile",
+    "quantize",
+    "spec",
+    "symmetric",
+    "with_gradient",
+]

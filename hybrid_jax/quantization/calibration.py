@@ -1,0 +1,158 @@
+"""Calibration: the ranges of every site of a model, streamed over batches of its inputs."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hybrid_jax import core
+from hybrid_jax.quantization import grids, specs
+from hybrid_jax.quantization.observers import Observer, observer
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    spec: specs.Spec,
+    method: str | Observer = "minmax",
+    *,
+    bits: Any = None,
+    stacked: bool = False,
+) -> dict[str, dict[str, grids.Range]]:
+    """Finds the ranges of kernels and activations by running the float model.
+
+    The model is compiled once for each shape of batch, and batches are not kept.
+
+    Args:
+      fn: fn(params, *inputs) -> outputs, in evaluation mode.
+      params: Its parameters.
+      batches: Yields tuples of inputs.
+      spec: How each site is quantized; which ranges there are, and for 'mse' their grids.
+      method: 'minmax', 'ema', 'percentile', 'mse', or an `Observer`.
+      bits: Bit-widths as `Spec.bits` gives them, in place of the spec's; only 'mse' minds.
+      stacked: Whether `params` (and `bits`, if given) have a leading axis E on every leaf. All
+        experts see each batch, and the ranges have the axis too.
+
+    Returns:
+      Ranges, float32 and trainable: {site name: {'weight': Range, 'activation': Range}}, without
+      those that are 'dynamic'. A kernel's have the kernel's rank, with 1 for the axes that are
+      summed over, or are () per tensor; an activation's are (). A site in a `scan` has one for all
+      of its iterations. What is constantly 0 (a dead channel) has the range [0, 0], which makes a
+      grid of step 1.
+
+    Raises:
+      ValueError: If there is no batch, a tensor holds NaN or infinity, or a site lies in a `while`
+        loop, where nothing can be observed.
+      TypeError: If a batch is not a tuple.
+
+    Example:
+      >>> fn = lambda params, x: jax.nn.relu(x) @ params['w']
+      >>> params, x = {'w': jnp.array([[0.5], [-2.0]])}, jnp.array([[-1.0, 3.0]])
+      >>> ranges = calibrate(fn, params, [(x,)], specs.spec(core.trace(fn, params, x)))
+      >>> print(*ranges['w']['activation'], *ranges['w']['weight'])
+      0.0 3.0 [[-2.]] [[0.5]]
+    """
+    watch = observer(method)
+    merge = jax.vmap(watch.merge)
+
+    def see(params, *inputs):
+        _, seen = core.at_sites(fn, functools.partial(_observe, watch, spec))(params, *inputs)
+        return jax.tree.map(functools.partial(_fold, merge), seen, is_leaf=_is_observed)
+
+    def later(old, new):
+        return jax.tree.map(
+            lambda a, b: a.replace_state(merge(a.state, b.state)), old, new, is_leaf=_is_observed
+        )
+
+    def conclude(seen, bits):
+        return {
+            name: {
+                role: _value(watch, getattr(spec[name], role), observed, bits[name][role])
+                for role, observed in roles.items()
+            }
+            for name, roles in seen.items()
+        }
+
+    def over_experts(f, axes):
+        return jax.jit(jax.vmap(f, axes) if stacked else f)
+
+    step = later_step = seen = None
+    for batch in batches:
+        if not isinstance(batch, tuple):
+            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
+        step = step or over_experts(see, (0, *(None for _ in batch)))
+        later_step = later_step or over_experts(later, (0, 0))
+        new = step(params, *batch)
+        seen = new if seen is None else later_step(seen, new)
+    if seen is None:
+        raise ValueError("batches must hold at least one batch, got none")
+    missed = [site.name for site in spec.sites if site.name not in seen]
+    if missed:
+        raise ValueError(f"fn must run every site of spec outside `while`, got no {missed[0]!r}")
+    core.check_finite("what calibration saw", jax.device_get(_ends(seen)))
+    widths = spec.bits() if bits is None else bits
+    return over_experts(conclude, (0, None if bits is None else 0))(seen, widths)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["shape"])
+@dataclasses.dataclass(frozen=True)
+class _Observed:
+    """An observer's state with an axis of channels, and the shape that its range is to have."""
+
+    state: Any
+    shape: tuple[int, ...]
+
+    def replace_state(self, state):
+        return dataclasses.replace(self, state=state)
+
+
+def _is_observed(node):
+    return isinstance(node, _Observed)
+
+
+def _observe(watch, spec, site, x, kernel, apply):
+    quantizers, seen = spec[site.name], {}
+    if quantizers.activation.learning != "dynamic":
+        seen["activation"] = _Observed(jax.vmap(watch.init)(x.reshape(1, -1)), ())
+    if quantizers.weight.learning != "dynamic":
+        rows, shape = kernel.reshape(1, -1), ()
+        if quantizers.weight.per_channel:
+            inner = site.kernel_in_axes
+            rows = jnp.moveaxis(kernel, inner, range(-len(inner), 0))
+            rows = rows.reshape(-1, math.prod(kernel.shape[axis] for axis in inner))
+            shape = tuple(1 if i in inner else n for i, n in enumerate(kernel.shape))
+        seen["weight"] = _Observed(jax.vmap(watch.init)(rows), shape)
+    return apply(x, kernel), seen
+
+
+def _fold(merge, observed):
+    """Merges what the iterations of the scans around a site saw."""
+    scans = observed.state.low.ndim - 1
+    if not scans:
+        return observed
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[scans:]), observed.state)
+    first = jax.tree.map(lambda leaf: leaf[0], flat)
+    state, _ = lax.scan(
+        lambda old, new: (merge(old, new), None), first, jax.tree.map(lambda leaf: leaf[1:], flat)
+    )
+    return observed.replace_state(state)
+
+
+def _value(watch, quantizer, observed, bits):
+    scheme = specs.SCHEMES[quantizer.scheme]
+    span = jax.vmap(lambda state: watch.value(state, scheme, bits))(observed.state)
+    return jax.tree.map(lambda end: end.reshape(observed.shape), span)
+
+
+def _ends(seen):
+    return jax.tree.map(
+        lambda observed: {"low": observed.state.low, "high": observed.state.high},
+        seen,
+        is_leaf=_is_observed,
+    )

@@ -1,0 +1,147 @@
+"""Quantizing a whole model at its sites: as floats to train with, and as integers to store."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+from hybrid_jax.quantization import grids, specs
+
+
+class Integers(NamedTuple):
+    """A quantized kernel: `grids.dequantize(values, grid)` is what fake-quantization computes with.
+
+    Attributes:
+      values: int8 (symmetric) or uint8 (affine), of the kernel's shape as its operation takes it.
+      grid: Its grid.
+    """
+
+    values: jax.Array
+    grid: grids.Grid
+
+
+def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
+    """The same model with the kernel and the input of every site quantized.
+
+    Args:
+      fn: fn(params, *inputs) -> outputs, in training or evaluation mode; `spec` has all of its
+        sites.
+      spec: How each site is quantized. It is static; ranges and bits are data.
+
+    Returns:
+      q_fn(params, ranges, *inputs, bits=None) -> outputs, of the structure that `fn` returns.
+      `ranges` is as `calibrate` returns it. `bits` is as `Spec.bits` returns it, traced: one
+      compilation serves all bit-widths, and under `vmap` each expert has its own; None takes the
+      spec's, and sites whose bits there are 32 are then not touched. q_fn is differentiable in
+      `params` and `ranges`; pruned weights stay exactly zero.
+
+    Raises:
+      ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, or concrete bits are
+        not 2 to 8 or 32.
+
+    Example:
+      >>> from hybrid_jax.quantization import calibration
+      >>> fn = lambda params, x: x @ params['w']
+      >>> params, x = {'w': jnp.array([[0.9], [-3.0]])}, jnp.array([[1.0, 7.0]])
+      >>> graph = core.trace(fn, params, x)
+      >>> spec = specs.spec(graph, rules=[('w', {'weight': 3, 'activation': 32})])
+      >>> ranges = calibration.calibrate(fn, params, [(x,)], spec)
+      >>> print(fake_quantized(fn, spec)(params, ranges, x))  # steps of 1: 0.9 becomes 1
+      [[-20.]]
+    """
+
+    def q_fn(params, ranges, *inputs, bits=None):
+        def rule(site, x, kernel, apply):
+            weight, activation = _choose(spec, ranges, bits, site)
+            rows = math.prod(kernel.shape[axis] for axis in site.kernel_in_axes)
+            kernel = specs.apply(
+                kernel, *weight, _axes(site, weight), rows if weight[0].per_channel else kernel.size
+            )
+            x = specs.apply(x, *activation, None, max(x.size // x.shape[0], 1))
+            return apply(x, kernel), None
+
+        return core.at_sites(fn, rule)(params, *inputs)[0]
+
+    return q_fn
+
+
+def integer_kernels(
+    fn: Callable[..., Any],
+    spec: specs.Spec,
+    params: Any,
+    ranges: Any,
+    *inputs: Any,
+    bits: Any = None,
+) -> dict[str, Integers]:
+    """The integers that the kernels of a fake-quantized model stand for, to be packed or exported.
+
+    Args:
+      fn: As given to `fake_quantized`.
+      spec: As given to `fake_quantized`.
+      params: The parameters, on their masks where pruned.
+      ranges: The ranges.
+      *inputs: Arrays of the shapes that `fn` takes; their values do not matter.
+      bits: Bit-widths in place of the spec's.
+
+    Returns:
+      {site name: Integers}, without sites whose kernel has 32 bits.
+
+    Raises:
+      ValueError: As q_fn of `fake_quantized` does.
+
+    Example:
+      >>> fn = lambda params, x: x @ params['w']
+      >>> params, x = {'w': jnp.array([[0.9], [-3.0]])}, jnp.ones((1, 2))
+      >>> spec = specs.spec(core.trace(fn, params, x), weight_bits=3, first_last_bits=3)
+      >>> spans = {'w': {'weight': grids.Range(jnp.full((1, 1), -3.0), jnp.full((1, 1), 3.0)),
+      ...                'activation': grids.Range(jnp.float32(0.0), jnp.float32(1.0))}}
+      >>> integer_kernels(fn, spec, params, spans, x)['w'].values.tolist()
+      [[1], [-3]]
+    """
+    widths = bits or {
+        site.name: {"weight": site.weight.bits, "activation": site.activation.bits}
+        for site in spec.sites
+    }
+
+    def rule(site, x, kernel, apply):
+        weight, _ = _choose(spec, ranges, widths, site)
+        quantizer, span, width = weight
+        if span is None:
+            span = grids.extent(kernel, _axes(site, weight))
+        grid = quantizer.grid(span, width)
+        dtype = jnp.int8 if quantizer.scheme == "symmetric" else jnp.uint8
+        return apply(x, kernel), Integers(grids.quantize(kernel, grid).astype(dtype), grid)
+
+    # Under jit the forward pass, of which nothing is returned, is not computed.
+    kernels = jax.jit(lambda params, *inputs: core.at_sites(fn, rule)(params, *inputs)[1])
+    found = kernels(params, *inputs)
+    return {name: q for name, q in found.items() if int(widths[name]["weight"]) != grids.OFF}
+
+
+def _choose(spec, ranges, bits, site):
+    """For the kernel and for the activation of a site: its quantizer, range and bits."""
+    chosen = []
+    for role in ("weight", "activation"):
+        quantizer, span = getattr(spec[site.name], role), None
+        width = quantizer.bits if bits is None else _entry("bits", bits, site.name, role)
+        width = grids.check_bits(f"bits of {site.name!r}", width)
+        if quantizer.learning != "dynamic" and not (isinstance(width, int) and width == grids.OFF):
+            span = _entry("ranges", ranges, site.name, role)
+        chosen.append((quantizer, span, width))
+    return chosen
+
+
+def _entry(argument, tree, name, role):
+    try:
+        return tree[name][role]
+    except KeyError:
+        raise ValueError(
+            f"{argument} must have [{name!r}][{role!r}], got {', '.join(tree) or 'nothing'}"
+        ) from None
+
+
+def _axes(site, weight):
+    return site.kernel_in_axes if weight[0].per_channel else None
