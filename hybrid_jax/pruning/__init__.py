@@ -1,0 +1,57 @@
+"""Pruning: criteria → allocation → masks → schedule → optax transform; channels and shrink."""
+
+from hybrid_jax.core import expand, narrow, shrink, slice_tree
+from hybrid_jax.pruning.allocation import Allocation, erk, global_, uniform
+from hybrid_jax.pruning.channels import group_scores, keep_channels
+from hybrid_jax.pruning.criteria import (
+    batchnorm_scale,
+    fisher,
+    geometric_median,
+    lamp,
+    magnitude,
+    mean_squared_gradients,
+    random,
+    taylor,
+)
+from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
+from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
+from hybrid_jax.pruning.transforms import (
+    HoldMasksState,
+    PruneState,
+    hold_masks,
+    prune_by_schedule,
+)
+
+__all__ = [
+    "Allocation",
+    "Granularity",
+    "HoldMasksState",
+    "PruneState",
+    "Schedule",
+    "apply_masks",
+    "batchnorm_scale",
+    "cubic",
+    "erk",
+    "expand",
+    "fisher",
+    "geometric_median",
+    "global_",
+    "group_scores",
+    "hold_masks",
+    "keep_channels",
+    "lamp",
+    "magnitude",
+    "masks",
+    "mean_squared_gradients",
+    "n_m",
+    "narrow",
+    "one_shot",
+    "prune_by_schedule",
+    "random",
+    "shrink",
+    "slice_tree",
+    "taylor",
+    "uniform",
+    "unstructured",
+]

@@ -1,0 +1,85 @@
+"""Exact counts: how many units a sparsity removes, and which are kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+
+
+def check_sparsity(
+    sparsity: float | jax.Array, name: str = "sparsity", most: float = 1.0
+) -> float | jax.Array:
+    """Returns `sparsity` as a float if it lies in [0, `most`], as it is if it is traced.
+
+    Raises:
+      ValueError: If a concrete `sparsity` lies outside.
+
+    Example:
+      >>> check_sparsity(0.8, most=0.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: sparsity must be in [0, 0.5], got 0.8
+    """
+    if is_traced(sparsity):
+        return sparsity
+    # NumPy holds the value where a comparison of jax arrays would be traced, inside `jit`.
+    value = np.asarray(sparsity).item() if hasattr(sparsity, "dtype") else sparsity
+    value = core.check_fraction(name, value)
+    if value > most + 1e-6:
+        raise ValueError(f"{name} must be in [0, {most:g}], got {value:g}")
+    return value
+
+
+def is_traced(tree: object) -> bool:
+    """Whether a leaf's values are unknown because `jit`, `vmap` or `grad` is tracing."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def removed_count(sparsity: float | jax.Array, n: int) -> jax.Array:
+    """floor(sparsity · n + ½): how many of `n` units a sparsity removes.
+
+    Sparsity is read to six decimals, which float32 holds, and the rest is integer arithmetic: a
+    Python 0.9 and a traced float32 0.9 mean the same count, compiled or not, however large `n`.
+
+    Args:
+      sparsity: () fraction in [0, 1], maybe traced.
+      n: Number of units, below 2³¹.
+
+    Returns:
+      () int32.
+
+    Example:
+      >>> [int(removed_count(0.9, n)) for n in (4, 5, 25_000_000)]
+      [4, 5, 22500000]
+    """
+    millionths = jnp.round(jnp.float32(1e6) * jnp.asarray(sparsity, jnp.float32)).astype(jnp.int32)
+    # millionths · n / 10⁶ does not fit 32 bits: split n at 10⁶ and the millionths at 10³.
+    whole, rest = divmod(n, 1_000_000)
+    high, low = millionths // 1000, millionths % 1000
+    carried, left = high * rest // 1000, high * rest % 1000
+    return millionths * whole + carried + (left * 1000 + low * rest + 500_000) // 1_000_000
+
+
+def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
+    """Marks the `kept` highest of the last axis; of equal scores the lower index is kept.
+
+    Args:
+      scores: (..., n) floats.
+      kept: () integer in [0, n], maybe traced.
+
+    Returns:
+      (..., n) bool with exactly `kept` True in each row.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> keep_best(jnp.array([1.0, 2.0, 1.0, 0.0]), 2)
+      Array([ True,  True, False, False], dtype=bool)
+    """
+    n = scores.shape[-1]
+    kept = jnp.asarray(kept, jnp.int32)
+    lowest_kept = jnp.minimum(n - kept, n - 1)
+    threshold = jnp.take(jnp.sort(scores, axis=-1), lowest_kept[None], axis=-1)
+    above, tied = scores > threshold, scores == threshold
+    room = kept - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= room))
