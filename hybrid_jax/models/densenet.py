@@ -45,7 +45,8 @@ class DenseNet(nn.Module):
             if block < len(self.blocks) - 1:
                 kept = int(self.reduction * x.shape[-1])
                 x = NormConv(kept, 1, name=f"transition{block}")(x, train)
-                x = nn.avg_pool(x, (2, 2), (2, 2))
+                # nn.avg_pool divides by an integer array, which strict promotion refuses.
+                x = nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4
         x = nn.relu(norm(train)(x))
         return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
 
