@@ -114,13 +114,12 @@ def rivals(results: dict) -> dict[str, dict]:
 
     The best expert is taken on the test set, which favours it, unless a control row names it.
     """
-    dense = of_kind(results, "dense")[:1]
+    dense, single = of_kind(results, "dense")[:1], of_kind(results, "expert")
     controls = [row for row in of_kind(results, "control") if not is_oracle(row)]
-    named = {row["name"]: row for row in dense + controls}
-    single = of_kind(results, "expert")
+    named = {row["name"]: row for row in dense}
     if single and not _named(controls, "best"):
         named["best single expert"] = max(single, key=lambda row: row["accuracy"])
-    return named
+    return named | {row["name"]: row for row in controls}
 
 
 def compare(results: dict) -> list[Comparison]:

@@ -14,13 +14,12 @@ from hybrid_jax.report import comparison, formatting
 # Okabe and Ito's palette: distinct under every common form of colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 KINDS = {
-    "dense": ("#000000", "s"),
-    "expert": ("#0072B2", "o"),
-    "control": ("#E69F00", "^"),
-    "mixture": ("#D55E00", "*"),
+    "dense": {"color": "#000000", "marker": "s", "markersize": 6},
+    "expert": {"color": "#0072B2", "marker": "o", "markersize": 6},
+    "control": {"color": "#E69F00", "marker": "^", "markersize": 7},
+    "mixture": {"color": "#D55E00", "marker": "*", "markersize": 11},
 }
 COSTS = {"bytes": ("size", "B"), "macs": ("active MACs", ""), "bops": ("active BOPs", "")}
-_MARKER_SIZE = {"*": 11, "^": 7}
 _SMALL = 8
 _GREY = "#666666"
 
@@ -45,12 +44,10 @@ def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
     front = pareto_front(x, np.where([comparison.is_oracle(row) for row in rows], -np.inf, y))
     axes.step(x[front], y[front], where="post", color=_GREY, linewidth=1, zorder=1)
     for row, x_row, y_row in zip(rows, x, y, strict=True):
-        color, marker = KINDS[row["kind"]]
         spread = 100 * (formatting.finite(row.get("accuracy_std")) or 0)
         axes.errorbar(
-            x_row, y_row, spread or None, color=color, marker=marker, elinewidth=1, capsize=2,
-            markersize=_MARKER_SIZE.get(marker, 6), markeredgecolor="white",
-            zorder=3 if marker == "*" else 2.5,
+            x_row, y_row, spread or None, elinewidth=1, capsize=2, markeredgecolor="white",
+            zorder=3 if row["kind"] == "mixture" else 2.5, **KINDS[row["kind"]],
         )  # fmt: skip
     middle, reach = np.sqrt(x.min() * x.max()), max(np.sqrt(x.max() / x.min()) * 1.2, 2.5)
     axes.set_xscale("log")
@@ -64,20 +61,11 @@ def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
     axes.set_xlabel(f"{name} (log scale)")
     axes.set_ylabel("test accuracy (%)")
     names = [f"{_shorten(row['name'])}  {formatting.percent(row['accuracy'])}" for row in rows]
-    _label_right(axes, x, y, names, [KINDS[row["kind"]][0] for row in rows])
-    kinds = {row["kind"] for row in rows}
+    _label_right(axes, x, y, names, [KINDS[row["kind"]]["color"] for row in rows])
     handles = [
-        Line2D(
-            [],
-            [],
-            color=color,
-            marker=marker,
-            linestyle="",
-            label=kind,
-            markersize=_MARKER_SIZE.get(marker, 6),
-        )
-        for kind, (color, marker) in KINDS.items()
-        if kind in kinds
+        Line2D([], [], linestyle="", label=kind, **style)
+        for kind, style in KINDS.items()
+        if any(row["kind"] == kind for row in rows)
     ]
     handles.append(Line2D([], [], color=_GREY, linewidth=1, label="Pareto front"))
     axes.figure.legend(

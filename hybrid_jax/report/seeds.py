@@ -7,8 +7,8 @@ import numpy as np
 
 from hybrid_jax.report import comparison
 from hybrid_jax.report.document import Document, Section, Table, publish, write_atomically
-from hybrid_jax.report.formatting import MISSING, finite, listing, percent, points, si, times
-from hybrid_jax.report.single import GLOSSARY, title, tradeoff_plots
+from hybrid_jax.report.formatting import MISSING, finite, listing, percent, points
+from hybrid_jax.report.single import GLOSSARY, results_table, title, tradeoff_plots
 
 FIELDS = (
     "accuracy", "delta", "parameters_total", "parameters_active", "bytes", "macs", "bops",
@@ -107,28 +107,12 @@ def write_aggregate(results: list[dict], directory) -> pathlib.Path:
 
 def _describe(results, table) -> Document:
     runs = table["runs"]
-    rows = [
-        (
-            row["name"],
-            row["kind"],
-            percent(row["accuracy"], row["accuracy_std"]),
-            points(row["delta"], row["delta_std"]),
-            si(row["parameters_total"], "", row["parameters_total_std"]),
-            si(row["parameters_active"], "", row["parameters_active_std"]),
-            si(row["bytes"], "B", row["bytes_std"]),
-            si(row["macs"], "", row["macs_std"]),
-            si(row["bops"], "", row["bops_std"]),
-            times(row["latency_ratio"], row["latency_ratio_std"]),
-        )
-        for row in table["rows"]
-    ]
-    header = ("model", "kind", "accuracy", "Δ", "params", "active", "size", "MACs", "BOPs",
-              "latency")  # fmt: skip
-    strong = frozenset(i for i, row in enumerate(table["rows"]) if row["kind"] == "mixture")
-    text = f"Mean ± sample standard deviation over {_runs(runs)}; none where all agree. {GLOSSARY}"
-    sections = [
-        Section("Results", text, Table(header, rows, strong), tradeoff_plots(table["rows"]))
-    ]
+    text = (
+        f"Mean ± sample standard deviation over {_runs(runs)}; a cost that is the same in every "
+        f"run stands alone. {GLOSSARY}"
+    )
+    rows = table["rows"]
+    sections = [Section("Results", text, results_table(rows), tradeoff_plots(rows))]
     if table["comparisons"]:
         sections.append(_comparison_section(table))
     return Document(

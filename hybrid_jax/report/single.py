@@ -30,6 +30,10 @@ def write(results: dict, directory) -> pathlib.Path:
         results: What a run leaves in results.json: `rows` with one entry per model (accuracies
             and deltas as fractions, sizes in bytes) and optionally `config`, `dataset`, `layers`,
             `gate`, `disagreement`, `deploy`, `history`, `environment`, `command`, `seconds`.
+            The first row of kind "mixture" is the one that is compared; `correct` (n,) of zeros
+            and ones in a row allows the tests; `gate["usage"]` is (N, E) and
+            `gate["per_epoch"]` the usage entropy of each epoch in nats; a record of `history`
+            holds `step` and, as numbers or lists of one per expert, `loss` and `accuracy`.
         directory: Where to write; made where it does not exist. Files are replaced atomically.
 
     Returns:
@@ -55,7 +59,7 @@ def describe(results: dict) -> Document:
         )
     sections = [
         Section(
-            "Results", GLOSSARY, _results_table(results["rows"]), tradeoff_plots(results["rows"])
+            "Results", GLOSSARY, results_table(results["rows"]), tradeoff_plots(results["rows"])
         ),
         _comparison_section(results),
         _gate_section(results),
@@ -88,44 +92,64 @@ def tradeoff_plots(rows: list[dict]) -> tuple[Plot, ...]:
     )
 
 
-def _results_table(rows) -> Table:
-    return Table(
-        ("model", "kind", "accuracy", "Δ", "params", "active", "size", "MACs", "BOPs", "latency",
-         "note"),
-        [
-            (
-                row["name"],
-                row["kind"],
-                percent(row.get("accuracy")),
-                points(row.get("delta")),
-                si(row.get("parameters_total")),
-                si(row.get("parameters_active")),
-                si(row.get("bytes"), "B"),
-                si(row.get("macs")),
-                si(row.get("bops")),
-                times(row.get("latency_ratio")),
-                row.get("note") or "",
-            )
-            for row in rows
-        ],
-        _strong(rows),
-    )  # fmt: skip
+def results_table(rows: list[dict]) -> Table:
+    """One line per model; a field with its spread next to it (`<field>_std`) shows both."""
 
+    def cell(write, row, field, *unit):
+        return write(row.get(field), *unit, spread=row.get(f"{field}_std"))
 
-def _strong(rows) -> frozenset[int]:
-    return frozenset(i for i, row in enumerate(rows) if row["kind"] == "mixture")
+    notes = any(row.get("note") for row in rows)
+    header = (
+        "model",
+        "kind",
+        "accuracy",
+        "Δ",
+        "params",
+        "active",
+        "size",
+        "MACs",
+        "BOPs",
+        "latency",
+    )
+    cells = [
+        (
+            row["name"],
+            row["kind"],
+            cell(percent, row, "accuracy"),
+            cell(points, row, "delta"),
+            cell(si, row, "parameters_total"),
+            cell(si, row, "parameters_active"),
+            cell(si, row, "bytes", "B"),
+            cell(si, row, "macs"),
+            cell(si, row, "bops"),
+            cell(times, row, "latency_ratio"),
+            *([row.get("note") or ""] if notes else []),
+        )
+        for row in rows
+    ]
+    strong = frozenset(i for i, row in enumerate(rows) if row["kind"] == "mixture")
+    return Table((*header, "note") if notes else header, cells, strong)
 
 
 def _comparison_section(results) -> Section | None:
     comparisons = comparison.compare(results)
     if not comparisons:
         return None
-    rows = []
-    for c in comparisons:
-        counts = (str(c.test.only_a), str(c.test.only_b)) if c.test else (MISSING, MISSING)
-        p = p_value(c.test.p_value).removeprefix("p = ").removeprefix("p ") if c.test else MISSING
-        rows.append((c.rival, percent(c.accuracy), points(c.difference), *counts, p, c.verdict))
-    header = ("rival", "accuracy", "difference", "only mixture", "only rival", "p", "verdict")
+    rows = [
+        (
+            c.rival,
+            percent(c.accuracy),
+            points(c.difference),
+            str(c.test.only_a) if c.test else MISSING,
+            str(c.test.only_b) if c.test else MISSING,
+            p_value(c.test.p_value) if c.test else MISSING,
+            c.verdict,
+        )
+        for c in comparisons
+    ]
+    header = (
+        "rival", "accuracy", "difference", "only mixture", "only rival", "McNemar", "verdict",
+    )  # fmt: skip
     return Section("The mixture against each control", TEST, Table(header, rows))
 
 

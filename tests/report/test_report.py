@@ -31,7 +31,7 @@ def test_a_run_gives_tables_plots_and_warnings(make_results, tmp_path):
     # 352 / 360 = 97.78 %, −2 / 360 = −0.56 points.
     assert (
         "| **mixture top-1** | mixture | 97.78 % | −0.56 | 84.9 k | 22.0 k | 57.9 kB | 821 k "
-        "| 13.9 M | 0.70× |  |"
+        "| 13.9 M | 0.70× |"
     ) in text
     assert "| oracle gate | control | 100.00 % | +1.67 |" in text
     assert "- **Warning: mixture top-2 is slower than dense: 1.31× its latency.**" in text
@@ -86,7 +86,7 @@ def test_missing_and_non_finite_numbers_are_dashes(tmp_path):
         "report.md", "report.html", "accuracy_bytes.png",
     }  # fmt: skip
     text = (tmp_path / "report.md").read_text()
-    assert "| **mix** | mixture | – | – | – | – | – | – | – | – |  |" in text
+    assert "| **mix** | mixture | – | – | – | – | – | – | – | – |" in text
     assert not re.search(r"\b(nan|inf|None)\b", text + (tmp_path / "report.html").read_text())
 
 
@@ -95,6 +95,13 @@ def test_names_are_escaped(tmp_path):
     report.write({"rows": rows}, tmp_path)
     assert "| <b>a\\|b |" in (tmp_path / "report.md").read_text()
     assert '<td class="words">&lt;b&gt;a|b</td>' in (tmp_path / "report.html").read_text()
+
+
+def test_notes_get_a_column_where_there_is_one(make_results, tmp_path):
+    results = make_results()
+    results["rows"][0]["note"] = "trained here"
+    report.write(results, tmp_path)
+    assert "| 3.28 G | 1.00× | trained here |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_report_replaces_the_old_one_and_leaves_other_files(make_results, tmp_path):
