@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hybrid_jax.training.state import copy
+
 Tree = TypeVar("Tree")
 _AXIS = "batch"
 
@@ -22,13 +24,13 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Puts a whole copy of each leaf on every device.
+    """Puts a whole copy of each leaf on every device, its own to donate.
 
     Example:
       >>> replicate({'w': np.ones(3)}, data_mesh())['w'].is_fully_replicated
       True
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(copy(tree), NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_batch(

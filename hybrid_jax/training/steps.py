@@ -133,7 +133,9 @@ def _update(
 ) -> tuple[TrainState, Metrics]:
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (new_state, metrics)), grads = gradient(state.params, state.state, batch, key)
-    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    # Optax relies on promotion (Adam's bias correction takes a float to an integer power).
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(step=state.step + 1, params=params, state=new_state, opt_state=opt_state)
     return new, {"loss": loss, **metrics}

@@ -1,0 +1,45 @@
+"""The same step on four devices and on one."""
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax import training
+
+
+def test_sharded_step_equals_one_device(tiny, batches):
+    """Four steps of the loop; dropout, augmentation and BatchNorm see the whole batch."""
+    mesh = training.data_mesh()
+    assert mesh.size == 4
+    step = training.make_step(training.classification(tiny.forward), tiny.augment)
+    one = training.fit(step, tiny.make_state(), batches, steps=4, name="one")
+
+    def sharded(first):
+        return (training.shard_batch(batch, mesh) for batch in batches(first))
+
+    state = training.replicate(tiny.make_state(), mesh)
+    four = training.fit(step, state, sharded, steps=4, name="four")
+    assert len(jax.tree.leaves(four.params)[0].sharding.device_set) == 4
+    tiny.assert_close(four, one)
+
+
+def test_sharded_stack_equals_one_device(tiny, arrays):
+    mesh = training.data_mesh()
+    step = training.make_stacked_step(
+        training.classification(tiny.forward), per_expert=["weight"], method="vmap"
+    )
+    weight = np.random.default_rng(0).uniform(size=(2, 8)).astype(np.float32)
+    batch = {"image": arrays.images[:8], "label": arrays.labels[:8], "weight": weight}
+    states = training.stack_states([tiny.make_state(0), tiny.make_state(1)])
+    four, _ = step(
+        training.replicate(states, mesh), training.shard_batch(batch, mesh, per_expert=["weight"])
+    )
+    one, _ = step(states, batch)
+    tiny.assert_close(four, one)
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    with pytest.raises(
+        ValueError, match=r"batch\['image'\] must divide evenly among 4 devices, got 6 examples"
+    ):
+        training.shard_batch({"image": np.ones((6, 2))}, training.data_mesh())

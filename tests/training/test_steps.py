@@ -1,0 +1,182 @@
+"""Steps: donation, law 5 (the stack equals the loop) and law 6 (no recompilation)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hybrid_jax import training
+
+
+@pytest.fixture
+def batch(arrays):
+    return {"image": arrays.images[:8], "label": arrays.labels[:8]}
+
+
+def test_step_is_the_formula_of_sgd_with_momentum(batch):
+    """Loss w²/2 has gradient w. With momentum 1/2 and rate 1, from w = 4:
+
+    trace = 4, w = 4 - 4 = 0, loss 8; then gradient 0, trace = 4/2 = 2, w = 0 - 2 = -2, loss 0.
+    """
+
+    def loss_fn(params, state, batch, key):
+        return params["w"] ** 2 / 2, ({"seen": state["seen"] + 1}, {"w": params["w"]})
+
+    tx = optax.sgd(1.0, momentum=0.5)
+    state = training.create_state({"w": 4.0}, {"seen": 0}, tx, jax.random.key(0))
+    step = training.make_step(loss_fn)
+    state, metrics = step(state, batch)
+    assert (float(metrics["loss"]), float(metrics["w"]), float(state.params["w"])) == (8, 4, 0)
+    state, metrics = step(state, batch)
+    assert (float(metrics["loss"]), float(state.params["w"])) == (0, -2)
+    assert (int(state.step), int(state.state["seen"])) == (2, 2)
+
+
+def test_donation_takes_nothing_from_the_caller(batch):
+    params = {"w": jnp.ones(3)}
+    tx = optax.chain(
+        optax.ema(0.9), optax.lookahead(optax.sgd(0.1), 5, 0.5).init and optax.sgd(0.1)
+    )
+    key = jax.random.key(0)
+
+    def loss_fn(params, state, batch, key):
+        return jnp.sum(params["w"] ** 2), (state, {})
+
+    step = training.make_step(loss_fn)
+    # `also` is the same buffer as a parameter: donating it twice would be an error.
+    first = training.create_state(params, {"also": params["w"]}, tx, key)
+    step(first, batch)
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(first.params["w"])
+    assert params["w"].tolist() == [1, 1, 1]
+    assert jax.random.key_data(key).tolist() == [0, 0]
+
+
+def test_randomness_differs_between_steps_and_repeats_from_a_state(tiny, batch):
+    def loss_fn(params, state, batch, key):
+        draw = jax.random.uniform(key)
+        return params["w"] ** 2, (state, {"draw": draw, "image": jnp.mean(batch["image"])})
+
+    step = training.make_step(loss_fn, tiny.augment)
+    start = training.create_state({"w": 1.0}, {}, optax.sgd(0.1), jax.random.key(0))
+    state, first = step(training.copy(start), batch)
+    _, again = step(training.copy(start), batch)
+    _, second = step(state, batch)
+    tiny.assert_equal(first, again)
+    assert first["draw"] != second["draw"]
+    assert first["image"] != second["image"]
+
+
+def test_teacher_sees_the_augmented_images(tiny, batch):
+    def loss_fn(params, state, batch, key):
+        gap = jnp.max(jnp.abs(batch["teacher"] - batch["image"].mean((1, 2))))
+        return params["w"] ** 2, (state, {"gap": gap})
+
+    step = training.make_step(loss_fn, tiny.augment, teacher=lambda images: images.mean((1, 2)))
+    state = training.create_state({"w": 1.0}, {}, optax.sgd(0.1), jax.random.key(0))
+    assert step(state, batch)[1]["gap"] == 0
+
+
+@pytest.mark.parametrize("method", ["vmap", "map", "unroll", "auto"])
+def test_stack_equals_separate_steps(tiny, batch, method):
+    """Three experts with their own parameters, keys and sample weights, for two steps."""
+    weights = np.random.default_rng(1).uniform(size=(3, 8)).astype(np.float32)
+    loss_fn = training.classification(tiny.forward, alpha=0.5, smoothing=0.1)
+    teacher = lambda images: 3 * images[:, 0, 0, :1] * jnp.eye(1, 3, dtype=images.dtype)  # noqa: E731
+    separate = []
+    step = training.make_step(loss_fn, teacher=teacher)
+    for seed in range(3):
+        state = tiny.make_state(seed)
+        for _ in range(2):
+            state, metrics = step(state, batch | {"weight": weights[seed]})
+        separate.append((state, metrics))
+
+    stacked_step = training.make_stacked_step(
+        loss_fn, teacher=teacher, per_expert=["weight"], method=method
+    )
+    states = training.stack_states([tiny.make_state(seed) for seed in range(3)])
+    for _ in range(2):
+        states, metrics = stacked_step(states, batch | {"weight": weights})
+    for index, (state, expected) in enumerate(separate):
+        tiny.assert_close(training.expert_state(states, index), state)
+        tiny.assert_close(jax.tree.map(lambda x, i=index: x[i], metrics), expected)
+
+
+def test_stack_shares_one_augmentation(tiny, batch):
+    """With one key for all, the stack is E separate augmented steps; images are drawn once."""
+
+    def loss_fn(params, state, batch, key):
+        return params["w"] ** 2, (state, {"image": batch["image"]})
+
+    make = lambda seed: training.create_state(  # noqa: E731
+        {"w": 1.0}, {}, optax.sgd(0.1), jax.random.key(seed)
+    )
+    _, stacked = training.make_stacked_step(loss_fn, tiny.augment, method="vmap")(
+        training.stack_states([make(0), make(1)]), batch
+    )
+    _, alone = training.make_step(loss_fn, tiny.augment)(make(0), batch)
+    np.testing.assert_array_equal(stacked["image"][0], alone["image"])
+    np.testing.assert_array_equal(stacked["image"][0], stacked["image"][1])
+
+
+def test_optimizers_that_differ_in_their_state_stack(tiny, batch):
+    """One `tx.update` serves all: what it needs of an expert, it reads from the expert's state."""
+
+    def scale(by):
+        return optax.GradientTransformation(
+            lambda params: {"by": jnp.float32(by)},
+            lambda updates, state, params=None: (
+                jax.tree.map(lambda u: -u * state["by"], updates),
+                state,
+            ),
+        )
+
+    def loss_fn(params, state, batch, key):
+        return params["w"], (state, {})
+
+    key = jax.random.key(0)
+    states = [training.create_state({"w": 1.0}, {}, scale(by), key) for by in (0.25, 0.5)]
+    step = training.make_stacked_step(loss_fn, method="vmap")
+    states, _ = step(training.stack_states(states), batch)
+    assert states.params["w"].tolist() == [0.75, 0.5]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_compiles_once(tiny, batch, stacked):
+    traces = []
+
+    def forward(*args):
+        traces.append(1)
+        return tiny.forward(*args)
+
+    loss_fn = training.classification(forward)
+    if stacked:
+        step = training.make_stacked_step(loss_fn, method="vmap")
+        state = training.stack_states([tiny.make_state(0), tiny.make_state(1)])
+    else:
+        step, state = training.make_step(loss_fn), tiny.make_state()
+    for _ in range(3):
+        state, _ = step(state, batch)
+    assert len(traces) == 1
+    assert step._cache_size() == 1
+
+
+def test_errors_name_the_argument(tiny, batch):
+    key = jax.random.key(0)
+    with pytest.raises(TypeError, match=r"params must be float arrays, got int32 at 'bits'"):
+        training.create_state({"bits": jnp.int32(4)}, {}, optax.sgd(0.1), key)
+    with pytest.raises(TypeError, match="key must be a typed key"):
+        training.create_state({}, {}, optax.sgd(0.1), jnp.zeros(2, jnp.uint32))
+    with pytest.raises(ValueError, match="states must hold at least one"):
+        training.stack_states([])
+    with pytest.raises(ValueError, match="batch must hold 'teacher'"):
+        training.make_step(training.classification(tiny.forward, alpha=0.5))(
+            tiny.make_state(), batch
+        )
+    step = training.make_stacked_step(training.classification(tiny.forward), per_expert=["weight"])
+    states = training.stack_states([tiny.make_state(0), tiny.make_state(1)])
+    with pytest.raises(ValueError, match="per_expert must name entries of the batch"):
+        step(states, batch)
+    with pytest.raises(ValueError, match=r"'weight'\] must have a leading axis of 2 experts"):
+        step(states, batch | {"weight": np.ones((3, 8), np.float32)})
