@@ -1,0 +1,7 @@
+"""What a model costs: MACs, BOPs, parameters, packed bytes, peak activation memory."""
+
+from hybrid_jax.cost.count import Cost, SiteCost, count
+from hybrid_jax.cost.memory import peak_activation_bytes
+from hybrid_jax.cost.packing import packed_bytes
+
+__all__ = ["Cost", "SiteCost", "count", "packed_bytes", "peak_activation_bytes"]
