@@ -1,5 +1,6 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
+from hybrid_jax.core.channels import Group, Member, expand
 from hybrid_jax.core.checks import (
     check_choice,
     check_finite,
@@ -8,6 +9,8 @@ from hybrid_jax.core.checks import (
     check_positive,
     check_same_structure,
 )
+from hybrid_jax.core.graph import Graph, Site, at_sites, trace
+from hybrid_jax.core.interpreter import evaluate
 from hybrid_jax.core.paths import (
     REQUIRED,
     flatten_paths,
@@ -16,18 +19,40 @@ from hybrid_jax.core.paths import (
     match_rules,
     path_string,
 )
+from hybrid_jax.core.shrink import (
+    Certificate,
+    kept_indices,
+    mask_removed,
+    narrow,
+    shrink,
+    slice_tree,
+)
 
 __all__ = [
     "REQUIRED",
+    "Certificate",
+    "Graph",
+    "Group",
+    "Member",
+    "Site",
+    "at_sites",
     "check_choice",
     "check_finite",
     "check_fraction",
     "check_integer",
     "check_positive",
     "check_same_structure",
+    "evaluate",
+    "expand",
     "flatten_paths",
     "is_masked_node",
+    "kept_indices",
     "map_with_path",
+    "mask_removed",
     "match_rules",
+    "narrow",
     "path_string",
+    "shrink",
+    "slice_tree",
+    "trace",
 ]

@@ -100,10 +100,10 @@ def check_choice(name: str, value: str, options: Iterable[str]) -> str:
       ValueError: If `value` is none of `options`.
 
     Example:
-      >>> check_choice('criterion', 'magnitud', ['magnitude', 'taylor'])
+      >>> check_choice('routing', 'tpo_k', ['soft', 'top_k'])
       Traceback (most recent call last):
       ...
-      ValueError: criterion must be one of magnitude, taylor, got 'magnitud'; did you mean magnitude?
+      ValueError: routing must be one of soft, top_k, got 'tpo_k'; did you mean top_k?
     """
     options = list(options)
     if value not in options:

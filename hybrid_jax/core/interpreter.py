@@ -1,0 +1,296 @@
+"""One interpreter of jaxprs: everything that changes what a model computes is a rule handed to it.
+
+An equation is addressed by its *path*: its index, and below an equation that holds jaxprs the name
+of the one it is in and the index there, as in (3, 'body', 0). A path is static, so what an analysis
+learned about an equation once is found again whenever the program is interpreted.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+Path = tuple[int | str, ...]
+Rule = Callable[[Path, jex.JaxprEqn, list[Any]], tuple[list[Any], dict[str, Any]]]
+
+# The jaxprs that hold a custom derivative. Inside them a nested custom function stands for its
+# primal computation: its own rule was used up to make this one.
+DERIVATIVES = ("jvp", "fwd", "bwd")
+
+
+def evaluate(
+    jaxpr: jex.Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    rule: Rule,
+    active: Callable[[Path], bool],
+    path: Path = (),
+) -> tuple[list[Any], dict[str, Any]]:
+    """Evaluates a jaxpr, giving `rule` every equation that `active` says concerns it.
+
+    What is not active runs as it stands. An active equation that holds jaxprs (`jit`, `scan`,
+    `cond`, `remat`, custom derivatives, …) is built anew around the interpreted inner ones, so that
+    loops stay loops and derivative rules stay rules.
+
+    Args:
+      jaxpr: The open jaxpr.
+      consts: Values of its constants.
+      args: Values of its arguments.
+      rule: rule(path, equation, values) -> (outputs, records), for an equation without jaxprs.
+      active: active(path) -> whether the equation, or one inside it, concerns the rule.
+      path: Path of the equation that holds this jaxpr.
+
+    Returns:
+      The outputs, and the records of all rules in one dictionary. Inside a `scan` they gain a
+      leading axis; in a branch not taken they are zero; inside a `while` they are dropped.
+    """
+    env: dict[Any, Any] = {}
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    records: dict[str, Any] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        here = (*path, index)
+        values = [read(atom) for atom in eqn.invars]
+        if not active(here):
+            outs = bind(eqn, values)
+        else:
+
+            def inner(name, jaxpr, consts, args, here=here):
+                return evaluate(jaxpr, consts, args, rule, active, (*here, name))
+
+            rebuild = REBUILD.get(eqn.primitive.name)
+            if rebuild is None:
+                outs, found = rule(here, eqn, values)
+            else:
+                outs, found = rebuild(eqn.params, values, inner, in_derivative(here))
+            records |= found
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars], records
+
+
+def bind(eqn: jex.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Runs one equation, with some of its parameters changed; returns the list of its outputs."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(*values, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def in_derivative(path: Path) -> bool:
+    """Whether `path` lies in the rule of a custom derivative."""
+    return any(step in DERIVATIVES for step in path)
+
+
+def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
+    """The jaxprs that interpreting `eqn` runs, by name; {} for an equation without any."""
+    params, name = eqn.params, eqn.primitive.name
+    if name in ("jit", "pjit", "scan"):
+        return {"body": params["jaxpr"]}
+    if name in ("remat2", "checkpoint", "remat"):
+        return {"body": jex.ClosedJaxpr(params["jaxpr"], ())}
+    if name in ("closed_call", "core_call"):
+        return {"body": _close(params["call_jaxpr"])}
+    if name == "while":
+        return {"cond": params["cond_jaxpr"], "body": params["body_jaxpr"]}
+    if name == "cond":
+        return {str(i): branch for i, branch in enumerate(params["branches"])}
+    if name == "custom_jvp_call":
+        found = {"body": params["call_jaxpr"]}
+        return found if in_derivative(path) else found | {"jvp": jvp_jaxpr(params)[0]}
+    if name == "custom_vjp_call":
+        found = {"body": params["call_jaxpr"]}
+        return found if in_derivative(path) else found | {"fwd": fwd_jaxpr(params)}
+    return {}
+
+
+def jvp_jaxpr(params: dict[str, Any]) -> tuple[jex.ClosedJaxpr, list[bool]]:
+    """A custom JVP rule as (primals, tangents) -> (primals, non-zero tangents), which are zero."""
+    tangents = len(params["call_jaxpr"].in_avals) - params["num_consts"]
+    jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*[False] * tangents)
+    return jex.ClosedJaxpr(jaxpr, consts), list(zeros)
+
+
+def fwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
+    """A custom VJP's forward rule: primals -> (residuals that are no inputs, outputs)."""
+    primals = len(params["call_jaxpr"].in_avals) - params["num_consts"]
+    return jex.ClosedJaxpr(*params["fwd_jaxpr_thunk"].call_wrapped(*[True] * primals))
+
+
+def bwd_jaxpr(params: dict[str, Any], residuals: Sequence[Any]) -> jex.ClosedJaxpr:
+    """A custom VJP's backward rule: (residuals, cotangents) -> a cotangent for each primal."""
+    inputs = params["call_jaxpr"].in_avals[params["num_consts"] :]
+    cotangents = [aval.to_ct_aval() for aval in params["call_jaxpr"].out_avals]
+
+    def bwd(*args):
+        outs = params["bwd"].call_wrapped(*args)
+        return [
+            jnp.zeros(aval.to_ct_aval().shape, aval.to_ct_aval().dtype)
+            if type(out).__name__ == "Zero"
+            else out
+            for out, aval in zip(outs, inputs, strict=True)
+        ]
+
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in [*residuals, *cotangents]]
+    return jax.make_jaxpr(bwd)(*shapes)
+
+
+def split_residuals(params: dict[str, Any], outs: list[Any], primals: Sequence[Any]) -> tuple:
+    """Splits what `fwd_jaxpr` returns: all residuals (with those that are inputs), and outputs."""
+    _, tree, forwarded = params["out_trees"]()
+    count = tree.num_leaves - sum(index is not None for index in forwarded)
+    fresh = iter(outs[:count])
+    residuals = [next(fresh) if index is None else primals[index] for index in forwarded]
+    return residuals, outs[count:]
+
+
+def _close(jaxpr: Any) -> jex.ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
+
+
+def _call(params, values, inner, _):
+    jaxpr = _close(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
+    return inner("body", jaxpr.jaxpr, jaxpr.consts, values)
+
+
+def _remat(params, values, inner, _):
+    body = jax.checkpoint(
+        lambda *args: inner("body", params["jaxpr"], (), args),
+        prevent_cse=params["prevent_cse"],
+        policy=params["policy"],
+    )
+    return body(*values)
+
+
+def _scan(params, values, inner, _):
+    jaxpr, consts = params["jaxpr"], params["num_consts"]
+    carried = consts + params["num_carry"]
+
+    def body(carry, xs):
+        args = [*values[:consts], *carry, *xs]
+        outs, records = inner("body", jaxpr.jaxpr, jaxpr.consts, args)
+        split = params["num_carry"]
+        return tuple(outs[:split]), (tuple(outs[split:]), records)
+
+    carry, (ys, records) = lax.scan(
+        body,
+        tuple(values[consts:carried]),
+        tuple(values[carried:]),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys], records
+
+
+def _while(params, values, inner, _):
+    conds, bodies = params["cond_nconsts"], params["body_nconsts"]
+    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    cond_consts, body_consts = values[:conds], values[conds : conds + bodies]
+    outs = lax.while_loop(
+        lambda carry: inner("cond", cond.jaxpr, cond.consts, [*cond_consts, *carry])[0][0],
+        lambda carry: tuple(inner("body", body.jaxpr, body.consts, [*body_consts, *carry])[0]),
+        tuple(values[conds + bodies :]),
+    )
+    return list(outs), {}
+
+
+def _cond(params, values, inner, _):
+    index, *operands = values
+    branches = [
+        lambda *args, name=str(i), branch=branch: inner(name, branch.jaxpr, branch.consts, args)
+        for i, branch in enumerate(params["branches"])
+    ]
+    shapes = {}
+    for branch in branches:
+        shapes |= jax.eval_shape(branch, *operands)[1]
+
+    def padded(branch):
+        def run(*args):
+            outs, records = branch(*args)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return outs, zeros | records
+
+        return run
+
+    return lax.switch(index, [padded(branch) for branch in branches], *operands)
+
+
+def _custom_jvp(params, values, inner, derivative):
+    body, consts = params["call_jaxpr"], values[: params["num_consts"]]
+    if derivative:
+        return inner("body", body.jaxpr, body.consts, values)
+
+    @jax.custom_jvp
+    def call(*primals):
+        return inner("body", body.jaxpr, body.consts, [*consts, *primals])
+
+    @call.defjvp
+    def rule(primals, tangents):
+        jaxpr, zeros = jvp_jaxpr(params)
+        outs, records = inner("jvp", jaxpr.jaxpr, jaxpr.consts, [*primals, *tangents])
+        split = len(zeros)
+        given = iter(outs[split:])
+        out_tangents = [
+            _zero_tangent(out) if zero else next(given)
+            for out, zero in zip(outs[:split], zeros, strict=True)
+        ]
+        return (outs[:split], records), (out_tangents, jax.tree.map(_zero_tangent, records))
+
+    return call(*values[params["num_consts"] :])
+
+
+def _custom_vjp(params, values, inner, derivative):
+    body, consts = params["call_jaxpr"], values[: params["num_consts"]]
+    if derivative:
+        return inner("body", body.jaxpr, body.consts, values)
+
+    @jax.custom_vjp
+    def call(*primals):
+        return inner("body", body.jaxpr, body.consts, [*consts, *primals])
+
+    def forward(*primals):
+        jaxpr = fwd_jaxpr(params)
+        outs, records = inner("fwd", jaxpr.jaxpr, jaxpr.consts, primals)
+        residuals, outs = split_residuals(params, outs, primals)
+        return (outs, records), residuals
+
+    def backward(residuals, cotangents):
+        full, _ = split_residuals(
+            params, fwd_jaxpr(params).out_avals, params["call_jaxpr"].in_avals
+        )
+        jaxpr = bwd_jaxpr(params, full)
+        return tuple(inner("bwd", jaxpr.jaxpr, jaxpr.consts, [*residuals, *cotangents[0]])[0])
+
+    call.defvjp(forward, backward)
+    return call(*values[params["num_consts"] :])
+
+
+def _zero_tangent(x):
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros(x.shape, x.dtype)
+    return jnp.zeros(x.shape, jax.dtypes.float0)
+
+
+REBUILD = {
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "core_call": _call,
+    "remat": _remat,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+}
+"""Primitives that hold jaxprs -> how to build them anew around the interpreted ones."""

@@ -1,0 +1,383 @@
+"""Physical removal of channels: the same program on smaller arrays, whoever wrote it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from hybrid_jax.core import interpreter, paths
+from hybrid_jax.core.channels import components
+from hybrid_jax.core.graph import Graph, memoize_trace, trace
+from hybrid_jax.core.labels import ELEMENTWISE, Value, gather_axes
+
+Kept = Mapping[str, tuple[np.ndarray, ...]]
+"""{path: for each axis of the parameter the indices that stay, sorted}."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Certificate:
+    """What `shrink` removed, and that it changed nothing.
+
+    Attributes:
+      difference: Largest absolute difference between the outputs of the masked and the small
+        network on the given inputs; None if these were only shapes.
+      macs: Multiply-accumulates for one example, (before, after).
+      parameters: Number of parameters, (before, after).
+      kept: The indices that stay, for `narrow` and `slice_tree`.
+    """
+
+    difference: float | None
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    kept: Kept
+
+
+def shrink(
+    fn: Callable[..., Any], params: Any, masks: Any, *inputs: Any
+) -> tuple[Callable[..., Any], Any, Certificate]:
+    """Removes every channel of which all coupled parameters are masked.
+
+    What is masked without its whole group (unstructured sparsity) stays, as zeros.
+
+    Args:
+      fn: A pure function fn(params, *inputs) -> outputs.
+      params: Its parameters, with statistics (in Linen, the whole variables dict).
+      masks: Pytree like `params` of bool masks, True where kept; `optax.MaskedNode()` where nothing
+        is masked. `expand` makes them from kept channels.
+      *inputs: Example inputs; the certificate compares the outputs on them. Given as
+        `jax.ShapeDtypeStruct`s, nothing is compared; `params` may be shapes too.
+
+    Returns:
+      (small_fn, small_params, certificate). `small_fn(small_params, *inputs)` takes inputs of any
+      batch size, and can be jitted, differentiated, vmapped and exported.
+
+    Raises:
+      ValueError: If `masks` does not fit `params`.
+
+    Example:
+      >>> from hybrid_jax.core.channels import expand
+      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
+      >>> params = {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))}
+      >>> x = jnp.ones((5, 3))
+      >>> keep = {'a': np.array([True, False, True, False])}
+      >>> masks = expand(keep, trace(fn, params, x).groups, params)
+      >>> small_fn, small, certificate = shrink(fn, params, masks, x)
+      >>> small['a'].shape, small['b'].shape, certificate.difference, certificate.macs
+      ((3, 2), (2, 2), 0.0, (20, 10))
+    """
+    graph = trace(fn, params, *inputs)
+    kept = kept_indices(graph, masks)
+    small_fn = narrow(fn, params, kept)
+    if _is_abstract(params):
+        small_params = jax.eval_shape(lambda tree: slice_tree(tree, kept), params)
+    else:
+        small_params = slice_tree(params, kept)
+    if _is_abstract((params, inputs)):
+        difference = None
+    else:
+        masked = mask_removed(params, kept)
+        difference = _difference(
+            jax.jit(fn)(masked, *inputs), jax.jit(small_fn)(small_params, *inputs)
+        )
+    after = trace(small_fn, small_params, *inputs)
+    return (
+        small_fn,
+        small_params,
+        Certificate(
+            difference,
+            (graph.macs, after.macs),
+            (_count(graph.parameters), _count(after.parameters)),
+            kept,
+        ),
+    )
+
+
+def kept_indices(graph: Graph, masks: Any) -> Kept:
+    """Which indices of each parameter's axes stay, once fully masked groups are removed.
+
+    Raises:
+      ValueError: If a path or shape of `masks` is not a parameter's.
+    """
+    kept = {path: [np.ones(n, bool) for n in leaf.shape] for path, leaf in graph.parameters.items()}
+    alive = {}
+    for path, mask in paths.flatten_paths(masks).items():
+        if path not in graph.parameters:
+            names = ", ".join(graph.parameters)
+            raise ValueError(f"masks must have paths of params, got {path!r}, expected {names}")
+        if paths.is_masked_node(mask):
+            continue
+        mask, shape = np.asarray(mask, bool), graph.parameters[path].shape
+        if mask.shape != shape:
+            raise ValueError(f"masks must have shape {shape} at {path!r}, got {mask.shape}")
+        rank = range(mask.ndim)
+        alive[path] = [mask.any(axis=tuple(b for b in rank if b != a)) for a in rank]
+    for group in graph.groups:
+        dead = np.ones(group.size, bool)
+        for member in group.members:
+            if member.path not in alive:
+                dead[:] = False
+                break
+            dead &= ~alive[member.path][member.axis][member.index].any(axis=1)
+        for member in group.members:
+            kept[member.path][member.axis][member.index[dead].reshape(-1)] = False
+    return {path: tuple(np.flatnonzero(axis) for axis in axes) for path, axes in kept.items()}
+
+
+def slice_tree(tree: Any, kept: Kept) -> Any:
+    """Slices a pytree of arrays laid out like the parameters: moments, averages, gradients.
+
+    A leaf belongs to the parameter whose path ends its own, so that whole optimizer states can be
+    given; what belongs to none (a step count) is returned as it is.
+
+    Args:
+      tree: Pytree of arrays or `optax.MaskedNode()`s.
+      kept: A certificate's `kept`.
+
+    Raises:
+      ValueError: If a leaf that belongs to a parameter has not its shape.
+
+    Example:
+      >>> kept = {'w': (np.array([0, 2]),)}
+      >>> slice_tree({'count': 1, 'mu': {'w': jnp.arange(3)}}, kept)['mu']['w'].tolist()
+      [0, 2]
+    """
+
+    def cut(path, leaf):
+        steps = path.split("/")
+        owner = next((o for i in range(len(steps)) if (o := "/".join(steps[i:])) in kept), None)
+        if owner is None or paths.is_masked_node(leaf) or not np.shape(leaf):
+            return leaf
+        indices = kept[owner]
+        if len(indices) != np.ndim(leaf) or any(
+            len(i) and i[-1] >= n for i, n in zip(indices, np.shape(leaf), strict=True)
+        ):
+            raise ValueError(
+                f"tree must have the shape of {owner!r} at {path!r}, got {np.shape(leaf)}"
+            )
+        return _take(leaf, indices)
+
+    return paths.map_with_path(cut, tree)
+
+
+def mask_removed(params: Any, kept: Kept) -> Any:
+    """Sets to zero what `slice_tree` removes; the small network computes what these compute."""
+
+    def cut(path, leaf):
+        inside = np.zeros(np.shape(leaf), bool)
+        inside[np.ix_(*kept[path])] = True
+        return leaf if inside.all() else jnp.where(inside, leaf, jnp.zeros((), leaf.dtype))
+
+    return paths.map_with_path(cut, params)
+
+
+def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any]:
+    """The same removal for another function of the same parameters, as the one for training.
+
+    Args:
+      fn: A pure function fn(params, *inputs) -> outputs, on the parameters before removal.
+      params: Those parameters, or their shapes.
+      kept: A certificate's `kept`.
+
+    Returns:
+      small_fn(small_params, *inputs). It is traced for each new shape of the inputs. Outputs that
+      have the removed channels (new BatchNorm statistics) come out sliced.
+
+    Raises:
+      ValueError: When called, if `fn` makes use of a removed channel.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    plans: dict[int, _Plan] = {}
+    cached = memoize_trace(fn)
+
+    def small_fn(small_params, *inputs):
+        graph = cached(shapes, *inputs)
+        plan = plans.get(id(graph))
+        if plan is None or plan.graph is not graph:
+            plans.clear()
+            plan = plans[id(graph)] = _Plan(graph, kept)
+        leaves = jax.tree.leaves((small_params, *inputs))
+        expected = [tuple(keep.sum() for keep in plan.keeps(v)) for v in graph.arguments]
+        for path, leaf, shape in zip(graph.parameters, leaves, expected, strict=False):
+            if np.shape(leaf) != shape:
+                raise ValueError(
+                    f"params must have shape {shape} at {path!r}, got {np.shape(leaf)}"
+                )
+        jaxpr = graph.jaxpr
+        consts = [
+            _take(const, [np.flatnonzero(k) for k in plan.keeps(value)])
+            for const, value in zip(jaxpr.consts, graph.constants, strict=True)
+        ]
+        outs, _ = interpreter.evaluate(
+            jaxpr.jaxpr, consts, leaves, plan.rule, plan.active.__contains__
+        )
+        return jax.tree.unflatten(graph.out_tree, outs)
+
+    return small_fn
+
+
+class _Plan:
+    """Which indices of every array in a traced program stay, and how each equation is changed."""
+
+    def __init__(self, graph: Graph, kept: Kept):
+        self.graph = graph
+        found = components(graph.labels)
+        removed: set[int] = set()
+        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
+            for axis, own in enumerate(value.labels):
+                gone = np.setdiff1d(np.arange(leaf.shape[axis]), kept[path][axis])
+                for component in np.unique(found.of[own[gone]]).tolist():
+                    if component in found.reasons:
+                        raise ValueError(
+                            f"kept must keep {path!r} whole on axis {axis}: "
+                            f"a removed channel {found.reasons[component]}"
+                        )
+                    removed.add(component)
+        self.alive = ~np.isin(found.of, sorted(removed))
+        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
+            for axis, own in enumerate(value.labels):
+                if np.flatnonzero(self.alive[own]).tolist() != kept[path][axis].tolist():
+                    raise ValueError(
+                        f"kept must remove coupled channels together, got {leaf.shape[axis]} -> "
+                        f"{len(kept[path][axis])} at {path!r} on axis {axis}, which does not fit"
+                    )
+        self.active = {
+            path[:n]
+            for path, (ins, outs) in graph.equations.items()
+            if any(not all(k.all() for k in self.keeps(v)) for v in [*ins, *outs])
+            for n in range(1, len(path) + 1)
+        }
+
+    def keeps(self, value: Value) -> list[np.ndarray]:
+        """For each axis of an array, bool[n]: which indices stay."""
+        return [self.alive[labels] for labels in value.labels]
+
+    def rule(self, path: interpreter.Path, eqn: jex.JaxprEqn, values: list[Any]):
+        """Runs one equation on the smaller arrays."""
+        ins, outs = self.graph.equations[path]
+        ins, outs = [self.keeps(v) for v in ins], [self.keeps(v) for v in outs]
+        name = eqn.primitive.name
+        if name in ELEMENTWISE:
+            return interpreter.bind(eqn, values), {}
+        if name in RESIZE:
+            return RESIZE[name](eqn, values, ins, outs), {}
+        if name in SHAPE_FREE:
+            return interpreter.bind(eqn, values), {}
+        # A barrier: its inputs are whole. Computed in full, then sliced.
+        full = interpreter.bind(eqn, values)
+        return [
+            _take(out, [np.flatnonzero(k) for k in keep])
+            for out, keep in zip(full, outs, strict=True)
+        ], {}
+
+
+SHAPE_FREE = frozenset(
+    "transpose squeeze reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax "
+    "argmin concatenate stack tile rev cumsum cumprod cummax cummin cumlogsumexp sort dot_general "
+    "reduce_window_max reduce_window_min reduce_window_sum optimization_barrier".split()
+)
+"""Primitives whose parameters say nothing of the sizes that may change."""
+
+
+def _sizes(keep: Sequence[np.ndarray]) -> tuple[int, ...]:
+    return tuple(int(k.sum()) for k in keep)
+
+
+def _take(x: Any, indices: Sequence[np.ndarray]) -> Any:
+    """x[np.ix_(*indices)], touching only the axes that lose something."""
+    for axis, index in enumerate(indices):
+        if len(index) != x.shape[axis]:
+            x = jnp.take(x, index, axis=axis, unique_indices=True, indices_are_sorted=True)
+    return x
+
+
+def _resize_broadcast(eqn, values, ins, outs):
+    return interpreter.bind(eqn, values, shape=_sizes(outs[0]))
+
+
+def _resize_reshape(eqn, values, ins, outs):
+    return interpreter.bind(eqn, values, new_sizes=_sizes(outs[0]))
+
+
+def _resize_slice(eqn, values, ins, outs):
+    """Cuts by the surviving indices: a range where they form one, else a gather."""
+    params, x = eqn.params, values[0]
+    strides = params["strides"] or (1,) * x.ndim
+    for axis, (start, limit, stride) in enumerate(
+        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    ):
+        chosen = np.arange(start, limit, stride)[outs[0][axis]]
+        position = (np.cumsum(ins[0][axis]) - 1)[chosen]
+        step = int(position[1] - position[0]) if len(position) > 1 else 1
+        if np.array_equal(position, position[:1] + step * np.arange(len(position))) and step > 0:
+            low = int(position[0]) if len(position) else 0
+            high = int(position[-1]) + 1 if len(position) else 0
+            x = jax.lax.slice_in_dim(x, low, high, step, axis)
+        else:
+            x = jnp.take(x, position, axis=axis)
+    return [x]
+
+
+def _resize_split(eqn, values, ins, outs):
+    axis = eqn.params["axis"]
+    return interpreter.bind(eqn, values, sizes=tuple(int(keep[axis].sum()) for keep in outs))
+
+
+def _resize_pad(eqn, values, ins, outs):
+    config = []
+    for keep, (low, high, inside) in zip(outs[0], eqn.params["padding_config"], strict=True):
+        if low > 0 or high > 0:
+            end = len(keep) - max(high, 0)
+            low = int(keep[:low].sum()) if low > 0 else low
+            high = int(keep[end:].sum()) if high > 0 else high
+        config.append((low, high, inside))
+    return interpreter.bind(eqn, values, padding_config=tuple(config))
+
+
+def _resize_dynamic_slice(eqn, values, ins, outs):
+    return interpreter.bind(eqn, values, slice_sizes=_sizes(outs[0]))
+
+
+def _resize_gather(eqn, values, ins, outs):
+    sizes = list(eqn.params["slice_sizes"])
+    for axis in gather_axes(eqn.params, [len(k) for k in ins[0]]):
+        sizes[axis] = int(ins[0][axis].sum())
+    return interpreter.bind(eqn, values, slice_sizes=tuple(sizes))
+
+
+def _resize_convolution(eqn, values, ins, outs):
+    groups = eqn.params["feature_group_count"]
+    numbers = eqn.params["dimension_numbers"]
+    if groups > 1 and len(ins[1][numbers.rhs_spec[1]]) == 1:
+        groups = int(ins[0][numbers.lhs_spec[1]].sum())
+    return interpreter.bind(eqn, values, feature_group_count=groups)
+
+
+RESIZE = {
+    "broadcast_in_dim": _resize_broadcast,
+    "reshape": _resize_reshape,
+    "slice": _resize_slice,
+    "split": _resize_split,
+    "pad": _resize_pad,
+    "dynamic_slice": _resize_dynamic_slice,
+    "gather": _resize_gather,
+    "conv_general_dilated": _resize_convolution,
+}
+"""Primitives whose parameters hold sizes -> how to run them on the smaller arrays."""
+
+
+def _is_abstract(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def _count(parameters: Mapping[str, Any]) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in parameters.values())
+
+
+def _difference(a: Any, b: Any) -> float:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    gaps = [float(jnp.max(jnp.abs(x - y))) for x, y in pairs if x.shape == y.shape and x.size]
+    return max(gaps, default=0.0)
