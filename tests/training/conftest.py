@@ -51,7 +51,8 @@ def leaves(tree):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
-    return {path: plain(leaf) for path, leaf in core.flatten_paths(tree).items()}
+    leaves = jax.tree.leaves_with_path(tree)
+    return {core.path_string(path): plain(leaf) for path, leaf in leaves}
 
 
 def assert_equal(got, expected):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import training
+from hybrid_jax import pruning, training
 
 
 @pytest.fixture
@@ -34,16 +34,22 @@ def test_resume_is_bit_equal(tiny, step, batches, arrays, tmp_path):
         tiny.predict, state.params | state.state, arrays, 8
     )
     settings = dict(steps=11, name="parent", evaluate=evaluate, every=4, record_every=3)
-    whole = training.fit(
-        step, tiny.make_state(), batches, records=tmp_path / "whole.jsonl", **settings
-    )
+
+    def make_state(seed):
+        """Adam, and a mask drawn from the seed that removes weights of the convolution."""
+        params = tiny.make_state(seed).params
+        scores = pruning.random(params, jax.random.key(seed))
+        tx = optax.chain(optax.adam(0.01), pruning.hold_masks(pruning.masks(scores, 0.5)))
+        return tiny.make_state(seed, tx)
+
+    whole = training.fit(step, make_state(0), batches, records=tmp_path / "whole.jsonl", **settings)
 
     checkpoint = training.Checkpoints(tmp_path / "checkpoints")
     records = tmp_path / "records.jsonl"
     with pytest.raises(KeyboardInterrupt):
         training.fit(
             step,
-            tiny.make_state(),
+            make_state(0),
             interrupted(batches, at=7),
             checkpoint=checkpoint,
             records=records,
@@ -59,7 +65,7 @@ def test_resume_is_bit_equal(tiny, step, batches, arrays, tmp_path):
     # Another start state: all of it comes from the checkpoint.
     resumed = training.fit(
         step,
-        tiny.make_state(seed=5),
+        make_state(5),
         batches,
         checkpoint=training.Checkpoints(tmp_path / "checkpoints"),
         records=records,
@@ -128,7 +134,7 @@ def test_a_loss_that_is_not_finite_names_its_step(record_every, every, tmp_path)
 
 
 def test_what_the_last_update_broke_is_not_saved(tmp_path):
-    """Each update adds 1e10 w: w is 1e40 after step 4, infinite; its loss would be that of step 5."""
+    """Each update adds 1e10 w: w is infinite after step 4, which the loss of step 5 would show."""
 
     def loss_fn(params, state, batch, key):
         return 0 * params["w"], (state, {})

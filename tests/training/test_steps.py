@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import training
+from hybrid_jax import pruning, training
 
 
 @pytest.fixture
@@ -120,26 +120,19 @@ def test_stack_shares_one_augmentation(tiny, batch):
     np.testing.assert_array_equal(stacked["image"][0], stacked["image"][1])
 
 
-def test_optimizers_that_differ_in_their_state_stack(tiny, batch):
-    """One `tx.update` serves all: what it needs of an expert, it reads from the expert's state."""
-
-    def scale(by):
-        return optax.GradientTransformation(
-            lambda params: {"by": jnp.float32(by)},
-            lambda updates, state, params=None: (
-                jax.tree.map(lambda u: -u * state["by"], updates),
-                state,
-            ),
-        )
+def test_each_expert_of_a_stack_lands_on_its_own_mask(batch):
+    """Gradient (1, 1), rate 1/4, from (1, 1): 3/4 where kept, 0 where removed."""
 
     def loss_fn(params, state, batch, key):
-        return params["w"], (state, {})
+        return jnp.sum(params["w"]), (state, {})
 
-    key = jax.random.key(0)
-    states = [training.create_state({"w": 1.0}, {}, scale(by), key) for by in (0.25, 0.5)]
-    step = training.make_stacked_step(loss_fn, method="vmap")
-    states, _ = step(training.stack_states(states), batch)
-    assert states.params["w"].tolist() == [0.75, 0.5]
+    def make(mask):
+        tx = optax.chain(optax.sgd(0.25), pruning.hold_masks({"w": jnp.array(mask)}))
+        return training.create_state({"w": jnp.ones(2)}, {}, tx, jax.random.key(0))
+
+    states = training.stack_states([make([True, False]), make([False, True])])
+    states, _ = training.make_stacked_step(loss_fn, method="vmap")(states, batch)
+    assert states.params["w"].tolist() == [[0.75, 0], [0, 0.75]]
 
 
 @pytest.mark.parametrize("stacked", [False, True])
