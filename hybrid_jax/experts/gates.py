@@ -4,6 +4,7 @@ Any function of that kind is a gate; these two see the image averaged down to ab
 side, so that they cost little beside an expert. `gate.apply` is the `gate_fn` of `mixture`.
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -87,4 +88,5 @@ def gate_linear(num_experts: int, size: int = 8) -> nn.Module:
 
 def _shrink(x, size):
     window = tuple(max(1, side // size) for side in x.shape[1:3])
-    return nn.avg_pool(x, window, strides=window)
+    # Not nn.avg_pool, which divides by a NumPy integer: an error under strict promotion.
+    return nn.pool(x, 0.0, jax.lax.add, window, window, "VALID") / math.prod(window)

@@ -1,0 +1,102 @@
+"""A deployed file and the manifest beside it, written so that a failure leaves the old ones."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+MANIFEST_SUFFIX = ".json"
+
+
+def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes `data` to `path` and its manifest to `path` + '.json'.
+
+    Both are first written whole beside their targets and then moved over them: with a full disk the
+    old pair stays.
+
+    Args:
+      path: Target; its folder is made if it is missing.
+      data: Contents.
+      facts: What the manifest says besides `bytes` and `sha256`; JSON values.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      OSError: If it cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write(f'{folder}/model', b'abc', {'kind': 'test'})['bytes']
+      3
+    """
+    path = pathlib.Path(path)
+    manifest = {**facts, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    contents = {
+        path: data,
+        manifest_path(path): (json.dumps(manifest, indent=2) + "\n").encode(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}") for target in contents}
+    try:
+        for target, content in contents.items():
+            with open(temporary[target], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for target in contents:
+            os.replace(temporary[target], target)
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)
+    return manifest
+
+
+def read(path: str | os.PathLike) -> tuple[bytes, dict[str, Any]]:
+    """Reads what `write` wrote, checked against its manifest.
+
+    Returns:
+      The contents and the manifest.
+
+    Raises:
+      FileNotFoundError: If the file or its manifest is missing.
+      ValueError: If the manifest is no manifest, or size or checksum differ from it.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = write(f'{folder}/model', b'abc', {})
+      ...     _ = pathlib.Path(f'{folder}/model').write_bytes(b'abd')
+      ...     read(f'{folder}/model')  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      ValueError: ...model must have sha256 ba7816bf..., got a52d159f...; it was changed ...
+    """
+    path = pathlib.Path(path)
+    beside = manifest_path(path)
+    data, text = path.read_bytes(), beside.read_bytes()
+    try:
+        manifest = json.loads(text)
+        expected = {"bytes": manifest["bytes"], "sha256": manifest["sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{beside} must be a JSON object with bytes and sha256") from error
+    got = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name, value in expected.items():
+        if got[name] != value:
+            raise ValueError(
+                f"{path} must have {name} {value}, got {got[name]}; it was changed or damaged"
+            )
+    return data, manifest
+
+
+def manifest_path(path: str | os.PathLike) -> pathlib.Path:
+    """Where the manifest of `path` lies.
+
+    Example:
+      >>> manifest_path('model.stablehlo').name
+      'model.stablehlo.json'
+    """
+    path = pathlib.Path(path)
+    return path.with_name(path.name + MANIFEST_SUFFIX)

@@ -1,0 +1,74 @@
+"""Latency against a reference in the same run: only such ratios carry over to another machine."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hybrid_jax import core
+
+
+class Latency(NamedTuple):
+    """Times in seconds of one call, and how they compare.
+
+    Attributes:
+      p50: Median of the function.
+      p95: 95th percentile of the function.
+      reference_p50: Median of the reference.
+      reference_p95: 95th percentile of the reference.
+      ratio: Median over the pairs of function time / reference time; below 1 is faster.
+    """
+
+    p50: float
+    p95: float
+    reference_p50: float
+    reference_p95: float
+    ratio: float
+
+
+def compare_latency(
+    fn: Callable[..., Any],
+    reference: Callable[..., Any],
+    *inputs: Any,
+    pairs: int = 50,
+    warmup: int = 3,
+) -> Latency:
+    """Times `fn` and `reference` by turns, so that what else the machine does weighs on both.
+
+    The order within a pair alternates. Compilation is not timed; transfer of NumPy inputs is.
+
+    Args:
+      fn: Jitted function, called as `fn(*inputs)` until its outputs are ready.
+      reference: Another, called with the same inputs (as the dense float model).
+      *inputs: Usually one image, `(1, H, W, C)`.
+      pairs: How many pairs are timed, at least 1.
+      warmup: How many pairs go before them, at least 1.
+
+    Raises:
+      ValueError: If `pairs` or `warmup` is not an integer of at least 1.
+
+    Example:
+      >>> small, large = jax.jit(lambda x: x @ x), jax.jit(lambda x: x @ (x @ (x @ x)))
+      >>> measured = compare_latency(small, large, np.ones((64, 64), np.float32), pairs=5)
+      >>> measured.ratio > 0
+      True
+    """
+    core.check_integer("pairs", pairs, 1)
+    core.check_integer("warmup", warmup, 1)
+    for _ in range(warmup):
+        _seconds(fn, inputs), _seconds(reference, inputs)
+    times = np.empty((pairs, 2))
+    for i in range(pairs):
+        for j in (0, 1) if i % 2 else (1, 0):
+            times[i, j] = _seconds((fn, reference)[j], inputs)
+    p50, p95 = np.percentile(times, [50, 95], axis=0)
+    ratio = np.median(times[:, 0] / times[:, 1])
+    return Latency(*map(float, (p50[0], p95[0], p50[1], p95[1], ratio)))
+
+
+def _seconds(fn, inputs):
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*inputs))
+    return time.perf_counter() - start

@@ -1,0 +1,230 @@
+"""StableHLO: a function with its parameters as one file, for any XLA device, without this package.
+
+Who receives the file needs `jax` alone: `jax.export.deserialize(data).call(x)`. A top-1 mixture is
+exported as `experts.one_of`, which runs the gate and one expert for each image of the batch.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.deploy import artifact
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+KIND = "stablehlo"
+
+_BATCH = "b"
+_ALLOWED_CALLS = {"shape_assertion"}  # the check of a symbolic batch; no code of a backend
+
+
+def export(
+    path: str | os.PathLike,
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    platforms: Sequence[str] = PLATFORMS,
+    symbolic_batch: bool = True,
+) -> dict[str, Any]:
+    """Writes `fn` with `params` as constants to a StableHLO file and a manifest beside it.
+
+    Args:
+      path: Target file; the manifest is `path` + '.json'. On any failure what was there stays.
+      fn: Pure function `fn(params, *inputs)` -> array(s).
+      params: Pytree of arrays. Integers stay integers (NumPy leaves are made JAX arrays first:
+        closed-over NumPy int8 would be folded to float32).
+      *inputs: Arrays or `jax.ShapeDtypeStruct` with a leading batch axis.
+      platforms: Of 'cpu', 'cuda', 'rocm', 'tpu'; one file serves all of them.
+      symbolic_batch: Whether the leading axis of all inputs is left open (any size of at least 1);
+        otherwise the size given is fixed.
+
+    Returns:
+      The manifest: kind, jax version, calling_convention_version, platforms, inputs and outputs
+      (lists of shape and dtype, an open batch written 'b'), bytes and sha256.
+
+    Raises:
+      ValueError: If a platform is unknown or none is given, an input has no batch axis, or `fn`
+        needs a backend's custom call, which the other platforms do not have.
+
+    Example:
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     manifest = export(f'{folder}/f', lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
+      >>> manifest['inputs'], manifest['platforms']
+      ([{'shape': ['b', 2], 'dtype': 'float32'}], ['cpu', 'cuda', 'tpu'])
+    """
+    if not platforms:
+        raise ValueError(f"platforms must hold at least one of {', '.join(PLATFORMS)}, got none")
+    for platform in platforms:
+        core.check_choice("platforms", platform, [*PLATFORMS, "rocm"])
+    specs = _specs(inputs, symbolic_batch)
+    params = jax.tree.map(jnp.asarray, params)
+
+    def inference(*args):
+        return fn(params, *args)
+
+    exported = jax.export.export(jax.jit(inference), platforms=tuple(platforms))(*specs)
+    calls = set(re.findall(r"custom_call @([\w.$]+)", exported.mlir_module())) - _ALLOWED_CALLS
+    if calls:
+        raise ValueError(
+            f"fn must lower to plain StableHLO for {', '.join(platforms)}, "
+            f"got custom calls: {', '.join(sorted(calls))}"
+        )
+    facts = {
+        "kind": KIND,
+        "jax": jax.__version__,
+        "calling_convention_version": exported.calling_convention_version,
+        "platforms": list(exported.platforms),
+        "inputs": [_describe(aval) for aval in exported.in_avals],
+        "outputs": [_describe(aval) for aval in exported.out_avals],
+    }
+    return artifact.write(path, bytes(exported.serialize()), facts)
+
+
+def load(path: str | os.PathLike) -> Callable[..., Any]:
+    """Reads an exported file, checked against its manifest, as a jitted function of the inputs.
+
+    Raises:
+      FileNotFoundError: If the file or its manifest is missing.
+      ValueError: If it was changed or damaged, is no StableHLO file, or was made by a newer jax.
+
+    Example:
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = export(f'{folder}/f', lambda w, x: x * w, jnp.float32(3), jnp.ones((1, 2)))
+      ...     load(f'{folder}/f')(jnp.ones((2, 2)))
+      Array([[3., 3.],
+             [3., 3.]], dtype=float32)
+    """
+    data, _ = _read(path)
+    return jax.jit(jax.export.deserialize(bytearray(data)).call)
+
+
+class Verification(NamedTuple):
+    """How an exported file compares with the model that it was made from.
+
+    Attributes:
+      max_difference: Largest absolute difference of a logit; NaN if one of them is NaN.
+      agreement: Share of images with the same top-1 class, in [0, 1].
+      count: Number of images compared.
+    """
+
+    max_difference: float
+    agreement: float
+    count: int
+
+
+def verify(
+    path: str | os.PathLike,
+    images: Any,
+    expected_logits: Any,
+    *,
+    batch_size: int = 256,
+    platform: str = "cpu",
+) -> Verification:
+    """Runs an exported file in a new process, which imports jax and numpy only, and compares.
+
+    Args:
+      path: File of a function with one input and one output.
+      images: `(n, ...)`, n >= 1, of the dtype that was exported.
+      expected_logits: `(n, N)`, what the model gave for them.
+      batch_size: Images for each call; a file with a fixed batch is called with that.
+      platform: Where the new process runs it.
+
+    Raises:
+      FileNotFoundError, ValueError: As for `load`; and if the images are none, are no whole number
+        of fixed batches, or the logits' shape is not the expected one.
+      RuntimeError: If the process fails, with the end of what it said.
+
+    Example:
+      >>> x = np.ones((3, 2), np.float32)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = export(f'{folder}/f', lambda w, x: x * w, jnp.float32(3), x)
+      ...     verify(f'{folder}/f', x, 3 * x)
+      Verification(max_difference=0.0, agreement=1.0, count=3)
+    """
+    images, expected = np.asarray(images), np.asarray(expected_logits)
+    _, manifest = _read(path)
+    core.check_choice("platform", platform, manifest["platforms"])
+    fixed = manifest["inputs"][0]["shape"][0]
+    size = core.check_integer("batch_size", batch_size, 1) if fixed == _BATCH else fixed
+    if not len(images) or (fixed != _BATCH and len(images) % fixed):
+        unit = "at least 1 image" if fixed == _BATCH else f"a positive multiple of {fixed} images"
+        raise ValueError(f"images must hold {unit}, got {len(images)}")
+    logits = _run_elsewhere(path, images, size, platform)
+    if logits.shape != expected.shape:
+        raise ValueError(f"expected_logits must have shape {logits.shape}, got {expected.shape}")
+    return Verification(
+        float(np.abs(logits - expected).max()),
+        float((logits.argmax(-1) == expected.argmax(-1)).mean()),
+        len(images),
+    )
+
+
+_RUN = """
+import sys
+import jax
+import numpy as np
+from jax import export
+path, images, logits, size = sys.argv[1:]
+with open(path, "rb") as file:
+    call = jax.jit(export.deserialize(bytearray(file.read())).call)
+x, size = np.load(images), int(size)
+np.save(logits, np.concatenate([call(x[i : i + size]) for i in range(0, len(x), size)]))
+assert "hybrid_jax" not in sys.modules
+"""
+
+
+def _run_elsewhere(path, images, size, platform):
+    with tempfile.TemporaryDirectory() as folder:
+        given, got = pathlib.Path(folder, "images.npy"), pathlib.Path(folder, "logits.npy")
+        np.save(given, images)
+        # -P keeps the current folder, and with it this package's sources, off the path.
+        command = [sys.executable, "-P", "-c", _RUN, *map(str, (path, given, got, size))]
+        environment = {**os.environ, "JAX_PLATFORMS": platform}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"{path} did not run in a new process: {done.stderr.strip()[-2000:]}"
+            )
+        return np.load(got)
+
+
+def _read(path):
+    data, manifest = artifact.read(path)
+    if manifest.get("kind") != KIND:
+        raise ValueError(f"{path} must be of kind {KIND!r}, got {manifest.get('kind')!r}")
+    if _version(manifest["jax"]) > _version(jax.__version__):
+        raise ValueError(
+            f"{path} must be made by jax {jax.__version__} or older, got {manifest['jax']}"
+        )
+    return data, manifest
+
+
+def _version(text):
+    return tuple(int(number) for number in text.split(".")[:2])
+
+
+def _specs(inputs, symbolic_batch):
+    # All inputs share one scope, and so one batch size.
+    scope = jax.export.SymbolicScope()
+    specs = []
+    for i, x in enumerate(inputs):
+        if not x.shape:
+            raise ValueError(f"inputs[{i}] must have a leading batch axis, got a scalar")
+        batch = jax.export.symbolic_shape(_BATCH, scope=scope) if symbolic_batch else x.shape[:1]
+        specs.append(jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype))
+    return specs
+
+
+def _describe(aval):
+    shape = [size if isinstance(size, int) else str(size) for size in aval.shape]
+    return {"shape": shape, "dtype": str(aval.dtype)}
