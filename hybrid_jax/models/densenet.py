@@ -33,8 +33,7 @@ class DenseNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, N)."""
-        stem = 2 * self.growth if self.bottleneck else 16
-        x = conv(stem, 3, name="stem")(x)
+        x = conv(2 * self.growth, 3, name="stem")(x)
         for block, count in enumerate(self.blocks):
             for i in range(count):
                 y = x

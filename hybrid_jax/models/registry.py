@@ -58,9 +58,9 @@ def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
     """Makes a model by name.
 
     For 32×32 images: 'resnet8', 'resnet20', 'resnet32', 'resnet56', 'vgg16_bn', 'densenet'
-    (DenseNet-BC of 100 layers, growth 12), 'densenet40' (not BC). For 224×224 images: 'resnet18',
-    'resnet50', 'mobilenet_v2'; with stem='cifar' these take 32×32 images too. Each takes any
-    number of input channels.
+    (DenseNet-BC of 100 layers, growth 12), 'densenet40' (not BC, with the stem of 24 channels that
+    pruning papers give it). For 224×224 images: 'resnet18', 'resnet50', 'mobilenet_v2'; with
+    stem='cifar' these take 32×32 images too. Each takes any number of input channels.
 
     Args:
       name: One of `names()`.

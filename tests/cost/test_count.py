@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+from hybrid_jax import core, cost
+
+
+def network(params, x):
+    x = lax.conv_general_dilated(
+        x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jax.nn.relu(x + params["bias"].reshape(1, 1, 1, -1))
+    return x.mean((1, 2)) @ params["head"]
+
+
+PARAMS = {"conv": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4), "head": jnp.ones((4, 5))}
+GRAPH = core.trace(network, PARAMS, jnp.ones((3, 6, 6, 2)))
+
+
+def test_masks_and_bits_by_hand():
+    conv = np.ones((3, 3, 2, 4), bool)
+    conv[..., 1] = False  # one of four output channels
+    conv[0, 0, 0] = False  # one tap of the three others
+    masks = {"conv": conv, "bias": optax.MaskedNode(), "head": optax.MaskedNode()}
+    found = cost.count(GRAPH, masks, {"conv": 4, "head": 8}, {"conv": 8})
+    first, last = found.sites
+    # 72 weights, less 18, less 3: 51 kept, each used at 36 places.
+    assert (first.nonzero, first.macs, first.dense_macs) == (51, 51 * 36, 72 * 36)
+    assert first.sparsity == pytest.approx(21 / 72)
+    assert (first.bops, last.bops) == (51 * 36 * 4 * 8, 20 * 8 * 32)
+    assert found.bops == first.bops + last.bops
+    assert found.macs == 51 * 36 + 20
+    # conv: dense 72·4 bits = 36 bytes; bitmap (72 + 51·4) / 8 = 34.5, 35 bytes; CSR of 4 rows and
+    # 18 columns 51·(4+5) + 5·6 bits is more. Four scales of 4 bytes.
+    assert first.bytes == 35 + 16
+    # head: 20 bytes and five scales; bias: 4 floats.
+    assert last.bytes == 20 + 20
+    assert found.bytes == 51 + 40 + 16
+    assert (found.parameters, found.nonzero) == (96, 75)
+
+
+def test_no_masks_in_any_form_is_dense():
+    dense = cost.count(GRAPH)
+    masked_nodes = jax.tree.map(lambda _: optax.MaskedNode(), PARAMS)
+    everything = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), PARAMS)
+    for masks in ({}, masked_nodes, everything):
+        assert cost.count(GRAPH, masks) == dense
+
+
+def test_masked_channels_cost_what_the_shrunk_network_does():
+    params = {"a": jnp.ones((6, 8)), "b": jnp.ones((8, 3))}
+
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    x = jnp.ones((2, 6))
+    graph = core.trace(fn, params, x)
+    (group,) = graph.groups
+    masks = core.expand({group.name: np.arange(8) < 5}, graph.groups, params)
+    masked = cost.count(graph, masks)
+    small_fn, small_params, _ = core.shrink(fn, params, masks, x)
+    shrunk = cost.count(core.trace(small_fn, small_params, x))
+    # 5 of 8 hidden units: 6·5 + 5·3.
+    assert masked.macs == shrunk.macs == 45
+    assert masked.nonzero == shrunk.parameters == 45
+    assert shrunk.bytes == 180 <= masked.bytes
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.floats(0, 1), st.integers(1, 32))
+def test_packed_bytes_holds_a_layout_and_beats_all(rows, columns, part, bits):
+    nonzero = round(part * rows * columns)
+    packed = cost.packed_bytes(rows, columns, nonzero, bits)
+    index = int(np.ceil(np.log2(columns)))
+    offset = int(np.ceil(np.log2(nonzero + 1)))
+    layouts = [
+        rows * columns * bits,
+        rows * columns + nonzero * bits,
+        nonzero * (bits + index) + (rows + 1) * offset,
+    ]
+    assert packed == min(int(np.ceil(layout / 8)) for layout in layouts)
+    if nonzero:
+        assert cost.packed_bytes(rows, columns, nonzero - 1, bits) <= packed
+
+
+def test_a_kernel_of_two_sites_is_stored_once_at_its_largest_width():
+    graph = core.trace(
+        lambda p, x: (x @ p["w"]) @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((1, 4))
+    )
+    found = cost.count(graph, weight_bits={"w": 4, "w#2": 8})
+    # 16 weights of 8 bits and four scales of 4 bytes.
+    assert found.bytes == 16 + 16
+    assert found.bops == 16 * 4 * 32 + 16 * 8 * 32
+
+
+def test_batch_statistics_are_stored_but_no_parameters():
+    variables = {"params": {"w": jnp.ones((4, 2))}, "batch_stats": {"mean": jnp.ones(2)}}
+
+    def fn(variables, x):
+        return x @ variables["params"]["w"] - variables["batch_stats"]["mean"][None]
+
+    found = cost.count(core.trace(fn, variables, jnp.ones((1, 4))))
+    assert (found.parameters, found.bytes) == (8, 4 * 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_bits": {"conv": 0}}, r"weight_bits of 'conv' must be .*\[1, 32\], got 0"),
+        ({"activation_bits": {"conv": 4.0}}, "activation_bits of 'conv' must be .*, got 4.0"),
+        ({"weight_bits": {"cnv": 8}}, "site of weight_bits must .* did you mean conv"),
+        ({"masks": {"cnv": np.ones(2, bool)}}, "path of masks must .* did you mean conv"),
+        ({"masks": {"bias": np.ones(5, bool)}}, r"masks must have shape \(4,\) at 'bias', got"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cost.count(GRAPH, **arguments)
