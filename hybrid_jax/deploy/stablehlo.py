@@ -140,9 +140,10 @@ def verify(
       platform: Where the new process runs it.
 
     Raises:
-      FileNotFoundError, ValueError: As for `load`; and if the images are none, are no whole number
-        of fixed batches, or the logits' shape is not the expected one.
-      RuntimeError: If the process fails, with the end of what it said.
+      FileNotFoundError, ValueError: As for `load`; and if the images have another shape or dtype
+        than the file takes, are none or no whole number of fixed batches, or if the logits have
+        another shape than the expected ones.
+      RuntimeError: If the process fails, with its reason.
 
     Example:
       >>> x = np.ones((3, 2), np.float32)
@@ -154,11 +155,7 @@ def verify(
     images, expected = np.asarray(images), np.asarray(expected_logits)
     _, manifest = _read(path)
     core.check_choice("platform", platform, manifest["platforms"])
-    fixed = manifest["inputs"][0]["shape"][0]
-    size = core.check_integer("batch_size", batch_size, 1) if fixed == _BATCH else fixed
-    if not len(images) or (fixed != _BATCH and len(images) % fixed):
-        unit = "at least 1 image" if fixed == _BATCH else f"a positive multiple of {fixed} images"
-        raise ValueError(f"images must hold {unit}, got {len(images)}")
+    size = _batch_size(manifest["inputs"], images, batch_size)
     logits = _run_elsewhere(path, images, size, platform)
     if logits.shape != expected.shape:
         raise ValueError(f"expected_logits must have shape {logits.shape}, got {expected.shape}")
@@ -167,6 +164,20 @@ def verify(
         float((logits.argmax(-1) == expected.argmax(-1)).mean()),
         len(images),
     )
+
+
+def _batch_size(inputs, images, batch_size):
+    """What to call the file with, after a check that it takes these images."""
+    core.check_integer("batch_size", batch_size, 1)
+    (fixed, *shape), dtype = inputs[0]["shape"], inputs[0]["dtype"]
+    if list(images.shape[1:]) != shape or images.dtype != dtype:
+        raise ValueError(
+            f"images must be {dtype} of shape {(fixed, *shape)}, got {images.dtype} {images.shape}"
+        )
+    multiple = 1 if fixed == _BATCH else fixed
+    if not len(images) or len(images) % multiple:
+        raise ValueError(f"images must hold a positive multiple of {multiple}, got {len(images)}")
+    return batch_size if fixed == _BATCH else fixed
 
 
 _RUN = """
@@ -189,12 +200,15 @@ def _run_elsewhere(path, images, size, platform):
         np.save(given, images)
         # -P keeps the current folder, and with it this package's sources, off the path.
         command = [sys.executable, "-P", "-c", _RUN, *map(str, (path, given, got, size))]
-        environment = {**os.environ, "JAX_PLATFORMS": platform}
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": platform,
+            "JAX_TRACEBACK_FILTERING": "off",  # so that the last line is the error
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(
-                f"{path} did not run in a new process: {done.stderr.strip()[-2000:]}"
-            )
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RuntimeError(f"{path} did not run in a new process: {reason}")
         return np.load(got)
 
 

@@ -11,11 +11,9 @@ GATES = [experts.gate_cnn, experts.gate_linear]
 @pytest.mark.parametrize("make", GATES)
 @pytest.mark.parametrize("shape", [(2, 32, 32, 3), (1, 8, 8, 1), (3, 28, 20, 3), (1, 5, 5, 1)])
 def test_any_image_size(make, shape, key):
-    gate = make(4)
-    images = jax.random.normal(key, shape)
-    logits = gate.apply(gate.init(key, images), images)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    logits, _ = jax.eval_shape(make(4).init_with_output, key, images)
     assert logits.shape == (shape[0], 4)
-    assert jnp.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("make", GATES)
@@ -25,10 +23,11 @@ def test_sees_the_image_averaged_down(make, key):
     small = jax.random.normal(key, (2, 8, 8, 1))
     large = small.repeat(2, 1).repeat(2, 2)
     ripple = jnp.tile(jnp.array([[1.0, -1.0], [-1.0, 1.0]])[None, :, :, None], (2, 8, 8, 1))
-    params = gate.init(key, large)
-    want = gate.apply(params, small)
-    np.testing.assert_allclose(gate.apply(params, large), want, atol=1e-5)
-    np.testing.assert_allclose(gate.apply(params, large + ripple), want, atol=1e-5)
+    apply = jax.jit(gate.apply)
+    params = jax.jit(gate.init)(key, large)
+    want = apply(params, small)
+    np.testing.assert_allclose(apply(params, large), want, atol=1e-5)
+    np.testing.assert_allclose(apply(params, large + ripple), want, atol=1e-5)
     assert float(jnp.abs(want[0] - want[1]).max()) > 1e-3
 
 

@@ -23,14 +23,15 @@ class Net(nn.Module):
 NET = Net()
 
 
-@pytest.fixture
-def images(key):
-    return jax.random.normal(key, (2, 5, 5, 2))
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(0), (2, 5, 5, 2))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parameters(images):
-    return [NET.init(jax.random.key(e), images) for e in range(3)]
+    init = jax.jit(NET.init)
+    return [init(jax.random.key(e), images) for e in range(3)]
 
 
 def loss(params, x):
@@ -43,7 +44,8 @@ def test_stack_equals_the_loop(method, fn, parameters, images):
     """Law 5."""
     mapped = jax.jit(experts.map_experts(fn, method, in_axes=(0, None)))
     together = experts.unstack(mapped(experts.stack(parameters), images))
-    alone = [jax.jit(fn)(params, images) for params in parameters]
+    alone = jax.jit(fn)
+    alone = [alone(params, images) for params in parameters]
     for one, other in zip(together, alone, strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 
@@ -53,7 +55,8 @@ def test_gradient_through(method, parameters, images):
     mapped = experts.map_experts(loss, method, in_axes=(0, None))
     stacked = experts.stack(parameters)
     got = jax.jit(jax.grad(lambda stacked, x: mapped(stacked, x).sum(), (0, 1)))(stacked, images)
-    each = [jax.grad(loss, (0, 1))(params, images) for params in parameters]
+    alone = jax.jit(jax.grad(loss, (0, 1)))
+    each = [alone(params, images) for params in parameters]
     want = experts.stack([g[0] for g in each]), sum(g[1] for g in each)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
 

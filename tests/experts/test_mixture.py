@@ -21,19 +21,20 @@ GATE = experts.gate_linear(3, size=2)
 METHODS = ["vmap", "map", "unroll"]
 
 
-@pytest.fixture
-def images(key):
-    return jax.random.normal(key, (6, 6, 6, 2))
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(0), (6, 6, 6, 2))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parameters(images):
-    return [NET.init(jax.random.key(e), images) for e in range(3)]
+    init = jax.jit(NET.init)
+    return [init(jax.random.key(e), images) for e in range(3)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gate_params(images):
-    return GATE.init(jax.random.key(9), images)
+    return jax.jit(GATE.init)(jax.random.key(9), images)
 
 
 def always(expert):
@@ -65,7 +66,8 @@ def test_one_hot_gate_has_that_experts_gradient(method, parameters, images):
         return jnp.square(moe(stack, {}, images)[0]).sum()
 
     got = experts.unstack(jax.jit(jax.grad(loss))(experts.stack(parameters)))
-    want = jax.grad(lambda params: jnp.square(NET.apply(params, images)).sum())(parameters[1])
+    alone = jax.jit(jax.grad(lambda params: jnp.square(NET.apply(params, images)).sum()))
+    want = alone(parameters[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got[1], want)
     assert all((leaf == 0).all() for e in (0, 2) for leaf in jax.tree.leaves(got[e]))
 
@@ -84,8 +86,9 @@ def test_identical_experts_are_one_expert(routing, parameters, gate_params, imag
         logits = NET.apply(params, images)
         return jnp.square(logits).sum(), logits
 
-    (_, got), gradient = jax.value_and_grad(loss, has_aux=True)(experts.stack(parameters[:1] * 3))
-    (_, want), one = jax.value_and_grad(alone, has_aux=True)(parameters[0])
+    stacked = experts.stack(parameters[:1] * 3)
+    (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(stacked)
+    (_, want), one = jax.jit(jax.value_and_grad(alone, has_aux=True))(parameters[0])
     np.testing.assert_allclose(got, want, atol=1e-6)
     # The gradient of the one expert is shared out among its copies.
     total = jax.tree.map(lambda leaf: leaf.sum(0), gradient)
@@ -126,13 +129,12 @@ def test_the_edge_runs_one_expert(images):
 
 def test_the_edge_takes_experts_of_different_shape(images, gate_params):
     nets = [Net(2), Net(4), Net(8)]
-    params = [net.init(jax.random.key(1), images) for net in nets]
+    params = [jax.jit(net.init)(jax.random.key(1), images) for net in nets]
     edge = experts.one_of([net.apply for net in nets], GATE.apply)
     got = jax.jit(edge)(params, gate_params, images)
-    chosen = jnp.argmax(GATE.apply(gate_params, images), -1)
-    want = [
-        nets[e].apply(params[e], image[None])[0] for e, image in zip(chosen, images, strict=True)
-    ]
+    chosen = jnp.argmax(jax.jit(GATE.apply)(gate_params, images), -1)
+    each = [jax.jit(net.apply)(p, images) for net, p in zip(nets, params, strict=True)]
+    want = [each[e][i] for i, e in enumerate(chosen)]
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -141,10 +143,9 @@ def test_nan_gate_logits_come_out_as_nan(parameters, images):
         return jnp.zeros((len(x), 3)).at[:, 1].set(jnp.where(x[:, 0, 0, 0] > 5, jnp.nan, 1.0))
 
     images = images.at[2].set(9.0)
-    logits, _ = experts.mixture(NET.apply, gate, method="unroll")(
-        experts.stack(parameters), {}, images
-    )
-    edge = experts.one_of([NET.apply] * 3, gate)(parameters, {}, images)
+    moe = jax.jit(experts.mixture(NET.apply, gate, method="unroll"))
+    logits, _ = moe(experts.stack(parameters), {}, images)
+    edge = jax.jit(experts.one_of([NET.apply] * 3, gate))(parameters, {}, images)
     for got in (logits, edge):
         np.testing.assert_array_equal(jnp.isnan(got).all(1), jnp.arange(6) == 2)
         np.testing.assert_array_equal(jnp.isnan(got).any(1), jnp.arange(6) == 2)
@@ -152,13 +153,13 @@ def test_nan_gate_logits_come_out_as_nan(parameters, images):
 
 def test_a_mixture_of_one_is_that_expert(parameters, images):
     gate = experts.gate_linear(1)
-    gate_params = gate.init(jax.random.key(0), images)
-    logits, _ = experts.mixture(NET.apply, gate.apply)(
-        experts.stack(parameters[:1]), gate_params, images
-    )
-    np.testing.assert_allclose(logits, NET.apply(parameters[0], images), atol=1e-6)
-    got = experts.one_of([NET.apply], gate.apply)(parameters[:1], gate_params, images)
-    np.testing.assert_allclose(got, NET.apply(parameters[0], images), atol=1e-6)
+    gate_params = jax.jit(gate.init)(jax.random.key(0), images)
+    moe = jax.jit(experts.mixture(NET.apply, gate.apply))
+    edge = jax.jit(experts.one_of([NET.apply], gate.apply))
+    want = jax.jit(NET.apply)(parameters[0], images)
+    logits, _ = moe(experts.stack(parameters[:1]), gate_params, images)
+    np.testing.assert_allclose(logits, want, atol=1e-6)
+    np.testing.assert_allclose(edge(parameters[:1], gate_params, images), want, atol=1e-6)
 
 
 def test_no_second_compilation(parameters, gate_params, images):

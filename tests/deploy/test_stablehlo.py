@@ -1,0 +1,182 @@
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax import deploy, experts
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+NET = Net()
+GATE = experts.gate_linear(3, size=4)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(0), (7, 8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def parameters(images):
+    init = jax.jit(NET.init)
+    return [init(jax.random.key(e), images) for e in range(3)]
+
+
+@pytest.fixture(scope="module")
+def gate_params(images):
+    return jax.jit(GATE.init)(jax.random.key(9), images)
+
+
+def test_round_trip_at_any_batch(tmp_path, parameters, images):
+    path = tmp_path / "net.stablehlo"
+    manifest = deploy.export(path, NET.apply, parameters[0], images)
+    assert manifest == json.loads((tmp_path / "net.stablehlo.json").read_text())
+    assert manifest["kind"] == "stablehlo"
+    assert manifest["jax"] == jax.__version__
+    assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
+    assert manifest["inputs"] == [{"shape": ["b", 8, 8, 3], "dtype": "float32"}]
+    assert manifest["outputs"] == [{"shape": ["b", 5], "dtype": "float32"}]
+    assert manifest["bytes"] == path.stat().st_size
+    loaded, apply = deploy.load(path), jax.jit(NET.apply)
+    for count in (1, 3, 7):
+        want = apply(parameters[0], images[:count])
+        np.testing.assert_allclose(loaded(images[:count]), want, atol=1e-6)
+
+
+def test_same_function_same_file(tmp_path, parameters, images):
+    sums = [
+        deploy.export(tmp_path / name, NET.apply, parameters[0], images)["sha256"] for name in "ab"
+    ]
+    assert sums[0] == sums[1]
+
+
+def test_mixture_at_any_batch_and_one_by_one(tmp_path, parameters, gate_params, images):
+    edge = experts.one_of([NET.apply] * 3, GATE.apply)
+    want = jax.jit(edge)(parameters, gate_params, images)
+    assert len(np.unique(jax.jit(GATE.apply)(gate_params, images).argmax(-1))) > 1
+    for path, x, is_open in [("batch", images, True), ("single", images[:1], False)]:
+        fn, params = lambda p, x: edge(*p, x), (parameters, gate_params)
+        deploy.export(tmp_path / path, fn, params, x, symbolic_batch=is_open)
+        verification = deploy.verify(tmp_path / path, images, want, batch_size=4)
+        assert verification.max_difference < 1e-5
+        assert verification.agreement == 1
+        assert verification.count == 7
+
+
+def test_mixture_switches_between_experts(tmp_path, parameters, gate_params, images):
+    # For one platform the only `case` in the text is the choice of the expert; nothing outside of
+    # it, the loop over images included, may hold a convolution, since the gate has none.
+    edge = experts.one_of([NET.apply] * 3, GATE.apply)
+    fn, params = lambda p, x: edge(*p, x), (parameters, gate_params)
+    deploy.export(tmp_path / "f", fn, params, images, platforms=["cpu"])
+    text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
+    assert text.count("stablehlo.while") == 1
+    assert text.count('"stablehlo.case"') == 1
+    before, after = text.split('"stablehlo.case"')
+    branches, after = after.split("}) : (tensor<i32>)", 1)
+    assert "stablehlo.convolution" not in before
+    assert branches.count("}, {") == 2  # three branches
+    assert branches.count("stablehlo.convolution") == text.count("stablehlo.convolution") == 6
+
+
+@pytest.mark.parametrize("leaf", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_integers_stay_integers(tmp_path, leaf):
+    # 64 * 64 weights: 4 kB as int8, 16 kB if folded to float32.
+    weights = {"w": leaf(np.arange(4096).reshape(64, 64) % 255 - 127).astype(np.int8)}
+
+    def fn(params, x):
+        return x @ (params["w"].astype(jnp.float32) * 0.1)
+
+    manifest = deploy.export(tmp_path / "f", fn, weights, jnp.ones((1, 64)))
+    assert manifest["bytes"] < 4096 + 6000
+    text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
+    assert "tensor<64x64xi8>" in text
+
+
+def test_several_inputs_share_the_batch(tmp_path):
+    shapes = [jax.ShapeDtypeStruct((4, 2), jnp.float32)] * 2
+    deploy.export(tmp_path / "f", lambda w, x, y: w * x + y, jnp.float32(2), *shapes)
+    got = deploy.load(tmp_path / "f")(jnp.ones((3, 2)), jnp.ones((3, 2)))
+    np.testing.assert_array_equal(got, np.full((3, 2), 3))
+
+
+def test_verify_sees_a_difference(tmp_path):
+    # Images 3 and 1 of 4 get another class, the largest change is 5.
+    x = np.array([[3.0, 0.0], [0.0, 2.0], [4.0, 1.0], [1.0, 0.0]], np.float32)
+    deploy.export(tmp_path / "f", lambda w, x: x * w, jnp.float32(1), x)
+    changed = x + np.array([[0, 0], [2.5, 0], [0, 0], [0, 5]], np.float32)
+    assert deploy.verify(tmp_path / "f", x, changed) == (5.0, 0.5, 4)
+
+
+def test_verify_bad_arguments(tmp_path):
+    x = np.ones((4, 2), np.float32)
+    deploy.export(tmp_path / "f", lambda w, x: x * w, jnp.float32(1), x, symbolic_batch=False)
+    with pytest.raises(ValueError, match="images must hold a positive multiple of 4, got 3"):
+        deploy.verify(tmp_path / "f", x[:3], x[:3])
+    with pytest.raises(ValueError, match=r"logits must have shape \(4, 2\), got \(4, 3\)"):
+        deploy.verify(tmp_path / "f", x, np.ones((4, 3)))
+    with pytest.raises(ValueError, match="platform must be one of cpu, cuda, tpu, got 'gpu'"):
+        deploy.verify(tmp_path / "f", x, x, platform="gpu")
+    with pytest.raises(ValueError, match=r"float32 of shape \(4, 2\), got int32 \(4, 2\)"):
+        deploy.verify(tmp_path / "f", x.astype(np.int32), x)
+    with pytest.raises(RuntimeError, match=r"f did not run in a new process: .*tpu"):
+        deploy.verify(tmp_path / "f", x, x, platform="tpu")
+
+
+def test_export_bad_arguments(tmp_path):
+    x = jnp.ones((1, 3, 3))
+
+    def fn(params, x):
+        return x * params
+
+    with pytest.raises(ValueError, match=r"platforms must be one of .*, got 'gpu'"):
+        deploy.export(tmp_path / "f", fn, 1.0, x, platforms=["gpu"])
+    with pytest.raises(ValueError, match=r"platforms must hold at least one of .*, got none"):
+        deploy.export(tmp_path / "f", fn, 1.0, x, platforms=[])
+    with pytest.raises(ValueError, match=r"inputs\[0\] must have a leading batch axis"):
+        deploy.export(tmp_path / "f", fn, 1.0, jnp.float32(3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backends_own_code_is_refused_and_the_old_file_stays(tmp_path):
+    x = jnp.ones((1, 3, 3))
+    deploy.export(tmp_path / "f", lambda w, x: x * w, jnp.float32(1), x)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match="fn must lower to plain StableHLO for cpu, got custom calls: "
+    ):
+        deploy.export(
+            tmp_path / "f",
+            lambda w, x: jnp.linalg.qr(x * w)[0],
+            jnp.float32(1),
+            x,
+            platforms=["cpu"],
+        )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_load_refuses(tmp_path):
+    path, manifest = tmp_path / "f", tmp_path / "f.json"
+    deploy.export(path, lambda w, x: x * w, jnp.float32(1), jnp.ones((1, 2)))
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**facts, "jax": "99.1.0"}))
+    with pytest.raises(ValueError, match=r"f must be made by jax .* or older, got 99\.1\.0"):
+        deploy.load(path)
+    manifest.write_text(json.dumps({**facts, "kind": "onnx"}))
+    with pytest.raises(ValueError, match="f must be of kind 'stablehlo', got 'onnx'"):
+        deploy.load(path)
+    manifest.write_text(json.dumps(facts))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"f must have bytes .*; it was changed or damaged"):
+        deploy.load(path)
