@@ -95,9 +95,12 @@ def calibrate(
     missed = [site.name for site in spec.sites if site.name not in seen]
     if missed:
         raise ValueError(f"fn must run every site of spec outside `while`, got no {missed[0]!r}")
-    core.check_finite("what calibration saw", jax.device_get(_ends(seen)))
+    for site in spec.sites:
+        ends = {role: (o.state.low, o.state.high) for role, o in seen[site.name].items()}
+        core.check_finite(f"what calibration saw at {site.name!r}", ends)
     widths = spec.bits() if bits is None else bits
-    return over_experts(conclude, (0, None if bits is None else 0))(seen, widths)
+    ranges = over_experts(conclude, (0, None if bits is None else 0))(seen, widths)
+    return {site.name: ranges[site.name] for site in spec.sites}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["shape"])
@@ -148,11 +151,3 @@ def _value(watch, quantizer, observed, bits):
     scheme = specs.SCHEMES[quantizer.scheme]
     span = jax.vmap(lambda state: watch.value(state, scheme, bits))(observed.state)
     return jax.tree.map(lambda end: end.reshape(observed.shape), span)
-
-
-def _ends(seen):
-    return jax.tree.map(
-        lambda observed: {"low": observed.state.low, "high": observed.state.high},
-        seen,
-        is_leaf=_is_observed,
-    )

@@ -118,7 +118,8 @@ def integer_kernels(
     # Under jit the forward pass, of which nothing is returned, is not computed.
     kernels = jax.jit(lambda params, *inputs: core.at_sites(fn, rule)(params, *inputs)[1])
     found = kernels(params, *inputs)
-    return {name: q for name, q in found.items() if int(widths[name]["weight"]) != grids.OFF}
+    quantized = (s.name for s in spec.sites if int(widths[s.name]["weight"]) != grids.OFF)
+    return {name: found[name] for name in quantized}
 
 
 def _choose(spec, ranges, bits, site):

@@ -161,14 +161,14 @@ def mse() -> Observer:
     """
 
     def value(state, scheme, bits):
-        middles = _radius(state.exponent) * (jnp.arange(BINS) + (0.5 - BINS / 2)) * (2 / BINS)
+        middles = _radius(state.exponent) * jnp.linspace(-1 + 1 / BINS, 1 - 1 / BINS, BINS)
         widest = Range(jnp.minimum(state.low, 0.0), jnp.maximum(state.high, 0.0))
 
         def error(fraction):
             grid = scheme(Range(widest.low * fraction, widest.high * fraction), bits)
             return jnp.sum(state.counts * (gradients.fake_quant(middles, grid) - middles) ** 2)
 
-        fractions = jnp.arange(_CLIPS, 0, -1) / _CLIPS
+        fractions = jnp.linspace(1.0, 1 / _CLIPS, _CLIPS)
         best = fractions[jnp.argmin(lax.map(error, fractions))]
         return Range(widest.low * best, widest.high * best)
 

@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from hybrid_jax import core
+from hybrid_jax import quantization as q
+
+METHODS = ["minmax", "ema", "percentile", "mse"]
+
+
+def spec_of(model, **kwargs):
+    return q.spec(core.trace(model.fn, model.params, model.x), **kwargs)
+
+
+def test_minmax_by_hand(model):
+    spec = spec_of(model)
+    ranges = q.calibrate(model.fn, model.params, [(model.x[:2],), (model.x[2:],)], spec)
+    stem = ranges["params/stem/kernel"]
+    np.testing.assert_array_equal(stem["activation"].low, model.x.min())
+    np.testing.assert_array_equal(stem["activation"].high, model.x.max())
+    kernel = model.params["params"]["stem"]["kernel"]
+    assert stem["weight"].low.shape == (1, 1, 1, 4)
+    np.testing.assert_array_equal(stem["weight"].high[0, 0, 0], kernel.max((0, 1, 2)))
+    assert ranges["params/depthwise/kernel"]["weight"].high.shape == (1, 1, 1, 4)
+    assert ranges["params/head/kernel"]["weight"].high.shape == (1, 3)
+    # After a ReLU nothing is negative, and the grid is plain unsigned.
+    assert float(ranges["params/head/kernel"]["activation"].low) == 0.0
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(ranges))
+
+
+@pytest.mark.parametrize("method", ["ema", "mse"])
+def test_a_stack_equals_separate_calibrations(model, method):
+    spec = spec_of(model)
+    experts = [jax.tree.map(lambda leaf, s=s: leaf * s, model.params) for s in (0.5, 1.0, 2.0)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
+    bits = [jax.tree.map(lambda _, b=b: jnp.int32(b), spec.bits()) for b in (2, 4, 8)]
+    batches = [(model.x[:2],), (model.x[2:],)]
+    together = q.calibrate(
+        model.fn, stack, batches, spec, method, stacked=True,
+        bits=jax.tree.map(lambda *leaves: jnp.stack(leaves), *bits),
+    )  # fmt: skip
+    for i, (params, width) in enumerate(zip(experts, bits, strict=True)):
+        alone = q.calibrate(model.fn, params, batches, spec, method, bits=width)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
+            together,
+            alone,
+        )
+
+
+def test_dynamic_tensors_need_no_range(model):
+    kernels = q.Quantizer(4, per_channel=True, learning="dynamic")
+    spec = spec_of(model, rules=[(".*", {"weight": kernels})])
+    ranges = q.calibrate(model.fn, model.params, [(model.x,)], spec)
+    assert all(set(roles) == {"activation"} for roles in ranges.values())
+    out = jax.jit(q.fake_quantized(model.fn, spec))(model.params, ranges, model.x)
+    assert np.all(np.isfinite(out))
+
+
+def test_scan_sees_all_iterations():
+    def fn(params, x):
+        return lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
+
+    # Inputs of the three products: 1, then 1·2 = 2, then 2·(−3) = −6.
+    params, x = {"w": jnp.array([2.0, -3.0, 1.0]).reshape(3, 1, 1)}, jnp.ones((1, 1))
+    spec = q.spec(core.trace(fn, params, x))
+    ranges = q.calibrate(fn, params, [(x,)], spec)["w"]
+    assert [float(end) for end in ranges["activation"]] == [-6.0, 2.0]
+    assert [float(end[0, 0]) for end in ranges["weight"]] == [-3.0, 2.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_branch_not_taken_shows_nothing(method):
+    def fn(params, x):
+        return lax.cond(x.sum() > 0, lambda x: x @ params["w"], lambda x: x, x)
+
+    params = {"w": jnp.full((1, 1), 5.0)}
+    x = jnp.full((1, 1), 3.0)
+    spec = q.spec(core.trace(fn, params, x))
+    both = q.calibrate(fn, params, [(-x,), (x,), (-x,)], spec, method)["w"]
+    alone = q.calibrate(fn, params, [(x,)], spec, method)["w"]
+    jax.tree.map(np.testing.assert_array_equal, both, alone)
+
+
+def test_one_compilation_for_all_batches(model):
+    traced = []
+
+    def fn(params, x):
+        traced.append(x.shape)
+        return model.fn(params, x)
+
+    spec = spec_of(model)
+    traced.clear()
+    q.calibrate(fn, model.params, [(model.x + i,) for i in range(4)], spec, "mse")
+    assert len(traced) == 1
+
+
+def test_dead_channel_and_dead_activation(model):
+    params = jax.tree.map(jnp.copy, model.params)
+    params["params"]["stem"]["kernel"] = params["params"]["stem"]["kernel"].at[..., 1].set(0.0)
+    spec = spec_of(model, weight_bits=4)
+    x = jnp.zeros_like(model.x)
+    ranges = q.calibrate(model.fn, params, [(x,)], spec)
+
+    def loss(params, ranges):
+        return q.fake_quantized(model.fn, spec)(params, ranges, x).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, ranges)
+    core.check_finite("loss and gradients", (value, gradients))
+
+
+def test_bad_batches(model):
+    spec = spec_of(model)
+    with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
+        q.calibrate(model.fn, model.params, [], spec)
+    with pytest.raises(TypeError, match="batches must yield tuples of inputs, got ArrayImpl"):
+        q.calibrate(model.fn, model.params, [model.x], spec)
+    with pytest.raises(ValueError, match=r"method must be one of .*; did you mean minmax"):
+        q.calibrate(model.fn, model.params, [(model.x,)], spec, "minmaks")
+
+
+@pytest.mark.parametrize(("method", "bad"), [("minmax", np.inf), ("ema", np.nan), ("mse", np.nan)])
+def test_not_finite(model, method, bad):
+    batches = [(model.x,), (model.x.at[0, 0, 0, 0].set(bad),)]
+    expected = "what calibration saw at 'params/stem/kernel' must be finite, got 1 NaN or infinite"
+    with pytest.raises(ValueError, match=expected):
+        q.calibrate(model.fn, model.params, batches, spec_of(model), method)
+
+
+def test_sites_in_a_while_loop():
+    def fn(params, x):
+        return lax.while_loop(lambda x: x.sum() < 5, lambda x: x @ params["w"], x)
+
+    params, x = {"w": jnp.full((1, 1), 2.0)}, jnp.ones((1, 1))
+    spec = q.spec(core.trace(fn, params, x))
+    with pytest.raises(ValueError, match="outside `while`, got no 'w'"):
+        q.calibrate(fn, params, [(x,)], spec)

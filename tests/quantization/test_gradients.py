@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax import quantization as q
+
+X = jnp.array([-9.0, -2.2, -0.4, 0.0, 0.6, 1.5, 3.3, 8.0])
+
+
+def grid_of(scheme, bits=3):
+    make = {"symmetric": q.symmetric, "affine": q.affine}[scheme]
+    grid = make(q.Range(jnp.float32(-2.0), jnp.float32(4.0)), bits)
+    return grid, float(grid.low - grid.zero_point), float(grid.high - grid.zero_point)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_straight_through_formula(scheme):
+    grid, n, p = grid_of(scheme)
+    gradient = jax.grad(lambda x: q.fake_quant(x, grid).sum())(X)
+    nearest = np.round(np.asarray(X) / float(grid.scale))
+    np.testing.assert_array_equal(gradient, (n <= nearest) & (nearest <= p))
+
+
+def test_straight_through_lets_the_largest_weight_move():
+    # Its range is its own magnitude: rounding errors in x / scale must not count as clipping.
+    x = jax.random.normal(jax.random.key(0), (9, 100))
+    grid = q.symmetric(q.extent(x, (0,)), 4)
+    assert np.all(jax.grad(lambda x: q.fake_quant(x, grid).sum())(x) == 1)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_lsq_formula(scheme, mode):
+    grid, n, p = grid_of(scheme)
+
+    def f(scale, x):
+        return q.lsq(x, grid._replace(scale=scale), count=8)
+
+    derivative = {"forward": jax.jacfwd, "reverse": jax.jacrev}[mode]
+    by_scale, by_x = derivative(f, argnums=(0, 1))(grid.scale, X)
+    v = np.asarray(X) / float(grid.scale)
+    g = 1 / np.sqrt(8 * max(p, -n))
+    expected = [n if e <= n else p if e >= p else np.round(e) - e for e in v]
+    np.testing.assert_allclose(by_scale, g * np.array(expected), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(by_x, np.diag((n < v) & (v < p)))
+
+
+def test_lsq_by_hand():
+    # Unit scale, 3 bits: n = −3, p = 3, and N = 3 weights: g = 1 / √(3 · 3) = 1/3.
+    # v = 0.75 rounds to 1: 0.25. v = 5 is clipped: 3. v = −4 is clipped: −3. Sum 0.25.
+    grid = q.symmetric(q.Range(jnp.float32(-3.0), jnp.float32(3.0)), 3)
+    x = jnp.array([0.75, 5.0, -4.0])
+    gradient = jax.grad(lambda s: q.lsq(x, grid._replace(scale=s), count=3).sum())(grid.scale)
+    np.testing.assert_allclose(gradient, 0.25 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_a_step_on_the_range_is_the_same_step_on_the_scale(scheme):
+    make = {"symmetric": q.symmetric, "affine": q.affine}[scheme]
+    low = -4.0 if scheme == "symmetric" else 0.0
+    span = q.Range(jnp.float32(low), jnp.float32(4.0))
+    grid = make(span, 4)
+
+    def by_scale(scale):
+        return q.lsq(X, grid._replace(scale=scale), count=8).sum()
+
+    def by_span(span):
+        return q.lsq(X, make(span, 4), count=8).sum()
+
+    rate = 0.01
+    stepped = grid.scale - rate * jax.grad(by_scale)(grid.scale)
+    moved = jax.tree.map(lambda end, d: end - rate * d, span, jax.grad(by_span)(span))
+    np.testing.assert_allclose(make(moved, 4).scale, stepped, rtol=1e-6)
+    assert int(make(moved, 4).zero_point) == int(grid.zero_point)
+    if scheme == "affine":
+        assert float(moved.low) == 0.0
+
+
+def test_pact_formula():
+    def f(low, high, x):
+        return q.pact(x, q.Range(low, high), 4)
+
+    low, high = jnp.float32(-2.0), jnp.float32(3.0)
+    by_low, by_high, by_x = jax.jacrev(f, argnums=(0, 1, 2))(low, high, X)
+    np.testing.assert_array_equal(by_low, X < -2)
+    np.testing.assert_array_equal(by_high, X > 3)
+    np.testing.assert_array_equal(by_x, np.diag((X >= -2) & (X <= 3)))
+
+
+def test_values_do_not_depend_on_the_gradient():
+    span = q.Range(jnp.float32(-2.0), jnp.float32(4.0))
+    expected = q.fake_quant(X, q.affine(span, 4))
+    np.testing.assert_array_equal(q.lsq(X, q.affine(span, 4), count=8), expected)
+    np.testing.assert_array_equal(q.pact(X, span, 4), expected)
+
+
+def test_lsq_learns_the_range_that_fits():
+    # From a range ten times too wide, descent on the reconstruction error comes close to the best
+    # of a fine search.
+    x = jax.random.normal(jax.random.key(0), (512,))
+
+    @jax.jit
+    def error(span):
+        return jnp.mean((q.lsq(x, q.symmetric(span, 3), count=1) - x) ** 2)
+
+    span = q.Range(jnp.float32(-20.0), jnp.float32(20.0))
+    step = jax.jit(lambda s: jax.tree.map(lambda end, d: end - d, s, jax.grad(error)(s)))
+    start = error(span)
+    for _ in range(200):
+        span = step(span)
+    best = min(float(error(q.Range(-a, a))) for a in jnp.linspace(0.5, 5.0, 50))
+    assert error(span) < 1.05 * best < 0.1 * start

@@ -1,0 +1,211 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from hybrid_jax import core
+from hybrid_jax import quantization as q
+
+STEM, DEPTHWISE, HEAD = (f"params/{name}/kernel" for name in ("stem", "depthwise", "head"))
+
+
+@pytest.fixture(scope="module")
+def spec(model):
+    graph = core.trace(model.fn, model.params, model.x)
+    return q.spec(graph, weight_bits=4, activation_bits=4)
+
+
+@pytest.fixture(scope="module")
+def ranges(model, spec):
+    return q.calibrate(model.fn, model.params, [(model.x,)], spec, "mse")
+
+
+def all_bits(spec, bits):
+    return jax.tree.map(lambda _: jnp.int32(bits), spec.bits())
+
+
+def test_off_is_bit_equal(model, spec, ranges):
+    expected = jax.jit(model.fn)(model.params, model.x)
+    off = q.spec(core.trace(model.fn, model.params, model.x), weight_bits=32, activation_bits=32)
+    static = jax.jit(q.fake_quantized(model.fn, off))(model.params, {}, model.x)
+    np.testing.assert_array_equal(static, expected)
+    traced = jax.jit(q.fake_quantized(model.fn, spec))
+    data = traced(model.params, ranges, model.x, bits=all_bits(spec, 32))
+    np.testing.assert_array_equal(data, expected)
+
+
+def test_equals_quantizing_by_hand():
+    # Weights at 4 bits: scale 7/7 = 1 and 3.5/7 = 0.5. Activation at 2 bits over [0, 3]: scale 1.
+    def fn(params, x):
+        return x @ params["w"] + params["b"]
+
+    params = {"w": jnp.array([[7.0, 0.7], [-2.4, 3.5]]), "b": jnp.array([[0.3, 0.3]])}
+    x = jnp.array([[1.2, 9.0]])
+    spec = q.spec(core.trace(fn, params, x), [("w", {"weight": 4, "activation": 2})])
+    ranges = {
+        "w": {
+            "weight": q.Range(jnp.array([[-7.0, -3.5]]), jnp.array([[7.0, 3.5]])),
+            "activation": q.Range(jnp.float32(0.0), jnp.float32(3.0)),
+        }
+    }
+    # x → [1, 3]; w → [[7, 0.5], [−2, 3.5]]; [1·7 − 3·2, 1·0.5 + 3·3.5] + 0.3 = [1.3, 11.3].
+    y = q.fake_quantized(fn, spec)(params, ranges, x)
+    np.testing.assert_allclose(y, [[1.3, 11.3]], rtol=1e-6)
+    integers = q.integer_kernels(fn, spec, params, ranges, x)["w"]
+    assert integers.values.dtype == jnp.int8
+    assert integers.values.tolist() == [[7, 1], [-2, 7]]
+
+
+def test_bits_as_data_equal_bits_in_the_spec(model, ranges):
+    graph = core.trace(model.fn, model.params, model.x)
+    base = q.spec(graph)
+    traced = jax.jit(q.fake_quantized(model.fn, base))
+    for bits in (2, 4, 8):
+        rules = [(".*", {"weight": bits, "activation": bits})]
+        static = jax.jit(q.fake_quantized(model.fn, q.spec(graph, rules)))
+        np.testing.assert_allclose(
+            traced(model.params, ranges, model.x, bits=all_bits(base, bits)),
+            static(model.params, ranges, model.x),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    assert traced._cache_size() == 1
+
+
+def test_experts_equal_separate_calls(model, spec):
+    """Own bits, ranges and masks; the spec is the same."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    experts = []
+    for key in keys:
+        kernel = model.params["params"]["stem"]["kernel"]
+        mask = jax.random.bernoulli(key, 0.5, kernel.shape)
+        params = jax.tree.map(jnp.copy, model.params)
+        params["params"]["stem"]["kernel"] = kernel * mask.astype(kernel.dtype)
+        experts.append(params)
+    bits = [all_bits(spec, b) for b in (2, 4, 8)]
+    ranges = [q.calibrate(model.fn, p, [(model.x,)], spec) for p in experts]
+    q_fn = q.fake_quantized(model.fn, spec)
+
+    def loss(params, ranges, bits):
+        return (q_fn(params, ranges, model.x, bits=bits) ** 2).sum()
+
+    both = jax.value_and_grad(loss, argnums=(0, 1))
+    stacks = [jax.tree.map(lambda *a: jnp.stack(a), *trees) for trees in (experts, ranges, bits)]
+    together = jax.jit(jax.vmap(both))(*stacks)
+    alone = jax.jit(both)
+    for i in range(3):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4),
+            together,
+            alone(experts[i], ranges[i], bits[i]),
+        )
+    assert alone._cache_size() == 1
+
+
+def test_pruned_weights_stay_zero(model, spec, ranges):
+    kernel = model.params["params"]["stem"]["kernel"]
+    mask = jax.random.bernoulli(jax.random.key(0), 0.3, kernel.shape)
+    params = jax.tree.map(jnp.copy, model.params)
+    params["params"]["stem"]["kernel"] = jnp.where(mask, kernel, 0.0)
+    integers = q.integer_kernels(model.fn, spec, params, ranges, model.x)
+    assert not np.any(np.asarray(integers[STEM].values)[~np.asarray(mask)])
+
+
+def test_integer_kernels_are_what_the_model_computes_with(model, spec, ranges):
+    integers = q.integer_kernels(model.fn, spec, model.params, ranges, model.x)
+    assert list(integers) == [STEM, DEPTHWISE, HEAD]
+    assert int(jnp.abs(integers[DEPTHWISE].values).max()) <= 7
+    params = jax.tree.map(jnp.copy, model.params)
+    for name in ("stem", "depthwise", "head"):
+        params["params"][name]["kernel"] = q.dequantize(*integers[f"params/{name}/kernel"])
+    q_fn = jax.jit(q.fake_quantized(model.fn, spec))
+    bits = {
+        name: {"weight": jnp.int32(32), "activation": b["activation"]}
+        for name, b in spec.bits().items()
+    }
+    np.testing.assert_allclose(
+        q_fn(params, ranges, model.x, bits=bits),
+        q_fn(model.params, ranges, model.x, bits=spec.bits()),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_training_mode_keeps_the_outputs(model, spec, ranges):
+    q_train = jax.jit(q.fake_quantized(model.train, spec))
+    logits, updated = q_train(model.params, ranges, model.x)
+    assert logits.shape == (4, 3)
+    old = model.params["batch_stats"]
+    assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(old)
+    means = [stats["BatchNorm_0"]["mean"] for stats in (updated["batch_stats"], old)]
+    assert not np.array_equal(*means)
+
+
+def test_more_bits_are_closer(model, spec):
+    ranges = q.calibrate(model.fn, model.params, [(model.x,)], spec)
+    q_fn = jax.jit(q.fake_quantized(model.fn, spec))
+    expected = model.fn(model.params, model.x)
+    errors = []
+    for bits in (2, 4, 6, 8):
+        y = q_fn(model.params, ranges, model.x, bits=all_bits(spec, bits))
+        errors.append(float(jnp.abs(y - expected).mean()))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_training_lowers_the_loss(model, spec, ranges):
+    """Quantization-aware training of weights and ranges at 2 bits, toward the float model."""
+    q_fn = q.fake_quantized(model.fn, spec)
+    target, bits = model.fn(model.params, model.x), all_bits(spec, 2)
+
+    def loss(both):
+        weights, ranges = both
+        params = model.params | {"params": weights}
+        return jnp.mean((q_fn(params, ranges, model.x, bits=bits) - target) ** 2)
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    both, losses = (model.params["params"], ranges), []
+    for _ in range(150):
+        value, slope = gradient(both)
+        losses.append(float(value))
+        both = jax.tree.map(lambda p, g: p - 0.2 * g, both, slope)
+    assert min(losses[-20:]) < 0.5 * losses[0]
+    moved = both[1][HEAD]
+    assert float(moved["activation"].high) != float(ranges[HEAD]["activation"].high)
+    assert float(moved["activation"].low) == 0.0
+
+
+def test_sites_in_nested_calls_are_quantized():
+    def fn(params, x):
+        x = jax.checkpoint(lambda x: jnp.tanh(x @ params["remat"]))(x)
+        x = jax.jit(lambda x: x @ params["jit"])(x)
+        return lax.scan(lambda x, w: (jax.nn.silu(x @ w), None), x, params["scan"])[0]
+
+    key = jax.random.key(0)
+    params = {
+        "remat": jax.random.normal(key, (3, 3)),
+        "jit": jax.random.normal(key, (3, 3)),
+        "scan": jax.random.normal(key, (2, 3, 3)),
+    }
+    x = jax.random.normal(key, (2, 3))
+    spec = q.spec(core.trace(fn, params, x), weight_bits=2, activation_bits=2, first_last_bits=2)
+    ranges = q.calibrate(fn, params, [(x,)], spec)
+    assert set(ranges) == set(params)
+    q_fn = q.fake_quantized(fn, spec)
+    gradients = jax.jit(jax.grad(lambda ranges: q_fn(params, ranges, x).sum()))(ranges)
+    for name in params:
+        assert np.any(gradients[name]["weight"].high != 0)
+
+
+def test_bad_arguments(model, spec, ranges):
+    q_fn = q.fake_quantized(model.fn, spec)
+    with pytest.raises(ValueError, match=r"ranges must have \['params/head/kernel'\]\['weight'\]"):
+        q_fn(model.params, {k: v for k, v in ranges.items() if k != HEAD}, model.x)
+    with pytest.raises(ValueError, match="bits of 'params/stem/kernel' must be 2 to 8"):
+        q_fn(model.params, ranges, model.x, bits=all_bits(spec, 12))
+    bits = jax.tree.map(lambda b: b.astype(jnp.float32), spec.bits())
+    with pytest.raises(TypeError, match="must be integers, got an array of float32"):
+        q_fn(model.params, ranges, model.x, bits=bits)
+    other = q.Spec(spec.sites[:2])
+    with pytest.raises(ValueError, match=f"spec must cover every site, got none for '{HEAD}'"):
+        q.fake_quantized(model.fn, other)(model.params, ranges, model.x)

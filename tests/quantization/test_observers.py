@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import datasets
+
+from hybrid_jax import quantization as q
+
+FACTORIES = [q.minmax, q.moving_average, q.percentile, q.mse]
+
+
+def ends(observer, *batches, scheme=q.affine, bits=8):
+    state = observer.init(jnp.asarray(batches[0], jnp.float32))
+    for batch in batches[1:]:
+        state = observer.merge(state, observer.init(jnp.asarray(batch, jnp.float32)))
+    return [float(end) for end in observer.value(state, scheme, bits)]
+
+
+def test_minmax():
+    assert ends(q.minmax(), [1.0, 3.0], [-2.0, 0.0], [2.0]) == [-2.0, 3.0]
+
+
+def test_moving_average():
+    # High: 4, then 0.9 · 4 + 0.1 · 8 = 4.4, then 0.9 · 4.4 + 0.1 · 0 = 3.96.
+    low, high = ends(q.moving_average(0.9), [0.0, 4.0], [0.0, 8.0], [0.0])
+    np.testing.assert_allclose([low, high], [0.0, 3.96], rtol=1e-6)
+
+
+@pytest.mark.parametrize("percent", [90.0, 99.0, 99.9])
+def test_percentile_to_a_bin(percent):
+    x = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
+    low, high = ends(q.percentile(percent), *np.split(x, 4))
+    expected = np.percentile(x, [100 - percent, percent])
+    bin_width = 2 * 8 / 2048  # the radius is the power of two above max |x|, between 4 and 8
+    np.testing.assert_allclose([low, high], expected, atol=1.5 * bin_width)
+
+
+def test_percentile_counts_the_zeros():
+    # 1 value in 100 is 5, the rest are 0: 98 % leaves out two at the top, 99.5 % none.
+    x = np.zeros(100)
+    x[0] = 5.0
+    assert ends(q.percentile(98.0), x) == [0.0, 0.0]
+    assert ends(q.percentile(99.5), x) == [0.0, 5.0]
+
+
+@pytest.mark.parametrize("factory", [q.percentile, q.mse])
+@given(
+    scales=st.lists(st.integers(-20, 20), min_size=2, max_size=4), seed=st.integers(0, 2**31 - 1)
+)
+@settings(max_examples=15, deadline=None)
+def test_streaming_a_histogram_is_exact(factory, scales, seed):
+    """Batches in any order, of any magnitude, give the very counts of all values at once."""
+    rng = np.random.default_rng(seed)
+    batches = [np.float32(rng.normal(size=8) * 2.0**s) for s in scales]
+    observer = factory()
+    whole = observer.init(jnp.concatenate(batches))
+    for order in (batches, batches[::-1]):
+        state = observer.init(jnp.asarray(order[0]))
+        for batch in order[1:]:
+            state = observer.merge(state, observer.init(jnp.asarray(batch)))
+        for a, b in zip(state, whole, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_a_state_of_zeros_is_neutral(factory):
+    observer = factory()
+    state = observer.init(jnp.array([2.0, 3.0]))
+    nothing = jax.tree.map(jnp.zeros_like, state)
+    for merged in (observer.merge(state, nothing), observer.merge(nothing, state)):
+        jax.tree.map(np.testing.assert_array_equal, merged, state)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("constant", [0.0, 3.0, -3.0])
+def test_constant_tensor(factory, constant):
+    low, high = ends(factory(), np.full(10, constant), np.full(5, constant))
+    grid = q.affine(q.Range(jnp.float32(low), jnp.float32(high)), 8)
+    np.testing.assert_allclose(q.fake_quant(jnp.full(3, constant), grid), constant, rtol=1e-6)
+
+
+def test_mse_clips_an_outlier_only_where_bits_are_few():
+    x = np.append(np.random.default_rng(0).normal(size=5000), 12.0)
+    clips = [ends(q.mse(), x, scheme=q.symmetric, bits=bits)[1] for bits in range(2, 9)]
+    assert clips == sorted(clips)
+    assert clips[0] < 4
+    assert clips[-1] > 4
+
+
+@pytest.mark.parametrize("scheme", [q.symmetric, q.affine])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mse_beats_minmax_on_real_images(scheme, bits):
+    """Band-passed handwritten digits: what a first convolution hands on."""
+    images = np.float32(datasets.load_digits().images / 16)
+    x = np.diff(images - images.mean(0), axis=-1)
+
+    def error(factory):
+        low, high = ends(factory(), *np.array_split(x, 5), scheme=scheme, bits=bits)
+        grid = scheme(q.Range(jnp.float32(low), jnp.float32(high)), bits)
+        return float(jnp.mean((q.fake_quant(jnp.asarray(x), grid) - x) ** 2))
+
+    assert error(q.mse) < error(q.minmax)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"percent must be in \(50, 100\], got 101"):
+        q.percentile(101)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 1.5"):
+        q.moving_average(1.5)
