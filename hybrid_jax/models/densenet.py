@@ -19,9 +19,10 @@ class DenseNet(nn.Module):
 
     Example:
       >>> model = DenseNet(10, blocks=(2, 2), growth=4)
-      >>> images = jnp.zeros((2, 8, 8, 3))
-      >>> model.apply(model.init(jax.random.key(0), images), images).shape
-      (2, 10)
+      >>> images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> variables['params']['head']['kernel'].shape  # (2·4 + 2·4) / 2 + 2·4
+      (16, 10)
     """
 
     num_classes: int

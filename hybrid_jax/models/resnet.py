@@ -24,9 +24,10 @@ class ResNet(nn.Module):
 
     Example:
       >>> model = ResNet(10, blocks=(1, 1), widths=(4, 8))
-      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-      >>> model.apply(variables, jnp.zeros((2, 8, 8, 3))).shape
-      (2, 10)
+      >>> images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+      >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+      >>> logits.shape, sorted(variables)
+      ((2, 10), ['batch_stats', 'params'])
     """
 
     num_classes: int

@@ -18,7 +18,8 @@ class VGG(nn.Module):
 
     Example:
       >>> model = VGG(10, widths=((4,), (8, 8)), hidden=16)
-      >>> variables = model.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))
+      >>> images = jax.ShapeDtypeStruct((1, 8, 8, 3), jax.numpy.float32)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
       >>> variables['params']['hidden']['kernel'].shape
       (32, 16)
     """
