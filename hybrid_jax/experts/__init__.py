@@ -26,6 +26,7 @@ from hybrid_jax.experts.mapping import fastest, map_experts
 from hybrid_jax.experts.mixture import Aux, combine, mixture, one_of
 from hybrid_jax.experts.routing import (
     Routed,
+    Routing,
     noisy_top_k,
     oracle,
     random,
@@ -39,6 +40,7 @@ from hybrid_jax.experts.stacking import count, stack, unstack
 __all__ = [
     "Aux",
     "Routed",
+    "Routing",
     "collapsed",
     "combine",
     "count",

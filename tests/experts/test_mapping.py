@@ -83,7 +83,7 @@ def test_auto_measures_once_per_function_and_shapes(monkeypatch):
     mapped = experts.map_experts(lambda w: w * 2)
     mapped(jnp.ones((2, 3)))
     first = len(measured)
-    assert first >= 3
+    assert first >= 2
     mapped(jnp.zeros((2, 3)))
     jax.jit(mapped)(jnp.zeros((2, 3)))
     assert len(measured) == first
@@ -91,8 +91,8 @@ def test_auto_measures_once_per_function_and_shapes(monkeypatch):
     assert len(measured) > first
 
 
-@pytest.mark.parametrize("best", ["vmap", "map", "unroll"])
-def test_fastest_takes_the_least_time(monkeypatch, best):
+@pytest.mark.parametrize(("best", "count"), [("vmap", 2), ("unroll", 2), ("vmap", 17), ("map", 17)])
+def test_fastest_takes_the_least_time(monkeypatch, best, count):
     def slow(method):
         def made(fn, axes):
             def run(*args):
@@ -105,11 +105,7 @@ def test_fastest_takes_the_least_time(monkeypatch, best):
         return made
 
     monkeypatch.setattr(mapping, "_METHODS", {m: slow(m) for m in ["vmap", "map", "unroll"]})
-    assert experts.fastest(lambda w: w + 1, jax.ShapeDtypeStruct((2, 3), jnp.float32)) == best
-
-
-def test_many_experts_are_not_unrolled():
-    assert experts.fastest(lambda w: w + 1, jnp.ones((17, 2))) in ("vmap", "map")
+    assert experts.fastest(lambda w: w + 1, jax.ShapeDtypeStruct((count, 3), jnp.float32)) == best
 
 
 def test_one_expert_needs_no_measurement(monkeypatch):

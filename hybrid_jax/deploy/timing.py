@@ -28,7 +28,7 @@ class Latency(NamedTuple):
     ratio: float
 
 
-def compare_latency(
+def latency(
     fn: Callable[..., Any],
     reference: Callable[..., Any],
     *inputs: Any,
@@ -51,7 +51,7 @@ def compare_latency(
 
     Example:
       >>> small, large = jax.jit(lambda x: x @ x), jax.jit(lambda x: x @ (x @ (x @ x)))
-      >>> measured = compare_latency(small, large, np.ones((64, 64), np.float32), pairs=5)
+      >>> measured = latency(small, large, np.ones((64, 64), np.float32), pairs=5)
       >>> measured.ratio > 0
       True
     """

@@ -18,7 +18,7 @@ def after(seconds, calls, name):
 def test_ratio_of_known_times():
     # 20 ms against 40 ms: a ratio of 0.5.
     calls = []
-    measured = deploy.compare_latency(
+    measured = deploy.latency(
         after(0.02, calls, "f"), after(0.04, calls, "r"), np.ones(1), pairs=6, warmup=1
     )
     assert 0.02 <= measured.p50 <= measured.p95
@@ -31,13 +31,13 @@ def test_ratio_of_known_times():
 def test_percentiles_of_made_up_times(monkeypatch):
     # The function takes 1..20, the reference always 2: p50 10.5, p95 = 1 + 0.95 * 19 = 19.05.
     given = {"f": iter([9.0, *map(float, range(1, 21))]), "r": iter([9.0] + [2.0] * 20)}
-    monkeypatch.setattr(deploy.latency, "_seconds", lambda fn, _: next(given[fn]))
-    measured = deploy.compare_latency("f", "r", pairs=20, warmup=1)
+    monkeypatch.setattr(deploy.timing, "_seconds", lambda fn, _: next(given[fn]))
+    measured = deploy.latency("f", "r", pairs=20, warmup=1)
     np.testing.assert_allclose(measured, (10.5, 19.05, 2, 2, 5.25))
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="pairs must be an integer of at least 1, got 0"):
-        deploy.compare_latency(abs, abs, 1, pairs=0)
+        deploy.latency(abs, abs, 1, pairs=0)
     with pytest.raises(ValueError, match="warmup must be an integer of at least 1, got 0"):
-        deploy.compare_latency(abs, abs, 1, warmup=0)
+        deploy.latency(abs, abs, 1, warmup=0)
