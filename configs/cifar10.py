@@ -1,0 +1,31 @@
+"""The whole method on CIFAR-10, sized for two CPU cores.
+
+Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009, prepared by TFDS.
+Reduced against the papers this compares with: a ResNet-8 instead of a ResNet-20 or 56, and a few
+epochs instead of hundreds, on all images but those held out.
+
+    python -m launch.compress --config=configs/cifar10.py --workdir=/tmp/cifar10 \\
+        --config.data.dir=~/tensorflow_datasets
+"""
+
+from ml_collections import ConfigDict
+
+from hybrid_jax import recipes
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration; `data.dir` is the directory that TFDS prepared the data in."""
+    config = recipes.default_config()
+    config.data.name = "cifar10"
+    config.data.dir = "~/tensorflow_datasets"
+    config.data.validation = 0.05
+    config.data.image_shape = (32, 32, 3)
+    config.data.padding = 4
+    config.data.flip = True
+    config.parent.steps = 1500
+    config.parent.batch_size = 128
+    config.experts.steps = 900
+    config.experts.batch_size = 128
+    config.gate.steps = 200
+    config.joint.steps = 200
+    return config

@@ -1,0 +1,41 @@
+"""The whole method, stage by stage: parent, phase 1, phase 2, controls, evaluation, deployment.
+
+job = recipes.prepare(config, workdir)   # checks everything, writes nothing but config.json
+results = recipes.run(job)               # resumes, and leaves the report in the work directory
+"""
+
+from hybrid_jax.recipes.config import (
+    ExpertSpec,
+    check_config,
+    default_config,
+    expert_specs,
+    flatten,
+    nearest_key,
+)
+from hybrid_jax.recipes.evaluation import Models, evaluate
+from hybrid_jax.recipes.job import Job, Network
+from hybrid_jax.recipes.parent import parent
+from hybrid_jax.recipes.phase1 import Experts, compress
+from hybrid_jax.recipes.phase2 import Gate, fine_tune, learn_gate
+from hybrid_jax.recipes.pipeline import prepare, run
+
+__all__ = [
+    "ExpertSpec",
+    "Experts",
+    "Gate",
+    "Job",
+    "Models",
+    "Network",
+    "check_config",
+    "compress",
+    "default_config",
+    "evaluate",
+    "expert_specs",
+    "fine_tune",
+    "flatten",
+    "learn_gate",
+    "nearest_key",
+    "parent",
+    "prepare",
+    "run",
+]

@@ -1,0 +1,307 @@
+"""The configuration of the whole method: its defaults, its checks, and each expert's spec."""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hybrid_jax import core, models
+
+CRITERIA = ("magnitude_l1", "magnitude_l2", "batchnorm_scale", "taylor", "geometric_median")
+DIVERSITY = ("criterion", "seed", "cluster", "bits")
+ROUTINGS = ("soft", "top_k", "noisy_top_k")
+
+
+def default_config() -> ConfigDict:
+    """Returns the configuration with every key that there is; a config module overrides some.
+
+    Example:
+      >>> config = default_config()
+      >>> config.experts.count, config.experts.sparsity
+      (4, 0.5)
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.data = ConfigDict(  # as `hybrid_jax.data.load` and `augmentation` take them
+        dict(
+            name="digits",
+            dir="",  # where the data lie: a TFDS directory (cifar10), an npz file (medmnist)
+            validation=0.15,  # fraction of train held out; 0: the source's own validation images
+            seed=0,  # of what is held out, apart from config.seed so that seeds share the split
+            train_size=0,  # train images to keep; 0: all
+            image_shape=(8, 8, 1),
+            class_names=(),  # (): the source's own
+            padding=1,  # augmentation: largest shift, in pixels
+            flip=False,  # augmentation: mirrored at random
+        )
+    )
+    config.checkpoint_every = 500  # steps; a run that is stopped loses no more than these
+    # Zero-padded shortcuts would tie the program of an expert to the channels it keeps: experts
+    # that keep different ones could not be stacked.
+    config.model = ConfigDict(dict(name="resnet8", widths=(16, 32, 64), shortcut="project"))
+    config.parent = ConfigDict(
+        dict(
+            steps=300,
+            batch_size=64,
+            learning_rate=0.1,
+            weight_decay=5e-4,
+            label_smoothing=0.0,
+            restore="",  # a run's checkpoints/parent directory: take the parent from there
+        )
+    )
+    config.experts = ConfigDict(
+        dict(
+            count=4,
+            diversity="criterion+cluster",  # sources joined by +; "" makes identical experts
+            criteria=CRITERIA[:4],  # expert e takes criteria[e % len]; the first for all without
+            jitter=0.3,  # seed: spread of the log-normal factor on channel scores
+            others_weight=0.3,  # cluster: weight of images outside the expert's own cluster
+            bits=(4, 8),  # bits: expert e takes bits[e % len] for weights and activations
+            sparsity=0.5,  # fraction of channels removed
+            multiple=1,  # widths kept are rounded to multiples of this
+            granularity="unstructured",  # or n:m as "2:4", of the weights that are left
+            weight_sparsity=0.0,  # fraction of the left weights that are zero (unstructured)
+            weight_bits=4,
+            activation_bits=8,
+            first_last_bits=8,
+            calibration="minmax",  # of the ranges that training starts from
+            method="auto",  # how the experts are mapped: auto measures, or vmap, map, unroll
+            steps=300,
+            batch_size=64,
+            learning_rate=0.02,
+            weight_decay=5e-4,
+        )
+    )
+    config.distillation = ConfigDict(dict(temperature=4.0, alpha=0.5))
+    config.gate = ConfigDict(
+        dict(
+            routing="soft",  # how the gate is trained; it is evaluated as top-1, top-k and soft
+            k=2,
+            noise=1.0,
+            width=8,
+            bits=8,
+            balance=0.01,
+            steps=200,
+            batch_size=128,
+            learning_rate=0.01,
+        )
+    )
+    config.joint = ConfigDict(dict(steps=100, batch_size=64, learning_rate=0.002))
+    config.controls = ConfigDict(dict(same_bytes=True, same_bops=True))
+    config.deploy = ConfigDict(dict(platforms=("cpu", "cuda", "tpu")))
+    config.evaluation = ConfigDict(dict(batch_size=256, latency_calls=50))
+    return config.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertSpec:
+    """What one expert is made by.
+
+    Attributes:
+      criterion: Importance criterion of its channels.
+      jitter: Spread of a random log-normal factor on the channel scores; 0 for none.
+      cluster: Index of the cluster of the data it concentrates on, or None.
+      sparsity: Fraction of channels removed.
+      multiple: Widths kept are multiples of this.
+      granularity: "unstructured" or "n:m", of the weights that are left.
+      weight_sparsity: Fraction of zeros among the weights that are left.
+      weight_bits: Bits of the weights.
+      activation_bits: Bits of the activations that enter a site.
+      first_last_bits: Bits of the first and the last site.
+    """
+
+    criterion: str
+    jitter: float
+    cluster: int | None
+    sparsity: float
+    multiple: int
+    granularity: str
+    weight_sparsity: float
+    weight_bits: int
+    activation_bits: int
+    first_last_bits: int
+
+
+def expert_specs(config: ConfigDict) -> tuple[ExpertSpec, ...]:
+    """Returns one spec per expert, different in what `config.experts.diversity` names.
+
+    Example:
+      >>> config = default_config()
+      >>> config.experts.diversity = "bits"
+      >>> [(s.criterion, s.weight_bits) for s in expert_specs(config)][:2]
+      [('magnitude_l1', 4), ('magnitude_l1', 8)]
+    """
+    e = config.experts
+    sources = diversity_sources(config)
+    specs = []
+    for i in range(e.count):
+        bits = e.bits[i % len(e.bits)] if "bits" in sources else None
+        specs.append(
+            ExpertSpec(
+                criterion=e.criteria[i % len(e.criteria) if "criterion" in sources else 0],
+                jitter=e.jitter if "seed" in sources else 0.0,
+                cluster=i if "cluster" in sources else None,
+                sparsity=e.sparsity,
+                multiple=e.multiple,
+                granularity=e.granularity,
+                weight_sparsity=e.weight_sparsity,
+                weight_bits=bits or e.weight_bits,
+                activation_bits=bits or e.activation_bits,
+                first_last_bits=e.first_last_bits,
+            )
+        )
+    return tuple(specs)
+
+
+def diversity_sources(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the sources that `config.experts.diversity` joins by `+`."""
+    return tuple(s for s in config.experts.diversity.split("+") if s)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks every key and value; reads no file and writes none.
+
+    Args:
+      config: A configuration with the keys of `default_config`.
+
+    Raises:
+      ValueError: Names the key, what it got and what was expected, and the nearest key if the
+        key is unknown.
+
+    Example:
+      >>> config = default_config()
+      >>> config.experts.sparsity = 1.3
+      >>> check_config(config)
+      Traceback (most recent call last):
+      ...
+      ValueError: config.experts.sparsity must be in [0, 1), got 1.3
+    """
+    _check_keys(config)
+    values = flatten(config)
+
+    def each(check, keys, *args):
+        for key in keys.split():
+            check(f"config.{key}", values[key], *args)
+
+    each(core.check_integer, "seed data.seed data.train_size data.padding", 0)
+    each(
+        core.check_integer,
+        "checkpoint_every parent.steps experts.steps gate.steps experts.multiple",
+        1,
+    )
+    each(core.check_integer, "joint.steps gate.k gate.width", 0)
+    each(core.check_integer, "gate.width gate.k evaluation.latency_calls", 1)
+    for stage in ("parent", "experts", "gate", "joint", "evaluation"):
+        each(core.check_integer, f"{stage}.batch_size", 1)
+    for stage in ("parent", "experts", "gate", "joint"):
+        each(core.check_positive, f"{stage}.learning_rate")
+    each(core.check_positive, "distillation.temperature")
+    each(core.check_fraction, "distillation.alpha parent.label_smoothing experts.others_weight")
+    each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
+    each(
+        _check_not_negative,
+        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise",
+    )
+    each(core.check_integer, "experts.count", 2)
+    each(core.check_integer, "experts.first_last_bits gate.bits", 2, 8)
+    each(core.check_integer, "experts.weight_bits experts.activation_bits", 2, 8)
+    each(_check_entries, "experts.bits experts.criteria deploy.platforms")
+    for bits in config.experts.bits:
+        core.check_integer("config.experts.bits", bits, 2, 8)
+    core.check_choice("config.model.name", config.model.name, models.names())
+    for width in config.model.widths:
+        core.check_integer("config.model.widths", width, 1)
+    for criterion in config.experts.criteria:
+        core.check_choice("config.experts.criteria", criterion, CRITERIA)
+    for source in diversity_sources(config):
+        core.check_choice("config.experts.diversity", source, DIVERSITY)
+    for platform in config.deploy.platforms:
+        core.check_choice("config.deploy.platforms", platform, ("cpu", "cuda", "rocm", "tpu"))
+    each(core.check_choice, "gate.routing", ROUTINGS)
+    each(core.check_choice, "experts.method", ("auto", "vmap", "map", "unroll"))
+    each(core.check_choice, "experts.calibration", ("minmax", "ema", "percentile", "mse"))
+    parse_granularity(config.experts.granularity)
+    if config.gate.k > config.experts.count:
+        raise ValueError(
+            f"config.gate.k must be at most config.experts.count = {config.experts.count}, "
+            f"got {config.gate.k}"
+        )
+
+
+def parse_granularity(granularity: str) -> tuple[int, int] | None:
+    """Returns (n, m) of "n:m", or None for "unstructured".
+
+    Raises:
+      ValueError: If it is neither.
+
+    Example:
+      >>> parse_granularity("2:4")
+      (2, 4)
+    """
+    if granularity == "unstructured":
+        return None
+    n, _, m = granularity.partition(":")
+    if not (n.isdigit() and m.isdigit() and 1 <= int(n) <= int(m)):
+        raise ValueError(
+            "config.experts.granularity must be 'unstructured' or 'n:m' with 1 <= n <= m, "
+            f"got {granularity!r}"
+        )
+    return int(n), int(m)
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns the leaves of `config` by dotted key, as plain JSON values.
+
+    Example:
+      >>> flatten(default_config())["experts.count"]
+      4
+    """
+    leaves = {}
+
+    def visit(prefix, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            leaves[prefix] = value
+
+    visit("", json.loads(json.dumps(config.to_dict())))
+    return leaves
+
+
+def nearest_key(key: str) -> str:
+    """Returns a hint that names the valid key nearest to `key`, or "" if none is near.
+
+    Example:
+      >>> nearest_key("experts.cout")
+      '; the nearest valid key is config.experts.count'
+    """
+    close = difflib.get_close_matches(key, flatten(default_config()), n=1, cutoff=0.5)
+    return f"; the nearest valid key is config.{close[0]}" if close else ""
+
+
+def _check_keys(config):
+    valid, got = flatten(default_config()), flatten(config)
+    for key in got:
+        if key not in valid:
+            raise ValueError(f"config.{key} is no key of the configuration{nearest_key(key)}")
+    for key in valid:
+        if key not in got:
+            raise ValueError(f"config.{key} must be given, got no such key")
+
+
+def _check_below_one(name, value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def _check_not_negative(name, value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _check_entries(name, value):
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{name} must be a tuple with at least one entry, got {value!r}")

@@ -1,0 +1,218 @@
+"""The table: every model and every control on the test images, which are read here and only here."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core, cost, data, deploy, experts
+from hybrid_jax.recipes import controls
+from hybrid_jax.recipes.job import Job, Network
+from hybrid_jax.recipes.phase1 import Experts
+from hybrid_jax.recipes.phase2 import Gate
+
+
+class Models(NamedTuple):
+    """What a run has made.
+
+    Attributes:
+      dense: The parent.
+      variables: The parent's variables.
+      made: The experts of the mixture.
+      before: The experts as they were before joint fine-tuning.
+      gate: The gate.
+      singles: {name: a single compressed network}, the trained controls.
+    """
+
+    dense: Network
+    variables: Any
+    made: Experts
+    before: Experts
+    gate: Gate
+    singles: dict[str, Experts]
+
+
+class Price(NamedTuple):
+    """What using a model costs: everything stored, and what runs for one image."""
+
+    parameters_total: float
+    bytes: float
+    parameters_active: float
+    macs: float
+    bops: float
+
+
+def evaluate(job: Job, models: Models) -> dict:
+    """Returns the parts of `results.json` that come from the test images: rows, gate, layers.
+
+    Args:
+      job: The run.
+      models: What it has made.
+    """
+    test, count = job.splits.test, len(models.made.specs)
+    labels = jnp.asarray(test.labels)
+    expert_logits = jnp.asarray(logits(job, models.made, test))
+    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
+    prices = [_price(c) for c in controls.costs(models.made)]
+    gate_price = _price(controls.gate_cost(models.gate))
+    nothing = Price(0, 0, 0, 0, 0)
+    times = _latencies(job, models)
+    rows: list[dict] = []
+
+    def add(name, kind, logits, price, time=None, note=""):
+        correct = np.asarray(jnp.argmax(logits, -1) == labels)
+        ratio = None if time is None else times[time]
+        rows.append(_row(name, kind, correct, rows, price, ratio, note))
+
+    def add_mixture(name, kind, weights, gate, time=None, note=""):
+        used = np.asarray(weights > 0).mean(0)
+        price = _mixture_price(prices, gate, used)
+        add(name, kind, experts.combine(expert_logits, weights), price, time, note)
+
+    dense_logits = job.logits(models.dense.predict, models.variables, test)
+    dense_graph = core.trace(models.dense.predict, models.variables, job.images)
+    add("dense parent", "dense", dense_logits, _price(cost.count(dense_graph)), "dense")
+    for e, spec in enumerate(models.made.specs):
+        note = f"{spec.criterion}, {spec.weight_bits}-bit weights"
+        add(f"expert {e}", "expert", expert_logits[e], prices[e], "expert", note)
+    for k in dict.fromkeys((1, job.config.gate.k)):
+        weights = experts.top_k(k)(gate_logits).weights
+        time, note = ("top-1", "") if k == 1 else ("all", "timed with all experts run")
+        add_mixture(f"top-{k} mixture", "mixture", weights, gate_price, time, note)
+    add_mixture("soft mixture", "mixture", experts.soft()(gate_logits).weights, gate_price, "all")
+
+    stage, best = _best_expert(job, models)
+    source = models.made if stage == "joint" else models.before
+    best_logits = logits(job, source, test)[best]
+    note = (
+        f"expert {best} {'after' if stage == 'joint' else 'before'} joint training, by validation"
+    )
+    add("best single expert", "control", best_logits, prices[best], "expert", note)
+    even = jnp.full(gate_logits.shape, 1 / count)
+    add_mixture(
+        "average of all experts", "control", even, nothing, "all", "of logits; timed with the gate"
+    )
+    drawn = experts.random()(gate_logits, job.key("random gate")).weights
+    add_mixture("random gate", "control", drawn, nothing, "expert", "not deployable: a bound")
+    known = experts.oracle(expert_logits, labels)
+    add_mixture("oracle gate", "control", known, nothing, None, "not deployable: reads the label")
+    for name, single in models.singles.items():
+        (spec,), (price,) = single.specs, [_price(c) for c in controls.costs(single)]
+        note = f"{spec.sparsity:.0%} of channels removed, {spec.weight_bits}-bit weights"
+        add(name, "control", logits(job, single, test)[0], price, name, note)
+
+    chosen = experts.top_k(1)(gate_logits).weights
+    return {
+        "rows": rows,
+        "gate": {
+            "usage": experts.usage_per_class(chosen, labels, job.splits.num_classes).tolist(),
+            "entropy": float(experts.usage_entropy(experts.usage(chosen))),
+        },
+        "disagreement": experts.disagreement(expert_logits).tolist(),
+        "layers": _layers(models, dense_graph),
+    }
+
+
+def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
+    """Returns the logits (E, n, N) of all experts."""
+    return np.stack(
+        [job.logits(made.predict, expert, arrays) for expert in experts.unstack(made.stack)]
+    )
+
+
+def mixture_predict(models: Models) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+    """Returns the top-1 mixture for the edge, which runs the gate and one expert, and its parameters."""
+    edge = experts.one_of([models.made.predict] * len(models.made.specs), models.gate.predict)
+    return (
+        lambda params, images: edge(params["experts"], params["gate"], images),
+        {"experts": experts.unstack(models.made.stack), "gate": models.gate.params},
+    )
+
+
+def _best_expert(job, models):
+    """(stage, index) of the expert with the highest validation accuracy, before or after phase 2."""
+    validation = job.splits.validation
+    scores = {}
+    for stage, made in (("joint", models.made), ("phase 1", models.before)):
+        right = logits(job, made, validation).argmax(-1) == validation.labels
+        scores |= {(stage, e): mean for e, mean in enumerate(right.mean(-1))}
+    return max(scores, key=scores.get)
+
+
+def _row(name, kind, correct, rows, price, ratio, note):
+    accuracy = float(correct.mean())
+    return {
+        "name": name,
+        "kind": kind,
+        "accuracy": accuracy,
+        "delta": accuracy - (rows[0]["accuracy"] if rows else accuracy),
+        "correct": correct.astype(int).tolist(),
+        **price._asdict(),
+        "latency_ratio": ratio,
+        "note": note,
+    }
+
+
+def _price(counted: cost.Cost) -> Price:
+    parameters = counted.nonzero
+    return Price(parameters, counted.bytes, parameters, counted.macs, counted.bops)
+
+
+def _mixture_price(prices, gate, used) -> Price:
+    """All experts and the gate are stored; `used` (E,) is how often each expert runs."""
+
+    def expected(field):
+        return float(sum(u * getattr(p, field) for u, p in zip(used, prices, strict=True)))
+
+    return Price(
+        sum(p.parameters_total for p in prices) + gate.parameters_total,
+        sum(p.bytes for p in prices) + gate.bytes,
+        expected("parameters_active") + gate.parameters_active,
+        expected("macs") + gate.macs,
+        expected("bops") + gate.bops,
+    )
+
+
+def _latencies(job, models):
+    """Time of each model for one image as a ratio to the dense parent's, in this process."""
+    image = job.normalize(job.splits.validation.images[:1])
+    made, gate = models.made, models.gate
+    first = experts.unstack(made.stack)[0]
+    both = {"stack": made.stack, "gate": gate.params}
+
+    def runner(fn, params):
+        compiled = jax.jit(fn)
+        return lambda x: compiled(params, x)
+
+    moe = experts.mixture(made.predict, gate.predict, experts.soft(), made.method)
+    run = {
+        "dense": runner(models.dense.predict, models.variables),
+        "expert": runner(made.predict, first),
+        "top-1": runner(*mixture_predict(models)),
+        "all": runner(lambda both, x: moe(both["stack"], both["gate"], x)[0], both),
+    }
+    for name, single in models.singles.items():
+        run[name] = runner(single.predict, experts.unstack(single.stack)[0])
+    calls = job.config.evaluation.latency_calls
+    return {
+        name: deploy.latency(fn, run["dense"], image, pairs=calls).ratio for name, fn in run.items()
+    }
+
+
+def _layers(models, dense_graph):
+    wide = {site.name: site.width for site in cost.count(dense_graph).sites}
+    return [
+        {
+            "model": f"expert {e}",
+            "site": site.name,
+            "width": site.width,
+            "dense_width": wide[site.name],
+            "sparsity": site.sparsity,
+            "weight_bits": site.weight_bits,
+            "activation_bits": site.activation_bits,
+        }
+        for e, counted in enumerate(controls.costs(models.made))
+        for site in counted.sites
+    ]

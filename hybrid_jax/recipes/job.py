@@ -1,0 +1,168 @@
+"""One run of the method: its configuration, data and directory, and what every stage asks of it."""
+
+import dataclasses
+import functools
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from hybrid_jax import core, data, training
+
+
+class Network(NamedTuple):
+    """A network as every stage handles it: two functions of one variables dict.
+
+    Attributes:
+      predict: (variables, images (B, H, W, C) float32) -> logits (B, N), with running statistics.
+      train: (variables, images) -> (logits, {'batch_stats': …}), with those of the batch.
+    """
+
+    predict: Callable[[Any, jax.Array], jax.Array]
+    train: Callable[[Any, jax.Array], tuple[jax.Array, dict]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What a run is made of.
+
+    Attributes:
+      config: The checked configuration.
+      workdir: Where everything is written.
+      splits: The data; only `evaluation` reads its test part.
+      command: The command line, for the report.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    splits: data.Splits
+    command: str
+
+    def key(self, name: str) -> jax.Array:
+        """Returns the random key of the stage `name`."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), _number(name))
+
+    def seed(self, name: str) -> int:
+        """Returns the seed of the data order of the stage `name`."""
+        return (self.config.seed * 1_000_003 + _number(name)) % 2**31
+
+    @property
+    def images(self) -> jax.ShapeDtypeStruct:
+        """The shape of one image, as a batch of 1."""
+        return jax.ShapeDtypeStruct((1, *self.splits.image_shape), jnp.float32)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Turns (B, H, W, C) uint8 into what a network takes."""
+        return data.normalize(images, self.splits.mean, self.splits.std)
+
+    @functools.cached_property
+    def augment(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """(images (B, H, W, C) uint8, key) -> augmented images as a network takes them."""
+        augment = data.augmentation(self.config.data.padding, self.config.data.flip)
+        return lambda images, key: self.normalize(augment(images, key))
+
+    def fit(
+        self,
+        name: str,
+        step: Callable,
+        state: training.TrainState,
+        steps: int,
+        batch_size: int,
+        weights: np.ndarray | None = None,
+        **options: Any,
+    ) -> training.TrainState:
+        """Trains the stage `name`, or goes on from its checkpoint.
+
+        Args:
+          name: Of the stage; decides the order of the data.
+          step: Of `training.make_step` or `training.make_stacked_step`.
+          state: Where to start.
+          steps: To end at.
+          batch_size: B; no more than there are images.
+          weights: (E, n) weight of each training image for each expert: batch['weight'] (E, B).
+          **options: For `training.fit`.
+
+        Raises:
+          FloatingPointError: If the loss is not finite.
+        """
+        train = self.splits.train
+        size = min(batch_size, len(train.labels))
+
+        def batches(first: int) -> Iterator[dict]:
+            for batch in data.batches(train, size, seed=self.seed(name), start_step=first):
+                own = {} if weights is None else {"weight": weights[:, batch["index"]]}
+                yield batch | own
+
+        return training.fit(
+            step,
+            state,
+            batches,
+            steps=steps,
+            name=name,
+            checkpoint=training.Checkpoints(self.workdir / "checkpoints" / name),
+            records=self.workdir / "records.jsonl",
+            every=self.config.checkpoint_every,
+            **options,
+        )
+
+    def sample(self, batch_size: int, count: int) -> Iterator[jax.Array]:
+        """Yields `count` batches of training images, normalized, not augmented, always the same."""
+        train = self.splits.train
+        size = min(batch_size, len(train.labels))
+        for batch in data.batches(train, size, seed=self.config.seed, steps=count):
+            yield self.normalize(batch["image"])
+
+    def logits(self, predict: Callable, params: Any, arrays: data.Arrays) -> np.ndarray:
+        """Returns the logits (n, N), or (E, n, N), of all images.
+
+        Args:
+          predict: (params, images (B, H, W, C)) -> logits; kept from call to call it is compiled
+            once.
+          params: Handed to `predict`.
+          arrays: The images.
+        """
+        size = min(self.config.evaluation.batch_size, len(arrays.labels))
+        return training.predict_logits(self._on_raw(predict), params, arrays, size)
+
+    @functools.cached_property
+    def _on_raw(self) -> Callable[[Callable], Callable]:
+        @functools.cache
+        def on_raw(predict):
+            return lambda params, images: predict(params, self.normalize(images))
+
+        return on_raw
+
+
+def optimizer(
+    learning_rate: float, weight_decay: float, steps: int, *last: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
+
+    Args:
+      learning_rate: At its peak.
+      weight_decay: Per step and unit of learning rate.
+      steps: Steps in all.
+      *last: Links that end the chain, such as `pruning.hold_masks`.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+
+    def kernels(params):
+        return core.map_with_path(lambda path, leaf: path.endswith("kernel"), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, weight_decay=weight_decay, mask=kernels),
+        *last,
+    )
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())

@@ -1,0 +1,139 @@
+"""Phase 2: a gate over the quantized experts, then the gate and the experts together."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hybrid_jax import core, experts, pruning, quantization, training
+from hybrid_jax.recipes.job import Job, Network, optimizer
+from hybrid_jax.recipes.phase1 import CALIBRATION_BATCHES, Experts
+
+
+class Gate(NamedTuple):
+    """A quantized gate.
+
+    Attributes:
+      predict: (params, images (B, H, W, C)) -> gate logits (B, E).
+      params: {'variables', 'ranges'}.
+      graph: Its sites.
+      quantizer: How these are quantized.
+    """
+
+    predict: Callable[[Any, jax.Array], jax.Array]
+    params: Any
+    graph: core.Graph
+    quantizer: quantization.Spec
+
+
+def routing(job: Job) -> Callable[..., experts.Routed]:
+    """Returns the routing that `config.gate` trains with.
+
+    A discrete choice has the gradient of the full softmax, so that the gate learns from experts
+    that it did not choose.
+    """
+    settings = job.config.gate
+    if settings.routing == "soft":
+        return experts.soft()
+    if settings.routing == "top_k":
+        return experts.straight_through(experts.top_k(settings.k))
+    return experts.straight_through(experts.noisy_top_k(settings.k, settings.noise))
+
+
+def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
+    """Trains a gate over the experts as they are, then quantizes it.
+
+    Args:
+      job: The run.
+      dense: The parent, which the mixture is distilled from.
+      variables: The parent's variables.
+      made: The experts.
+
+    Raises:
+      FloatingPointError: If the loss is not finite.
+    """
+    settings, key = job.config.gate, job.key("gate")
+    module = experts.gate_cnn(len(made.specs), (settings.width, 2 * settings.width))
+    images = jnp.zeros(job.images.shape, job.images.dtype)
+    start = jax.jit(module.init)(key, images)
+    loss_fn = _loss(
+        job, made, module.apply, lambda params, state: (state["experts"], {"params": params})
+    )
+    tx = optimizer(settings.learning_rate, 0.0, settings.steps)
+    state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
+    step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
+    epoch = max(1, len(job.splits.train.labels) // settings.batch_size)
+    state = job.fit("gate", step, state, settings.steps, settings.batch_size, record_every=epoch)
+    trained = {"params": state.params}
+    graph = core.trace(module.apply, trained, job.images)
+    quantizer = quantization.spec(
+        graph,
+        weight_bits=settings.bits,
+        activation_bits=settings.bits,
+        first_last_bits=settings.bits,
+    )
+    sample = [(images,) for images in job.sample(settings.batch_size, CALIBRATION_BATCHES)]
+    ranges = quantization.calibrate(module.apply, trained, sample, quantizer)
+    quantized = quantization.fake_quantized(module.apply, quantizer)
+    return Gate(
+        lambda params, x: quantized(params["variables"], params["ranges"], x),
+        {"variables": trained, "ranges": ranges},
+        graph,
+        quantizer,
+    )
+
+
+def fine_tune(
+    job: Job, dense: Network, variables: Any, made: Experts, gate: Gate
+) -> tuple[Experts, Gate]:
+    """Trains the gate and the experts together, with running statistics held.
+
+    Returns both as they came where `config.joint.steps` is 0.
+
+    Raises:
+      FloatingPointError: If the loss is not finite.
+    """
+    settings = job.config.joint
+    if not settings.steps:
+        return made, gate
+    fixed = {name: made.stack[name] for name in ("batch_stats", "bits")}
+    params = {
+        "experts": {name: made.stack[name] for name in ("params", "ranges")},
+        "gate": gate.params,
+    }
+    held = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    held["experts"]["params"] = experts.stack(made.masks)
+    tx = optimizer(settings.learning_rate, 0.0, settings.steps, pruning.hold_masks(held))
+    loss_fn = _loss(
+        job, made, gate.predict, lambda params, state: (params["experts"] | state, params["gate"])
+    )
+    step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
+    state = training.create_state(params, fixed, tx, job.key("joint"))
+    state = job.fit("joint", step, state, settings.steps, settings.batch_size)
+    return (
+        made._replace(stack=state.params["experts"] | state.state),
+        gate._replace(params=state.params["gate"]),
+    )
+
+
+def _loss(job, made, gate_fn, take):
+    """Loss of the mixture; `take(params, state)` -> (stack, gate parameters)."""
+    moe = experts.mixture(made.predict, gate_fn, routing(job), made.method)
+    soft, balance = job.config.distillation, job.config.gate.balance
+
+    def loss_fn(params, state, batch, key):
+        stack, gate_params = take(params, state)
+        logits, aux = moe(stack, gate_params, batch["image"], key)
+        loss = training.distillation_loss(
+            logits, batch["teacher"], batch["label"], soft.temperature, soft.alpha
+        )
+        right = jnp.argmax(logits, -1) == batch["label"]
+        metrics = {
+            "accuracy": right.mean(dtype=jnp.float32),
+            "entropy": experts.usage_entropy(experts.usage(aux.weights)),
+        }
+        return loss + balance * experts.importance(aux.weights), (state, metrics)
+
+    return loss_fn

@@ -1,0 +1,178 @@
+"""The whole run: prepared without writing anything, then stage by stage to the report."""
+
+import json
+import pathlib
+import platform
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hybrid_jax import core, data, deploy, report, training
+from hybrid_jax.recipes import config as configuration
+from hybrid_jax.recipes import controls, evaluation, phase1, phase2, workdir
+from hybrid_jax.recipes.evaluation import Models
+from hybrid_jax.recipes.job import Job
+from hybrid_jax.recipes.parent import network, parent
+
+ARTIFACT = "mixture.stablehlo"
+
+
+def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> Job:
+    """Checks the configuration, loads the data and claims the work directory, in this order.
+
+    Args:
+      config: With the keys of `default_config`.
+      path: A directory that is empty, absent, or holds a run of the same config.
+      command: The command line, for the report.
+
+    Raises:
+      ValueError: Names what does not fit; nothing was written then.
+    """
+    configuration.check_config(config)
+    splits = _load(config.data)
+    job = Job(config, pathlib.Path(path), splits, command)
+    _check_model(job)
+    workdir.claim(path, config)
+    return job
+
+
+def run(job: Job) -> dict:
+    """Runs what is not done yet, writes `results.json` and the report, and returns the results.
+
+    Every stage resumes from its checkpoints. A run that is done only has its report written again.
+
+    Raises:
+      FloatingPointError: If a loss is not finite.
+    """
+    file = job.workdir / "results.json"
+    if file.exists():
+        results = json.loads(file.read_text())
+    else:
+        results = _run(job)
+        workdir.write_json(file, results)
+    report.write(results, job.workdir)
+    return results
+
+
+def _run(job: Job) -> dict:
+    config = job.config
+    with workdir.stage(job.workdir, "parent"):
+        dense, variables = parent(job)
+    with workdir.stage(job.workdir, "experts"):
+        weights = phase1.cluster_weights(job, dense, variables)
+        specs = configuration.expert_specs(config)
+        before = phase1.compress(
+            job, dense, variables, specs, "experts", config.experts.steps, weights
+        )
+    with workdir.stage(job.workdir, "gate"):
+        gate = phase2.learn_gate(job, dense, variables, before)
+    with workdir.stage(job.workdir, "joint"):
+        made, gate = phase2.fine_tune(job, dense, variables, before, gate)
+    with workdir.stage(job.workdir, "controls"):
+        singles = controls.singles(job, dense, variables, made, gate)
+    models = Models(dense, variables, made, before, gate, singles)
+    with workdir.stage(job.workdir, "evaluation"):
+        results = evaluation.evaluate(job, models)
+    with workdir.stage(job.workdir, "deployment"):
+        deployed = _deploy(job, models)
+    records = training.read_records(job.workdir / "records.jsonl")
+    names = list(dict.fromkeys(record["name"] for record in records))
+    results["gate"]["per_epoch"] = [r["entropy"] for r in records if r["name"] == "gate"]
+    return {
+        "config": configuration.flatten(config),
+        "dataset": {
+            "name": config.data.name,
+            "num_classes": job.splits.num_classes,
+            "class_names": list(job.splits.class_names),
+            "sizes": {
+                part: len(getattr(job.splits, part).labels)
+                for part in ("train", "validation", "test")
+            },
+        },
+        **results,
+        "certificates": [
+            {"difference": c.difference, "macs": c.macs, "parameters": c.parameters}
+            for c in made.certificates
+        ],
+        "deploy": [deployed],
+        "history": {name: [r for r in records if r["name"] == name] for name in names},
+        "environment": {
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "python": platform.python_version(),
+            "experts mapped by": made.method,
+        },
+        "command": job.command,
+        "seconds": workdir.seconds(job.workdir),
+    }
+
+
+def _deploy(job: Job, models: Models) -> dict:
+    """Exports the top-1 mixture on raw images and checks it in a new process on all test images."""
+    predict, params = evaluation.mixture_predict(models)
+
+    def on_raw(params, images):
+        return predict(params, job.normalize(images))
+
+    path = job.workdir / "deploy" / ARTIFACT
+    test = job.splits.test
+    images = jax.ShapeDtypeStruct((1, *job.splits.image_shape), np.uint8)
+    manifest = deploy.export(path, on_raw, params, images, platforms=job.config.deploy.platforms)
+    expected = job.logits(predict, params, test)
+    checked = deploy.verify(path, test.images, expected)
+    return {
+        "artifact": f"deploy/{ARTIFACT}",
+        "platforms": manifest["platforms"],
+        "bytes": manifest["bytes"],
+        "max_difference": checked.max_difference,
+        "agreement": checked.agreement,
+    }
+
+
+def _load(settings: Any) -> data.Splits:
+    try:
+        return data.load(
+            settings.name,
+            dir=str(pathlib.Path(settings.dir).expanduser()) if settings.dir else None,
+            validation=settings.validation or None,
+            seed=settings.seed,
+            train_size=settings.train_size or None,
+            image_shape=settings.image_shape,
+            class_names=settings.class_names or None,
+        )
+    except ValueError as error:
+        raise ValueError(f"config.data: {error}") from error
+
+
+def _check_model(job: Job) -> None:
+    """Checks what only the model can tell, on its shapes alone."""
+    try:
+        dense, variables = network(job)
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
+    if job.config.parent.restore:
+        path = pathlib.Path(job.config.parent.restore).expanduser()
+        if training.Checkpoints(path).latest() is None:
+            raise ValueError(
+                f"config.parent.restore must be a directory with a checkpoint, got {path}"
+            )
+    graph = core.trace(dense.predict, variables, job.images)
+    programs = set()
+    for first in (False, True):
+        keep = {
+            g.name: np.arange(g.size) < g.size / 2 if first else np.arange(g.size) >= g.size / 2
+            for g in graph.groups
+        }
+        masks = core.expand(keep, graph.groups, variables)
+        predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
+        programs.add(str(jax.make_jaxpr(predict)(small, job.images)))
+    if len(programs) > 1:
+        raise ValueError(
+            f"config.model must give experts that keep different channels one program, got "
+            f"{job.config.model.name} with shortcut {job.config.model.shortcut!r}; "
+            "set config.model.shortcut='project'"
+        )

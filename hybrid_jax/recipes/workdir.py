@@ -1,0 +1,74 @@
+"""The work directory: whose run it holds, what is done in it, and how long each stage took."""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hybrid_jax.recipes import config as configuration
+
+
+def claim(path: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    """Makes `path` the directory of a run of `config`, or takes up the run of it that is there.
+
+    Raises:
+      ValueError: If the directory holds another config's run, or files that are no run of ours.
+        Nothing is changed then.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"workdir must be a directory, got the file {path}")
+    ours, stored = configuration.flatten(config), path / "config.json"
+    if stored.exists():
+        theirs = json.loads(stored.read_text())
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"workdir must be empty or hold a run of the same config, got {path} with "
+                    f"config.{key}={theirs.get(key)!r} where this config has {ours.get(key)!r}"
+                )
+        return path
+    if path.exists() and (there := sorted(p.name for p in path.iterdir())):
+        raise ValueError(
+            f"workdir must be empty or hold a run of the same config, got {path} with {there[0]}"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(stored, ours)
+    return path
+
+
+@contextlib.contextmanager
+def stage(path: pathlib.Path, name: str) -> Iterator[None]:
+    """Times a stage; a stage that was done in an earlier process keeps its time."""
+    start = time.perf_counter()
+    yield
+    done = seconds(path)
+    if name not in done:
+        write_json(path / "seconds.json", done | {name: round(time.perf_counter() - start, 2)})
+
+
+def seconds(path: pathlib.Path) -> dict[str, float]:
+    """Returns the seconds of each stage that is done."""
+    file = path / "seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def remember(path: pathlib.Path, name: str, make: Callable[[], Any]) -> Any:
+    """Returns what `make()` returned when this run first asked: a measured choice, kept on resume."""
+    file = path / "choices.json"
+    choices = json.loads(file.read_text()) if file.exists() else {}
+    if name not in choices:
+        write_json(file, choices | {name: make()})
+        return remember(path, name, make)
+    return choices[name]
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes `value` as JSON in one step, so that a killed process leaves no half file."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(value, indent=1))
+    draft.replace(path)

@@ -1,0 +1,112 @@
+"""Runs the whole method: from a dense CNN to a deployed mixture of compressed experts.
+
+    python -m launch.compress --config=configs/digits.py --workdir=/tmp/digits
+    python -m launch.compress --config=configs/digits.py --workdir=/tmp/k3 --config.experts.count=3
+
+The work directory gets the checkpoints, the report with its plots and the deployed model. The same
+command resumes a run that was stopped; on a finished run it only writes the report again. From a
+notebook call `main(config, workdir)`.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from hybrid_jax import recipes
+
+
+def main(config: ConfigDict, workdir: str, command: str = "") -> dict:
+    """Runs `config` in `workdir` and returns the results, as `results.json` holds them.
+
+    Args:
+      config: A configuration as `configs/digits.py` returns it.
+      workdir: A directory that is empty, absent, or holds a run of the same config.
+      command: The command line, for the report.
+
+    Raises:
+      ValueError: If the configuration, the data or the work directory does not fit.
+      FileNotFoundError: If the data is not where the configuration says.
+      FloatingPointError: If a loss is not finite.
+    """
+    return recipes.run(recipes.prepare(config, workdir, command))
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str]:
+    """Returns the configuration and the work directory that a command line names.
+
+    Args:
+      argv: The command line; its first entry is the program's name.
+
+    Raises:
+      ValueError: Names the flag, what it got, what was expected and the nearest valid key.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    overrides = [flag[2:].split("=")[0] for flag in argv[1:] if flag.startswith("--config.")]
+    valid = {f"config.{key}" for key in recipes.flatten(recipes.default_config())}
+    for key in overrides:
+        if key not in valid:
+            hint = recipes.nearest_key(key.removeprefix("config."))
+            raise ValueError(f"--{key} is no key of the configuration{hint}")
+    try:
+        rest = values(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_illegal_value(str(error))) from error
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    except OSError:
+        path = next(flag for flag in argv if flag.startswith("--config="))
+        raise ValueError(
+            f"--config must be the path of a config module like configs/digits.py, got {path[9:]!r}"
+        ) from None
+    if rest:
+        raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
+    for flag in ("config", "workdir"):
+        if not values[flag].value:
+            raise ValueError(f"--{flag} must be given, got nothing")
+    return values.config, values.workdir
+
+
+def cli(argv: list[str]) -> int:
+    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        print("Keys of the configuration, with their defaults:")
+        for key, value in recipes.flatten(recipes.default_config()).items():
+            print(f"  --config.{key}={value}")
+        return 0
+    try:
+        config, workdir = parse(argv)
+        job = recipes.prepare(
+            config, workdir, command=" ".join(["python -m launch.compress", *argv[1:]])
+        )
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error)
+    try:
+        recipes.run(job)
+    except FloatingPointError as error:
+        return _fail(error)
+    print(f"report: {pathlib.Path(workdir) / 'report.md'}")
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def _illegal_value(message: str) -> str:
+    """Says `flag --config.a=x: invalid literal for int()…` in our words, if it is about a key."""
+    flag, _, value = message.removeprefix("flag --").partition(":")[0].partition("=")
+    default = recipes.flatten(recipes.default_config()).get(flag.removeprefix("config."))
+    if default is None:
+        return message
+    kind = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return f"--{flag} must be {kind.get(type(default), 'a tuple')}, got {value!r}"
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))

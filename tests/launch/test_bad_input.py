@@ -1,0 +1,127 @@
+"""Every mistake of a user ends in one line that names it, and nothing of theirs is lost."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hybrid_jax import recipes
+from launch import compress
+
+DIGITS = "--config=configs/digits.py"
+
+
+def fails(capsys, *arguments):
+    """Returns the one line that a command line ends with."""
+    assert compress.cli(["compress", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").strip()
+
+
+BAD = {
+    "experts.sparsity=1.3": "config.experts.sparsity must be in [0, 1), got 1.3",
+    "experts.sparsity=half": "--config.experts.sparsity must be a number, got 'half'",
+    "experts.weight_sparsity=-0.1": "config.experts.weight_sparsity must be in [0, 1), got -0.1",
+    "experts.weight_bits=0": "config.experts.weight_bits must be an integer in [2, 8], got 0",
+    "experts.bits=(4,0)": "config.experts.bits must be an integer in [2, 8], got 0",
+    "experts.count=0": "config.experts.count must be an integer of at least 2, got 0",
+    "experts.count=many": "--config.experts.count must be an integer, got 'many'",
+    "gate.k=5": "config.gate.k must be at most config.experts.count = 4, got 5",
+    "gate.k=0": "config.gate.k must be an integer of at least 1, got 0",
+    "experts.cout=3": "--config.experts.cout is no key of the configuration; "
+    "the nearest valid key is config.experts.count",
+    "expert.count=3": "--config.expert.count is no key of the configuration; "
+    "the nearest valid key is config.experts.count",
+    "experts.diversity=sed": "config.experts.diversity must be one of criterion, seed, cluster, "
+    "bits, got 'sed'; did you mean seed?",
+    "experts.criteria=('magnitude_l3',)": "config.experts.criteria must be one of magnitude_l1, ",
+    "experts.granularity=4:2": "config.experts.granularity must be 'unstructured' or 'n:m' with "
+    "1 <= n <= m, got '4:2'",
+    "experts.learning_rate=-1": "config.experts.learning_rate must be a finite number above 0, "
+    "got -1.0",
+    "parent.steps=0": "config.parent.steps must be an integer of at least 1, got 0",
+    "data.validation=1": "config.data.validation must be in [0, 1), got 1.0",
+    "model.name=resnet9": "config.model.name must be one of ",
+    "deploy.platforms=('gpu',)": "config.deploy.platforms must be one of cpu, cuda, rocm, tpu, "
+    "got 'gpu'",
+    "parent.restore=/nowhere": "config.parent.restore must be ",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_value(override, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    line = fails(capsys, DIGITS, f"--workdir={workdir}", f"--config.{override}")
+    assert line.startswith(BAD[override])
+    assert not workdir.exists()
+
+
+def test_bad_flags(tmp_path, capsys):
+    assert fails(capsys, DIGITS) == "--workdir must be given, got nothing"
+    assert fails(capsys, f"--workdir={tmp_path}") == "--config must be given, got nothing"
+    assert "got 'configs/digit.py'" in fails(
+        capsys, "--config=configs/digit.py", f"--workdir={tmp_path}"
+    )
+    assert "'wrkdir'" in fails(capsys, DIGITS, f"--wrkdir={tmp_path}")
+    assert "got 'count=3'" in fails(capsys, DIGITS, f"--workdir={tmp_path}", "count=3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_is_left_alone(tmp_path, capsys):
+    theirs = recipes.default_config()
+    theirs.seed = 7
+    stored = json.dumps(recipes.flatten(theirs))
+    (tmp_path / "config.json").write_text(stored)
+    (tmp_path / "weights").write_text("precious")
+    line = fails(capsys, DIGITS, f"--workdir={tmp_path}")
+    assert line.startswith("workdir must be empty or hold a run of the same config, got ")
+    assert (tmp_path / "config.json").read_text() == stored
+    assert (tmp_path / "weights").read_text() == "precious"
+
+
+def test_files_that_are_no_run_are_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "with thesis.tex" in fails(capsys, DIGITS, f"--workdir={tmp_path}")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def bloodmnist(path, **changes):
+    n = 12
+    arrays = {}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_images"] = np.zeros((n, 28, 28, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n)[:, None] % 8
+    np.savez(path, **(arrays | changes))
+    return f"--config.data.dir={path}"
+
+
+BLOOD = "--config=configs/bloodmnist.py"
+
+
+def test_missing_data(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    to = f"--workdir={workdir}"
+    assert "/none.npz" in fails(capsys, BLOOD, to, f"--config.data.dir={tmp_path}/none.npz")
+    assert "/none" in fails(
+        capsys, "--config=configs/cifar10.py", to, f"--config.data.dir={tmp_path}/none"
+    )
+    assert not workdir.exists()
+
+
+def test_labels_outside_the_classes(tmp_path, capsys):
+    path = bloodmnist(tmp_path / "blood.npz", train_labels=np.full((12, 1), 8))
+    line = fails(capsys, BLOOD, f"--workdir={tmp_path / 'run'}", path)
+    assert "labels" in line
+    assert "8" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_of_another_shape(tmp_path, capsys):
+    path = bloodmnist(tmp_path / "blood.npz", test_images=np.zeros((12, 32, 32, 3), np.uint8))
+    line = fails(capsys, BLOOD, f"--workdir={tmp_path / 'run'}", path)
+    assert "(28, 28, 3)" in line
+    assert "(32, 32, 3)" in line
+    assert not (tmp_path / "run").exists()
