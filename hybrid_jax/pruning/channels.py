@@ -1,5 +1,6 @@
 """Channels: scores of whole coupled groups, and which channels are kept."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ def keep_channels(
 
     With `allocation='uniform'` a group of n channels loses floor(sparsity · n + ½), with
     'global' all groups together lose that of all their channels. The highest scores stay; of
-    equal scores the lower index (and the earlier group). Widths are whole multiples of
+    equal scores the lower index, and the group first by name. Widths are whole multiples of
     `multiple`, or n itself; a group is kept or removed in such steps, best channels first, to
     the nearest count (half a step up), and always keeps its first step. Uniform widths depend on
     no score: experts cut by different criteria have equal shapes, and stack.
@@ -123,15 +124,16 @@ def keep_channels(
     core.check_integer("multiple", multiple, 1)
     if not is_traced(scores):
         core.check_finite("scores", scores)
-    # Not `flatten_paths`: a group's name may itself hold slashes.
     left_out = core.match_rules([(pattern, True) for pattern in exempt], scores, default=False)
-    chosen = {name: jnp.asarray(s, jnp.float32) for name, s in scores.items() if not left_out[name]}
+    # By name, the order in which `jit` hands a dict on: equal scores fall alike in both.
+    chosen = {n: jnp.asarray(scores[n], jnp.float32) for n in sorted(scores) if not left_out[n]}
     if not chosen:
         raise ValueError("scores must hold a group to prune, got none that is not exempt")
     if allocation == "uniform":
-        kept = {n: _keep_steps({n: s}, sparsity, multiple)[n] for n, s in chosen.items()}
+        kept = [_keep_steps((s,), sparsity, multiple)[0] for s in chosen.values()]
     else:
-        kept = _keep_steps(chosen, sparsity, multiple)
+        kept = _keep_steps(tuple(chosen.values()), sparsity, multiple)
+    kept = dict(zip(chosen, kept, strict=True))
     return {name: kept.get(name, jnp.ones(np.shape(s), bool)) for name, s in scores.items()}
 
 
@@ -146,30 +148,32 @@ def _unit_entries(flat: dict[str, Any], member: Any) -> jax.Array | None:
     return units.reshape(len(member.index), -1)
 
 
+@functools.partial(jax.jit, static_argnames="multiple")
 def _keep_steps(
-    scores: dict[str, jax.Array], sparsity: float | jax.Array, multiple: int
-) -> dict[str, jax.Array]:
+    groups: tuple[jax.Array, ...], sparsity: float | jax.Array, multiple: int
+) -> list[jax.Array]:
     """Ranks steps of `multiple` channels over the groups, and keeps the best that fit."""
-    ranks = {name: jnp.argsort(jnp.argsort(-s, stable=True)) for name, s in scores.items()}
-    total = sum(s.size for s in scores.values())
+    total = sum(scores.size for scores in groups)
     kept = total - removed_count(sparsity, total)
 
-    sizes, values, first = [], [], []
-    for s in scores.values():
-        step = np.arange(s.size) // multiple
-        size = np.bincount(step)
-        mean = jax.ops.segment_sum(jnp.sort(s)[::-1], step, len(size)) / size
-        # Rounding must not lift a later step of equal scores above an earlier one.
-        values.append(jax.lax.cummin(mean).at[0].set(jnp.inf))
-        sizes.append(size)
-        first.append(np.arange(len(size)) == 0)
-    order = jnp.argsort(-jnp.concatenate(values), stable=True)
+    sizes = [np.bincount(np.arange(scores.size) // multiple) for scores in groups]
+    first = np.concatenate([np.arange(len(size)) == 0 for size in sizes])
+    means = jnp.concatenate([_step_means(s, n) for s, n in zip(groups, sizes, strict=True)])
+    order = jnp.argsort(-jnp.where(first, jnp.inf, means), stable=True)
     size = jnp.asarray(np.concatenate(sizes), jnp.int32)[order]
     before = jnp.cumsum(size) - size
-    stays = (2 * (kept - before) >= size) | jnp.asarray(np.concatenate(first))[order]
+    stays = (2 * (kept - before) >= size) | jnp.asarray(first)[order]
+
     stays = jnp.zeros_like(stays).at[order].set(stays)
-    parts = jnp.split(stays, np.cumsum([len(part) for part in sizes])[:-1])
-    return {
-        name: part[rank // multiple]
-        for (name, rank), part in zip(ranks.items(), parts, strict=True)
-    }
+    parts = jnp.split(stays, np.cumsum([len(size) for size in sizes])[:-1])
+    ranks = [jnp.argsort(jnp.argsort(-scores, stable=True)) for scores in groups]
+    return [part[rank // multiple] for part, rank in zip(parts, ranks, strict=True)]
+
+
+def _step_means(scores: jax.Array, sizes: np.ndarray) -> jax.Array:
+    """Mean score of each step of the channels, best first."""
+    falling = jnp.sort(scores, descending=True)
+    step = np.repeat(np.arange(len(sizes)), sizes)
+    means = jax.ops.segment_sum(falling, step, len(sizes)) / jnp.asarray(sizes, scores.dtype)
+    # Rounding must not lift a later step of equal scores above an earlier one.
+    return jax.lax.cummin(means)

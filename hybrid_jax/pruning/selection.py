@@ -36,7 +36,8 @@ def is_traced(tree: object) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def removed_count(sparsity: float | jax.Array, n: int) -> jax.Array:
+@jax.jit
+def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> jax.Array:
     """floor(sparsity · n + ½): how many of `n` units a sparsity removes.
 
     Sparsity is read to six decimals, which float32 holds, and the rest is integer arithmetic: a
@@ -44,7 +45,7 @@ def removed_count(sparsity: float | jax.Array, n: int) -> jax.Array:
 
     Args:
       sparsity: () fraction in [0, 1], maybe traced.
-      n: Number of units, below 2³¹.
+      n: () number of units, below 2³¹.
 
     Returns:
       () int32.
@@ -55,12 +56,14 @@ def removed_count(sparsity: float | jax.Array, n: int) -> jax.Array:
     """
     millionths = jnp.round(jnp.float32(1e6) * jnp.asarray(sparsity, jnp.float32)).astype(jnp.int32)
     # millionths · n / 10⁶ does not fit 32 bits: split n at 10⁶ and the millionths at 10³.
-    whole, rest = divmod(n, 1_000_000)
+    n = jnp.asarray(n, jnp.int32)
+    whole, rest = n // 1_000_000, n % 1_000_000
     high, low = millionths // 1000, millionths % 1000
     carried, left = high * rest // 1000, high * rest % 1000
     return millionths * whole + carried + (left * 1000 + low * rest + 500_000) // 1_000_000
 
 
+@jax.jit
 def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
     """Marks the `kept` highest of the last axis; of equal scores the lower index is kept.
 

@@ -108,8 +108,9 @@ def prune_by_schedule(
         `tx.update(grads, state, params, gradients=grads)`. Others are ignored.
 
     Raises:
-      ValueError: If `every` is below 1, or the schedule ends above what `granularity` allows. From `init`, what `masks` raises on these parameters.
-        From `update`, if the parameters or an argument in `needs` are not given.
+      ValueError: If `every` is below 1, or the schedule ends above what `granularity` allows.
+        From `init`, what `masks` raises on these parameters. From `update`, if the parameters or
+        an argument in `needs` are not given.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,0 +1,240 @@
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_jax import core, models, pruning
+
+
+def two_layers(params, x):
+    return jax.nn.relu(x @ params["first"] + params["bias"][None]) @ params["second"]
+
+
+PARAMS = {
+    "first": jnp.array([[1.0, -2.0, 0.0], [3.0, 0.0, 1.0]]),
+    "bias": jnp.zeros(3),
+    "second": jnp.array([[1.0, 1.0], [-5.0, 0.0], [0.0, 0.0]]),
+}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return core.trace(two_layers, PARAMS, jnp.ones((4, 2))).groups
+
+
+@pytest.mark.parametrize(
+    ("reduce", "expected"),
+    [
+        # Per hidden unit the entries are its column of the first and its row of the second
+        # kernel: (1, 3, 1, 1), (2, 0, 5, 0), (0, 1, 0, 0). The bias has no score.
+        ("sum", [6, 7, 1]),
+        ("mean", [6 / 4, 7 / 4, 1 / 4]),
+        ("max", [3, 5, 1]),
+        ("l2", [12**0.5, 29**0.5, 1]),
+    ],
+)
+def test_scores_reduce_over_the_whole_group(groups, reduce, expected):
+    scores = pruning.magnitude(PARAMS)
+    plain = pruning.group_scores(scores, groups, reduce, normalize="none")
+    assert list(plain) == ["first"]
+    np.testing.assert_allclose(plain["first"], expected, rtol=1e-6)
+    by_mean = pruning.group_scores(scores, groups, reduce)
+    np.testing.assert_allclose(by_mean["first"], np.array(expected) / np.mean(expected), rtol=1e-6)
+    by_max = pruning.group_scores(scores, groups, reduce, "max")
+    np.testing.assert_allclose(by_max["first"], np.array(expected) / max(expected), rtol=1e-6)
+
+
+def test_groups_of_another_scale_compare():
+    # Ten times the fan-in of equal weights is no reason to keep a channel.
+    wide = core.Group("wide", 2, (core.Member("wide", 1, np.array([[0], [1]])),))
+    thin = core.Group("thin", 2, (core.Member("thin", 1, np.array([[0], [1]])),))
+    scores = {"wide": jnp.ones((10, 2)), "thin": jnp.ones((1, 2))}
+    got = pruning.group_scores(scores, [wide, thin])
+    np.testing.assert_array_equal(got["wide"], got["thin"])
+
+
+def test_units_of_several_indices():
+    # A flattened (2 positions, 2 channels): channel 0 owns rows 0 and 2.
+    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]])),))
+    scores = {"w": jnp.array([[1.0], [10.0], [2.0], [20.0]])}
+    got = pruning.group_scores(scores, [group], normalize="none")
+    assert got["w"].tolist() == [3.0, 30.0]
+
+
+def test_all_zero_scores_stay_zero(groups):
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    assert pruning.group_scores(pruning.magnitude(zero), groups)["first"].tolist() == [0.0] * 3
+
+
+def test_group_scores_name_what_is_wrong(groups):
+    scores = pruning.magnitude(PARAMS)
+    with pytest.raises(ValueError, match=r"reduce must be one of .* did you mean mean"):
+        pruning.group_scores(scores, groups, reduce="men")
+    with pytest.raises(ValueError, match="normalize must be one of"):
+        pruning.group_scores(scores, groups, normalize="l7")
+    with pytest.raises(ValueError, match="groups must hold a coupled group"):
+        pruning.group_scores(scores, [])
+    with pytest.raises(ValueError, match="scores must cover a member of group 'first'"):
+        pruning.group_scores(dict.fromkeys(PARAMS, optax.MaskedNode()), groups)
+    with pytest.raises(ValueError, match="got none at 'bias'"):
+        pruning.group_scores({"first": scores["first"]}, groups)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        pruning.group_scores({**scores, "first": scores["first"] * jnp.nan}, groups)
+
+
+def width(n, sparsity, multiple):
+    """The steps nearest to n − floor(sparsity · n + ½), at least one, or all n channels."""
+    kept = n - int(Fraction(str(sparsity)) * n + Fraction(1, 2))
+    widths = [*range(multiple, n, multiple), n]
+    return min(widths, key=lambda w: (abs(w - kept), -w))
+
+
+SIZES = (1, 5, 12, 16)
+percents = st.integers(0, 100)
+# Few values, so that many are equal.
+several_scores = st.tuples(
+    *(st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.0]), min_size=n, max_size=n) for n in SIZES)
+)
+compiled_keep = jax.jit(pruning.keep_channels, static_argnames=("allocation", "multiple"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(values=several_scores, percent=percents, multiple=st.sampled_from([1, 4, 8]))
+def test_uniform_widths_are_exact_and_hold_the_best(values, percent, multiple):
+    scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
+    keep = compiled_keep(scores, percent / 100, multiple=multiple)
+    for name, s in zip(scores, values, strict=True):
+        expected = width(len(s), percent / 100, multiple)
+        best = sorted(range(len(s)), key=lambda i, s=s: (-s[i], i))[:expected]
+        assert np.flatnonzero(keep[name]).tolist() == sorted(best)
+
+
+@settings(deadline=None, max_examples=100)
+@given(values=several_scores, percent=percents)
+def test_global_counts_are_exact(values, percent):
+    scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
+    keep = compiled_keep(scores, percent / 100, allocation="global")
+    total = sum(SIZES)
+    wanted = total - int(Fraction(percent, 100) * total + Fraction(1, 2))
+    # Every group holds its best channel; the others are taken from the top, the first of equals.
+    holds = [(g, max(range(len(s)), key=lambda i, s=s: (s[i], -i))) for g, s in enumerate(values)]
+    rest = [(g, i) for g, s in enumerate(values) for i in range(len(s)) if (g, i) not in holds]
+    rest.sort(key=lambda unit: (-values[unit[0]][unit[1]], unit))
+    expected = holds + rest[: max(wanted - len(holds), 0)]
+    got = [(g, i) for g, k in enumerate(keep.values()) for i in np.flatnonzero(k).tolist()]
+    assert got == sorted(expected)
+
+
+def test_global_widths_move_in_steps():
+    scores = {"a": jnp.arange(8.0), "b": 10 + jnp.arange(8.0)}
+    keep = pruning.keep_channels(scores, 0.25, "global", multiple=4)
+    assert {name: int(k.sum()) for name, k in keep.items()} == {"a": 4, "b": 8}
+    assert keep["a"].tolist() == [False] * 4 + [True] * 4
+
+
+def test_uniform_experts_stack_whatever_their_criterion(groups, key):
+    chosen = [
+        pruning.keep_channels(pruning.group_scores(criterion(PARAMS), groups), 0.4)
+        for criterion in (
+            pruning.magnitude,
+            pruning.geometric_median,
+            lambda p: pruning.random(p, key),
+        )
+    ]
+    assert [int(keep["first"].sum()) for keep in chosen] == [2, 2, 2]
+
+
+def test_sparsity_may_be_traced():
+    scores = {"a": jnp.array([1.0, 3.0, 2.0, 4.0]), "b": jnp.array([9.0, 8.0])}
+    for allocation in ("uniform", "global"):
+        compiled = jax.jit(lambda s, a=allocation: pruning.keep_channels(scores, s, a))
+        for sparsity in (0.0, 0.5, 1.0):
+            eager = pruning.keep_channels(scores, sparsity, allocation)
+            jax.tree.map(np.testing.assert_array_equal, compiled(sparsity), eager)
+        assert compiled._cache_size() == 1
+
+
+def test_exempt_groups_keep_all():
+    scores = {"stem": jnp.arange(4.0), "body": jnp.arange(4.0)}
+    keep = pruning.keep_channels(scores, 0.5, exempt=["stem"])
+    assert keep["stem"].all()
+    assert keep["body"].tolist() == [False, False, True, True]
+
+
+def test_keep_channels_names_what_is_wrong():
+    scores = {"a": jnp.arange(4.0)}
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got -0.1"):
+        pruning.keep_channels(scores, -0.1)
+    with pytest.raises(ValueError, match="allocation must be one of uniform, global"):
+        pruning.keep_channels(scores, 0.5, "globl")
+    with pytest.raises(ValueError, match="multiple must be an integer of at least 1"):
+        pruning.keep_channels(scores, 0.5, multiple=0)
+    with pytest.raises(ValueError, match="rule 'stem' must match"):
+        pruning.keep_channels(scores, 0.5, exempt=["stem"])
+    with pytest.raises(ValueError, match="scores must hold a group"):
+        pruning.keep_channels(scores, 0.5, exempt=["a"])
+    with pytest.raises(ValueError, match="scores must be finite"):
+        pruning.keep_channels({"a": jnp.array([jnp.nan, 1.0])}, 0.5)
+
+
+def test_masked_equals_shrunk(groups, key):
+    x = jax.random.normal(key, (4, 2))
+    keep = pruning.keep_channels(pruning.group_scores(pruning.magnitude(PARAMS), groups), 0.3)
+    masks = pruning.expand(keep, groups, PARAMS)
+    small_fn, small, certificate = pruning.shrink(two_layers, PARAMS, masks, x)
+    # floor(0.3 · 3 + ½) = 1 channel leaves, the last: its column sums to the least.
+    assert small["first"].tolist() == [[1.0, -2.0], [3.0, 0.0]]
+    assert certificate.difference <= 1e-5
+    masked = two_layers(pruning.apply_masks(PARAMS, masks), x)
+    np.testing.assert_allclose(small_fn(small, x), masked, atol=1e-5)
+
+
+def test_equal_scores_fall_alike_compiled_and_eager():
+    scores = {"b": jnp.ones(3), "a": jnp.ones(3)}
+    eager = pruning.keep_channels(scores, 0.5, "global")
+    compiled = jax.jit(lambda s: pruning.keep_channels(s, 0.5, "global"))(scores)
+    assert {name: k.tolist() for name, k in eager.items()} == {
+        "a": [True, True, False],
+        "b": [True, False, False],
+    }
+    jax.tree.map(np.testing.assert_array_equal, eager, compiled)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    model = models.ResNet(5, blocks=(1, 1), widths=(4, 8))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    # Statistics and scales away from their initial 0 and 1, as after training.
+    variables = jax.tree.map(
+        lambda leaf: leaf + jnp.linspace(0.1, 0.6, leaf.size) if leaf.ndim == 1 else leaf, variables
+    )
+    graph = core.trace(model.apply, variables, x)
+    return model.apply, variables, x, graph.groups
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        pruning.magnitude,
+        lambda v: pruning.taylor(v, jax.tree.map(jnp.cos, v)),
+        lambda v: pruning.fisher(v, jax.tree.map(jnp.square, v)),
+        pruning.batchnorm_scale,
+        pruning.geometric_median,
+    ],
+    ids=["magnitude", "taylor", "fisher", "batchnorm_scale", "geometric_median"],
+)
+def test_masked_equals_shrunk_in_a_residual_network(residual, criterion):
+    apply, variables, x, groups = residual
+    keep = pruning.keep_channels(pruning.group_scores(criterion(variables), groups), 0.5)
+    masks = pruning.expand(keep, groups, variables)
+    small_fn, small, certificate = pruning.shrink(apply, variables, masks, x)
+    assert certificate.difference <= 1e-5
+    assert small["params"]["stage1_block0"]["conv0"]["Conv_0"]["kernel"].shape[-1] == 4
+    masked = apply(pruning.apply_masks(variables, masks), x)
+    np.testing.assert_allclose(small_fn(small, x), masked, atol=1e-5)
