@@ -96,7 +96,8 @@ def calibrate(
     if missed:
         raise ValueError(f"fn must run every site of spec outside `while`, got no {missed[0]!r}")
     for site in spec.sites:
-        ends = {role: (o.state.low, o.state.high) for role, o in seen[site.name].items()}
+        states = {role: observed.state for role, observed in seen[site.name].items()}
+        ends = {role: grids.Range(state.low, state.high) for role, state in states.items()}
         core.check_finite(f"what calibration saw at {site.name!r}", ends)
     widths = spec.bits() if bits is None else bits
     ranges = over_experts(conclude, (0, None if bits is None else 0))(seen, widths)
