@@ -60,7 +60,7 @@ class Labels:
         if labels.any():
             self.frozen.append((labels, reason))
 
-    def tie(self, a: np.ndarray, b: np.ndarray, reason: str = "tied to an axis of the input"):
+    def tie(self, a: np.ndarray, b: np.ndarray, reason: str = "is tied to an axis of the input"):
         """a[i] and b[i] can only be removed together."""
         if a is b or not (a.any() or b.any()):
             return
@@ -89,6 +89,10 @@ def propagate(labels: Labels, eqn: jex.JaxprEqn, values: list[Value]) -> list[Va
     outs = rule(labels, eqn.params, values, eqn.outvars) if rule else None
     if outs is None:
         return barrier(labels, eqn, values, f"goes through {name}")
+    for out in outs:
+        for axis in out.labels:
+            if len(axis) == 1:
+                labels.freeze(axis, "is picked out alone")
     return [dataclasses.replace(out, origin=origin) for out in outs]
 
 
