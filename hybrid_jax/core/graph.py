@@ -24,6 +24,7 @@ from hybrid_jax.core.labels import (
     join_origins,
     literal,
     propagate,
+    sizes,
 )
 
 
@@ -70,7 +71,8 @@ class Graph:
       jaxpr: The closed jaxpr; its arguments are the leaves of (params, *inputs).
       out_tree: Structure of the outputs.
       parameters: {path: ShapeDtypeStruct} of the parameters, in tree order.
-      batch: Length of the leading axis of the first input; costs are divided by it.
+      batch: Length of the leading axis of the first input, 1 if that is symbolic; costs are divided
+        by it.
       sites: The sites, in the order in which they run.
       macs: Multiply-accumulates for one example, products of two activations included.
       labels: The channel labels.
@@ -167,7 +169,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     for path, leaf in parameters.items():
         arguments.append(analysis.labels.value(leaf.shape, frozenset([path]), rest=0.0))
     for leaf in jax.tree.leaves(shapes[1:]):
-        zeros = tuple(np.zeros(n, np.int32) for n in leaf.shape)
+        zeros = tuple(np.zeros(n, np.int32) for n in sizes(leaf.shape))
         arguments.append(Value(zeros, (None,) * len(zeros), INPUT))
     used = {v for eqn in closed.jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
     for var, value in zip(closed.jaxpr.invars, arguments, strict=True):
@@ -177,7 +179,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     consts = [literal(const, analysis.labels) for const in closed.consts]
     outputs = analysis.walk(closed.jaxpr, consts, arguments, (), 1)
     leaves = [leaf for leaf in jax.tree.leaves(shapes[1:]) if leaf.shape]
-    batch = leaves[0].shape[0] if leaves else 1
+    batch = sizes(leaves[0].shape)[0] if leaves else 1
     scaled = {
         path: dataclasses.replace(site, macs=site.macs // max(batch, 1))
         for path, site in analysis.sites.items()
@@ -282,8 +284,8 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 class _Analysis:
     """The abstract walk over a jaxpr: labels of every value, sites, multiply-accumulates."""
 
-    def __init__(self, sizes):
-        self.sizes = sizes
+    def __init__(self, counts):
+        self.counts = counts
         self.labels = Labels()
         self.equations: dict[interpreter.Path, tuple[list[Value], list[Value]]] = {}
         self.sites: dict[interpreter.Path, Site] = {}
@@ -323,7 +325,7 @@ class _Analysis:
         operand = _kernel_operand(eqn, values)
         if operand is None:
             return
-        site = _site(eqn, values, operand, macs, calls, self.sizes)
+        site = _site(eqn, values, operand, macs, calls, self.counts)
         self.names[site.path] += 1
         count = self.names[site.path]
         name = site.path if count == 1 else f"{site.path}#{count}"
@@ -440,12 +442,13 @@ def _from(origin) -> Value:
 
 
 def _macs(eqn: jex.JaxprEqn) -> int:
-    x, y = (v.aval.shape for v in eqn.invars)
+    x, y = (sizes(v.aval.shape) for v in eqn.invars)
+    out = math.prod(sizes(eqn.outvars[0].aval.shape))
     if eqn.primitive.name == "dot_general":
         contracted = math.prod(x[axis] for axis in eqn.params["dimension_numbers"][0][0])
-        return math.prod(eqn.outvars[0].aval.shape) * contracted
+        return out * contracted
     out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    return math.prod(eqn.outvars[0].aval.shape) * (math.prod(y) // max(y[out_axis], 1))
+    return out * (math.prod(y) // max(y[out_axis], 1))
 
 
 def _kernel_operand(eqn: jex.JaxprEqn, values: list[Value]) -> int | None:
@@ -458,7 +461,7 @@ def _kernel_operand(eqn: jex.JaxprEqn, values: list[Value]) -> int | None:
     return None
 
 
-def _site(eqn, values, operand, macs, calls, sizes) -> Site:
+def _site(eqn, values, operand, macs, calls, counts) -> Site:
     conv = eqn.primitive.name == "conv_general_dilated"
     numbers = eqn.params["dimension_numbers"]
     kernel = values[operand].shape
@@ -473,12 +476,12 @@ def _site(eqn, values, operand, macs, calls, sizes) -> Site:
         out_axes = tuple(axis for axis in range(len(kernel)) if axis not in used)
     return Site(
         name="",
-        path=max(sorted(values[operand].origin), key=sizes.__getitem__),
+        path=max(sorted(values[operand].origin), key=counts.__getitem__),
         kind="conv" if conv else "dot",
         macs=macs,
         input_shape=values[1 - operand].shape,
         kernel_shape=kernel,
-        output_shape=tuple(eqn.outvars[0].aval.shape),
+        output_shape=sizes(eqn.outvars[0].aval.shape),
         feature_axis=feature,
         kernel_in_axes=in_axes,
         kernel_out_axes=out_axes,

