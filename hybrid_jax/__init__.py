@@ -1,0 +1,56 @@
+"""Compresses convolutional networks for edge devices, in JAX.
+
+A model is a pure function `fn(params, *inputs)` and a pytree `params`; every capability takes such
+a pair and returns one. Nothing is declared layer by layer: sites, channels and costs are read from
+the traced program, whether Flax Linen, NNX or bare JAX wrote it.
+
+Example:
+  >>> import jax, jax.numpy as jnp, hybrid_jax as hj
+  >>> model = hj.models.create('resnet8', 10)
+  >>> x = jnp.zeros((1, 32, 32, 3))
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  >>> graph = hj.trace(model.apply, variables, x)
+  >>> len(graph.sites), graph.macs, hj.cost.count(graph).bytes
+  (8, 12239488, 303080)
+
+The method is that of *Hybrid Compression: Integrating Pruning and Quantization for Optimized Neural
+Networks* (arXiv 2606.22935).
+"""
+
+from hybrid_jax import (
+    core,
+    cost,
+    data,
+    deploy,
+    experts,
+    models,
+    pruning,
+    quantization,
+    recipes,
+    report,
+    training,
+)
+from hybrid_jax.core import Certificate, Graph, Group, Site, at_sites, expand, narrow, shrink, trace
+
+__all__ = [
+    "Certificate",
+    "Graph",
+    "Group",
+    "Site",
+    "at_sites",
+    "core",
+    "cost",
+    "data",
+    "deploy",
+    "expand",
+    "experts",
+    "models",
+    "narrow",
+    "pruning",
+    "quantization",
+    "recipes",
+    "report",
+    "shrink",
+    "trace",
+    "training",
+]

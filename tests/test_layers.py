@@ -1,0 +1,46 @@
+"""Data flows one way: a folder imports only from those above it."""
+
+import ast
+import pathlib
+
+import pytest
+
+import hybrid_jax
+
+ROOT = pathlib.Path(hybrid_jax.__file__).parent
+CORE_ONLY = {"cost", "pruning", "quantization", "experts"}
+ORDER = [
+    "core",
+    *sorted(CORE_ONLY),
+    "models",
+    "data",
+    "training",
+    "deploy",
+    "report",
+    "recipes",
+]
+
+
+def imported(file: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in found]
+    return {p[1] for p in parts if p[0] == "hybrid_jax" and len(p) > 1}
+
+
+def test_every_folder_has_its_place():
+    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(ORDER)
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_a_folder_imports_only_from_those_above(folder):
+    above = {"core"} if folder in CORE_ONLY else set(ORDER[: ORDER.index(folder)])
+    for file in (ROOT / folder).rglob("*.py"):
+        wrong = imported(file) - above - {folder}
+        assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
