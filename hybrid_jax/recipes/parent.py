@@ -3,9 +3,6 @@
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from hybrid_jax import models, training
 from hybrid_jax.recipes.job import Job, Network, optimizer
 
@@ -19,8 +16,7 @@ def network(job: Job) -> tuple[Network, Any]:
         predict=lambda variables, x: module.apply(variables, x, train=False),
         train=lambda variables, x: module.apply(variables, x, train=True, mutable=["batch_stats"]),
     )
-    images = jnp.zeros(job.images.shape, job.images.dtype)
-    return dense, jax.jit(module.init)(job.key("init"), images)
+    return dense, job.init(module, "parent")
 
 
 def parent(job: Job) -> tuple[Network, Any]:

@@ -273,6 +273,8 @@ def _first_images(job, count=256):
 def _method(job, name, predict, stack):
     """How the experts are mapped; what was measured once holds for the whole run."""
     settings = job.config.experts
+    if experts.count(stack) == 1:
+        return "unroll"
     if settings.method != "auto":
         return settings.method
     batch = jax.ShapeDtypeStruct((settings.batch_size, *job.images.shape[1:]), jnp.float32)

@@ -56,8 +56,7 @@ def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
     """
     settings, key = job.config.gate, job.key("gate")
     module = experts.gate_cnn(len(made.specs), (settings.width, 2 * settings.width))
-    images = jnp.zeros(job.images.shape, job.images.dtype)
-    start = jax.jit(module.init)(key, images)
+    start = job.init(module, "gate")
     loss_fn = _loss(
         job, made, module.apply, lambda params, state: (state["experts"], {"params": params})
     )

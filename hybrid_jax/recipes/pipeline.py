@@ -7,10 +7,11 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hybrid_jax import core, data, deploy, report, training
+from hybrid_jax import core, data, deploy, experts, report, training
 from hybrid_jax.recipes import config as configuration
 from hybrid_jax.recipes import controls, evaluation, phase1, phase2, workdir
 from hybrid_jax.recipes.evaluation import Models
@@ -122,7 +123,9 @@ def _deploy(job: Job, models: Models) -> dict:
     test = job.splits.test
     images = jax.ShapeDtypeStruct((1, *job.splits.image_shape), np.uint8)
     manifest = deploy.export(path, on_raw, params, images, platforms=job.config.deploy.platforms)
-    expected = job.logits(predict, params, test)
+    gate_logits = job.logits(models.gate.predict, models.gate.params, test)
+    chosen = experts.top_k(1)(jnp.asarray(gate_logits)).weights
+    expected = experts.combine(evaluation.logits(job, models.made, test), chosen)
     checked = deploy.verify(path, test.images, expected)
     return {
         "artifact": f"deploy/{ARTIFACT}",
