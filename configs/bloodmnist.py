@@ -1,10 +1,10 @@
-"""The whole method on BloodMNIST: microscope images of blood cells, 28×28×3, 8 classes.
+r"""The whole method on BloodMNIST: microscope images of blood cells, 28×28×3, 8 classes.
 
-Source: J. Yang et al., MedMNIST v2, arXiv 2110.14795; data of A. Acevedo et al., Data in Brief 2020.
-The file is `bloodmnist.npz` as MedMNIST distributes it, with its own 11,959 train, 1,712 validation
-and 3,421 test images.
+Source: J. Yang et al., MedMNIST v2, arXiv 2110.14795; images of A. Acevedo et al., Data in Brief
+2020. The file is `bloodmnist.npz` as MedMNIST distributes it, with its own 11,959 train, 1,712
+validation and 3,421 test images.
 
-    python -m launch.compress --config=configs/bloodmnist.py --workdir=/tmp/bloodmnist \\
+    python -m launch.compress --config=configs/bloodmnist.py --workdir=/tmp/bloodmnist \
         --config.data.dir=bloodmnist.npz
 """
 

@@ -1,10 +1,10 @@
-"""The whole method on CIFAR-10, sized for two CPU cores.
+r"""The whole method on CIFAR-10, sized for two CPU cores.
 
-Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009, prepared by TFDS.
+Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009; as TFDS has it.
 Reduced against the papers this compares with: a ResNet-8 instead of a ResNet-20 or 56, and a few
 epochs instead of hundreds, on all images but those held out.
 
-    python -m launch.compress --config=configs/cifar10.py --workdir=/tmp/cifar10 \\
+    python -m launch.compress --config=configs/cifar10.py --workdir=/tmp/cifar10 \
         --config.data.dir=~/tensorflow_datasets
 """
 

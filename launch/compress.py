@@ -9,6 +9,7 @@ notebook call `main(config, workdir)`.
 """
 
 import pathlib
+import shlex
 import sys
 
 from absl import flags
@@ -45,6 +46,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    for flag in argv[1:]:
+        if flag.startswith("--config=") and not pathlib.Path(path := flag[9:]).is_file():
+            raise ValueError(f"--config must be a file like configs/digits.py, got {path!r}")
     overrides = [flag[2:].split("=")[0] for flag in argv[1:] if flag.startswith("--config.")]
     valid = {f"config.{key}" for key in recipes.flatten(recipes.default_config())}
     for key in overrides:
@@ -57,11 +61,6 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
         raise ValueError(_illegal_value(str(error))) from error
     except flags.Error as error:
         raise ValueError(str(error)) from error
-    except OSError:
-        path = next(flag for flag in argv if flag.startswith("--config="))
-        raise ValueError(
-            f"--config must be the path of a config module like configs/digits.py, got {path[9:]!r}"
-        ) from None
     if rest:
         raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
     for flag in ("config", "workdir"):
@@ -80,9 +79,8 @@ def cli(argv: list[str]) -> int:
         return 0
     try:
         config, workdir = parse(argv)
-        job = recipes.prepare(
-            config, workdir, command=" ".join(["python -m launch.compress", *argv[1:]])
-        )
+        command = shlex.join(["python", "-m", "launch.compress", *argv[1:]])
+        job = recipes.prepare(config, workdir, command)
     except (ValueError, TypeError, OSError) as error:
         return _fail(error)
     try:

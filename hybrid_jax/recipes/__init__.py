@@ -17,7 +17,7 @@ from hybrid_jax.recipes.job import Job, Network
 from hybrid_jax.recipes.parent import parent
 from hybrid_jax.recipes.phase1 import Experts, compress
 from hybrid_jax.recipes.phase2 import Gate, fine_tune, learn_gate
-from hybrid_jax.recipes.pipeline import prepare, run
+from hybrid_jax.recipes.pipeline import make, prepare, run
 
 __all__ = [
     "ExpertSpec",
@@ -34,6 +34,7 @@ __all__ = [
     "fine_tune",
     "flatten",
     "learn_gate",
+    "make",
     "nearest_key",
     "parent",
     "prepare",

@@ -11,7 +11,7 @@ from hybrid_jax import core, models
 
 CRITERIA = ("magnitude_l1", "magnitude_l2", "batchnorm_scale", "taylor", "geometric_median")
 DIVERSITY = ("criterion", "seed", "cluster", "bits")
-ROUTINGS = ("soft", "top_k", "noisy_top_k")
+ROUTINGS = ("soft", "top_1", "top_k", "noisy_top_1", "noisy_top_k")
 
 
 def default_config() -> ConfigDict:
@@ -45,8 +45,8 @@ def default_config() -> ConfigDict:
         dict(
             steps=300,
             batch_size=64,
-            learning_rate=0.1,
-            weight_decay=5e-4,
+            learning_rate=0.01,
+            weight_decay=0.01,
             label_smoothing=0.0,
             restore="",  # a run's checkpoints/parent directory: take the parent from there
         )
@@ -70,14 +70,14 @@ def default_config() -> ConfigDict:
             method="auto",  # how the experts are mapped: auto measures, or vmap, map, unroll
             steps=300,
             batch_size=64,
-            learning_rate=0.02,
-            weight_decay=5e-4,
+            learning_rate=0.004,
+            weight_decay=0.01,
         )
     )
     config.distillation = ConfigDict(dict(temperature=4.0, alpha=0.5))
     config.gate = ConfigDict(
         dict(
-            routing="soft",  # how the gate is trained; it is evaluated as top-1, top-k and soft
+            routing="noisy_top_1",  # in training; it is evaluated as top-1, top-k and soft
             k=2,
             noise=1.0,
             width=8,

@@ -1,4 +1,4 @@
-"""The controls that take training: one compressed network of the mixture's bytes, one of its BOPs."""
+"""The controls that take training: single networks of the mixture's bytes and of its BOPs."""
 
 import dataclasses
 import math

@@ -1,6 +1,5 @@
-"""The table: every model and every control on the test images, which are read here and only here."""
+"""The table: every model and every control on the test images, which nothing reads before."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, cost, data, deploy, experts
-from hybrid_jax.recipes import controls
+from hybrid_jax.recipes import controls, deployment
 from hybrid_jax.recipes.job import Job, Network
 from hybrid_jax.recipes.phase1 import Experts
 from hybrid_jax.recipes.phase2 import Gate
@@ -84,7 +83,7 @@ def evaluate(job: Job, models: Models) -> dict:
     add_mixture("soft mixture", "mixture", experts.soft()(gate_logits).weights, gate_price, "all")
 
     stage, best = _best_expert(job, models)
-    source = models.made if stage == "joint" else models.before
+    source = models.made if stage == "phase 2" else models.before
     best_logits = logits(job, source, test)[best]
     note = (
         f"expert {best} {'after' if stage == 'joint' else 'before'} joint training, by validation"
@@ -122,20 +121,19 @@ def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
     )
 
 
-def mixture_predict(models: Models) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-    """Returns the top-1 mixture for the edge, which runs the gate and one expert, and its parameters."""
-    edge = experts.one_of([models.made.predict] * len(models.made.specs), models.gate.predict)
-    return (
-        lambda params, images: edge(params["experts"], params["gate"], images),
-        {"experts": experts.unstack(models.made.stack), "gate": models.gate.params},
-    )
+def top_1_logits(job: Job, models: Models) -> np.ndarray:
+    """Returns the logits (n, N) of the top-1 mixture for the test images."""
+    test = job.splits.test
+    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
+    expert_logits = jnp.asarray(logits(job, models.made, test))
+    return np.asarray(experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights))
 
 
 def _best_expert(job, models):
-    """(stage, index) of the expert with the highest validation accuracy, before or after phase 2."""
+    """(stage, index) of the expert that is best on validation, before or after phase 2."""
     validation = job.splits.validation
     scores = {}
-    for stage, made in (("joint", models.made), ("phase 1", models.before)):
+    for stage, made in (("phase 2", models.made), ("phase 1", models.before)):
         right = logits(job, made, validation).argmax(-1) == validation.labels
         scores |= {(stage, e): mean for e, mean in enumerate(right.mean(-1))}
     return max(scores, key=scores.get)
@@ -178,23 +176,26 @@ def _mixture_price(prices, gate, used) -> Price:
 def _latencies(job, models):
     """Time of each model for one image as a ratio to the dense parent's, in this process."""
     image = job.normalize(job.splits.validation.images[:1])
-    made, gate = models.made, models.gate
-    first = experts.unstack(made.stack)[0]
-    both = {"stack": made.stack, "gate": gate.params}
 
     def runner(fn, params):
-        compiled = jax.jit(fn)
-        return lambda x: compiled(params, x)
+        return jax.jit(lambda x: fn(params, x))  # parameters as constants, as in what is deployed
 
-    moe = experts.mixture(made.predict, gate.predict, experts.soft(), made.method)
+    each = deployment.deployed_experts(job, models.made)
+    gate = deployment.deployed_gate(job, models.gate)
+
+    def every(params, x):
+        weights = jax.nn.softmax(gate[0](params[0], x))
+        outputs = [fn(own, x) for (fn, _), own in zip(each, params[1], strict=True)]
+        return experts.combine(jnp.stack(outputs), weights)
+
     run = {
         "dense": runner(models.dense.predict, models.variables),
-        "expert": runner(made.predict, first),
-        "top-1": runner(*mixture_predict(models)),
-        "all": runner(lambda both, x: moe(both["stack"], both["gate"], x)[0], both),
+        "expert": runner(*each[0]),
+        "top-1": runner(*deployment.deployed_mixture(job, models.made, models.gate)),
+        "all": runner(every, (gate[1], [params for _, params in each])),
     }
     for name, single in models.singles.items():
-        run[name] = runner(single.predict, experts.unstack(single.stack)[0])
+        run[name] = runner(*deployment.deployed_experts(job, single)[0])
     calls = job.config.evaluation.latency_calls
     return {
         name: deploy.latency(fn, run["dense"], image, pairs=calls).ratio for name, fn in run.items()

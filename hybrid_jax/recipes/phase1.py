@@ -37,6 +37,7 @@ class Experts(NamedTuple):
     """E experts of equal shape.
 
     Attributes:
+      network: Any of them, in floats.
       predict: (expert, images (B, H, W, C)) -> logits (B, N), quantized.
       stack: {'params', 'batch_stats', 'ranges', 'bits'} with a leading axis E on every leaf; an
         expert is one slice of it.
@@ -48,6 +49,7 @@ class Experts(NamedTuple):
       method: How the experts are mapped, see `experts.map_experts`.
     """
 
+    network: Network
     predict: Callable[[Any, jax.Array], jax.Array]
     stack: Any
     masks: list[Any]
@@ -151,6 +153,7 @@ def compress(
         return predict(own, expert["ranges"], images, bits=expert["bits"])
 
     return Experts(
+        small,
         expert_predict,
         trained.params | state,
         masks,

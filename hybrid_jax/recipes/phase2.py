@@ -16,12 +16,14 @@ class Gate(NamedTuple):
     """A quantized gate.
 
     Attributes:
-      predict: (params, images (B, H, W, C)) -> gate logits (B, E).
+      float_predict: (variables, images (B, H, W, C)) -> gate logits (B, E), in floats.
+      predict: (params, images) -> gate logits, quantized.
       params: {'variables', 'ranges'}.
       graph: Its sites.
       quantizer: How these are quantized.
     """
 
+    float_predict: Callable[[Any, jax.Array], jax.Array]
     predict: Callable[[Any, jax.Array], jax.Array]
     params: Any
     graph: core.Graph
@@ -37,9 +39,10 @@ def routing(job: Job) -> Callable[..., experts.Routed]:
     settings = job.config.gate
     if settings.routing == "soft":
         return experts.soft()
-    if settings.routing == "top_k":
-        return experts.straight_through(experts.top_k(settings.k))
-    return experts.straight_through(experts.noisy_top_k(settings.k, settings.noise))
+    k = 1 if settings.routing.endswith("1") else settings.k
+    if settings.routing.startswith("noisy"):
+        return experts.straight_through(experts.noisy_top_k(k, settings.noise))
+    return experts.straight_through(experts.top_k(k))
 
 
 def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
@@ -77,6 +80,7 @@ def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
     ranges = quantization.calibrate(module.apply, trained, sample, quantizer)
     quantized = quantization.fake_quantized(module.apply, quantizer)
     return Gate(
+        module.apply,
         lambda params, x: quantized(params["variables"], params["ranges"], x),
         {"variables": trained, "ranges": ranges},
         graph,

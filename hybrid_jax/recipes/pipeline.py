@@ -7,18 +7,15 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hybrid_jax import core, data, deploy, experts, report, training
+from hybrid_jax import core, data, report, training
 from hybrid_jax.recipes import config as configuration
-from hybrid_jax.recipes import controls, evaluation, phase1, phase2, workdir
+from hybrid_jax.recipes import controls, deployment, evaluation, phase1, phase2, workdir
 from hybrid_jax.recipes.evaluation import Models
 from hybrid_jax.recipes.job import Job
 from hybrid_jax.recipes.parent import network, parent
-
-ARTIFACT = "mixture.stablehlo"
 
 
 def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> Job:
@@ -52,33 +49,42 @@ def run(job: Job) -> dict:
     if file.exists():
         results = json.loads(file.read_text())
     else:
-        results = _run(job)
+        results = _results(job)
         workdir.write_json(file, results)
     report.write(results, job.workdir)
     return results
 
 
-def _run(job: Job) -> dict:
+def make(job: Job) -> Models:
+    """Trains everything that is not trained yet, and returns it.
+
+    Raises:
+      FloatingPointError: If a loss is not finite.
+    """
     config = job.config
     with workdir.stage(job.workdir, "parent"):
         dense, variables = parent(job)
     with workdir.stage(job.workdir, "experts"):
         weights = phase1.cluster_weights(job, dense, variables)
         specs = configuration.expert_specs(config)
-        before = phase1.compress(
-            job, dense, variables, specs, "experts", config.experts.steps, weights
-        )
+        steps = config.experts.steps
+        before = phase1.compress(job, dense, variables, specs, "experts", steps, weights)
     with workdir.stage(job.workdir, "gate"):
         gate = phase2.learn_gate(job, dense, variables, before)
     with workdir.stage(job.workdir, "joint"):
         made, gate = phase2.fine_tune(job, dense, variables, before, gate)
     with workdir.stage(job.workdir, "controls"):
         singles = controls.singles(job, dense, variables, made, gate)
-    models = Models(dense, variables, made, before, gate, singles)
+    return Models(dense, variables, made, before, gate, singles)
+
+
+def _results(job: Job) -> dict:
+    config, models = job.config, make(job)
     with workdir.stage(job.workdir, "evaluation"):
         results = evaluation.evaluate(job, models)
     with workdir.stage(job.workdir, "deployment"):
-        deployed = _deploy(job, models)
+        expected = evaluation.top_1_logits(job, models)
+        deployed = deployment.deploy_mixture(job, models.made, models.gate, expected)
     records = training.read_records(job.workdir / "records.jsonl")
     names = list(dict.fromkeys(record["name"] for record in records))
     results["gate"]["per_epoch"] = [r["entropy"] for r in records if r["name"] == "gate"]
@@ -96,7 +102,7 @@ def _run(job: Job) -> dict:
         **results,
         "certificates": [
             {"difference": c.difference, "macs": c.macs, "parameters": c.parameters}
-            for c in made.certificates
+            for c in models.made.certificates
         ],
         "deploy": [deployed],
         "history": {name: [r for r in records if r["name"] == name] for name in names},
@@ -105,34 +111,10 @@ def _run(job: Job) -> dict:
             "flax": flax.__version__,
             "device": jax.devices()[0].device_kind,
             "python": platform.python_version(),
-            "experts mapped by": made.method,
+            "experts mapped by": models.made.method,
         },
         "command": job.command,
         "seconds": workdir.seconds(job.workdir),
-    }
-
-
-def _deploy(job: Job, models: Models) -> dict:
-    """Exports the top-1 mixture on raw images and checks it in a new process on all test images."""
-    predict, params = evaluation.mixture_predict(models)
-
-    def on_raw(params, images):
-        return predict(params, job.normalize(images))
-
-    path = job.workdir / "deploy" / ARTIFACT
-    test = job.splits.test
-    images = jax.ShapeDtypeStruct((1, *job.splits.image_shape), np.uint8)
-    manifest = deploy.export(path, on_raw, params, images, platforms=job.config.deploy.platforms)
-    gate_logits = job.logits(models.gate.predict, models.gate.params, test)
-    chosen = experts.top_k(1)(jnp.asarray(gate_logits)).weights
-    expected = experts.combine(evaluation.logits(job, models.made, test), chosen)
-    checked = deploy.verify(path, test.images, expected)
-    return {
-        "artifact": f"deploy/{ARTIFACT}",
-        "platforms": manifest["platforms"],
-        "bytes": manifest["bytes"],
-        "max_difference": checked.max_difference,
-        "agreement": checked.agreement,
     }
 
 

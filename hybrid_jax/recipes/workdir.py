@@ -58,7 +58,7 @@ def seconds(path: pathlib.Path) -> dict[str, float]:
 
 
 def remember(path: pathlib.Path, name: str, make: Callable[[], Any]) -> Any:
-    """Returns what `make()` returned when this run first asked: a measured choice, kept on resume."""
+    """Returns what `make()` gave when this run first asked: a measured choice holds on resume."""
     file = path / "choices.json"
     choices = json.loads(file.read_text()) if file.exists() else {}
     if name not in choices:

@@ -8,6 +8,9 @@ import pytest
 from hybrid_jax import recipes
 from launch import compress
 
+# ml_collections loads config modules by importlib's old way.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
 DIGITS = "--config=configs/digits.py"
 
 

@@ -1,0 +1,89 @@
+"""The configuration, its specs, and the work directory."""
+
+import json
+
+import pytest
+
+from hybrid_jax import recipes
+from hybrid_jax.recipes import phase1, workdir
+
+
+@pytest.fixture
+def config():
+    return recipes.default_config()
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "bloodmnist"])
+def test_shipped_configs_are_valid(name):
+    module = __import__(f"configs.{name}", fromlist=["get_config"])
+    recipes.check_config(module.get_config())
+
+
+def test_unknown_and_missing_keys(config):
+    with config.unlocked():
+        config.gate.widht = 3
+    with pytest.raises(ValueError, match=r"gate.widht .* nearest valid key is config.gate.wid"):
+        recipes.check_config(config)
+    with config.unlocked():
+        del config.gate.widht, config.gate.width
+    with pytest.raises(ValueError, match=r"config.gate.width must be given"):
+        recipes.check_config(config)
+
+
+def test_identical_experts_without_a_source(config):
+    config.experts.diversity = ""
+    assert len(set(recipes.expert_specs(config))) == 1
+
+
+def test_each_source_tells_experts_apart(config):
+    config.experts.diversity = "criterion"
+    assert [s.criterion for s in recipes.expert_specs(config)] == list(config.experts.criteria)
+    config.experts.diversity = "bits"
+    assert [s.weight_bits for s in recipes.expert_specs(config)] == [4, 8, 4, 8]
+    config.experts.diversity = "seed"
+    assert {s.jitter for s in recipes.expert_specs(config)} == {config.experts.jitter}
+    config.experts.diversity = "cluster"
+    assert [s.cluster for s in recipes.expert_specs(config)] == [0, 1, 2, 3]
+
+
+def test_kernel_sparsity(config):
+    config.experts.granularity = "2:4"
+    (spec, *_) = recipes.expert_specs(config)
+    assert phase1.kernel_sparsity((3, 3, 8, 16), spec) == 0.5
+    assert phase1.kernel_sparsity((3, 3, 1, 16), spec) == 0.0  # 4 does not divide 1
+    assert phase1.kernel_sparsity((16,), spec) == 0.0
+
+
+def test_claim_takes_up_the_same_config_only(config, tmp_path):
+    path = workdir.claim(tmp_path / "run", config)
+    assert workdir.claim(path, config) == path
+    config.seed = 1
+    with pytest.raises(ValueError, match=r"config.seed=0 where this config has 1"):
+        workdir.claim(path, config)
+
+
+def test_claim_refuses_a_file(config, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="workdir must be a directory"):
+        workdir.claim(tmp_path / "file", config)
+
+
+def test_a_done_stage_keeps_its_time(tmp_path):
+    workdir.write_json(tmp_path / "seconds.json", {"parent": 12.5})
+    for name in ("parent", "gate"):
+        with workdir.stage(tmp_path, name):
+            pass
+    assert workdir.seconds(tmp_path)["parent"] == 12.5
+    assert workdir.seconds(tmp_path)["gate"] < 1
+
+
+def test_a_stage_that_fails_is_not_done(tmp_path):
+    with pytest.raises(FloatingPointError), workdir.stage(tmp_path, "parent"):
+        raise FloatingPointError
+    assert workdir.seconds(tmp_path) == {}
+
+
+def test_a_choice_is_made_once(tmp_path):
+    assert workdir.remember(tmp_path, "experts", lambda: "map") == "map"
+    assert workdir.remember(tmp_path, "experts", lambda: "vmap") == "map"
+    assert json.loads((tmp_path / "choices.json").read_text()) == {"experts": "map"}
