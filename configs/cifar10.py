@@ -22,10 +22,11 @@ def get_config() -> ConfigDict:
     config.data.image_shape = (32, 32, 3)
     config.data.padding = 4
     config.data.flip = True
-    config.parent.steps = 1500
+    config.parent.steps = 2000
     config.parent.batch_size = 128
-    config.experts.steps = 900
+    config.parent.learning_rate = 0.02
+    config.experts.steps = 1000
     config.experts.batch_size = 128
-    config.gate.steps = 200
+    config.gate.steps = 300
     config.joint.steps = 200
     return config
