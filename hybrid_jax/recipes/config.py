@@ -57,7 +57,7 @@ def default_config() -> ConfigDict:
             diversity="criterion+cluster",  # sources joined by +; "" makes identical experts
             criteria=CRITERIA[:4],  # expert e takes criteria[e % len]; the first for all without
             jitter=0.3,  # seed: spread of the log-normal factor on channel scores
-            others_weight=0.3,  # cluster: weight of images outside the expert's own cluster
+            others_weight=0.2,  # cluster: weight of images outside the expert's own cluster
             bits=(4, 8),  # bits: expert e takes bits[e % len] for weights and activations
             sparsity=0.5,  # fraction of channels removed
             multiple=1,  # widths kept are rounded to multiples of this
@@ -77,18 +77,18 @@ def default_config() -> ConfigDict:
     config.distillation = ConfigDict(dict(temperature=4.0, alpha=0.5))
     config.gate = ConfigDict(
         dict(
-            routing="noisy_top_1",  # in training; it is evaluated as top-1, top-k and soft
+            routing="top_1",  # in training; it is evaluated as top-1, top-k and soft
             k=2,
             noise=1.0,
             width=8,
             bits=8,
-            balance=0.01,
+            balance=0.1,
             steps=200,
             batch_size=128,
             learning_rate=0.01,
         )
     )
-    config.joint = ConfigDict(dict(steps=100, batch_size=64, learning_rate=0.002))
+    config.joint = ConfigDict(dict(steps=100, batch_size=64, learning_rate=0.0005))
     config.controls = ConfigDict(dict(same_bytes=True, same_bops=True))
     config.deploy = ConfigDict(dict(platforms=("cpu", "cuda", "tpu")))
     config.evaluation = ConfigDict(dict(batch_size=256, latency_calls=50))

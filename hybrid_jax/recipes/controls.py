@@ -1,14 +1,14 @@
 """The controls that take training: single networks of the mixture's bytes and of its BOPs."""
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hybrid_jax import core, cost
 from hybrid_jax.recipes import phase1, phase2
@@ -40,15 +40,26 @@ def singles(
     prices, own = costs(made), gate_cost(gate)
     targets = {}
     if job.config.controls.same_bytes:
-        total = sum(price.bytes for price in prices) + own.bytes
-        targets["equal bytes"] = (lambda price: price.bytes, total)
+        targets["equal bytes"] = ("bytes", sum(price.bytes for price in prices) + own.bytes)
     if job.config.controls.same_bops:
-        active = max(price.bops for price in prices) + own.bops
-        targets["equal BOPs"] = (lambda price: price.bops, active)
-    steps = job.config.experts.steps + job.config.joint.steps
+        targets["equal BOPs"] = ("bops", max(price.bops for price in prices) + own.bops)
+    settings = job.config.experts
+    steps = settings.steps + job.config.joint.steps
+    first = dataclasses.replace(
+        expert_specs(job.config)[0],
+        cluster=None,
+        jitter=0.0,
+        weight_bits=settings.weight_bits,
+        activation_bits=settings.activation_bits,
+    )
+    small = functools.cache(functools.partial(planned_graph, job, dense, variables))
     trained = {}
-    for name, (measure, target) in targets.items():
-        spec = single_spec(job, dense, variables, measure, target)
+    for name, (field, target) in targets.items():
+
+        def price(spec, field=field):
+            return getattr(planned_cost(small(spec.sparsity, spec.multiple), spec), field)
+
+        spec = single_spec(first, price, target)
         stage = name.replace(" ", "_")
         trained[name] = phase1.compress(job, dense, variables, [spec], stage, steps)
     return trained
@@ -68,72 +79,62 @@ def costs(made: phase1.Experts) -> list[cost.Cost]:
 
 
 def single_spec(
-    job: Job,
-    dense: Network,
-    variables: Any,
-    measure: Callable[[cost.Cost], int],
-    target: int,
+    first: ExpertSpec, price: Callable[[ExpertSpec], float], target: float
 ) -> ExpertSpec:
-    """Returns the spec of the widest single network whose cost is at most `target`.
+    """Returns `first` with the sparsity of the widest network whose price is at most `target`.
 
-    It is cut, thinned and quantized like an expert, without a source of diversity. Where the
-    parent's whole width at the expert's bits does not use the target up, bits are added up to 8.
+    Where the parent's whole width does not use the target up, weight bits are added, up to 8.
 
     Args:
-      job: The run.
-      dense: The parent.
-      variables: The parent's variables.
-      measure: Which cost counts.
-      target: The cost to match.
+      first: What to change.
+      price: Falls with sparsity and rises with bits.
+      target: The price to match.
+
+    Example:
+      >>> from hybrid_jax.recipes import default_config, expert_specs
+      >>> first = expert_specs(default_config())[0]
+      >>> spec = single_spec(first, lambda spec: (1 - spec.sparsity) * spec.weight_bits, 3.0)
+      >>> spec.sparsity, spec.weight_bits  # (1 - 0.25) * 4
+      (0.25, 4)
     """
-    first = expert_specs(job.config)[0]
-    first = dataclasses.replace(
-        first,
-        cluster=None,
-        jitter=0.0,
-        weight_bits=job.config.experts.weight_bits,
-        activation_bits=job.config.experts.activation_bits,
-    )
     for bits in range(first.weight_bits, 9):
-        low, high = 0, RESOLUTION - 1  # the widest that fits is in between
-        while low < high:
-            middle = (low + high) // 2
-            spec = dataclasses.replace(first, weight_bits=bits, sparsity=middle / RESOLUTION)
-            if measure(planned_cost(job, dense, variables, spec)) <= target:
-                high = middle
-            else:
-                low = middle + 1
-        spec = dataclasses.replace(first, weight_bits=bits, sparsity=low / RESOLUTION)
-        if low > 0 or measure(planned_cost(job, dense, variables, spec)) >= CLOSE * target:
+        specs = [
+            dataclasses.replace(first, weight_bits=bits, sparsity=i / RESOLUTION)
+            for i in range(RESOLUTION)
+        ]
+        # The first that fits, of ever smaller ones.
+        index = bisect.bisect_left(specs[:-1], -target, key=lambda spec: -price(spec))
+        if index > 0 or price(specs[0]) >= CLOSE * target:
             break
-    return spec
+    return specs[index]
 
 
-def planned_cost(job: Job, dense: Network, variables: Any, spec: ExpertSpec) -> cost.Cost:
-    """Returns what an expert of `spec` will cost; computed from shapes alone, nothing is run."""
+def planned_graph(
+    job: Job, dense: Network, variables: Any, sparsity: float, multiple: int
+) -> core.Graph:
+    """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
     graph = core.trace(dense.predict, variables, job.images)
     alike = {group.name: jnp.zeros(group.size) for group in graph.groups}
-    keep = phase1.keep_channels(alike, spec.sparsity, multiple=spec.multiple)
+    keep = phase1.keep_channels(alike, sparsity, multiple=multiple)
     masks = core.expand(keep, graph.groups, variables)
     predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
-    graph = core.trace(predict, small, job.images)
+    return core.trace(predict, small, job.images)
+
+
+def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
+    """Returns what an expert of `spec` will cost.
+
+    Args:
+      graph: Of `planned_graph`.
+      spec: Says how its weights are thinned and quantized.
+    """
     quantizer = phase1.quantizer(graph, spec)
-    return cost.count(
-        graph,
-        {"params": _planned_masks(small["params"], spec)},
-        quantizer.weight_bits,
-        quantizer.activation_bits,
-    )
+    masks = {path: _planned_mask(leaf, spec) for path, leaf in graph.parameters.items()}
+    return cost.count(graph, masks, quantizer.weight_bits, quantizer.activation_bits)
 
 
-def _planned_masks(params, spec):
-    """Masks of the counts that `phase1.weight_masks` will have: costs depend on counts alone."""
-
-    def mask(leaf):
-        sparsity = phase1.kernel_sparsity(leaf.shape, spec)
-        if not sparsity:
-            return optax.MaskedNode()
-        removed = math.floor(sparsity * leaf.size + 0.5)
-        return (np.arange(leaf.size) >= removed).reshape(leaf.shape)
-
-    return jax.tree.map(mask, params)
+def _planned_mask(leaf, spec):
+    """A mask of the count that `phase1.weight_masks` will have: costs depend on counts alone."""
+    sparsity = phase1.kernel_sparsity(leaf.shape, spec)
+    removed = math.floor(sparsity * leaf.size + 0.5)
+    return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

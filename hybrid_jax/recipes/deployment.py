@@ -19,6 +19,7 @@ Deployed = tuple[Callable[[Any, jax.Array], jax.Array], Any]
 
 def integers(
     predict: Callable[..., jax.Array],
+    graph: core.Graph,
     quantizer: quantization.Spec,
     variables: Any,
     ranges: Any,
@@ -28,13 +29,18 @@ def integers(
 
     Args:
       predict: (variables, images) -> logits, in floats.
-      quantizer: How its sites are quantized.
+      graph: Its sites.
+      quantizer: How these are quantized.
       variables: Its variables.
       ranges: Its ranges.
       images: Shape of a batch.
     """
     example = jnp.zeros(images.shape, images.dtype)
     kernels = quantization.integer_kernels(predict, quantizer, variables, ranges, example)
+    shapes = jax.eval_shape(lambda: variables)
+    replaced = {site.path for site in graph.sites}
+    flat = core.flatten_paths(variables)
+    floats = {path: leaf for path, leaf in flat.items() if path not in replaced}
 
     def fn(params, images):
         def rule(site, x, kernel, apply):
@@ -43,10 +49,14 @@ def integers(
             kernel = quantization.dequantize(stored.values, stored.grid)
             return apply(quantization.fake_quant(x, grid), kernel), None
 
-        return core.at_sites(predict, rule)(params["variables"], images)[0]
+        def leaf(path, shape):
+            # The rule puts an integer kernel in the place of these zeros.
+            return params["floats"].get(path, jnp.zeros(shape.shape, shape.dtype))
+
+        return core.at_sites(predict, rule)(core.map_with_path(leaf, shapes), images)[0]
 
     spans = {name: span["activation"] for name, span in ranges.items()}
-    return fn, {"variables": variables, "kernels": kernels, "ranges": spans}
+    return fn, {"floats": floats, "kernels": kernels, "ranges": spans}
 
 
 def deployed_experts(job: Job, made: Experts) -> list[Deployed]:
@@ -54,6 +64,7 @@ def deployed_experts(job: Job, made: Experts) -> list[Deployed]:
     return [
         integers(
             made.network.predict,
+            made.graph,
             quantizer,
             {name: expert[name] for name in ("params", "batch_stats")},
             expert["ranges"],
@@ -67,6 +78,7 @@ def deployed_gate(job: Job, gate: Gate) -> Deployed:
     """Returns the gate as it is deployed."""
     return integers(
         gate.float_predict,
+        gate.graph,
         gate.quantizer,
         gate.params["variables"],
         gate.params["ranges"],

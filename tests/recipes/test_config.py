@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hybrid_jax import recipes
-from hybrid_jax.recipes import phase1, workdir
+from hybrid_jax.recipes import controls, phase1, workdir
 
 
 @pytest.fixture
@@ -87,3 +87,21 @@ def test_a_choice_is_made_once(tmp_path):
     assert workdir.remember(tmp_path, "experts", lambda: "map") == "map"
     assert workdir.remember(tmp_path, "experts", lambda: "vmap") == "map"
     assert json.loads((tmp_path / "choices.json").read_text()) == {"experts": "map"}
+
+
+def test_single_network_of_a_target(config):
+    (first, *_) = recipes.expert_specs(config)  # 4-bit weights
+
+    def price(spec):
+        return (1 - spec.sparsity) * spec.weight_bits
+
+    fits = controls.single_spec(first, price, 2.5)
+    assert (fits.sparsity, fits.weight_bits) == (0.375, 4)  # 0.625 · 4 = 2.5
+    below = controls.single_spec(first, price, 2.49)
+    assert below.sparsity == 0.375 + 1 / controls.RESOLUTION
+    # The whole width takes 4 of 6: with 6 bits it takes all.
+    more_bits = controls.single_spec(first, price, 6.0)
+    assert (more_bits.sparsity, more_bits.weight_bits) == (0.0, 6)
+    # Nothing is as dear as 100: the dearest there is.
+    most = controls.single_spec(first, price, 100.0)
+    assert (most.sparsity, most.weight_bits) == (0.0, 8)

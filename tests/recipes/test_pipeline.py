@@ -162,5 +162,6 @@ def test_padded_shortcuts_are_refused_before_training(tmp_path):
 
 def test_planned_cost_is_the_cost(done):
     job, models, _ = done
-    planned = controls.planned_cost(job, models.dense, models.variables, models.made.specs[0])
-    assert planned == controls.costs(models.made)[0]
+    spec = models.made.specs[0]
+    graph = controls.planned_graph(job, models.dense, models.variables, spec.sparsity, 1)
+    assert controls.planned_cost(graph, spec) == controls.costs(models.made)[0]
