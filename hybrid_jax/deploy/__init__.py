@@ -2,10 +2,19 @@
 
 `export` writes a function with its parameters to a StableHLO file with a manifest, `load` reads it
 back, `verify` runs it in a new process against the model, and `latency` times one function against
-another.
+another, `seconds` one call.
 """
 
 from hybrid_jax.deploy.stablehlo import PLATFORMS, Verification, export, load, verify
-from hybrid_jax.deploy.timing import Latency, latency
+from hybrid_jax.deploy.timing import Latency, latency, seconds
 
-__all__ = ["PLATFORMS", "Latency", "Verification", "export", "latency", "load", "verify"]
+__all__ = [
+    "PLATFORMS",
+    "Latency",
+    "Verification",
+    "export",
+    "latency",
+    "load",
+    "seconds",
+    "verify",
+]

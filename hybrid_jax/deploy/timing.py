@@ -19,6 +19,7 @@ class Latency(NamedTuple):
       reference_p50: Median of the reference.
       reference_p95: 95th percentile of the reference.
       ratio: Median over the pairs of function time / reference time; below 1 is faster.
+      spread: Quartiles (25 %, 75 %) of that ratio over the pairs.
     """
 
     p50: float
@@ -26,6 +27,7 @@ class Latency(NamedTuple):
     reference_p50: float
     reference_p95: float
     ratio: float
+    spread: tuple[float, float]
 
 
 def latency(
@@ -58,17 +60,23 @@ def latency(
     core.check_integer("pairs", pairs, 1)
     core.check_integer("warmup", warmup, 1)
     for _ in range(warmup):
-        _seconds(fn, inputs), _seconds(reference, inputs)
+        seconds(fn, *inputs), seconds(reference, *inputs)
     times = np.empty((pairs, 2))
     for i in range(pairs):
         for j in (0, 1) if i % 2 else (1, 0):
-            times[i, j] = _seconds((fn, reference)[j], inputs)
+            times[i, j] = seconds((fn, reference)[j], *inputs)
     p50, p95 = np.percentile(times, [50, 95], axis=0)
-    ratio = np.median(times[:, 0] / times[:, 1])
-    return Latency(*map(float, (p50[0], p95[0], p50[1], p95[1], ratio)))
+    low, ratio, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]).tolist()
+    return Latency(*map(float, (p50[0], p95[0], p50[1], p95[1])), ratio, (low, high))
 
 
-def _seconds(fn, inputs):
+def seconds(fn: Callable[..., Any], *inputs: Any) -> float:
+    """Times one call of `fn(*inputs)`, until its outputs are ready.
+
+    Example:
+      >>> seconds(jax.numpy.zeros, 3) > 0
+      True
+    """
     start = time.perf_counter()
     jax.block_until_ready(fn(*inputs))
     return time.perf_counter() - start

@@ -29,11 +29,13 @@ def test_ratio_of_known_times():
 
 
 def test_percentiles_of_made_up_times(monkeypatch):
-    # The function takes 1..20, the reference always 2: p50 10.5, p95 = 1 + 0.95 * 19 = 19.05.
+    # The function takes 1..20, the reference always 2: p50 10.5, p95 = 1 + 0.95 * 19 = 19.05,
+    # quartiles of the ratio (1 + 0.25 * 19) / 2 = 2.875 and (1 + 0.75 * 19) / 2 = 7.625.
     given = {"f": iter([9.0, *map(float, range(1, 21))]), "r": iter([9.0] + [2.0] * 20)}
-    monkeypatch.setattr(deploy.timing, "_seconds", lambda fn, _: next(given[fn]))
+    monkeypatch.setattr(deploy.timing, "seconds", lambda fn: next(given[fn]))
     measured = deploy.latency("f", "r", pairs=20, warmup=1)
-    np.testing.assert_allclose(measured, (10.5, 19.05, 2, 2, 5.25))
+    np.testing.assert_allclose(measured[:5], (10.5, 19.05, 2, 2, 5.25))
+    np.testing.assert_allclose(measured.spread, (2.875, 7.625))
 
 
 def test_bad_arguments():

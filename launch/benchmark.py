@@ -1,0 +1,118 @@
+"""Measures what the library costs, as ratios of two functions called by turns in one run.
+
+    python -m launch.benchmark --what=pruning
+    python -m launch.benchmark --what=experts --output=experts.json
+
+`--what` is core, pruning, quantization or experts; `--size=small` runs it on tiny models, which
+no target is meant for. A value is a median, with its quartiles behind it; seconds are of this
+machine, ratios carry over to similar ones. Nothing else should run meanwhile. Quantization is
+measured against Qwix too where it is installed: `pip install -e .[benchmark]`.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import flax
+import jax
+import rich.box
+import rich.console
+import rich.table
+from absl import flags
+
+from hybrid_jax import core, training
+from launch import benchmarks
+
+_FILE_WIDTH = 160
+
+
+def main(what: str, size: str = "full") -> dict[str, Any]:
+    """Measures one part of the library.
+
+    Args:
+      what: One of `benchmarks.BENCHMARKS`.
+      size: One of `benchmarks.SIZES`.
+
+    Returns:
+      {'what', 'size', 'rows': [dict of a `benchmarks.Row`], 'environment'}.
+
+    Raises:
+      ValueError: If `what` or `size` is unknown; names the nearest.
+    """
+    core.check_choice("--what", what, benchmarks.BENCHMARKS)
+    core.check_choice("--size", size, benchmarks.SIZES)
+    load = os.getloadavg()[0]
+    rows = [
+        row._asdict()
+        for benchmark in training.track(benchmarks.BENCHMARKS[what], what)
+        for row in benchmark(benchmarks.SIZES[size])
+    ]
+    environment = {
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "cpu cores": os.cpu_count(),
+        "load before": round(load, 1),
+    }
+    return {"what": what, "size": size, "rows": rows, "environment": environment}
+
+
+def table(results: dict[str, Any]) -> rich.table.Table:
+    """Lays out what `main` returns."""
+    facts = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
+    made = rich.table.Table(
+        title=f"{results['what']}, {results['size']}", caption=facts, box=rich.box.MARKDOWN
+    )
+    made.add_column("measured", overflow="fold")
+    for name in ("median", "quartiles", "target"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("note", overflow="fold")
+    for row in results["rows"]:
+        target = row["target"] if results["size"] == "full" else None
+        made.add_row(row["name"], *_cells(row | {"target": target}), row["note"])
+    return made
+
+
+def cli(argv: list[str]) -> int:
+    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    values = flags.FlagValues()
+    flags.DEFINE_string("what", "", "Part of the library to measure.", flag_values=values)
+    flags.DEFINE_string("size", "full", "small or full.", flag_values=values)
+    flags.DEFINE_string("output", "", "File to write the results to, as JSON.", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        if rest:
+            raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
+        output = pathlib.Path(values.output) if values.output else None
+        if output and not output.parent.is_dir():
+            raise ValueError(f"--output must be a file in a directory that exists, got {output}")
+        results = main(values.what, values.size)
+        width = None if sys.stdout.isatty() else _FILE_WIDTH
+        rich.console.Console(width=width).print(table(results))
+        if output:
+            output.write_text(json.dumps(results, indent=2) + "\n")
+    except (flags.Error, ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    """Median, quartiles and target; a target that was missed is marked."""
+    unit, target = row["unit"], row["target"]
+    yield f"{row['value']:.3g} {unit}"
+    yield f"{row['low']:.3g}–{row['high']:.3g}"
+    missed = target is not None and row["value"] > target
+    yield "" if target is None else f"≤ {target:g} {unit}" + (" missed" if missed else "")
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))

@@ -1,0 +1,196 @@
+"""Rows of the table, the sizes to run at, and the two ways to measure."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybrid_jax import deploy, models, training
+
+Batch = dict[str, jax.Array]
+
+
+class Row(NamedTuple):
+    """One measurement.
+
+    Attributes:
+      name: What was measured; of a ratio 'this / that'.
+      value: Median of a ratio or of seconds.
+      low: Lower quartile.
+      high: Upper quartile.
+      unit: '×' for a ratio, 's' for seconds.
+      target: The most that `value` should be; None if none is set.
+      note: What else is worth knowing.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    target: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the benchmarks run on.
+
+    Attributes:
+      large: Model for one large image: tracing, shrinking, inference, masks.
+      large_image: Its (H, W, C).
+      small: Model that is trained, and that the experts are.
+      small_image: Its (H, W, C).
+      batch: B of a training step.
+      pairs: How many pairs a ratio of inferences is taken over.
+      step_pairs: How many pairs a ratio of training steps is taken over.
+      calls: How many calls seconds are taken over.
+    """
+
+    large: nn.Module
+    large_image: tuple[int, int, int]
+    small: nn.Module
+    small_image: tuple[int, int, int]
+    batch: int
+    pairs: int
+    step_pairs: int
+    calls: int
+
+
+_TINY = models.ResNet(10, blocks=(1,), widths=(4,))
+SIZES = {
+    "small": Size(_TINY, (8, 8, 3), _TINY, (8, 8, 3), batch=4, pairs=2, step_pairs=1, calls=2),
+    "full": Size(
+        large=models.create("resnet50", 1000),
+        large_image=(224, 224, 3),
+        small=models.create("resnet20", 10),
+        small_image=(32, 32, 3),
+        batch=32,
+        pairs=30,
+        step_pairs=15,
+        calls=5,
+    ),
+}
+
+_MOMENTUM = optax.chain(
+    optax.trace(0.9), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
+)
+
+
+def ratio(
+    name: str,
+    fn: Callable[..., Any],
+    reference: Callable[..., Any],
+    *inputs: Any,
+    pairs: int,
+    target: float | None = None,
+    note: str = "",
+) -> Row:
+    """Measures the time of `fn` over that of `reference`, called by turns."""
+    measured = deploy.latency(fn, reference, *inputs, pairs=pairs, warmup=1)
+    times = f"{_readable(measured.p50)} / {_readable(measured.reference_p50)}"
+    note = f"{times}; {note}" if note else times
+    return Row(name, measured.ratio, *measured.spread, "×", target, note)
+
+
+def seconds(
+    name: str, fn: Callable[[], Any], *, calls: int, target: float | None = None, note: str = ""
+) -> Row:
+    """Measures the seconds of a call, after a first one that is only noted."""
+    first = deploy.seconds(fn)
+    times = [deploy.seconds(fn) for _ in range(calls)]
+    low, median, high = np.percentile(times, [25, 50, 75]).tolist()
+    note = "; ".join(filter(None, [f"first call {_readable(first)}", note]))
+    return Row(name, median, low, high, "s", target, note)
+
+
+def inputs(batch: int, shape: tuple[int, int, int]) -> jax.Array:
+    """Makes images (B, H, W, C) of normal noise."""
+    return jax.random.normal(jax.random.key(0), (batch, *shape))
+
+
+def variables(module: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> Any:
+    """Initializes `module` for images (H, W, C)."""
+    # XLA's own generator: the default one takes longer to compile than to run.
+    return _jitted_init(module)(jax.random.key(seed, impl="rbg"), jnp.zeros((1, *shape)))
+
+
+def predict(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """Makes (variables, images) -> logits (B, N): a new function, of which nothing is cached."""
+    return lambda variables, images: module.apply(variables, images, False)
+
+
+def train(module: nn.Module) -> Callable[[Any, jax.Array], tuple[jax.Array, Any]]:
+    """Makes (variables, images) -> (logits, {'batch_stats': …}) in training mode."""
+    return lambda variables, images: module.apply(variables, images, True, mutable=["batch_stats"])
+
+
+def optimizer(*last: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Momentum with decoupled weight decay, the same for each side of a pair, then `last`."""
+    return optax.chain(_MOMENTUM, *last) if last else _MOMENTUM
+
+
+def training_batch(size: Size) -> Batch:
+    """Makes a batch for a step of the small model."""
+    labels = jnp.arange(size.batch, dtype=jnp.int32) % size.small.num_classes
+    return {"image": inputs(size.batch, size.small_image), "label": labels}
+
+
+def plain_loss(module: nn.Module) -> Callable[..., Any]:
+    """Makes the loss of a training step of `module`, as it is."""
+    forward = train(module)
+    return training.classification(
+        lambda params, state, images, key: forward({"params": params, **state}, images)
+    )
+
+
+@functools.cache
+def plain_step(module: nn.Module) -> Callable[..., Any]:
+    """Makes the training step of `module`, compiled once however often it is the reference."""
+    return training.make_step(plain_loss(module))
+
+
+def plain_state(
+    size: Size, *last: optax.GradientTransformation, seed: int = 0
+) -> training.TrainState:
+    """Makes the state of the small model before its first step; `last` ends the optimizer."""
+    made = variables(size.small, size.small_image, seed)
+    state = {"batch_stats": made["batch_stats"]}
+    return training.create_state(made["params"], state, optimizer(*last), jax.random.key(seed))
+
+
+def plain_stepping(
+    size: Size, *last: optax.GradientTransformation, steps: int = 1
+) -> Callable[[], Any]:
+    """Makes a call that takes `steps` training steps of the small model."""
+    state = plain_state(size, *last)
+    return stepping(plain_step(size.small), state, training_batch(size), steps)
+
+
+def stepping(
+    step: Callable[..., Any], state: training.TrainState, batch: Batch, steps: int = 1
+) -> Callable[[], Any]:
+    """Makes a call that takes `steps` training steps, from where the one before it ended."""
+
+    def run():
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        return state, metrics
+
+    return run
+
+
+@functools.cache
+def _jitted_init(module):
+    return jax.jit(module.init)
+
+
+def _readable(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

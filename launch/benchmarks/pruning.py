@@ -1,0 +1,75 @@
+"""A training step that prunes against one that does not, and the masks of a large model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from hybrid_jax import pruning
+from launch.benchmarks import measure
+from launch.benchmarks.measure import Row, Size
+
+SPARSITY = 0.8
+EVERY = 10
+
+
+def hold_masks(size: Size) -> Iterator[Row]:
+    """A step on fixed masks."""
+    params = measure.variables(size.small, size.small_image)["params"]
+    masks = jax.jit(lambda params: pruning.masks(pruning.magnitude(params), SPARSITY))(params)
+    name = "training step with hold_masks / plain"
+    yield _against_plain(name, size, pruning.hold_masks(masks), target=1.05)
+
+
+def schedule_at_rest(size: Size) -> Iterator[Row]:
+    """A step of a schedule, between two updates of the masks."""
+    # The first step prunes to the initial sparsity, no later one again.
+    tx = _by_schedule(every=10**6)
+    name = "training step with prune_by_schedule, no mask update / plain"
+    yield _against_plain(name, size, tx, target=1.05)
+
+
+def schedule_with_updates(size: Size) -> Iterator[Row]:
+    """The mean of ten steps of a schedule, one of which updates the masks."""
+    tx = _by_schedule(every=EVERY)
+    name = f"{EVERY} training steps with prune_by_schedule, 1 mask update / plain"
+    yield _against_plain(name, size, tx, target=1.15, steps=EVERY)
+
+
+def mask_computation(size: Size) -> Iterator[Row]:
+    """Seconds from the parameters of the large model to their masks, compiled."""
+    params = measure.variables(size.large, size.large_image)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for allocation in (pruning.uniform, pruning.global_):
+        masks = jax.jit(
+            lambda params, a=allocation: pruning.masks(
+                pruning.magnitude(params), SPARSITY, allocation=a()
+            )
+        )
+        name = f"masks of {count / 1e6:.3g} M parameters, {allocation.__name__.strip('_')}"
+        yield measure.seconds(name, lambda masks=masks: masks(params), calls=size.calls)
+
+
+BENCHMARKS = (hold_masks, schedule_at_rest, schedule_with_updates, mask_computation)
+
+
+def _by_schedule(every):
+    schedule = pruning.cubic(SPARSITY, begin=0, end=10**5, initial=SPARSITY / 2)
+    return pruning.prune_by_schedule(pruning.magnitude, schedule, every=every)
+
+
+def _against_plain(
+    name: str, size: Size, last: optax.GradientTransformation, target: float, steps: int = 1
+) -> Row:
+    pruned = measure.plain_stepping(size, last, steps=steps)
+    plain = measure.plain_stepping(size, steps=steps)
+    pairs = size.step_pairs if steps == 1 else max(size.step_pairs // 3, 1)
+    row = measure.ratio(name, pruned, plain, pairs=pairs, target=target)
+    removed = _removed(pruned()[0].opt_state)
+    return row._replace(note=f"{row.note}; {removed:.1%} removed at the end")
+
+
+def _removed(opt_state: Any) -> float:
+    masks = [m for m in jax.tree.leaves(opt_state) if m.dtype == bool]
+    return 1 - sum(int(m.sum()) for m in masks) / sum(m.size for m in masks)
