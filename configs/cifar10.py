@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     config.parent.steps = 2000
     config.parent.batch_size = 128
     config.parent.learning_rate = 0.02
-    config.experts.steps = 1000
+    config.experts.steps = 600
     config.experts.batch_size = 128
-    config.gate.steps = 300
-    config.joint.steps = 200
+    config.gate.steps = 120
+    config.joint.steps = 120
     return config
