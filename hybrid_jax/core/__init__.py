@@ -9,7 +9,7 @@ from hybrid_jax.core.checks import (
     check_positive,
     check_same_structure,
 )
-from hybrid_jax.core.graph import Graph, Site, at_sites, trace
+from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
 from hybrid_jax.core.paths import (
     REQUIRED,
@@ -19,6 +19,7 @@ from hybrid_jax.core.paths import (
     match_rules,
     path_string,
 )
+from hybrid_jax.core.replacement import at_sites
 from hybrid_jax.core.shrink import (
     Certificate,
     kept_indices,
@@ -27,6 +28,7 @@ from hybrid_jax.core.shrink import (
     shrink,
     slice_tree,
 )
+from hybrid_jax.core.sites import Site
 
 __all__ = [
     "REQUIRED",

@@ -16,9 +16,11 @@ from jax.extend import core as jex
 Path = tuple[int | str, ...]
 Rule = Callable[[Path, jex.JaxprEqn, list[Any]], tuple[list[Any], dict[str, Any]]]
 
-# The jaxprs that hold a custom derivative. Inside them a nested custom function stands for its
-# primal computation: its own rule was used up to make this one.
+# The jaxprs that hold a custom derivative. A rule may call its own function, and so without end:
+# a custom function nested deeper than this stands for its primal computation, so that derivatives
+# up to this order are those of the rules.
 DERIVATIVES = ("jvp", "fwd", "bwd")
+ORDER = 2
 
 
 def evaluate(
@@ -28,6 +30,7 @@ def evaluate(
     rule: Rule,
     active: Callable[[Path], bool],
     path: Path = (),
+    resize: Callable[[Path, Sequence[Any]], Sequence[Any]] = lambda path, consts: consts,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Evaluates a jaxpr, giving `rule` every equation that `active` says concerns it.
 
@@ -41,7 +44,8 @@ def evaluate(
       args: Values of its arguments.
       rule: rule(path, equation, values) -> (outputs, records), for an equation without jaxprs.
       active: active(path) -> whether the equation, or one inside it, concerns the rule.
-      path: Path of the equation that holds this jaxpr.
+      path: Path of the jaxpr.
+      resize: resize(path of a jaxpr, its constants) -> the constants to use.
 
     Returns:
       The outputs, and the records of all rules in one dictionary. Inside a `scan` they gain a
@@ -52,7 +56,7 @@ def evaluate(
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-    env.update(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.constvars, resize(path, consts), strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     records: dict[str, Any] = {}
     for index, eqn in enumerate(jaxpr.eqns):
@@ -63,13 +67,13 @@ def evaluate(
         else:
 
             def inner(name, jaxpr, consts, args, here=here):
-                return evaluate(jaxpr, consts, args, rule, active, (*here, name))
+                return evaluate(jaxpr, consts, args, rule, active, (*here, name), resize)
 
             rebuild = REBUILD.get(eqn.primitive.name)
             if rebuild is None:
                 outs, found = rule(here, eqn, values)
             else:
-                outs, found = rebuild(eqn.params, values, inner, in_derivative(here))
+                outs, found = rebuild(eqn.params, values, inner, is_spent(here))
             records |= found
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], records
@@ -88,6 +92,11 @@ def in_derivative(path: Path) -> bool:
     return any(step in DERIVATIVES for step in path)
 
 
+def is_spent(path: Path) -> bool:
+    """Whether a custom function at `path` stands for its primal computation."""
+    return sum(step in DERIVATIVES for step in path) >= ORDER
+
+
 def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
     """The jaxprs that interpreting `eqn` runs, by name; {} for an equation without any."""
     params, name = eqn.params, eqn.primitive.name
@@ -103,10 +112,10 @@ def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
         return {str(i): branch for i, branch in enumerate(params["branches"])}
     if name == "custom_jvp_call":
         found = {"body": params["call_jaxpr"]}
-        return found if in_derivative(path) else found | {"jvp": jvp_jaxpr(params)[0]}
+        return found if is_spent(path) else found | {"jvp": jvp_jaxpr(params)[0]}
     if name == "custom_vjp_call":
         found = {"body": params["call_jaxpr"]}
-        return found if in_derivative(path) else found | {"fwd": fwd_jaxpr(params)}
+        return found if is_spent(path) else found | {"fwd": fwd_jaxpr(params)}
     return {}
 
 
@@ -222,9 +231,9 @@ def _cond(params, values, inner, _):
     return lax.switch(index, [padded(branch) for branch in branches], *operands)
 
 
-def _custom_jvp(params, values, inner, derivative):
+def _custom_jvp(params, values, inner, spent):
     body, consts = params["call_jaxpr"], values[: params["num_consts"]]
-    if derivative:
+    if spent:
         return inner("body", body.jaxpr, body.consts, values)
 
     @jax.custom_jvp
@@ -246,9 +255,9 @@ def _custom_jvp(params, values, inner, derivative):
     return call(*values[params["num_consts"] :])
 
 
-def _custom_vjp(params, values, inner, derivative):
+def _custom_vjp(params, values, inner, spent):
     body, consts = params["call_jaxpr"], values[: params["num_consts"]]
-    if derivative:
+    if spent:
         return inner("body", body.jaxpr, body.consts, values)
 
     @jax.custom_vjp

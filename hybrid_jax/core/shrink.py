@@ -11,8 +11,9 @@ from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter, paths
 from hybrid_jax.core.channels import components
-from hybrid_jax.core.graph import Graph, memoize_trace, trace
-from hybrid_jax.core.labels import ELEMENTWISE, Value, gather_axes, sizes
+from hybrid_jax.core.graph import Graph, abstract, memoize_trace, trace
+from hybrid_jax.core.labels import Value
+from hybrid_jax.core.resize import RESIZE, take
 
 Kept = Mapping[str, tuple[np.ndarray, ...]]
 """{path: for each axis of the parameter the indices that stay, sorted}."""
@@ -158,7 +159,7 @@ def slice_tree(tree: Any, kept: Kept) -> Any:
             raise ValueError(
                 f"tree must have the shape of {owner!r} at {path!r}, got {np.shape(leaf)}"
             )
-        return _take(leaf, indices)
+        return take(leaf, indices)
 
     return paths.map_with_path(cut, tree)
 
@@ -187,32 +188,41 @@ def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any
       have the removed channels (new BatchNorm statistics) come out sliced.
 
     Raises:
-      ValueError: When called, if `fn` makes use of a removed channel.
+      ValueError: When called, if `fn` makes use of a removed channel, or on other parameters than
+        the small ones.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    small = jax.eval_shape(lambda tree: slice_tree(tree, kept), shapes)
     plans: dict[int, _Plan] = {}
     cached = memoize_trace(fn)
 
     def small_fn(small_params, *inputs):
-        graph = cached(shapes, *inputs)
+        if jax.tree.structure(small_params) != jax.tree.structure(small):
+            raise ValueError(
+                f"params must have structure {jax.tree.structure(small)}, "
+                f"got {jax.tree.structure(small_params)}"
+            )
+        got = paths.flatten_paths(jax.tree.map(abstract, small_params))
+        for path, leaf in paths.flatten_paths(small).items():
+            if got[path].shape != leaf.shape:
+                raise ValueError(
+                    f"params must have shape {leaf.shape} at {path!r}, got {got[path].shape}"
+                )
+        # The type is that of the parameters given, in another precision perhaps.
+        full = paths.map_with_path(lambda path, leaf: got[path].update(shape=leaf.shape), shapes)
+        graph = cached(full, *inputs)
         plan = plans.get(id(graph))
         if plan is None or plan.graph is not graph:
             plans.clear()
             plan = plans[id(graph)] = _Plan(graph, kept)
         leaves = jax.tree.leaves((small_params, *inputs))
-        expected = [tuple(keep.sum() for keep in plan.keeps(v)) for v in graph.arguments]
-        for path, leaf, shape in zip(graph.parameters, leaves, expected, strict=False):
-            if np.shape(leaf) != shape:
-                raise ValueError(
-                    f"params must have shape {shape} at {path!r}, got {np.shape(leaf)}"
-                )
-        jaxpr = graph.jaxpr
-        consts = [
-            _take(const, [np.flatnonzero(k) for k in plan.keeps(value)])
-            for const, value in zip(jaxpr.consts, graph.constants, strict=True)
-        ]
         outs, _ = interpreter.evaluate(
-            jaxpr.jaxpr, consts, leaves, plan.rule, plan.active.__contains__
+            graph.jaxpr.jaxpr,
+            graph.jaxpr.consts,
+            leaves,
+            plan.rule,
+            plan.active.__contains__,
+            resize=plan.constants,
         )
         return jax.tree.unflatten(graph.out_tree, outs)
 
@@ -224,7 +234,7 @@ class _Plan:
 
     def __init__(self, graph: Graph, kept: Kept):
         self.graph = graph
-        found = components(graph.labels)
+        found = components(graph.analysis.labels)
         removed: set[int] = set()
         for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
             for axis, own in enumerate(value.labels):
@@ -246,7 +256,7 @@ class _Plan:
                     )
         self.active = {
             path[:n]
-            for path, (ins, outs) in graph.equations.items()
+            for path, (ins, outs) in graph.analysis.equations.items()
             if any(not all(k.all() for k in self.keeps(v)) for v in [*ins, *outs])
             for n in range(1, len(path) + 1)
         }
@@ -257,122 +267,23 @@ class _Plan:
 
     def rule(self, path: interpreter.Path, eqn: jex.JaxprEqn, values: list[Any]):
         """Runs one equation on the smaller arrays."""
-        ins, outs = self.graph.equations[path]
+        ins, outs = self.graph.analysis.equations[path]
         ins, outs = [self.keeps(v) for v in ins], [self.keeps(v) for v in outs]
-        name = eqn.primitive.name
-        if name in ELEMENTWISE:
-            return interpreter.bind(eqn, values), {}
-        if name in RESIZE:
-            return RESIZE[name](eqn, values, ins, outs), {}
-        if name in SHAPE_FREE:
-            return interpreter.bind(eqn, values), {}
-        # A barrier: its inputs are whole. Computed in full, then sliced.
-        full = interpreter.bind(eqn, values)
-        return [
-            _take(out, [np.flatnonzero(k) for k in keep])
-            for out, keep in zip(full, outs, strict=True)
-        ], {}
+        if path in self.graph.analysis.barriers:
+            # Its inputs are whole: computed in full, then sliced.
+            full = interpreter.bind(eqn, values)
+            return [take(out, _indices(keep)) for out, keep in zip(full, outs, strict=True)], {}
+        resize = RESIZE.get(eqn.primitive.name)
+        return resize(eqn, values, ins, outs) if resize else interpreter.bind(eqn, values), {}
+
+    def constants(self, path: interpreter.Path, consts: Sequence[Any]) -> list[Any]:
+        """The constants of a jaxpr, sliced."""
+        known = self.graph.analysis.constants[path]
+        return [take(c, _indices(self.keeps(v))) for c, v in zip(consts, known, strict=True)]
 
 
-SHAPE_FREE = frozenset(
-    "transpose squeeze reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax "
-    "argmin concatenate stack tile rev cumsum cumprod cummax cummin cumlogsumexp sort dot_general "
-    "reduce_window_max reduce_window_min reduce_window_sum optimization_barrier".split()
-)
-"""Primitives whose parameters say nothing of the sizes that may change."""
-
-
-def _sizes(shape: Sequence[Any], keep: Sequence[np.ndarray]) -> tuple[Any, ...]:
-    """The shape that is left; a dimension that loses nothing stays as it is, symbolic or not."""
-    return tuple(n if k.all() else int(k.sum()) for n, k in zip(shape, keep, strict=True))
-
-
-def _take(x: Any, indices: Sequence[np.ndarray]) -> Any:
-    """x[np.ix_(*indices)], touching only the axes that lose something."""
-    for axis, index in enumerate(indices):
-        if len(index) != sizes(x.shape)[axis]:
-            x = jnp.take(x, index, axis=axis, unique_indices=True, indices_are_sorted=True)
-    return x
-
-
-def _resize_broadcast(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, shape=_sizes(eqn.params["shape"], outs[0]))
-
-
-def _resize_reshape(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, new_sizes=_sizes(eqn.params["new_sizes"], outs[0]))
-
-
-def _resize_slice(eqn, values, ins, outs):
-    """Cuts by the surviving indices: a range where they form one, else a gather."""
-    params, x = eqn.params, values[0]
-    strides = params["strides"] or (1,) * x.ndim
-    for axis, (start, limit, stride) in enumerate(
-        zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    ):
-        if ins[0][axis].all():
-            x = jax.lax.slice_in_dim(x, start, limit, stride, axis)
-            continue
-        chosen = np.arange(start, limit, stride)[outs[0][axis]]
-        position = (np.cumsum(ins[0][axis]) - 1)[chosen]
-        step = int(position[1] - position[0]) if len(position) > 1 else 1
-        if np.array_equal(position, position[:1] + step * np.arange(len(position))) and step > 0:
-            low = int(position[0]) if len(position) else 0
-            high = int(position[-1]) + 1 if len(position) else 0
-            x = jax.lax.slice_in_dim(x, low, high, step, axis)
-        else:
-            x = jnp.take(x, position, axis=axis)
-    return [x]
-
-
-def _resize_split(eqn, values, ins, outs):
-    axis = eqn.params["axis"]
-    return interpreter.bind(
-        eqn, values, sizes=_sizes(eqn.params["sizes"], [keep[axis] for keep in outs])
-    )
-
-
-def _resize_pad(eqn, values, ins, outs):
-    config = []
-    for keep, (low, high, inside) in zip(outs[0], eqn.params["padding_config"], strict=True):
-        if low > 0 or high > 0:
-            end = len(keep) - max(high, 0)
-            low = int(keep[:low].sum()) if low > 0 else low
-            high = int(keep[end:].sum()) if high > 0 else high
-        config.append((low, high, inside))
-    return interpreter.bind(eqn, values, padding_config=tuple(config))
-
-
-def _resize_dynamic_slice(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, slice_sizes=_sizes(eqn.params["slice_sizes"], outs[0]))
-
-
-def _resize_gather(eqn, values, ins, outs):
-    sizes = list(eqn.params["slice_sizes"])
-    for axis in gather_axes(eqn.params, [len(k) for k in ins[0]]):
-        sizes[axis] = int(ins[0][axis].sum())
-    return interpreter.bind(eqn, values, slice_sizes=tuple(sizes))
-
-
-def _resize_convolution(eqn, values, ins, outs):
-    groups = eqn.params["feature_group_count"]
-    numbers = eqn.params["dimension_numbers"]
-    if groups > 1 and len(ins[1][numbers.rhs_spec[1]]) == 1:
-        groups = int(ins[0][numbers.lhs_spec[1]].sum())
-    return interpreter.bind(eqn, values, feature_group_count=groups)
-
-
-RESIZE = {
-    "broadcast_in_dim": _resize_broadcast,
-    "reshape": _resize_reshape,
-    "slice": _resize_slice,
-    "split": _resize_split,
-    "pad": _resize_pad,
-    "dynamic_slice": _resize_dynamic_slice,
-    "gather": _resize_gather,
-    "conv_general_dilated": _resize_convolution,
-}
-"""Primitives whose parameters hold sizes -> how to run them on the smaller arrays."""
+def _indices(keep: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.flatnonzero(axis) for axis in keep]
 
 
 def _is_abstract(tree: Any) -> bool:
@@ -384,6 +295,18 @@ def _count(parameters: Mapping[str, Any]) -> int:
 
 
 def _difference(a: Any, b: Any) -> float:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    gaps = [float(jnp.max(jnp.abs(x - y))) for x, y in pairs if x.shape == y.shape and x.size]
-    return max(gaps, default=0.0)
+    """Largest absolute difference; equal infinities, and NaN in both, are none."""
+
+    def gap(x, y):
+        x, y = _numbers(x), _numbers(y)
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        with np.errstate(invalid="ignore"):
+            return np.max(np.abs(np.where(same, 0, x - y)), initial=0)
+
+    return float(np.max(jax.tree.leaves(jax.tree.map(gap, a, b)), initial=0))
+
+
+def _numbers(x: Any) -> np.ndarray:
+    x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    wide = np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64
+    return np.asarray(x).astype(wide)

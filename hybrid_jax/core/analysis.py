@@ -1,0 +1,201 @@
+"""The abstract walk over a jaxpr: labels of every value, sites, multiply-accumulates."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jax.extend import core as jex
+
+from hybrid_jax.core import interpreter
+from hybrid_jax.core.labels import (
+    TANGENT,
+    Labels,
+    Value,
+    barrier,
+    common,
+    join_origins,
+    literal,
+)
+from hybrid_jax.core.rules import propagate
+from hybrid_jax.core.sites import Site, count_macs, describe, is_contraction, kernel_operand
+
+
+class Analysis:
+    """What one walk over a jaxpr finds.
+
+    Attributes:
+      labels: The channel labels.
+      equations: {path of an equation: (values in, values out)}.
+      barriers: Paths of the equations without a rule, which take whole inputs.
+      constants: {path of a jaxpr: values of its constants}.
+      sites: {path of an equation: its site}, those in derivative rules included.
+      macs: Multiply-accumulates for the whole batch.
+      used: Identities of the label arrays of axes that some equation takes.
+    """
+
+    def __init__(self, counts: Mapping[str, int]):
+        self._counts = counts
+        self.labels = Labels()
+        self.equations: dict[interpreter.Path, tuple[list[Value], list[Value]]] = {}
+        self.sites: dict[interpreter.Path, Site] = {}
+        self.macs = 0
+        self.barriers: set[interpreter.Path] = set()
+        self.constants: dict[interpreter.Path, list[Value]] = {}
+        self.used: set[int] = set()
+        self._names: collections.Counter[str] = collections.Counter()
+        self._counted: set[interpreter.Path] = set()
+
+    def walk(
+        self, closed: jex.ClosedJaxpr, args: Sequence[Value], path: interpreter.Path, calls: int
+    ) -> list[Value]:
+        """Walks the jaxpr at `path`, which runs `calls` times; returns its outputs."""
+        jaxpr = closed.jaxpr
+        consts = self.constants[path] = [literal(const, self.labels) for const in closed.consts]
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom):
+            if isinstance(atom, jex.Literal):
+                return literal(atom.val, self.labels)
+            return env[atom]
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            here = (*path, index)
+            values = [read(atom) for atom in eqn.invars]
+            inner = interpreter.subjaxprs(eqn, here)
+            if inner:
+                outs = self._enter(eqn, inner, values, here, calls)
+            else:
+                self.used |= {id(axis) for value in values for axis in value.labels}
+                outs = propagate(self.labels, eqn, values)
+                if outs is None:
+                    self.barriers.add(here)
+                    outs = barrier(self.labels, eqn, values, f"goes through {eqn.primitive.name}")
+                if is_contraction(eqn):
+                    self._contraction(eqn, values, here, calls)
+            self.equations[here] = values, outs
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _contraction(self, eqn, values, path, calls):
+        if path in self._counted:  # The body of a scan may be walked twice.
+            return
+        self._counted.add(path)
+        if not interpreter.in_derivative(path):
+            self.macs += calls * count_macs(eqn)
+        operand = kernel_operand(eqn, values)
+        if operand is None:
+            return
+        site = describe(eqn, values, operand, calls, self._counts)
+        self._names[site.path] += 1
+        count = self._names[site.path]
+        name = site.path if count == 1 else f"{site.path}#{count}"
+        self.sites[path] = dataclasses.replace(site, name=name)
+
+    def _enter(self, eqn, inner, values, path, calls) -> list[Value]:
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, inner["body"], values, path, calls)
+        if name == "while":
+            return self._loop(eqn, inner, values, path, calls)
+        if name == "cond":
+            return self._branches(inner, values, path, calls)
+        if name.startswith("custom_"):
+            return self._custom(eqn, inner, values, path, calls)
+        return self.walk(inner["body"], values, (*path, "body"), calls)
+
+    def _scan(self, eqn, closed, values, path, calls):
+        consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        xs = []
+        for value in values[consts + carried :]:
+            self.labels.freeze(value.labels[0], "is the axis that a scan runs over")
+            xs.append(Value(value.labels[1:], value.rest[1:], value.origin))
+        length = eqn.params["length"]
+
+        def body(carry):
+            args = [*values[:consts], *carry, *xs]
+            return self.walk(closed, args, (*path, "body"), calls * length)
+
+        carry, outs = self._settle(values[consts : consts + carried], values, body)
+        stacked = [
+            Value((np.zeros(length, np.int32), *v.labels), (None, *v.rest), v.origin)
+            for v in outs[carried:]
+        ]
+        return [*carry, *stacked]
+
+    def _loop(self, eqn, inner, values, path, calls):
+        conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+        def body(carry):
+            self.walk(inner["cond"], [*values[:conds], *carry], (*path, "cond"), calls)
+            args = [*values[conds : conds + bodies], *carry]
+            return self.walk(inner["body"], args, (*path, "body"), calls)
+
+        return self._settle(values[conds + bodies :], values, body)[0]
+
+    def _settle(self, carry, values, body):
+        """Walks the body of a loop until what is known of its carry holds after every round."""
+        origin = join_origins(values)
+        carry = [dataclasses.replace(v, constant=None, origin=origin) for v in carry]
+        while True:
+            outs = body(carry)
+            settled = [self._merge([a, b]) for a, b in zip(carry, outs, strict=False)]
+            if [v.rest for v in settled] == [v.rest for v in carry]:
+                return carry, outs
+            carry = settled
+
+    def _branches(self, inner, values, path, calls):
+        results = [
+            self.walk(branch, values[1:], (*path, name), calls) for name, branch in inner.items()
+        ]
+        index = values[0].origin
+        merged = [self._merge(outs) for outs in zip(*results, strict=True)]
+        return [dataclasses.replace(v, origin=join_origins([v, _from(index)])) for v in merged]
+
+    def _merge(self, values) -> Value:
+        """What is known of a value that is one of these: tied labels, common rests."""
+        first, *others = values
+        for other in others:
+            for a, b in zip(first.labels, other.labels, strict=True):
+                self.labels.tie(a, b)
+        rest = tuple(common(rests) for rests in zip(*[v.rest for v in values], strict=True))
+        labels = tuple(
+            next((a for a in axes if not a.any()), axes[0])
+            for axes in zip(*[v.labels for v in values], strict=True)
+        )
+        constant = common([v.constant for v in values])
+        return Value(labels, rest, join_origins(values), constant)
+
+    def _custom(self, eqn, inner, values, path, calls):
+        names = self._names.copy()
+        outs = self.walk(inner["body"], values, (*path, "body"), calls)
+        primals = values[eqn.params["num_consts"] :]
+        after, self._names = self._names, names
+        if "jvp" in inner:
+            tangents = [Value(v.labels, tuple(0.0 for _ in v.rest), TANGENT) for v in primals]
+            both = self.walk(inner["jvp"], [*primals, *tangents], (*path, "jvp"), calls)
+            zeros = interpreter.jvp_jaxpr(eqn.params)[1]
+            self._tie_all(outs, both[: len(outs)])
+            given = [out for out, zero in zip(outs, zeros, strict=True) if not zero]
+            self._tie_all(given, both[len(outs) :])
+        if "fwd" in inner:
+            found = self.walk(inner["fwd"], primals, (*path, "fwd"), calls)
+            residuals, again = interpreter.split_residuals(eqn.params, found, primals)
+            self._tie_all(outs, again)
+            cotangents = [Value(v.labels, (None,) * len(v.rest), TANGENT) for v in outs]
+            shapes = interpreter.split_residuals(
+                eqn.params, inner["fwd"].out_avals, eqn.params["call_jaxpr"].in_avals
+            )[0]
+            bwd = interpreter.bwd_jaxpr(eqn.params, shapes)
+            back = self.walk(bwd, [*residuals, *cotangents], (*path, "bwd"), calls)
+            self._tie_all(primals, back)
+        self._names = after
+        return outs
+
+    def _tie_all(self, left, right):
+        for a, b in zip(left, right, strict=True):
+            self._merge([a, b])
+
+
+def _from(origin) -> Value:
+    return Value((), (), origin)

@@ -1,0 +1,144 @@
+"""Element-wise primitives: they tie the axes of their operands, and act on numbers as on arrays."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jex
+
+from hybrid_jax.core.labels import Labels, Origin, Value, common, sizes
+
+
+def _unary(f: Callable[[float], float]) -> Callable[..., float | None]:
+    return lambda params, x: None if x is None else f(x)
+
+
+def product(x: float | None, y: float | None) -> float | None:
+    """X y; 0 times what is not known is 0, but 0 times what is known not to be finite is NaN."""
+    if x is None or y is None:
+        return 0.0 if x == 0 or y == 0 else None
+    return x * y
+
+
+def _quotient(params, x, y):
+    if x is None or y is None:
+        return 0.0 if x == 0 else None
+    return x / y
+
+
+def _binary(f: Callable[[float, float], float]) -> Callable[..., float | None]:
+    return lambda params, x, y: None if x is None or y is None else f(x, y)
+
+
+def _select(params, which, *cases):
+    return common(cases)
+
+
+def _clamp(params, low, x, high):
+    return None if None in (low, x, high) else min(max(x, low), high)
+
+
+def _power(params, x):
+    return None if x is None else x ** params["y"]
+
+
+def _round(params, x):
+    if x is None:
+        return None
+    if params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN:
+        return round(x)
+    return math.copysign(math.floor(abs(x) + 0.5), x)
+
+
+def _logistic(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def _unknown(params, *args):
+    return None
+
+
+def _table() -> dict[str, Callable[..., float | None]]:
+    same = _unary(lambda x: x)
+    passing = "copy copy_p convert_element_type reduce_precision stop_gradient name real"
+    table = dict.fromkeys([*passing.split(), "sharding_constraint"], same)
+    table |= {
+        "add": _binary(lambda x, y: x + y),
+        "add_any": _binary(lambda x, y: x + y),
+        "sub": _binary(lambda x, y: x - y),
+        "max": _binary(max),
+        "min": _binary(min),
+        "mul": lambda params, x, y: product(x, y),
+        "div": _quotient,
+        "integer_pow": _power,
+        "select_n": _select,
+        "clamp": _clamp,
+        "neg": _unary(lambda x: -x),
+        "abs": _unary(abs),
+        "sign": _unary(lambda x: float(np.sign(x))),
+        "floor": _unary(math.floor),
+        "ceil": _unary(math.ceil),
+        "round": _round,
+        "square": _unary(lambda x: x * x),
+        "sqrt": _unary(math.sqrt),
+        "rsqrt": _unary(lambda x: 1 / math.sqrt(x)),
+        "exp": _unary(math.exp),
+        "expm1": _unary(math.expm1),
+        "log": _unary(math.log),
+        "log1p": _unary(math.log1p),
+        "tanh": _unary(math.tanh),
+        "logistic": _unary(_logistic),
+        "erf": _unary(math.erf),
+        "erfc": _unary(math.erfc),
+        "sin": _unary(math.sin),
+        "cos": _unary(math.cos),
+    }
+    unknown = (
+        "pow rem nextafter atan2 exp2 tan asin acos atan sinh cosh asinh acosh atanh erf_inv "
+        "lgamma digamma cbrt is_finite eq ne lt le gt ge and or xor not shift_left "
+        "shift_right_logical shift_right_arithmetic imag complex conj population_count clz"
+    )
+    return table | dict.fromkeys(unknown.split(), _unknown)
+
+
+ELEMENTWISE = _table()
+"""Element-wise primitives -> their value on numbers, where None means not known."""
+
+
+def _at_rest(eqn: jex.JaxprEqn, args: Sequence[float | None]) -> float | None:
+    """What an equation makes of these numbers, in the type of its output; NaN if not finite."""
+    dtype = eqn.outvars[0].aval.dtype
+    try:
+        value = ELEMENTWISE[eqn.primitive.name](eqn.params, *args)
+    except (ArithmeticError, ValueError):
+        return math.nan
+    if value is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        return value
+    if jnp.issubdtype(dtype, jnp.integer):
+        bounds = jnp.iinfo(dtype)
+        # Out of range or NaN, what an integer holds is the backend's choice.
+        return float(int(value)) if bounds.min <= value <= bounds.max else None
+    with np.errstate(over="ignore"):
+        value = float(np.asarray(value).astype(dtype))
+    return value if math.isfinite(value) else math.nan
+
+
+def elementwise(
+    labels: Labels, eqn: jex.JaxprEqn, values: Sequence[Value], origin: Origin
+) -> Value:
+    """Ties the axes of equal size; an axis of size 1 or a scalar broadcasts."""
+    shape = sizes(eqn.outvars[0].aval.shape)
+    out_labels, out_rest = [], []
+    for axis, size in enumerate(shape):
+        full = [v for v in values if v.labels and len(v.labels[axis]) == size]
+        for other in full[1:]:
+            labels.tie(full[0].labels[axis], other.labels[axis])
+        # Elsewhere a frozen axis decides: label 0 must not be hidden behind a fresh one.
+        zero = [v for v in full if not v.labels[axis].any()]
+        out_labels.append((zero or full)[0].labels[axis])
+        args = [v.rest[axis] if any(v is u for u in full) else v.constant for v in values]
+        out_rest.append(_at_rest(eqn, args))
+    constant = _at_rest(eqn, [v.constant for v in values])
+    return Value(tuple(out_labels), tuple(out_rest), origin, constant)

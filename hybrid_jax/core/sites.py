@@ -1,0 +1,117 @@
+"""Sites: the convolutions and matrix products whose kernel comes from the parameters."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from jax.extend import core as jex
+
+from hybrid_jax.core.labels import INPUT, Value, sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A convolution or matrix product whose kernel comes from the parameters.
+
+    Attributes:
+      name: The kernel's path; a kernel used again is 'path#2', 'path#3', ….
+      path: Path of the parameter that the kernel is computed from (the largest, if several).
+      kind: 'conv' or 'dot'.
+      macs: Multiply-accumulates for one example, all `calls` counted.
+      input_shape: Shape of the activation, with the batch.
+      kernel_shape: Shape of the kernel as the operation takes it.
+      output_shape: Shape of the result, with the batch.
+      feature_axis: Axis of the activation that holds C.
+      kernel_in_axes: Axes of the kernel that are summed over (C and the spatial ones).
+      kernel_out_axes: Axes of the kernel that are output channels O.
+      kernel_operand: Position of the kernel among the operation's two operands.
+      groups: Number of feature groups of a convolution; C for a depthwise one.
+      calls: How often it runs (the length of the scans around it).
+    """
+
+    name: str
+    path: str
+    kind: str
+    macs: int
+    input_shape: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    feature_axis: int
+    kernel_in_axes: tuple[int, ...]
+    kernel_out_axes: tuple[int, ...]
+    kernel_operand: int
+    groups: int
+    calls: int
+
+
+def is_contraction(eqn: jex.JaxprEqn) -> bool:
+    """Whether the equation multiplies and accumulates."""
+    return eqn.primitive.name in ("conv_general_dilated", "dot_general")
+
+
+def count_macs(eqn: jex.JaxprEqn) -> int:
+    """Multiply-accumulates of one run of a contraction, for the whole batch."""
+    x, y = (sizes(v.aval.shape) for v in eqn.invars)
+    out = math.prod(sizes(eqn.outvars[0].aval.shape))
+    if eqn.primitive.name == "dot_general":
+        contracted = math.prod(x[axis] for axis in eqn.params["dimension_numbers"][0][0])
+        return out * contracted
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    # Of the taps of a transposed convolution only every lhs_dilation-th meets an entry of x.
+    return out * (math.prod(y) // max(y[out_axis], 1)) // math.prod(eqn.params["lhs_dilation"])
+
+
+def kernel_operand(eqn: jex.JaxprEqn, values: list[Value]) -> int | None:
+    """The operand that comes from parameters alone, if the other depends on an input."""
+    places = (1,) if eqn.primitive.name == "conv_general_dilated" else (1, 0)
+    for i in places:
+        owned = isinstance(values[i].origin, frozenset) and values[i].origin
+        if owned and values[1 - i].origin == INPUT:
+            return i
+    return None
+
+
+def describe(
+    eqn: jex.JaxprEqn,
+    values: list[Value],
+    operand: int,
+    calls: int,
+    counts: Mapping[str, int],
+) -> Site:
+    """The site that a contraction is; its name is only the kernel's path, its costs the batch's.
+
+    Args:
+      eqn: The contraction.
+      values: What is known of its operands.
+      operand: Which of them is the kernel.
+      calls: How often it runs.
+      counts: {path: number of entries} of the parameters.
+    """
+    conv = eqn.primitive.name == "conv_general_dilated"
+    numbers = eqn.params["dimension_numbers"]
+    kernel = values[operand].shape
+    if conv:
+        out_axes, in_axes = (numbers.rhs_spec[0],), tuple(sorted(numbers.rhs_spec[1:]))
+        feature = numbers.lhs_spec[1]
+    else:
+        (contracted, batch) = numbers
+        in_axes = tuple(contracted[operand])
+        feature = contracted[1 - operand][-1] if contracted[1 - operand] else -1
+        used = {*in_axes, *batch[operand]}
+        out_axes = tuple(axis for axis in range(len(kernel)) if axis not in used)
+    path = max(sorted(values[operand].origin), key=counts.__getitem__)
+    return Site(
+        name=path,
+        path=path,
+        kind="conv" if conv else "dot",
+        macs=calls * count_macs(eqn),
+        input_shape=values[1 - operand].shape,
+        kernel_shape=kernel,
+        output_shape=sizes(eqn.outvars[0].aval.shape),
+        feature_axis=feature,
+        kernel_in_axes=in_axes,
+        kernel_out_axes=out_axes,
+        kernel_operand=operand,
+        groups=eqn.params["feature_group_count"] if conv else 1,
+        calls=calls,
+    )
