@@ -33,6 +33,7 @@ ROWS = {
             for method in ("vmap", "map", "unroll", "auto")
         ),
         "top-1 mixture, gate and one expert / one expert",
+        "the same, parameters as arguments / one expert",
         "top-1 mixture, all experts / one expert",
     ],
 }
