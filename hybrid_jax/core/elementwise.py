@@ -62,7 +62,7 @@ def _unknown(params, *args):
 
 def _table() -> dict[str, Callable[..., float | None]]:
     same = _unary(lambda x: x)
-    passing = "copy copy_p convert_element_type reduce_precision stop_gradient name real"
+    passing = "copy copy_p convert_element_type reduce_precision stop_gradient name real pvary"
     table = dict.fromkeys([*passing.split(), "sharding_constraint"], same)
     table |= {
         "add": _binary(lambda x, y: x + y),

@@ -173,9 +173,10 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     aval = jax.typeof(leaf)
+    weak = getattr(aval, "weak_type", False)
+    manual = getattr(aval, "manual_axis_type", None)
+    if not manual or not manual.varying:
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
     return jax.ShapeDtypeStruct(
-        aval.shape,
-        aval.dtype,
-        weak_type=getattr(aval, "weak_type", False),
-        manual_axis_type=getattr(aval, "manual_axis_type", None),
+        aval.shape, aval.dtype, weak_type=weak, sharding=aval.sharding, manual_axis_type=manual
     )

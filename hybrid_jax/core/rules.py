@@ -168,7 +168,22 @@ def _same(rest):
     return rest
 
 
+def _across_devices(keeps: Callable[[float | None], float | None]):
+    """Sums and the like over a mesh axis: every index meets the same index on other devices."""
+
+    def rule(labels, params, values, outvars):
+        if any(isinstance(axis, int) for axis in params["axes"]):
+            return None
+        return [Value(x.labels, tuple(keeps(rest) for rest in x.rest), x.origin) for x in values]
+
+    return rule
+
+
 RULES = layout.RULES | {
+    "psum": _across_devices(_zero_stays),
+    "psum_invariant": _across_devices(_zero_stays),
+    "pmax": _across_devices(_same),
+    "pmin": _across_devices(_same),
     "reduce_sum": _reduce(0.0, _zero_stays),
     "reduce_max": _reduce(None, _same),
     "reduce_min": _reduce(None, _same),
