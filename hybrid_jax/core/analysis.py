@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.extend import core as jex
 
-from hybrid_jax.core import interpreter
+from hybrid_jax.core import derivatives, interpreter
 from hybrid_jax.core.labels import (
     TANGENT,
     Labels,
@@ -81,7 +81,7 @@ class Analysis:
         if path in self._counted:  # The body of a scan may be walked twice.
             return
         self._counted.add(path)
-        if not interpreter.in_derivative(path):
+        if not derivatives.in_derivative(path):
             self.macs += calls * count_macs(eqn)
         operand = kernel_operand(eqn, values)
         if operand is None:
@@ -174,19 +174,19 @@ class Analysis:
         if "jvp" in inner:
             tangents = [Value(v.labels, tuple(0.0 for _ in v.rest), TANGENT) for v in primals]
             both = self.walk(inner["jvp"], [*primals, *tangents], (*path, "jvp"), calls)
-            zeros = interpreter.jvp_jaxpr(eqn.params)[1]
+            zeros = derivatives.jvp_jaxpr(eqn.params)[1]
             self._tie_all(outs, both[: len(outs)])
             given = [out for out, zero in zip(outs, zeros, strict=True) if not zero]
             self._tie_all(given, both[len(outs) :])
         if "fwd" in inner:
             found = self.walk(inner["fwd"], primals, (*path, "fwd"), calls)
-            residuals, again = interpreter.split_residuals(eqn.params, found, primals)
+            residuals, again = derivatives.split_residuals(eqn.params, found, primals)
             self._tie_all(outs, again)
             cotangents = [Value(v.labels, (None,) * len(v.rest), TANGENT) for v in outs]
-            shapes = interpreter.split_residuals(
+            shapes = derivatives.split_residuals(
                 eqn.params, inner["fwd"].out_avals, eqn.params["call_jaxpr"].in_avals
             )[0]
-            bwd = interpreter.bwd_jaxpr(eqn.params, shapes)
+            bwd = derivatives.bwd_jaxpr(eqn.params, shapes)
             back = self.walk(bwd, [*residuals, *cotangents], (*path, "bwd"), calls)
             self._tie_all(primals, back)
         self._names = after

@@ -13,14 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
+from hybrid_jax.core import derivatives
+
 Path = tuple[int | str, ...]
 Rule = Callable[[Path, jex.JaxprEqn, list[Any]], tuple[list[Any], dict[str, Any]]]
-
-# The jaxprs that hold a custom derivative. A rule may call its own function, and so without end:
-# a custom function nested deeper than this stands for its primal computation, so that derivatives
-# up to this order are those of the rules.
-DERIVATIVES = ("jvp", "fwd", "bwd")
-ORDER = 2
 
 
 def evaluate(
@@ -73,7 +69,7 @@ def evaluate(
             if rebuild is None:
                 outs, found = rule(here, eqn, values)
             else:
-                outs, found = rebuild(eqn.params, values, inner, is_spent(here))
+                outs, found = rebuild(eqn.params, values, inner, derivatives.is_spent(here))
             records |= found
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], records
@@ -85,16 +81,6 @@ def bind(eqn: jex.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*values, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
-
-
-def in_derivative(path: Path) -> bool:
-    """Whether `path` lies in the rule of a custom derivative."""
-    return any(step in DERIVATIVES for step in path)
-
-
-def is_spent(path: Path) -> bool:
-    """Whether a custom function at `path` stands for its primal computation."""
-    return sum(step in DERIVATIVES for step in path) >= ORDER
 
 
 def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
@@ -112,51 +98,17 @@ def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
         return {str(i): branch for i, branch in enumerate(params["branches"])}
     if name == "custom_jvp_call":
         found = {"body": params["call_jaxpr"]}
-        return found if is_spent(path) else found | {"jvp": jvp_jaxpr(params)[0]}
+        return (
+            found
+            if derivatives.is_spent(path)
+            else found | {"jvp": derivatives.jvp_jaxpr(params)[0]}
+        )
     if name == "custom_vjp_call":
         found = {"body": params["call_jaxpr"]}
-        return found if is_spent(path) else found | {"fwd": fwd_jaxpr(params)}
+        return (
+            found if derivatives.is_spent(path) else found | {"fwd": derivatives.fwd_jaxpr(params)}
+        )
     return {}
-
-
-def jvp_jaxpr(params: dict[str, Any]) -> tuple[jex.ClosedJaxpr, list[bool]]:
-    """A custom JVP rule as (primals, tangents) -> (primals, non-zero tangents), which are zero."""
-    tangents = len(params["call_jaxpr"].in_avals) - params["num_consts"]
-    jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*[False] * tangents)
-    return jex.ClosedJaxpr(jaxpr, consts), list(zeros)
-
-
-def fwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
-    """A custom VJP's forward rule: primals -> (residuals that are no inputs, outputs)."""
-    primals = len(params["call_jaxpr"].in_avals) - params["num_consts"]
-    return jex.ClosedJaxpr(*params["fwd_jaxpr_thunk"].call_wrapped(*[True] * primals))
-
-
-def bwd_jaxpr(params: dict[str, Any], residuals: Sequence[Any]) -> jex.ClosedJaxpr:
-    """A custom VJP's backward rule: (residuals, cotangents) -> a cotangent for each primal."""
-    inputs = params["call_jaxpr"].in_avals[params["num_consts"] :]
-    cotangents = [aval.to_ct_aval() for aval in params["call_jaxpr"].out_avals]
-
-    def bwd(*args):
-        outs = params["bwd"].call_wrapped(*args)
-        return [
-            jnp.zeros(aval.to_ct_aval().shape, aval.to_ct_aval().dtype)
-            if type(out).__name__ == "Zero"
-            else out
-            for out, aval in zip(outs, inputs, strict=True)
-        ]
-
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in [*residuals, *cotangents]]
-    return jax.make_jaxpr(bwd)(*shapes)
-
-
-def split_residuals(params: dict[str, Any], outs: list[Any], primals: Sequence[Any]) -> tuple:
-    """Splits what `fwd_jaxpr` returns: all residuals (with those that are inputs), and outputs."""
-    _, tree, forwarded = params["out_trees"]()
-    count = tree.num_leaves - sum(index is not None for index in forwarded)
-    fresh = iter(outs[:count])
-    residuals = [next(fresh) if index is None else primals[index] for index in forwarded]
-    return residuals, outs[count:]
 
 
 def _close(jaxpr: Any) -> jex.ClosedJaxpr:
@@ -242,7 +194,7 @@ def _custom_jvp(params, values, inner, spent):
 
     @call.defjvp
     def rule(primals, tangents):
-        jaxpr, zeros = jvp_jaxpr(params)
+        jaxpr, zeros = derivatives.jvp_jaxpr(params)
         outs, records = inner("jvp", jaxpr.jaxpr, jaxpr.consts, [*primals, *tangents])
         split = len(zeros)
         given = iter(outs[split:])
@@ -265,16 +217,16 @@ def _custom_vjp(params, values, inner, spent):
         return inner("body", body.jaxpr, body.consts, [*consts, *primals])
 
     def forward(*primals):
-        jaxpr = fwd_jaxpr(params)
+        jaxpr = derivatives.fwd_jaxpr(params)
         outs, records = inner("fwd", jaxpr.jaxpr, jaxpr.consts, primals)
-        residuals, outs = split_residuals(params, outs, primals)
+        residuals, outs = derivatives.split_residuals(params, outs, primals)
         return (outs, records), residuals
 
     def backward(residuals, cotangents):
-        full, _ = split_residuals(
-            params, fwd_jaxpr(params).out_avals, params["call_jaxpr"].in_avals
+        full, _ = derivatives.split_residuals(
+            params, derivatives.fwd_jaxpr(params).out_avals, params["call_jaxpr"].in_avals
         )
-        jaxpr = bwd_jaxpr(params, full)
+        jaxpr = derivatives.bwd_jaxpr(params, full)
         return tuple(inner("bwd", jaxpr.jaxpr, jaxpr.consts, [*residuals, *cotangents[0]])[0])
 
     call.defvjp(forward, backward)

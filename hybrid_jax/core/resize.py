@@ -1,15 +1,21 @@
-"""Running one equation on smaller arrays, where its parameters hold sizes."""
+"""Running a traced program on smaller arrays, equation by equation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter
-from hybrid_jax.core.labels import sizes
+from hybrid_jax.core.channels import components
+from hybrid_jax.core.graph import Graph
+from hybrid_jax.core.labels import Value, sizes
 from hybrid_jax.core.rules import gather_axes
+
+Kept = Mapping[str, tuple[np.ndarray, ...]]
+"""{path: for each axis of the parameter the indices that stay, sorted}."""
 
 
 def _sizes(shape: Sequence[Any], keep: Sequence[np.ndarray]) -> tuple[Any, ...]:
@@ -106,3 +112,60 @@ RESIZE = {
     "conv_general_dilated": _resize_convolution,
 }
 """Primitives whose parameters hold sizes -> f(equation, values, kept in, kept out) -> outputs."""
+
+
+class Plan:
+    """Which indices of every array in a traced program stay, and how each equation is changed."""
+
+    def __init__(self, graph: Graph, kept: Kept):
+        self.graph = graph
+        found = components(graph.analysis.labels)
+        removed: set[int] = set()
+        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
+            for axis, own in enumerate(value.labels):
+                gone = np.setdiff1d(np.arange(leaf.shape[axis]), kept[path][axis])
+                for component in np.unique(found.of[own[gone]]).tolist():
+                    if component in found.reasons:
+                        raise ValueError(
+                            f"kept must keep {path!r} whole on axis {axis}: "
+                            f"a removed channel {found.reasons[component]}"
+                        )
+                    removed.add(component)
+        self.alive = ~np.isin(found.of, sorted(removed))
+        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
+            for axis, own in enumerate(value.labels):
+                if np.flatnonzero(self.alive[own]).tolist() != kept[path][axis].tolist():
+                    raise ValueError(
+                        f"kept must remove coupled channels together, got {leaf.shape[axis]} -> "
+                        f"{len(kept[path][axis])} at {path!r} on axis {axis}, which does not fit"
+                    )
+        self.active = {
+            path[:n]
+            for path, (ins, outs) in graph.analysis.equations.items()
+            if any(not all(k.all() for k in self.keeps(v)) for v in [*ins, *outs])
+            for n in range(1, len(path) + 1)
+        }
+
+    def keeps(self, value: Value) -> list[np.ndarray]:
+        """For each axis of an array, bool[n]: which indices stay."""
+        return [self.alive[labels] for labels in value.labels]
+
+    def rule(self, path: interpreter.Path, eqn: jex.JaxprEqn, values: list[Any]):
+        """Runs one equation on the smaller arrays."""
+        ins, outs = self.graph.analysis.equations[path]
+        ins, outs = [self.keeps(v) for v in ins], [self.keeps(v) for v in outs]
+        if path in self.graph.analysis.barriers:
+            # Its inputs are whole: computed in full, then sliced.
+            full = interpreter.bind(eqn, values)
+            return [take(out, _indices(keep)) for out, keep in zip(full, outs, strict=True)], {}
+        resize = RESIZE.get(eqn.primitive.name)
+        return resize(eqn, values, ins, outs) if resize else interpreter.bind(eqn, values), {}
+
+    def constants(self, path: interpreter.Path, consts: Sequence[Any]) -> list[Any]:
+        """The constants of a jaxpr, sliced."""
+        known = self.graph.analysis.constants[path]
+        return [take(c, _indices(self.keeps(v))) for c, v in zip(consts, known, strict=True)]
+
+
+def _indices(keep: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.flatnonzero(axis) for axis in keep]

@@ -1,22 +1,16 @@
 """Physical removal of channels: the same program on smaller arrays, whoever wrote it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter, paths
-from hybrid_jax.core.channels import components
 from hybrid_jax.core.graph import Graph, abstract, memoize_trace, trace
-from hybrid_jax.core.labels import Value
-from hybrid_jax.core.resize import RESIZE, take
-
-Kept = Mapping[str, tuple[np.ndarray, ...]]
-"""{path: for each axis of the parameter the indices that stay, sorted}."""
+from hybrid_jax.core.resize import Kept, Plan, take
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +187,7 @@ def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     small = jax.eval_shape(lambda tree: slice_tree(tree, kept), shapes)
-    plans: dict[int, _Plan] = {}
+    plans: dict[int, Plan] = {}
     cached = memoize_trace(fn)
 
     def small_fn(small_params, *inputs):
@@ -214,7 +208,7 @@ def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any
         plan = plans.get(id(graph))
         if plan is None or plan.graph is not graph:
             plans.clear()
-            plan = plans[id(graph)] = _Plan(graph, kept)
+            plan = plans[id(graph)] = Plan(graph, kept)
         leaves = jax.tree.leaves((small_params, *inputs))
         outs, _ = interpreter.evaluate(
             graph.jaxpr.jaxpr,
@@ -227,63 +221,6 @@ def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any
         return jax.tree.unflatten(graph.out_tree, outs)
 
     return small_fn
-
-
-class _Plan:
-    """Which indices of every array in a traced program stay, and how each equation is changed."""
-
-    def __init__(self, graph: Graph, kept: Kept):
-        self.graph = graph
-        found = components(graph.analysis.labels)
-        removed: set[int] = set()
-        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
-            for axis, own in enumerate(value.labels):
-                gone = np.setdiff1d(np.arange(leaf.shape[axis]), kept[path][axis])
-                for component in np.unique(found.of[own[gone]]).tolist():
-                    if component in found.reasons:
-                        raise ValueError(
-                            f"kept must keep {path!r} whole on axis {axis}: "
-                            f"a removed channel {found.reasons[component]}"
-                        )
-                    removed.add(component)
-        self.alive = ~np.isin(found.of, sorted(removed))
-        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
-            for axis, own in enumerate(value.labels):
-                if np.flatnonzero(self.alive[own]).tolist() != kept[path][axis].tolist():
-                    raise ValueError(
-                        f"kept must remove coupled channels together, got {leaf.shape[axis]} -> "
-                        f"{len(kept[path][axis])} at {path!r} on axis {axis}, which does not fit"
-                    )
-        self.active = {
-            path[:n]
-            for path, (ins, outs) in graph.analysis.equations.items()
-            if any(not all(k.all() for k in self.keeps(v)) for v in [*ins, *outs])
-            for n in range(1, len(path) + 1)
-        }
-
-    def keeps(self, value: Value) -> list[np.ndarray]:
-        """For each axis of an array, bool[n]: which indices stay."""
-        return [self.alive[labels] for labels in value.labels]
-
-    def rule(self, path: interpreter.Path, eqn: jex.JaxprEqn, values: list[Any]):
-        """Runs one equation on the smaller arrays."""
-        ins, outs = self.graph.analysis.equations[path]
-        ins, outs = [self.keeps(v) for v in ins], [self.keeps(v) for v in outs]
-        if path in self.graph.analysis.barriers:
-            # Its inputs are whole: computed in full, then sliced.
-            full = interpreter.bind(eqn, values)
-            return [take(out, _indices(keep)) for out, keep in zip(full, outs, strict=True)], {}
-        resize = RESIZE.get(eqn.primitive.name)
-        return resize(eqn, values, ins, outs) if resize else interpreter.bind(eqn, values), {}
-
-    def constants(self, path: interpreter.Path, consts: Sequence[Any]) -> list[Any]:
-        """The constants of a jaxpr, sliced."""
-        known = self.graph.analysis.constants[path]
-        return [take(c, _indices(self.keeps(v))) for c, v in zip(consts, known, strict=True)]
-
-
-def _indices(keep: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [np.flatnonzero(axis) for axis in keep]
 
 
 def _is_abstract(tree: Any) -> bool:
