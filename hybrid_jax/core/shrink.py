@@ -153,7 +153,10 @@ def slice_tree(tree: Any, kept: Kept) -> Any:
             raise ValueError(
                 f"tree must have the shape of {owner!r} at {path!r}, got {np.shape(leaf)}"
             )
-        return take(leaf, indices)
+        if isinstance(leaf, jax.core.Tracer):
+            return take(leaf, indices)
+        # On the host: a gather on the device is compiled anew for every shape.
+        return jnp.asarray(np.asarray(leaf)[np.ix_(*indices)])
 
     return paths.map_with_path(cut, tree)
 
@@ -164,7 +167,11 @@ def mask_removed(params: Any, kept: Kept) -> Any:
     def cut(path, leaf):
         inside = np.zeros(np.shape(leaf), bool)
         inside[np.ix_(*kept[path])] = True
-        return leaf if inside.all() else jnp.where(inside, leaf, jnp.zeros((), leaf.dtype))
+        if inside.all():
+            return leaf
+        if isinstance(leaf, jax.core.Tracer):
+            return jnp.where(inside, leaf, jnp.zeros((), leaf.dtype))
+        return jnp.asarray(np.where(inside, np.asarray(leaf), np.zeros((), leaf.dtype)))
 
     return paths.map_with_path(cut, params)
 
