@@ -8,12 +8,12 @@ of the parent instead of hundreds.
         --config.data.dir=~/tensorflow_datasets
 
 Result, seed 0 alone, on the 5,000 JPEG test images of a prepared copy: dense parent 73.38 %, top-1
-mixture 64.88 % at 55.7 kB and 113 M BOPs, best single expert 66.96 %, average of all experts 67.40 %,
-oracle gate 79.42 %, one network of equal bytes 71.72 %, of equal BOPs 66.68 %. The gate does not earn
-its cost in 120 steps. The spread over seeds was not measured.
+mixture 64.88 % at 55.7 kB and 113 M BOPs, best single expert 66.96 %, average of all experts
+67.40 %, oracle gate 79.42 %, one network of equal bytes 71.72 %, of equal BOPs 66.68 %. The gate
+does not earn its cost in 120 steps. The spread over seeds was not measured.
 
-Hardware and time: two x86 cores shared with other work, 49 minutes; the parent takes 17 of them, the
-experts 15, the controls 13.
+Hardware and time: two x86 cores shared with other work, 49 minutes; the parent takes 17 of them,
+the experts 15, the controls 13.
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@ of which 359 are test and 15 % of the others validation.
     python -m launch.compress --config=configs/digits.py --workdir=/tmp/digits
 
 Result, mean ± standard deviation over seeds 0, 1 and 2: dense parent 98.89 ± 0.28 %, top-1 mixture
-98.51 ± 0.16 % at 55 kB and 7.8 M BOPs, best single expert 98.24 ± 0.43 %, one network of equal bytes
-98.89 ± 0.28 %, of equal BOPs 99.07 ± 0.16 %. One test image is 0.28 points: no difference is
+98.51 ± 0.16 % at 55 kB and 7.8 M BOPs, best single expert 98.24 ± 0.43 %, one network of equal
+bytes 98.89 ± 0.28 %, of equal BOPs 99.07 ± 0.16 %. One test image is 0.28 points: no difference is
 significant. The defaults were settled while seed 0's test accuracy was in view.
 
 Hardware and time: two x86 cores, 2 min 11 s, most of it compilation.
