@@ -63,8 +63,8 @@ def fastest(fn: Callable[..., Any], *args: Any, in_axes: Sequence[int | None] | 
 
     Compiles 'vmap' and 'unroll' and runs them on zeros; only the arguments' shapes and dtypes are
     read, so it works in the midst of tracing. The answer is kept per backend, function and shapes.
-    Unrolled, the experts run as they do mapped but without the loop, so 'map' is tried in place of
-    'unroll' only above 16 experts, where E copies would take long to compile.
+    'map' is tried in place of 'unroll' only above 16 experts, where E copies would take long to
+    compile; on a CPU a convolution in a loop is far slower than unrolled: name 'unroll' there.
 
     Args:
       fn: Function of one expert.
