@@ -15,6 +15,7 @@ from hybrid_jax.pruning.criteria import (
 )
 from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
 from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.obs import compensate, obs
 from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "apply_masks",
     "batchnorm_scale",
+    "compensate",
     "cubic",
     "erk",
     "expand",
@@ -46,6 +48,7 @@ __all__ = [
     "mean_squared_gradients",
     "n_m",
     "narrow",
+    "obs",
     "one_shot",
     "prune_by_schedule",
     "random",

@@ -10,6 +10,7 @@ Ranges are a pytree of floats to be trained along with the parameters, bits are 
 """
 
 from hybrid_jax.quantization.calibration import calibrate
+from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
     OFF,
@@ -41,6 +42,7 @@ __all__ = [
     "extent",
     "fake_quant",
     "fake_quantized",
+    "gptq",
     "integer_kernels",
     "lsq",
     "minmax",

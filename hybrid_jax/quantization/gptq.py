@@ -1,0 +1,150 @@
+"""GPTQ: kernels rounded one input at a time, what follows making up for the error so far."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybrid_jax import core
+from hybrid_jax.quantization import grids, specs
+
+ORDERS = ("activation", "natural")
+
+
+def gptq(
+    params: Any,
+    grams: Mapping[str, core.Gram],
+    spec: specs.Spec,
+    ranges: Mapping[str, Any],
+    masks: Any = None,
+    *,
+    bits: Any = None,
+    damping: float = 0.01,
+    order: str = "activation",
+) -> Any:
+    """Moves every kernel onto its grid so that the outputs of its layer change little.
+
+    Each group of a convolution is a matrix product of its own (see `core.Gram`). With masks the
+    sweep prunes and quantizes at once: what is removed counts as an error like any other.
+
+    Args:
+      params: Pytree of parameters.
+      grams: What `core.input_grams` gives for them, with every kernel that `spec` quantizes.
+      spec: How each site is quantized.
+      ranges: What `calibrate` gives for `spec`; a kernel used at several sites has one range.
+      masks: Pytree of bool like `params`, True where kept, with `optax.MaskedNode()` where nothing
+        is pruned; None for no pruning. Masked weights come out exactly zero.
+      bits: Bit-widths as `Spec.bits` gives them, which may be traced, in place of the spec's.
+      damping: λ of `core.damped_gram`.
+      order: 'activation' rounds the inputs with the largest second moments first, 'natural' goes
+        through them as the kernel has them.
+
+    Returns:
+      Pytree like `params`. Its kernels lie on their grids: `fake_quantized` with the same spec and
+      ranges does not change them, to the bit, and `integer_kernels` stores them without loss. A
+      kernel of 32 bits is only pruned, and left alone where it has no mask.
+
+    Raises:
+      ValueError: If a quantized kernel has no Gram matrix or a mask has none; if `grams` are of
+        other parameters, or have a site that `spec` or `ranges` has not; if a kernel's range is
+        'dynamic', and so would change with the kernel, or differs between its sites.
+
+    Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+    Transformers, arXiv 2210.17323; jointly with masks E. Frantar, D. Alistarh, SparseGPT, arXiv
+    2301.00774, section 3.4.
+
+    Example:
+      >>> from hybrid_jax.quantization import calibration
+      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[3.0], [1.45], [1.45]])}
+      >>> x = jnp.array([[0.0, 1.0, 1.0]])
+      >>> spec = specs.spec(core.trace(fn, params, x), weight_bits=3, first_last_bits=3)
+      >>> ranges = calibration.calibrate(fn, params, [(x,)], spec)
+      >>> grams = core.input_grams(fn, params, [(x,)])
+      >>> gptq(params, grams, spec, ranges)['w'].ravel().tolist()  # 1.45 + 1.45 ≈ 1 + 2
+      [3.0, 1.0, 2.0]
+    """
+    core.check_positive("damping", damping)
+    core.check_choice("order", order, ORDERS)
+    core.check_grams(params, grams)
+    masks = jax.tree.map(lambda _: optax.MaskedNode(), params) if masks is None else masks
+    widths = bits or {site.name: {"weight": site.weight.bits} for site in spec.sites}
+    known = [site.name for gram in grams.values() for site in gram.sites]
+    for site in spec.sites:
+        if site.name not in known and not _is_off(widths[site.name]["weight"]):
+            raise ValueError(
+                f"grams must have every quantized kernel, got none for {site.name!r} among: "
+                f"{', '.join(known) or 'nothing'}"
+            )
+
+    def move(path, mask, leaf):
+        kept = None if core.is_masked_node(mask) else mask
+        if path not in grams:
+            if kept is not None:
+                raise ValueError(f"grams must have every kernel with a mask, got none for {path!r}")
+            return leaf
+        gram = grams[path]
+        quantizer, width = spec[gram.site.name].weight, widths[gram.site.name]["weight"]
+        span = None if _is_off(width) else _span(gram, quantizer, ranges)
+        if kept is None and span is None:
+            return leaf
+        return _sweep(leaf, gram, span, width, kept, damping, quantizer, order)
+
+    return core.map_with_path(move, masks, params)
+
+
+def _is_off(width):
+    return isinstance(width, int) and width == grids.OFF
+
+
+def _span(gram, quantizer, ranges):
+    """The one range that a kernel has at all of its sites."""
+    if quantizer.learning == "dynamic":
+        raise ValueError(
+            f"the kernel at {gram.site.name!r} must have a range of its own, got learning 'dynamic'"
+        )
+    spans = []
+    for site in gram.sites:
+        if "weight" not in ranges.get(site.name, {}):
+            raise ValueError(
+                f"ranges must have [{site.name!r}]['weight'], got {', '.join(ranges) or 'nothing'}"
+            )
+        spans.append(ranges[site.name]["weight"])
+    for site, span in zip(gram.sites[1:], spans[1:], strict=True):
+        traced = any(isinstance(end, jax.core.Tracer) for end in (*span, *spans[0]))
+        if not traced and not all(map(np.array_equal, span, spans[0])):
+            raise ValueError(
+                f"ranges of a kernel must be the same at all its sites, got others at "
+                f"{gram.site.name!r} and {site.name!r}"
+            )
+    return spans[0]
+
+
+@functools.partial(jax.jit, static_argnames=("quantizer", "order"))
+def _sweep(kernel, gram, span, bits, kept, damping, quantizer, order):
+    """One kernel onto its grid (unless `span` is None) and its mask (unless `kept` is None)."""
+    site = gram.site
+
+    def in_rows(leaf):
+        return core.kernel_matrix(site, jnp.broadcast_to(leaf, site.kernel_shape))
+
+    def project(row, span, kept):
+        row = row if span is None else specs.apply(row, quantizer, span, bits, None, 1)
+        return row if kept is None else jnp.where(kept, row, 0.0)
+
+    def solve(weights, matrix, rows):
+        natural = jnp.arange(len(weights))
+        turn = jnp.argsort(-jnp.diagonal(matrix)) if order == "activation" else natural
+        weights, matrix, rows = jax.tree.map(
+            lambda leaf: leaf[turn], (weights, matrix[:, turn], rows)
+        )
+        factor = core.inverse_factor(core.damped_gram(matrix, damping))
+        swept = core.sweep_rows(weights, factor, project, *rows)
+        return jnp.zeros_like(swept).at[turn].set(swept)
+
+    rows = jax.tree.map(in_rows, (span, kept))
+    swept = jax.vmap(solve)(in_rows(kernel.astype(jnp.float32)), gram.matrix, rows)
+    return core.kernel_from_matrix(site, swept).astype(kernel.dtype)
