@@ -126,17 +126,14 @@ def compensate(
 
 @functools.partial(jax.jit, static_argnames="greedy")
 def _score(kernel, gram, damping, greedy):
-    def inverse(matrix):
-        factor = core.inverse_factor(core.damped_gram(matrix, damping))
-        return jnp.matmul(factor.T, factor, precision=lax.Precision.HIGHEST)
-
     weights = core.kernel_matrix(gram.site, kernel.astype(jnp.float32))
-    inverses = jax.vmap(inverse)(gram.matrix)
+    factors = jax.vmap(lambda h: core.inverse_factor(core.damped_gram(h, damping)))(gram.matrix)
     if greedy:
+        inverses = jnp.einsum("gki,gkj->gij", factors, factors, precision=lax.Precision.HIGHEST)
         scores = _each_column(_removal_losses, inverses, weights)
     else:
-        curvature = 1 / jnp.diagonal(inverses, axis1=1, axis2=2)
-        scores = 0.5 * jnp.square(weights) * curvature[:, :, None]
+        diagonal = jnp.sum(jnp.square(factors), axis=1)
+        scores = 0.5 * jnp.square(weights) / diagonal[:, :, None]
     return core.kernel_from_matrix(gram.site, scores)
 
 

@@ -28,8 +28,18 @@ def gptq(
 ) -> Any:
     """Moves every kernel onto its grid so that the outputs of its layer change little.
 
-    Each group of a convolution is a matrix product of its own (see `core.Gram`). With masks the
-    sweep prunes and quantizes at once: what is removed counts as an error like any other.
+    Each group of a convolution is a matrix product of its own (see `core.Gram`). With masks, what
+    the sweep would move onto a removed weight is handed on to the weights after it. Give it pruned
+    parameters that have answered their pruning already, and their masks:
+
+        params = pruning.compensate(params, masks, grams)
+        ranges = calibrate(fn, params, batches, spec, 'mse')
+        params = gptq(params, grams, spec, ranges, masks)
+
+    Weights that are not zero yet it prunes itself, with SparseGPT's update. That is cheaper than
+    `compensate`, but on the network of our tests, at half its weights and 4 bits, it left 1.8 times
+    the error in the outputs of the layers. The Gram matrices are those of the float model: on that
+    network, taking each from layers before it that are already quantized gained nothing.
 
     Args:
       params: Pytree of parameters.
@@ -55,7 +65,7 @@ def gptq(
 
     Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, arXiv 2210.17323; jointly with masks E. Frantar, D. Alistarh, SparseGPT, arXiv
-    2301.00774, section 3.4.
+    2301.00774.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -71,23 +81,21 @@ def gptq(
     core.check_choice("order", order, ORDERS)
     core.check_grams(params, grams)
     masks = jax.tree.map(lambda _: optax.MaskedNode(), params) if masks is None else masks
-    widths = bits or {site.name: {"weight": site.weight.bits} for site in spec.sites}
-    known = [site.name for gram in grams.values() for site in gram.sites]
-    for site in spec.sites:
-        if site.name not in known and not _is_off(widths[site.name]["weight"]):
-            raise ValueError(
-                f"grams must have every quantized kernel, got none for {site.name!r} among: "
-                f"{', '.join(known) or 'nothing'}"
-            )
+    _check_masks(params, masks)
+    widths = {site.name: _width(site, bits) for site in spec.sites}
+    swept = [site.name for gram in grams.values() for site in gram.sites]
+    for name, width in widths.items():
+        if name not in swept and not _is_off(width):
+            raise ValueError(_no_gram(name, grams))
 
     def move(path, mask, leaf):
         kept = None if core.is_masked_node(mask) else mask
         if path not in grams:
             if kept is not None:
-                raise ValueError(f"grams must have every kernel with a mask, got none for {path!r}")
+                raise ValueError(_no_gram(path, grams))
             return leaf
         gram = grams[path]
-        quantizer, width = spec[gram.site.name].weight, widths[gram.site.name]["weight"]
+        quantizer, width = spec[gram.site.name].weight, widths[gram.site.name]
         span = None if _is_off(width) else _span(gram, quantizer, ranges)
         if kept is None and span is None:
             return leaf
@@ -96,8 +104,40 @@ def gptq(
     return core.map_with_path(move, masks, params)
 
 
+def _check_masks(params, masks):
+    flat = core.flatten_paths(masks)
+    expected = {
+        path: flat[path]
+        if core.is_masked_node(flat.get(path))
+        else jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.bool_)
+        for path, leaf in core.flatten_paths(params).items()
+    }
+    core.check_same_structure("masks", expected, flat)
+
+
+def _no_gram(name, grams):
+    return (
+        f"grams must have every kernel to be quantized or pruned, got none for {name!r} among: "
+        f"{', '.join(grams) or 'nothing'}"
+    )
+
+
+def _width(site, bits):
+    if bits is None:
+        return site.weight.bits
+    return grids.check_bits(f"bits of {site.name!r}", _entry("bits", bits, site.name))
+
+
 def _is_off(width):
     return isinstance(width, int) and width == grids.OFF
+
+
+def _entry(argument, tree, name):
+    if "weight" not in tree.get(name, {}):
+        raise ValueError(
+            f"{argument} must have [{name!r}]['weight'], got {', '.join(tree) or 'nothing'}"
+        )
+    return tree[name]["weight"]
 
 
 def _span(gram, quantizer, ranges):
@@ -106,21 +146,15 @@ def _span(gram, quantizer, ranges):
         raise ValueError(
             f"the kernel at {gram.site.name!r} must have a range of its own, got learning 'dynamic'"
         )
-    spans = []
-    for site in gram.sites:
-        if "weight" not in ranges.get(site.name, {}):
+    first, *others = [_entry("ranges", ranges, site.name) for site in gram.sites]
+    for site, span in zip(gram.sites[1:], others, strict=True):
+        traced = any(isinstance(end, jax.core.Tracer) for end in (*first, *span))
+        if not traced and not all(map(np.array_equal, first, span)):
             raise ValueError(
-                f"ranges must have [{site.name!r}]['weight'], got {', '.join(ranges) or 'nothing'}"
-            )
-        spans.append(ranges[site.name]["weight"])
-    for site, span in zip(gram.sites[1:], spans[1:], strict=True):
-        traced = any(isinstance(end, jax.core.Tracer) for end in (*span, *spans[0]))
-        if not traced and not all(map(np.array_equal, span, spans[0])):
-            raise ValueError(
-                f"ranges of a kernel must be the same at all its sites, got others at "
+                f"ranges must be the same at all sites of a kernel, got others at "
                 f"{gram.site.name!r} and {site.name!r}"
             )
-    return spans[0]
+    return first
 
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "order"))
