@@ -9,6 +9,7 @@ from hybrid_jax.core.checks import (
     check_positive,
     check_same_structure,
 )
+from hybrid_jax.core.fold import fold
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
@@ -58,6 +59,7 @@ __all__ = [
     "evaluate",
     "expand",
     "flatten_paths",
+    "fold",
     "input_grams",
     "inverse_factor",
     "is_masked_node",

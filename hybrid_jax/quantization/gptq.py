@@ -54,9 +54,9 @@ def gptq(
         through them as the kernel has them.
 
     Returns:
-      Pytree like `params`. Its kernels lie on their grids: `fake_quantized` with the same spec and
-      ranges does not change them, to the bit, and `integer_kernels` stores them without loss. A
-      kernel of 32 bits is only pruned, and left alone where it has no mask.
+      Pytree like `params`. Its kernels lie on their grids: `fake_quantized`, compiled, with the same
+      spec, ranges and bits, does not change them, to the bit, and `integer_kernels` gives their
+      integers. A kernel of 32 bits is only pruned, and left alone where it has no mask.
 
     Raises:
       ValueError: If a quantized kernel has no Gram matrix or a mask has none; if `grams` are of
@@ -96,10 +96,10 @@ def gptq(
             return leaf
         gram = grams[path]
         quantizer, width = spec[gram.site.name].weight, widths[gram.site.name]
-        span = None if _is_off(width) else _span(gram, quantizer, ranges)
-        if kept is None and span is None:
+        if kept is None and _is_off(width):
             return leaf
-        return _sweep(leaf, gram, span, width, kept, damping, quantizer, order)
+        grid = None if _is_off(width) else _grid(quantizer, _span(gram, quantizer, ranges), width)
+        return _sweep(leaf, gram, grid, jnp.asarray(width == grids.OFF), kept, damping, order)
 
     return core.map_with_path(move, masks, params)
 
@@ -157,16 +157,30 @@ def _span(gram, quantizer, ranges):
     return first
 
 
-@functools.partial(jax.jit, static_argnames=("quantizer", "order"))
-def _sweep(kernel, gram, span, bits, kept, damping, quantizer, order):
-    """One kernel onto its grid (unless `span` is None) and its mask (unless `kept` is None)."""
+def _grid(quantizer, span, width):
+    # Compiled, and with the width known where fake-quantization knows it: a division by a known
+    # number is a multiplication to the compiler, and the scales are to be equal to the bit.
+    return (_known_grid if isinstance(width, int) else _traced_grid)(quantizer, span, width)
+
+
+_known_grid = jax.jit(specs.Quantizer.grid, static_argnums=(0, 2))
+_traced_grid = jax.jit(specs.Quantizer.grid, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _sweep(kernel, gram, grid, off, kept, damping, order):
+    """One kernel onto its grid (unless None, or `off`) and its mask (unless None)."""
     site = gram.site
 
     def in_rows(leaf):
+        for axis, n in enumerate(site.kernel_shape if jnp.ndim(leaf) else ()):
+            leaf = jnp.repeat(leaf, n // leaf.shape[axis], axis)
         return core.kernel_matrix(site, jnp.broadcast_to(leaf, site.kernel_shape))
 
-    def project(row, span, kept):
-        row = row if span is None else specs.apply(row, quantizer, span, bits, None, 1)
+    def project(row, steps, kept):
+        if steps is not None:
+            own = grid._replace(scale=steps[0], zero_point=steps[1])
+            row = jnp.where(off, row, grids.dequantize(grids.quantize(row, own), own))
         return row if kept is None else jnp.where(kept, row, 0.0)
 
     def solve(weights, matrix, rows):
@@ -179,6 +193,7 @@ def _sweep(kernel, gram, span, bits, kept, damping, quantizer, order):
         swept = core.sweep_rows(weights, factor, project, *rows)
         return jnp.zeros_like(swept).at[turn].set(swept)
 
-    rows = jax.tree.map(in_rows, (span, kept))
+    steps = None if grid is None else (grid.scale, grid.zero_point)
+    rows = jax.tree.map(in_rows, (steps, kept))
     swept = jax.vmap(solve)(in_rows(kernel.astype(jnp.float32)), gram.matrix, rows)
     return core.kernel_from_matrix(site, swept).astype(kernel.dtype)

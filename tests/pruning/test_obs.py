@@ -21,32 +21,6 @@ def layer(x, w):
     return params, core.input_grams(dense, params, [(x,)])
 
 
-@pytest.fixture(scope="module")
-def grams(digits):
-    batches = [(digits.images[:256],), (digits.images[256:512],)]
-    return core.input_grams(digits.fn, digits.params, batches)
-
-
-@pytest.fixture(scope="module")
-def layer_errors(digits):
-    """params -> {path: ‖X W − X Ŵ‖² / ‖X W‖²} on images not seen."""
-    held_out = core.input_grams(digits.fn, digits.params, [(digits.held_out_images,)])
-    kernels = core.flatten_paths(digits.params)
-
-    def errors(params):
-        found, changed = {}, core.flatten_paths(params)
-        for path, gram in held_out.items():
-            w = np.asarray(core.kernel_matrix(gram.site, kernels[path]))
-            change = w - np.asarray(core.kernel_matrix(gram.site, changed[path]))
-            energy, error = (
-                np.einsum("gio,gij,gjo->", v, gram.matrix, v, optimize=True) for v in (w, change)
-            )
-            found[path] = error / energy
-        return found
-
-    return errors
-
-
 def test_scores_and_update_by_hand():
     # X = [[1, 1], [1, 0]]: H = [[2, 1], [1, 1]], H⁻¹ = [[1, −1], [−1, 2]], w = (1, 2).
     #   alone: 1² / (2 · 1) = 0.5 and 2² / (2 · 2) = 1
@@ -127,7 +101,7 @@ def test_greedy_is_exhaustive_search_at_each_step(seed):
             np.testing.assert_allclose(scores[i, o], last, rtol=1e-3, atol=1e-5)
 
 
-def test_compensation_helps_every_layer(digits, grams, layer_errors):
+def test_compensation_helps_every_layer(digits, digits_grams, layer_errors):
     plain_scores = pruning.magnitude(digits.params)
     for granularity in (pruning.unstructured(), None):
         if granularity is None:  # 2:4 where C is a multiple of 4
@@ -135,7 +109,7 @@ def test_compensation_helps_every_layer(digits, grams, layer_errors):
         else:
             exempt = []
         masks = pruning.masks(plain_scores, 0.5, granularity, exempt=exempt)
-        moved = pruning.compensate(digits.params, masks, grams)
+        moved = pruning.compensate(digits.params, masks, digits_grams)
         before = layer_errors(pruning.apply_masks(digits.params, masks))
         after = layer_errors(moved)
         for path, mask in core.flatten_paths(masks).items():
@@ -144,21 +118,21 @@ def test_compensation_helps_every_layer(digits, grams, layer_errors):
                 assert not np.any(np.asarray(core.flatten_paths(moved)[path])[~np.asarray(mask)])
 
 
-def test_full_obs_is_better_than_compensated_magnitude(digits, grams, layer_errors):
+def test_full_obs_is_better_than_compensated_magnitude(digits, digits_grams, layer_errors):
     errors, accuracies = {}, {}
     candidates = {
         "magnitude": pruning.magnitude(digits.params),
-        "obs": pruning.obs(digits.params, grams),
-        "greedy": pruning.obs(digits.params, grams, greedy=True),
+        "obs": pruning.obs(digits.params, digits_grams),
+        "greedy": pruning.obs(digits.params, digits_grams, greedy=True),
     }
     predict = jax.jit(digits.fn)
     for name, scores in candidates.items():
         masks = pruning.masks(scores, 0.5)
-        moved = pruning.compensate(digits.params, masks, grams)
+        moved = pruning.compensate(digits.params, masks, digits_grams)
         errors[name] = layer_errors(moved)
         right = predict(moved, digits.held_out_images).argmax(-1) == digits.held_out_labels
         accuracies[name] = float(right.mean())
-    for path in grams:
+    for path in digits_grams:
         assert errors["greedy"][path] < errors["magnitude"][path], path
         assert errors["greedy"][path] < errors["obs"][path], path
     plain = pruning.apply_masks(digits.params, pruning.masks(candidates["magnitude"], 0.5))
