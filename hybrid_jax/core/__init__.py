@@ -1,6 +1,6 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
-from hybrid_jax.core.channels import Group, Member, expand
+from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
     check_choice,
     check_finite,
@@ -11,6 +11,7 @@ from hybrid_jax.core.checks import (
 )
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
+from hybrid_jax.core.narrowing import narrow_graph
 from hybrid_jax.core.paths import (
     REQUIRED,
     flatten_paths,
@@ -48,11 +49,13 @@ __all__ = [
     "expand",
     "flatten_paths",
     "is_masked_node",
+    "keep_indices",
     "kept_indices",
     "map_with_path",
     "mask_removed",
     "match_rules",
     "narrow",
+    "narrow_graph",
     "path_string",
     "shrink",
     "slice_tree",
