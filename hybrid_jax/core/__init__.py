@@ -12,6 +12,12 @@ from hybrid_jax.core.checks import (
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
 from hybrid_jax.core.narrowing import narrow_graph
+from hybrid_jax.core.patches import (
+    kernel_from_matrix,
+    kernel_matrix,
+    output_matrix,
+    patches,
+)
 from hybrid_jax.core.paths import (
     REQUIRED,
     flatten_paths,
@@ -51,11 +57,15 @@ __all__ = [
     "is_masked_node",
     "keep_indices",
     "kept_indices",
+    "kernel_from_matrix",
+    "kernel_matrix",
     "map_with_path",
     "mask_removed",
     "match_rules",
     "narrow",
     "narrow_graph",
+    "output_matrix",
+    "patches",
     "path_string",
     "shrink",
     "slice_tree",
