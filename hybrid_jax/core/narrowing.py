@@ -70,7 +70,8 @@ def _cutter(alive: np.ndarray):
         return seen[id(labels)]
 
     def cut(value: Value) -> Value:
-        return dataclasses.replace(value, labels=tuple(cut_axis(own) for own in value.labels))
+        labels = tuple(cut_axis(own) for own in value.labels)
+        return Value(labels, value.rest, value.origin, value.constant)
 
     return cut
 
