@@ -88,7 +88,7 @@ def group_shrinkage(params: Any, groups: Sequence[core.Group], alpha: float = 4.
 
 
 def batchnorm_l1(params: Any, pattern: str = r"(.*/)?scale") -> jax.Array:
-    """Σ |γ| over the scales of the normalizations: network slimming.
+    """Σ |γ| over the scales of the normalizations, with gradient 0 at 0: network slimming.
 
     Z. Liu et al., Learning Efficient Convolutional Networks through Network Slimming (arXiv
     1708.06519); `batchnorm_scale` is the criterion that goes with it.
@@ -107,7 +107,9 @@ def batchnorm_l1(params: Any, pattern: str = r"(.*/)?scale") -> jax.Array:
       >>> float(batchnorm_l1({'bn': {'scale': jnp.array([-2.0, 1.0]), 'bias': jnp.ones(2)}}))
       3.0
     """
-    return sum(jnp.sum(scales) for scales in jax.tree.leaves(batchnorm_scale(params, pattern)))
+    scales = jax.tree.leaves(batchnorm_scale(params, pattern))
+    # The gradient of `abs` at 0 is 1; that of a scale which is zero has to be 0.
+    return sum(jnp.sum(jnp.where(scale > 0, scale, 0.0)) for scale in scales)
 
 
 def add_penalty(

@@ -94,6 +94,11 @@ def _at_first_widths(scores: Scores, keep: Mapping[str, np.ndarray]) -> dict[str
 
     def widen(name, own):
         core.check_choice("group of scores", name, keep)
+        left = int(keep[name].sum())
+        if own.shape != (left,):
+            raise ValueError(
+                f"scores of group {name!r} must have {left} channels, got shape {own.shape}"
+            )
         full = np.full(keep[name].shape, lowest, np.float32)
         full[keep[name]] = own
         return jnp.asarray(full)

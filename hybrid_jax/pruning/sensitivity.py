@@ -63,6 +63,8 @@ def sensitivity(
     names = [path for path, leaf in flat.items() if not core.is_masked_node(leaf)]
     if not names:
         raise ValueError("scores must have a leaf to prune, got none")
+    for path in core.flatten_paths(params).keys() ^ flat.keys():
+        raise ValueError(f"scores must have the paths of params, got {path!r} in one of them only")
     if not is_traced(scores):
         core.check_finite("scores", scores)
     evaluate = functools.partial(_prune_weights, loss_fn, granularity, params, scores, args)
@@ -141,10 +143,12 @@ def sensitive(losses: Mapping[str, Any], limit: float) -> tuple[str, ...]:
       >>> sensitive({'conv#2': jnp.array([1.0, 3.0]), 'head': jnp.array([1.0, 1.5])}, limit=2.0)
       ('conv\\#2',)
     """
+    if not losses:
+        raise ValueError("losses must hold those of a layer, got none")
     beyond = tuple(re.escape(name) for name, own in losses.items() if np.max(own) > limit)
     if len(beyond) == len(losses):
-        least = min((float(np.max(own)) for own in losses.values()), default=None)
-        raise ValueError(f"limit must leave a layer to prune, at least {least}, got {limit}")
+        least = min(float(np.max(own)) for own in losses.values())
+        raise ValueError(f"limit must leave a layer to prune: at least {least:g}, got {limit}")
     return beyond
 
 
