@@ -54,9 +54,9 @@ def gptq(
         through them as the kernel has them.
 
     Returns:
-      Pytree like `params`. Its kernels lie on their grids: `fake_quantized`, compiled, with the same
-      spec, ranges and bits, does not change them, to the bit, and `integer_kernels` gives their
-      integers. A kernel of 32 bits is only pruned, and left alone where it has no mask.
+      Pytree like `params`. Its kernels lie on their grids: `fake_quantized`, compiled, with the
+      same spec, ranges and bits, does not change them, to the bit, and `integer_kernels` gives
+      their integers. A kernel of 32 bits is only pruned, and left alone where it has no mask.
 
     Raises:
       ValueError: If a quantized kernel has no Gram matrix or a mask has none; if `grams` are of
