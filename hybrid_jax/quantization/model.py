@@ -41,7 +41,8 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
       the spec's, and sites whose bits there are 32 are then not touched. With a random `key` every
       kernel and activation is rounded stochastically, by a key of its own (the iterations of a scan
       share theirs). q_fn is differentiable in `params` and `ranges`; pruned weights stay exactly
-      zero, but at a site that is 'binary'.
+      zero, but at a site that is 'binary'. A site in a custom derivative keeps the gradient that
+      the rule states, in which its ranges are not: they cannot be trained.
 
     Raises:
       ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, or concrete bits are

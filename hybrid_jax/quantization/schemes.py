@@ -26,7 +26,7 @@ def symmetric(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
 
     Args:
       span: The range to cover.
-      bits: int or int32 (), 2 to 8; may be traced.
+      bits: int or int32 (), 2 to 8; may be traced, in which case 1, that has no step, gives NaN.
 
     Example:
       >>> grid = symmetric(grids.Range(jnp.float32(-0.5), jnp.float32(1.4)), bits=4)
