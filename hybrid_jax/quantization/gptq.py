@@ -61,7 +61,8 @@ def gptq(
     Raises:
       ValueError: If a quantized kernel has no Gram matrix or a mask has none; if `grams` are of
         other parameters, or have a site that `spec` or `ranges` has not; if a kernel's range is
-        'dynamic', and so would change with the kernel, or differs between its sites.
+        'dynamic', and so would change with the kernel, or differs between its sites; if a kernel
+        that is 'binary', which has no zero, has a mask.
 
     Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, arXiv 2210.17323; jointly with masks E. Frantar, D. Alistarh, SparseGPT, arXiv
@@ -98,6 +99,8 @@ def gptq(
         quantizer, width = spec[gram.site.name].weight, widths[gram.site.name]
         if kept is None and _is_off(width):
             return leaf
+        if kept is not None and quantizer.scheme == "binary":
+            raise ValueError(f"masks must leave the binary kernel {path!r} whole: it has no zero")
         grid = None if _is_off(width) else _grid(quantizer, _span(gram, quantizer, ranges), width)
         return _sweep(leaf, gram, grid, jnp.asarray(width == grids.OFF), kept, damping, order)
 
@@ -125,7 +128,7 @@ def _no_gram(name, grams):
 def _width(site, bits):
     if bits is None:
         return site.weight.bits
-    return grids.check_bits(f"bits of {site.name!r}", _entry("bits", bits, site.name))
+    return site.weight.check_bits(f"bits of {site.name!r}", _entry("bits", bits, site.name))
 
 
 def _is_off(width):
@@ -173,8 +176,7 @@ def _sweep(kernel, gram, grid, off, kept, damping, order):
     site = gram.site
 
     def in_rows(leaf):
-        for axis, n in enumerate(site.kernel_shape if jnp.ndim(leaf) else ()):
-            leaf = jnp.repeat(leaf, n // leaf.shape[axis], axis)
+        leaf = grids.spread(leaf, site.kernel_shape)
         return core.kernel_matrix(site, jnp.broadcast_to(leaf, site.kernel_shape))
 
     def project(row, steps, kept):

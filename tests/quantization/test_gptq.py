@@ -73,13 +73,14 @@ def test_jointly_by_hand():
         np.testing.assert_array_equal(swept["w"][:, 0], expected)
 
 
-def test_blocks_of_inputs_have_ranges_of_their_own():
-    # Four uncorrelated inputs in two blocks: steps of 1 and of 2.
+def test_groups_of_inputs_have_ranges_of_their_own():
+    # Four uncorrelated inputs in groups of two: steps of 1 and of 2.
     site = core.trace(dense, {"w": jnp.ones((4, 1))}, jnp.ones((1, 4))).sites
     grams = {"w": core.Gram(jnp.eye(4)[None], site)}
     reach = jnp.array([[3.0], [6.0]])
     ranges = {"w": {"weight": q.Range(-reach, reach)}}
-    swept = q.gptq({"w": jnp.full((4, 1), 1.2)}, grams, only(), ranges)["w"]
+    spec = only(per_channel=True, group=2)
+    swept = q.gptq({"w": jnp.full((4, 1), 1.2)}, grams, spec, ranges)["w"]
     np.testing.assert_array_equal(swept[:, 0], [1.0, 1.0, 2.0, 2.0])
 
 
@@ -116,6 +117,9 @@ QUANTIZERS = [
     q.Quantizer(4, "symmetric", per_channel=True),
     q.Quantizer(3, "affine", learning="fixed"),
     q.Quantizer(8, "affine", per_channel=True, learning="pact"),
+    q.Quantizer(4, per_channel=True, power_of_two=True),
+    q.Quantizer(1, "binary", per_channel=True, learning="fixed"),
+    q.Quantizer(8, "e5m2", per_channel=True),
 ]
 
 
@@ -130,8 +134,9 @@ def test_kernels_lie_on_their_grids_to_the_bit(model, quantizer):
     integers = q.integer_kernels(model.fn, spec, swept, ranges, model.x)
     for path, leaf in leaves.items():
         if path in integers:
+            again = q.quantize(leaf, integers[path].grid)
             np.testing.assert_array_equal(
-                q.quantize(leaf, integers[path].grid), integers[path].values.astype(jnp.int32)
+                again.astype(integers[path].values.dtype), integers[path].values
             )
             # A scale that is computed while tracing may differ from a compiled one in its last bit.
             np.testing.assert_allclose(q.dequantize(*integers[path]), leaf, rtol=2e-7)
@@ -291,6 +296,10 @@ def test_bad_input():
         ((params, grams, q.Spec(()), ranges), "spec must cover every site, got none for 'w'"),
         ((params, grams, spec, {}), r"ranges must have \['w'\]\['weight'\], got nothing"),
         ((params, grams, only(learning="dynamic"), {}), "'w' must have a range .* 'dynamic'"),
+        (
+            (params, grams, only(1, scheme="binary", learning="fixed"), ranges, masks),
+            "masks must leave the binary kernel 'w' whole",
+        ),
         ((params, grams, spec, ranges, {}), r"masks must have bool\[2,1\] at 'w', got no leaf"),
         ((params, grams, spec, ranges, {"w": jnp.ones((1, 1), bool)}), r"got bool\[1,1\]"),
     ]:
