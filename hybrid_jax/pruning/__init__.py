@@ -14,8 +14,25 @@ from hybrid_jax.pruning.criteria import (
     taylor,
 )
 from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
+from hybrid_jax.pruning.lottery import (
+    Ticket,
+    barrier,
+    errors_between,
+    instability,
+    interpolate,
+    lottery_tickets,
+)
 from hybrid_jax.pruning.masking import apply_masks, masks
-from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
+from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
+from hybrid_jax.pruning.schedules import (
+    Schedule,
+    cubic,
+    cyclic,
+    exponential,
+    iterative,
+    one_shot,
+)
+from hybrid_jax.pruning.straight_through import StraightThroughState, straight_through
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
     PruneState,
@@ -28,19 +45,30 @@ __all__ = [
     "Granularity",
     "HoldMasksState",
     "PruneState",
+    "RewireState",
     "Schedule",
+    "StraightThroughState",
+    "Ticket",
     "apply_masks",
+    "barrier",
     "batchnorm_scale",
     "cubic",
+    "cyclic",
     "erk",
+    "errors_between",
     "expand",
+    "exponential",
     "fisher",
     "geometric_median",
     "global_",
     "group_scores",
     "hold_masks",
+    "instability",
+    "interpolate",
+    "iterative",
     "keep_channels",
     "lamp",
+    "lottery_tickets",
     "magnitude",
     "masks",
     "mean_squared_gradients",
@@ -49,8 +77,12 @@ __all__ = [
     "one_shot",
     "prune_by_schedule",
     "random",
+    "rewire",
+    "rigl",
+    "set_",
     "shrink",
     "slice_tree",
+    "straight_through",
     "taylor",
     "uniform",
     "unstructured",
