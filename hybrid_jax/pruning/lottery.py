@@ -183,8 +183,8 @@ def interpolate(one: Any, other: Any, t: float | jax.Array) -> Any:
 def barrier(errors: jax.Array) -> jax.Array:
     """How far the largest error on a path exceeds the mean error of its two ends.
 
-    Zero or less than the ends' spread for a path without a hill; never negative by more than
-    rounding. J. Frankle et al. (arXiv 1912.05671) call it linear interpolation instability.
+    Never negative; on a path that rises all the way it is half the difference of the ends. J.
+    Frankle et al. (arXiv 1912.05671) call it linear interpolation instability.
 
     Args:
       errors: (..., points) errors along paths, as `errors_between` gives them.

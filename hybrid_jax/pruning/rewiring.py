@@ -101,7 +101,7 @@ def rigl(
         drop,
         initial,
         exempt,
-        drop_schedule=optax.cosine_decay_schedule,
+        fraction=lambda step: 0.5 * drop * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / end)),
         growth=lambda gradients, key: magnitude(gradients),
     )
 
@@ -162,7 +162,7 @@ def set_(
         drop,
         initial,
         exempt,
-        drop_schedule=lambda drop, end: optax.constant_schedule(drop),
+        fraction=lambda step: drop,
         growth=random,
     )
 
@@ -178,16 +178,15 @@ def _rewiring(
     drop,
     initial,
     exempt,
-    drop_schedule,
+    fraction,
     growth,
 ):
-    """`drop_schedule(drop, end)(step) -> fraction`; `growth(gradients, key) -> scores`."""
+    """`fraction(step)` of the kept weights is dropped; `growth(gradients, key) -> scores`."""
     inner = renewal.check_inner(inner)
     check_sparsity(sparsity)
     core.check_integer("end", end, 1)
     core.check_integer("every", every, 1)
     check_sparsity(drop, "drop")
-    fraction = drop_schedule(drop, end)
     granularity = unstructured() if granularity is None else granularity
     initial = functools.partial(random, key=key) if initial is None else initial
 
