@@ -61,7 +61,7 @@ def rigl(
     It is a wrapper because growing takes the gradients as they are before the optimizer.
 
     Args:
-      inner: Any optax optimizer; its own last link does not matter.
+      inner: As for `prune_by_schedule`.
       sparsity: () fraction removed, in [0, 1].
       key: A key of `jax.random.key`, for the first masks.
       end: The step from which masks stay. The paper's is three quarters of all steps.
