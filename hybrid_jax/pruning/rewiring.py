@@ -196,8 +196,8 @@ def _rewiring(
             _check_single_weights(path, mask, granularity)
         return RewireState(
             step=jnp.zeros((), jnp.int32),
-            # Data and not a typed key, which optimizers around this one cannot select from.
-            key=jax.random.key_data(key),
+            # Data, as optimizers around this one cannot select typed keys; copied, to be donated.
+            key=jnp.array(jax.random.key_data(key)),
             masks=masks,
             inner=inner.init(apply_masks(params, masks)),
         )
