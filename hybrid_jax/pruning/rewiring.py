@@ -202,8 +202,9 @@ def _rewiring(
             inner=inner.init(apply_masks(params, masks)),
         )
 
-    def update(gradients, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         renewal.check_params(params)
+        gradients = updates
         kept_gradients = apply_masks(gradients, state.masks)
         updates, inner_state = inner.update(kept_gradients, state.inner, params, **extra_args)
 

@@ -19,7 +19,7 @@ Accumulate = Callable[[Any, Any, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """The arguments of `prune_by_schedule` after the optimizer, and what follows from them."""
+    """The arguments of `prune_by_schedule` but the optimizer, and what follows from them."""
 
     criterion: Callable[..., Any]
     schedule: Schedule
@@ -63,21 +63,17 @@ class Scoring:
 
         return jax.tree.map(zeros, params)
 
-    def add(self, accumulated: Any, params: Any, gradients: Any) -> Any:
+    def add(self, accumulated: Any, params: Any, known: Mapping[str, Any]) -> Any:
         """What is accumulated after this step."""
         if self.accumulate is None:
             return accumulated
-        result = self.accumulate(accumulated, params, gradients)
+        result = self.accumulate(accumulated, params, _given("gradients", known))
         core.check_same_structure("the result of accumulate", accumulated, result)
         return result
 
-    def gather(self, gradients: Any, accumulated: Any, extra_args: Mapping[str, Any]) -> list[Any]:
+    def gather(self, accumulated: Any, known: Mapping[str, Any]) -> list[Any]:
         """What the criterion needs, in order."""
-        given = {**extra_args, "gradients": gradients, "accumulated": accumulated}
-        missing = [name for name in self.needs if name not in given]
-        if missing:
-            raise ValueError(f"update must be called with {', '.join(missing)}=..., got none")
-        return [given[name] for name in self.needs]
+        return [_given(name, {**known, "accumulated": accumulated}) for name in self.needs]
 
     def masks(self, params: Any, needed: list[Any], sparsity: jax.Array, held: Any = None) -> Any:
         """Masks of `sparsity`; what `held` removes leaves first."""
@@ -97,3 +93,9 @@ def removed_last(scores: Any, masks: Any) -> Any:
         return jnp.where(mask, score, jnp.finfo(score.dtype).min)
 
     return core.map_with_path(rank, scores, masks)
+
+
+def _given(name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(f"update must be called with {name}=..., got none")
+    return known[name]

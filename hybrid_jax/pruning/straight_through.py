@@ -111,11 +111,13 @@ def straight_through(
             inner=inner.init(params),
         )
 
-    def update(gradients, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         renewal.check_params(params)
+        gradients = updates
         weights = core.map_with_path(_dense_or_param, state.dense, params)
-        accumulated = scoring.add(state.accumulated, weights, gradients)
-        needed = scoring.gather(gradients, accumulated, extra_args)
+        known = {**extra_args, "gradients": gradients}
+        accumulated = scoring.add(state.accumulated, weights, known)
+        needed = scoring.gather(accumulated, known)
         sparsity = jnp.asarray(schedule(state.step), jnp.float32)
         due = state.step % every == 0
 

@@ -87,12 +87,12 @@ def hold_masks(masks: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def prune_by_schedule(
-    inner: optax.GradientTransformation,
     criterion: Callable[..., Any],
     schedule: Schedule,
     granularity: Granularity | None = None,
     allocation: Allocation | None = None,
     *,
+    inner: optax.GradientTransformation | None = None,
     every: int = 1,
     exempt: Sequence[str] = (),
     needs: Sequence[str] = (),
@@ -102,45 +102,49 @@ def prune_by_schedule(
 
     At every `every`-th step at which the schedule asks for another sparsity, the parameters that
     the update leads to are scored and masked anew; what was removed before stays removed as long
-    as the schedule does not fall. Where it falls, weights come back: at zero, with the state that
-    `inner.init` gives them. M. Zhu and S. Gupta, To prune, or not to prune (arXiv 1710.01878);
-    with a schedule made by `cyclic` this is AC/DC or cyclical pruning.
+    as the schedule does not fall. Where it falls, weights come back at zero. M. Zhu and S. Gupta,
+    To prune, or not to prune (arXiv 1710.01878); with a schedule made by `cyclic` this is AC/DC or
+    cyclical pruning.
 
-    It wraps the optimizer and is no link after it, because criteria ask for the gradients as they
-    are before an optimizer makes updates of them, and so that nothing can follow it by mistake.
-    `inner` sees the gradients of kept weights, zero for the others.
+    It is the last link of a chain, after any optimizer; or it wraps the optimizer, given as
+    `inner`, and then nothing can follow it by mistake, criteria get the gradients with no more
+    said, `inner` sees the gradients of kept weights alone, and a weight that comes back has the
+    state that `inner.init` gives it.
 
     Args:
-      inner: Any optax optimizer. `update` hands it extra arguments as `optax.chain` would.
       criterion: `criterion(params) -> scores`, such as `magnitude`, or with `needs`
         `criterion(params, *needed) -> scores`, such as `taylor`.
       schedule: `schedule(step) -> sparsity`, from step 0 at the first update.
       granularity: As for `masks`.
       allocation: As for `masks`.
+      inner: Any optax optimizer to wrap; None for a link after one. `update` hands it extra
+        arguments as `optax.chain` would.
       every: Steps between new masks, from 1.
       exempt: As for `masks`.
-      needs: What to hand to `criterion`, by name: 'gradients' are those that `update` is called
-        with, 'accumulated' is what `accumulate` keeps, any other is a keyword argument of
-        `update`, shaped like the parameters.
+      needs: What to hand to `criterion`, by name: 'accumulated' is what `accumulate` keeps, any
+        other is a keyword argument of `update`, shaped like the parameters. With `inner`,
+        'gradients' are those that `update` is called with; a link in a chain sees only what the
+        optimizer made of them, and so they are a keyword argument there too.
       accumulate: `accumulate(accumulated, params, gradients) -> accumulated`, called at every
         step, from zeros shaped like the parameters (float32 where these are floating).
 
     Raises:
       ValueError: If `inner` is no optimizer, `every` is below 1, only one of `accumulate` and
         'accumulated' is given, or the schedule ends above what `granularity` allows. From `init`,
-        what `masks` raises on these parameters. From `update`, if the parameters or an argument
-        in `needs` are not given.
+        what `masks` raises on these parameters. From `update`, if the parameters, an argument in
+        `needs` or the gradients for `accumulate` are not given.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from hybrid_jax.pruning import magnitude, one_shot
       >>> params = {'w': jnp.array([[1.0, 2.0, 3.0, 4.0]])}
-      >>> tx = prune_by_schedule(optax.sgd(0.5), magnitude, one_shot(0.5))
+      >>> tx = optax.chain(optax.sgd(0.5), prune_by_schedule(magnitude, one_shot(0.5)))
       >>> updates, _ = tx.update({'w': jnp.ones((1, 4))}, tx.init(params), params)
       >>> optax.apply_updates(params, updates)
       {'w': Array([[0. , 0. , 2.5, 3.5]], dtype=float32)}
     """
-    inner = renewal.check_inner(inner)
+    wraps = inner is not None
+    inner = renewal.check_inner(inner if wraps else optax.identity())
     scoring = Scoring(
         criterion, schedule, granularity, allocation, every, tuple(exempt), tuple(needs), accumulate
     )
@@ -154,15 +158,16 @@ def prune_by_schedule(
             inner=inner.init(params),
         )
 
-    def update(gradients, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         renewal.check_params(params)
-        accumulated = scoring.add(state.accumulated, params, gradients)
-        needed = scoring.gather(gradients, accumulated, extra_args)
+        known = {**extra_args, "gradients": updates} if wraps else extra_args
+        accumulated = scoring.add(state.accumulated, params, known)
+        needed = scoring.gather(accumulated, known)
         sparsity = jnp.asarray(schedule(state.step), jnp.float32)
         due = (state.step % every == 0) & (sparsity != state.sparsity)
 
-        gradients = apply_masks(gradients, state.masks)
-        updates, inner_state = inner.update(gradients, state.inner, params, **extra_args)
+        updates = apply_masks(updates, state.masks)
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
         updates, masks, inner_state = renewal.renew(
             due,
             lambda candidate: scoring.masks(candidate, needed, sparsity, state.masks),

@@ -80,19 +80,20 @@ METHODS = {
         inner,
         pruning.hold_masks(pruning.masks(pruning.magnitude(LAYER), sparsity)),
     ),
-    "prune_by_schedule": lambda inner, sparsity, key: pruning.prune_by_schedule(
-        inner, pruning.magnitude, pruning.cubic(sparsity, 2, 20), every=3
+    "prune_by_schedule": lambda inner, sparsity, key: optax.chain(
+        inner,
+        pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(sparsity, 2, 20), every=3),
     ),
     "movement": lambda inner, sparsity, key: pruning.prune_by_schedule(
-        inner,
         movement,
         pruning.exponential(sparsity, 0, 15),
+        inner=inner,
         allocation=pruning.global_(),
         needs=("accumulated",),
         accumulate=accumulate_movement,
     ),
     "ac_dc": lambda inner, sparsity, key: pruning.prune_by_schedule(
-        inner, pruning.magnitude, pruning.cyclic(pruning.one_shot(sparsity, 3), 9, 3)
+        pruning.magnitude, pruning.cyclic(pruning.one_shot(sparsity, 3), 9, 3), inner=inner
     ),
     "straight_through": lambda inner, sparsity, key: pruning.straight_through(
         inner, pruning.magnitude, pruning.one_shot(sparsity), every=2, decay=0.01
@@ -227,8 +228,9 @@ def test_contract(criterion, granularity, allocation):
     score, needs = criterion
 
     def link(schedule):
+        inner = optax.sgd(0.1, momentum=0.9)
         return pruning.prune_by_schedule(
-            optax.sgd(0.1, momentum=0.9), score, schedule, granularity, allocation(), needs=needs
+            score, schedule, granularity, allocation(), inner=inner, needs=needs
         )
 
     @jax.jit
@@ -305,9 +307,7 @@ def test_updates_of_another_precision_land_on_zero():
 
 
 def test_masks_change_only_when_due():
-    prune = pruning.prune_by_schedule(
-        optax.identity(), pruning.magnitude, pruning.cubic(0.5, 0, 4), every=3
-    )
+    prune = pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(0.5, 0, 4), every=3)
     state, reached = prune.init(PARAMS), []
     update = jax.jit(prune.update)
     for _ in range(8):
@@ -320,7 +320,7 @@ def test_masks_change_only_when_due():
 def test_a_sweep_of_schedules_is_one_vmap():
     def kept(sparsity):
         tx = pruning.prune_by_schedule(
-            optax.sgd(0.1), pruning.magnitude, pruning.cubic(sparsity, 0, 3)
+            pruning.magnitude, pruning.cubic(sparsity, 0, 3), inner=optax.sgd(0.1)
         )
         return train(tx, {"kernel": PARAMS["Dense_0"]["kernel"]}, 5)[1][-1].sum()
 
@@ -329,7 +329,7 @@ def test_a_sweep_of_schedules_is_one_vmap():
 
 def test_exempt_leaves_are_never_masked():
     prune = pruning.prune_by_schedule(
-        optax.sgd(0.1), pruning.magnitude, pruning.one_shot(0.5), exempt=["Conv_0/kernel"]
+        pruning.magnitude, pruning.one_shot(0.5), exempt=["Conv_0/kernel"]
     )
     state = prune.init(PARAMS)
     assert state.masks["Conv_0"]["kernel"] == optax.MaskedNode()
@@ -349,10 +349,21 @@ def test_bad_input_is_named():
     tx = pruning.hold_masks(masks)
     with pytest.raises(ValueError, match="update must be called with params, got None"):
         tx.update(PARAMS, tx.init(PARAMS))
-    by_schedule = functools.partial(pruning.prune_by_schedule, optax.sgd(0.1))
+    by_schedule = functools.partial(pruning.prune_by_schedule, inner=optax.sgd(0.1))
     tx = by_schedule(pruning.fisher, pruning.one_shot(0.5), needs=("squared_gradients",))
     with pytest.raises(ValueError, match=r"must be called with squared_gradients=..., got none"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    # A link of a chain has no gradients but those it is given.
+    needy = {"needs": ("accumulated",), "accumulate": accumulate_movement}
+    for link in (
+        pruning.prune_by_schedule(pruning.taylor, pruning.one_shot(0.5), needs=("gradients",)),
+        pruning.prune_by_schedule(movement, pruning.one_shot(0.5), **needy),
+    ):
+        state = link.init(PARAMS)
+        with pytest.raises(ValueError, match=r"must be called with gradients=..., got none"):
+            link.update(PARAMS, state, PARAMS)
+        masks = link.update(PARAMS, state, PARAMS, gradients=PARAMS)[1].masks
+        assert leaf_counts(masks) == {"Conv_0": 144, "Dense_0": 24}
     with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
         by_schedule(pruning.magnitude, pruning.one_shot(0.5), every=0)
     with pytest.raises(
@@ -362,7 +373,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="to prune, got only: b"):
         by_schedule(pruning.magnitude, pruning.one_shot(0.5)).init({"b": jnp.ones(2)})
     with pytest.raises(ValueError, match="inner must be an optax transformation, got <function"):
-        pruning.prune_by_schedule(pruning.magnitude, pruning.one_shot(0.5), None)
+        pruning.prune_by_schedule(pruning.magnitude, pruning.one_shot(0.5), inner=pruning.magnitude)
     with pytest.raises(ValueError, match="if and only if accumulate is given, got needs=\\(\\)"):
         by_schedule(movement, pruning.one_shot(0.5), accumulate=accumulate_movement)
     with pytest.raises(ValueError, match=r"if and only if accumulate is given.*accumulate=None"):
@@ -490,7 +501,7 @@ def test_vectors_scalars_and_integers_are_left_alone(method):
     rest = {"bias": jnp.ones(3), "scale": jnp.float32(2.0), "count": jnp.arange(3)}
     tx = METHODS[method](optax.scale(-1), 0.8, KEY)
     state = tx.init(LAYER | rest)
-    assert all(state.masks[name] == optax.MaskedNode() for name in rest)
+    assert all(sparse_state(state).masks[name] == optax.MaskedNode() for name in rest)
     gradients = {"kernel": LAYER["kernel"]} | rest
     updates, _ = jax.jit(tx.update)(gradients, state, LAYER | rest)
     for name, leaf in rest.items():
