@@ -14,6 +14,7 @@ calibration, and then `adaround` and `correct_biases`, whose parameters q_fn tak
 from hybrid_jax.quantization.calibration import calibrate
 from hybrid_jax.quantization.correction import correct_biases
 from hybrid_jax.quantization.equalization import equalize
+from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
     OFF,
@@ -65,6 +66,7 @@ __all__ = [
     "extent",
     "fake_quant",
     "fake_quantized",
+    "gptq",
     "integer_kernels",
     "lsq",
     "mean_abs",
