@@ -6,10 +6,14 @@ The way through it:
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
-Ranges are a pytree of floats to be trained along with the parameters, bits are data.
+Ranges are a pytree of floats to be trained along with the parameters, bits are data. What recovers
+accuracy without training stands between: on a function folded by `core.fold`, `equalize` before
+calibration, and then `adaround` and `correct_biases`, whose parameters q_fn takes.
 """
 
 from hybrid_jax.quantization.calibration import calibrate
+from hybrid_jax.quantization.correction import correct_biases
+from hybrid_jax.quantization.equalization import equalize
 from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
@@ -33,6 +37,7 @@ from hybrid_jax.quantization.observers import (
     percentile,
     ternary,
 )
+from hybrid_jax.quantization.reconstruction import adaround
 from hybrid_jax.quantization.schedules import annealing
 from hybrid_jax.quantization.schemes import affine, binary, e4m3, e5m2, power_of_two, symmetric
 from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, range_shape, spec
@@ -47,14 +52,17 @@ __all__ = [
     "Range",
     "SiteSpec",
     "Spec",
+    "adaround",
     "affine",
     "annealing",
     "binary",
     "calibrate",
+    "correct_biases",
     "dequantize",
     "e4m3",
     "e5m2",
     "entropy",
+    "equalize",
     "extent",
     "fake_quant",
     "fake_quantized",
