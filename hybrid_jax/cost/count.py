@@ -113,7 +113,7 @@ def count(
       >>> cost.bytes == (5 + 20) + 10 * 4 + 10 * 4
       True
     """
-    kept = _kept(graph, masks)
+    kept = kept_counts(graph, masks)
     weight_bits = _bits("weight_bits", graph, weight_bits)
     activation_bits = _bits("activation_bits", graph, activation_bits)
     kernel_bits: dict[str, int] = {}
@@ -127,7 +127,7 @@ def count(
         macs = site.macs * kept[site.path] // max(size, 1)
         owned = site.path not in stored
         stored.setdefault(
-            site.path, _kernel_bytes(site, size, kept[site.path], kernel_bits[site.path])
+            site.path, kernel_bytes(site, size, kept[site.path], kernel_bits[site.path])
         )
         rows.append(
             SiteCost(
@@ -159,8 +159,12 @@ def count(
     )
 
 
-def _kept(graph: core.Graph, masks: Any) -> dict[str, int]:
-    """How many entries of each parameter are kept."""
+def kept_counts(graph: core.Graph, masks: Any) -> dict[str, int]:
+    """How many entries of each parameter `masks` keep; {path: count}.
+
+    Raises:
+      ValueError: If a mask has no parameter of its path or another shape.
+    """
     kept = {path: leaf.size for path, leaf in graph.parameters.items()}
     for path, mask in core.flatten_paths(masks).items():
         if core.is_masked_node(mask):
@@ -183,7 +187,8 @@ def _bits(name: str, graph: core.Graph, bits: Mapping[str, int] | None) -> dict[
     return found
 
 
-def _kernel_bytes(site: core.Site, size: int, kept: int, bits: int) -> int:
+def kernel_bytes(site: core.Site, size: int, kept: int, bits: int) -> int:
+    """Packed bytes of a kernel of `size` weights, `kept` of them, with its scales."""
     columns = max(_size(site.kernel_shape, site.kernel_in_axes), 1)
     channels = -(-size // columns)
     scales = SCALE_BYTES * channels if bits < FLOAT_BITS else 0
