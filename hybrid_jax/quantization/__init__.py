@@ -9,7 +9,9 @@ The way through it:
 Ranges are a pytree of floats to be trained along with the parameters, bits are data.
 """
 
+from hybrid_jax.quantization.allocation import Allocation, allocate, with_bits
 from hybrid_jax.quantization.calibration import calibrate
+from hybrid_jax.quantization.fractional import bit_operations, fractional, round_bits
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
     OFF,
@@ -23,11 +25,19 @@ from hybrid_jax.quantization.grids import (
 )
 from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels
 from hybrid_jax.quantization.observers import Observer, minmax, moving_average, mse, percentile
+from hybrid_jax.quantization.sensitivity import (
+    hessian_sensitivity,
+    hessian_trace,
+    increase,
+    kl_divergence,
+    sensitivity,
+)
 from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, spec
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
     "OFF",
+    "Allocation",
     "Grid",
     "Integers",
     "Observer",
@@ -36,12 +46,19 @@ __all__ = [
     "SiteSpec",
     "Spec",
     "affine",
+    "allocate",
+    "bit_operations",
     "calibrate",
     "dequantize",
     "extent",
     "fake_quant",
     "fake_quantized",
+    "fractional",
+    "hessian_sensitivity",
+    "hessian_trace",
+    "increase",
     "integer_kernels",
+    "kl_divergence",
     "lsq",
     "minmax",
     "moving_average",
@@ -49,7 +66,10 @@ __all__ = [
     "pact",
     "percentile",
     "quantize",
+    "round_bits",
+    "sensitivity",
     "spec",
     "symmetric",
+    "with_bits",
     "with_gradient",
 ]
