@@ -22,6 +22,7 @@ from hybrid_jax.pruning.transforms import (
     hold_masks,
     prune_by_schedule,
 )
+from hybrid_jax.pruning.widths import keep_widths, width_sensitivity
 
 __all__ = [
     "Allocation",
@@ -40,6 +41,7 @@ __all__ = [
     "group_scores",
     "hold_masks",
     "keep_channels",
+    "keep_widths",
     "lamp",
     "magnitude",
     "masks",
@@ -54,4 +56,5 @@ __all__ = [
     "taylor",
     "uniform",
     "unstructured",
+    "width_sensitivity",
 ]

@@ -9,8 +9,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, program, specs
-
-ROLES = ("weight", "activation")
+from hybrid_jax.quantization.sensitivity import ROLES, Sensitivity
 
 
 class Allocation(NamedTuple):
@@ -31,7 +30,7 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-    sensitivity: Mapping[str, Mapping[str, Mapping[int, float]]],
+    sensitivity: Sensitivity,
     formula: Any,
     spec: specs.Spec,
     budgets: Mapping[str, int],

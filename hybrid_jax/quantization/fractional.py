@@ -10,6 +10,7 @@ from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import allocation, specs
+from hybrid_jax.quantization.sensitivity import ROLES
 
 FEWEST, MOST = 2, 8
 
@@ -133,7 +134,7 @@ def round_bits(
 
 def _roles(bits, site):
     roles = bits[core.check_choice("site of bits", site, bits)]
-    for role in allocation.ROLES:
+    for role in ROLES:
         core.check_choice(f"role of bits[{site!r}]", role, roles)
     return roles
 

@@ -4,18 +4,19 @@ A sensitivity is {site name: {'weight', 'activation' or both: {bits: damage}}}, 
 it. `sensitivity` measures it, `hessian_sensitivity` predicts it for kernels.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, model, specs
 
 Sensitivity = dict[str, dict[str, dict[int, float]]]
+ROLES = ("weight", "activation")
 
 
 def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
@@ -55,32 +56,34 @@ def sensitivity(
     ranges: Mapping[int, Any],
     damage: Callable[[Any, Any], jax.Array] = kl_divergence,
     *,
-    roles: Sequence[str] = ("weight", "activation"),
-    at_once: int = 1,
+    around: Mapping[str, Mapping[str, int]] | None = None,
+    roles: Sequence[str] = ROLES,
 ) -> Sensitivity:
-    """Measures the damage of quantizing one tensor, at each of several bit-widths.
+    """Measures the damage of one tensor's bits, for each tensor and each of several bit-widths.
 
-    For every site, role and bit-width that tensor alone is quantized, and all others are left as
-    they are. All of them are one compilation, for bits and ranges are data.
+    The other tensors keep the bits of `around`, which are 32 at first. Damages add up the better
+    the nearer these are to what is then allocated: measured once more around a first allocation,
+    they are those of a step from it. It is one compilation, for bits and ranges are data.
 
     Args:
       fn: fn(params, *inputs) -> outputs in evaluation mode; or -> loss, with labels among the
         inputs, for `damage=increase`.
       params: Its parameters.
-      batches: Yields tuples of inputs of one shape; the damage is the mean over batches.
+      batches: Yields tuples of inputs; the damage is the mean over batches.
       spec: How each site is quantized.
       ranges: {bits: ranges at these bits}, the bits to try. Ranges that do not depend on bits
         ('minmax') are given several times: `dict.fromkeys((2, 4, 8), ranges)`.
       damage: (outputs, outputs of the float model) -> float32 ().
+      around: {site name: {role: bits}} of all sites, 32 or bits that have ranges; as `allocate`
+        returns it.
       roles: 'weight', 'activation' or both.
-      at_once: How many variants are evaluated together; memory grows with it.
 
     Returns:
       {site name: {role: {bits: damage}}}.
 
     Raises:
       ValueError: If there is no batch, no bits or no role, bits are not 2 to 8, a role is unknown,
-        or a damage is not finite.
+        `around` lacks a site or has bits without ranges, or a damage is not finite.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -90,40 +93,49 @@ def sensitivity(
       >>> spec = specs.spec(core.trace(fn, params, x), rules=[('w', {'weight': whole})])
       >>> ranges = calibration.calibrate(fn, params, [(x,)], spec)
       >>> most = lambda y, reference: jnp.max(jnp.abs(y - reference))
-      >>> sensitivity(fn, params, [(x,)], spec, {2: ranges}, most, roles=['weight'])
-      {'w': {'weight': {2: 0.4000000059604645}}}
+      >>> found = sensitivity(fn, params, [(x,)], spec, {2: ranges}, most, roles=['weight'])
+      >>> round(found['w']['weight'][2], 4)
+      0.4
     """
     for role in roles:
-        core.check_choice("roles", role, ("weight", "activation"))
+        core.check_choice("roles", role, ROLES)
     if not roles or not ranges:
         raise ValueError(f"roles and ranges must not be empty, got {roles} and {list(ranges)}")
-    widths = [core.check_integer("bits of ranges", bits, 2, 8) for bits in ranges]
+    for width in ranges:
+        core.check_integer("bits of ranges", width, 2, 8)
     names = [site.name for site in spec.sites]
-    tried = [(name, role, k) for name in names for role in roles for k in range(len(widths))]
-    bits = jax.tree.map(lambda _: np.full(len(tried), grids.OFF, np.int32), spec.bits())
-    for i, (name, role, k) in enumerate(tried):
-        bits[name][role][i] = widths[k]
-    at = np.array([k for *_, k in tried], np.int32)
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ranges.values())
+    base = {name: dict.fromkeys(ROLES, grids.OFF) for name in names} if around is None else around
+    first = next(iter(ranges.values()))
+    for name in names:
+        core.check_choice("site of around", name, base)
+        for role, width in base[name].items():
+            if width not in (*ranges, grids.OFF):
+                raise ValueError(f"around must have bits of ranges at {name!r}, got {role} {width}")
     q_fn = model.fake_quantized(fn, spec)
+    reference = jax.jit(fn)
 
     @jax.jit
-    def damages(params, stack, inputs):
-        reference = fn(params, *inputs)
+    def one(params, spans, bits, inputs, outputs):
+        return damage(q_fn(params, spans, *inputs, bits=bits), outputs)
 
-        def one(variant):
-            bits, k = variant
-            spans = jax.tree.map(lambda leaf: leaf[k], stack)
-            return damage(q_fn(params, spans, *inputs, bits=bits), reference)
-
-        return lax.map(one, (bits, at), batch_size=at_once)
-
-    found = [np.asarray(damages(params, stack, batch), np.float64) for batch in batches]
-    if not found:
+    found: dict[tuple[str, str, int], list[jax.Array]] = {
+        key: [] for key in itertools.product(names, roles, ranges)
+    }
+    for batch in batches:
+        outputs = reference(params, *batch)
+        # A compiled call for each, not a loop within: on a CPU a convolution in a loop is slow.
+        for (name, role, width), values in found.items():
+            bits = {**base, name: {**base[name], role: width}}
+            spans = {
+                site: {role: ranges.get(bits[site][role], first)[site][role] for role in spans}
+                for site, spans in first.items()
+            }
+            values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
+    if not all(found.values()):
         raise ValueError("batches must hold at least one batch, got none")
     result: Sensitivity = {name: {role: {} for role in roles} for name in names}
-    for (name, role, k), value in zip(tried, np.mean(found, axis=0).tolist(), strict=True):
-        result[name][role][widths[k]] = value
+    for (name, role, width), values in found.items():
+        result[name][role][width] = float(np.mean(np.array(values, np.float64)))
     core.check_finite("damage", jax.tree.map(np.asarray, result))
     return result
 
@@ -163,7 +175,8 @@ def hessian_trace(
     core.check_integer("probes", probes, 1)
     gradient = jax.grad(loss)
 
-    def probe(key):
+    @jax.jit
+    def probe(params, inputs, key):
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         v = tree.unflatten(
@@ -173,8 +186,8 @@ def hessian_trace(
         return jax.tree.map(lambda a, b: jnp.sum(a * b), v, hv)
 
     params = jax.tree.map(jnp.asarray, params)
-    traces = lax.map(probe, jax.random.split(key, probes))
-    return core.flatten_paths(jax.tree.map(lambda trace: jnp.mean(trace, axis=0), traces))
+    traces = [probe(params, inputs, k) for k in jax.random.split(key, probes)]
+    return core.flatten_paths(jax.tree.map(lambda *each: sum(each) / probes, *traces))
 
 
 def hessian_sensitivity(
