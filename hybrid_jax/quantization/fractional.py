@@ -101,7 +101,8 @@ def bit_operations(graph: core.Graph, bits: Mapping[str, Mapping[str, Any]]) -> 
     total = jnp.float32(between * 32**2)
     for site in graph.sites:
         roles = _roles(bits, site.name)
-        total += jnp.float32(site.macs) * roles["weight"] * roles["activation"]
+        weight, activation = (jnp.asarray(roles[role], jnp.float32) for role in ROLES)
+        total += site.macs * weight * activation
     return total
 
 

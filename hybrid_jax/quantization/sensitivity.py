@@ -127,8 +127,8 @@ def sensitivity(
         for (name, role, width), values in found.items():
             bits = {**base, name: {**base[name], role: width}}
             spans = {
-                site: {role: ranges.get(bits[site][role], first)[site][role] for role in spans}
-                for site, spans in first.items()
+                site: {r: ranges.get(bits[site][r], first)[site][r] for r in known}
+                for site, known in first.items()
             }
             values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
     if not all(found.values()):

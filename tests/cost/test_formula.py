@@ -140,7 +140,7 @@ def test_channels_that_an_array_holds_in_part():
 
     # Of one group, but three of its channels are in the slice.
     graph = core.trace(half, {k: params[k] for k in "ab"}, jnp.ones((1, 2)))
-    with pytest.raises(ValueError, match="channels of group 'a' equally often .*, got 3 of 6"):
+    with pytest.raises(ValueError, match=r"channels of group 'a' equally often .*, got 3 of 6"):
         cost.formula(graph)
 
 
