@@ -9,6 +9,7 @@ from hybrid_jax.core.checks import (
     check_positive,
     check_same_structure,
 )
+from hybrid_jax.core.fold import fold
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
 from hybrid_jax.core.patches import (
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate",
     "expand",
     "flatten_paths",
+    "fold",
     "is_masked_node",
     "kept_indices",
     "kernel_from_matrix",
