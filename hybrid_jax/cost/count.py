@@ -1,7 +1,7 @@
 """MACs, BOPs, parameters and bytes of a traced model under masks and bit-widths."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,9 @@ def count(
       True
     """
     kept = kept_counts(graph, masks)
-    weight_bits = _bits("weight_bits", graph, weight_bits)
-    activation_bits = _bits("activation_bits", graph, activation_bits)
+    names = [site.name for site in graph.sites]
+    weight_bits = all_bits("weight_bits", names, weight_bits)
+    activation_bits = all_bits("activation_bits", names, activation_bits)
     kernel_bits: dict[str, int] = {}
     for site in graph.sites:
         bits = weight_bits[site.name]
@@ -179,8 +180,13 @@ def kept_counts(graph: core.Graph, masks: Any) -> dict[str, int]:
     return kept
 
 
-def _bits(name: str, graph: core.Graph, bits: Mapping[str, int] | None) -> dict[str, int]:
-    found = {site.name: FLOAT_BITS for site in graph.sites}
+def all_bits(name: str, sites: Iterable[str], bits: Mapping[str, int] | None) -> dict[str, int]:
+    """The bits of every site, 32 where `bits` says nothing.
+
+    Raises:
+      ValueError: If a site is unknown, or bits are not in [1, 32].
+    """
+    found = dict.fromkeys(sites, FLOAT_BITS)
     for site, value in (bits or {}).items():
         core.check_choice(f"site of {name}", site, found)
         found[site] = core.check_integer(f"{name} of {site!r}", value, 1, FLOAT_BITS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.core.channels import components
-from hybrid_jax.cost.count import FLOAT_BITS, SCALE_BYTES, kept_counts, kernel_bytes
+from hybrid_jax.cost.count import FLOAT_BITS, SCALE_BYTES, all_bits, kept_counts, kernel_bytes
 from hybrid_jax.cost.memory import OUTPUT, moments
 from hybrid_jax.cost.packing import packed_bytes
 
@@ -66,8 +66,8 @@ class Formula:
           activation_bits: {site name: bits}; 32 where missing.
 
         Raises:
-          ValueError: If a group or site is unknown, or sites that share a kernel differ in its
-            bits.
+          ValueError: If a group or site is unknown, a width is not from 1 to n, bits are not in
+            [1, 32], or sites that share a kernel differ in its bits.
         """
         chosen: dict[Decision, int] = {("width", name): n for name, n in self.widths.items()}
         for name, width in (widths or {}).items():
@@ -75,18 +75,15 @@ class Formula:
             chosen["width", name] = core.check_integer(
                 f"widths of {name!r}", width, 1, self.widths[name]
             )
-        for role, bits in (("weight", weight_bits), ("activation", activation_bits)):
-            for name in bits or {}:
-                core.check_choice(f"site of {role}_bits", name, self.kernels)
+        weight_bits = all_bits("weight_bits", self.kernels, weight_bits)
+        activation_bits = all_bits("activation_bits", self.kernels, activation_bits)
         for site, path in self.kernels.items():
-            width = (weight_bits or {}).get(site, FLOAT_BITS)
-            if chosen.setdefault(("weight", path), width) != width:
+            chosen["activation", site] = activation_bits[site]
+            if chosen.setdefault(("weight", path), weight_bits[site]) != weight_bits[site]:
                 raise ValueError(
-                    f"weight_bits must be the same at all sites of kernel {path!r}, got {width} "
-                    f"at {site!r} and {chosen['weight', path]} before"
+                    f"weight_bits must be the same at all sites of kernel {path!r}, got "
+                    f"{weight_bits[site]} at {site!r} and {chosen['weight', path]} before"
                 )
-            bits = (activation_bits or {}).get(site, FLOAT_BITS)
-            chosen["activation", site] = bits
 
         def at(decision):
             kind, name = decision
@@ -138,7 +135,7 @@ def formula(graph: core.Graph, masks: Any = None) -> Formula:
     kernels = {site.name: site.path for site in graph.sites}
     macs, bops, stored = [], [], {}
     for where, site in graph.site_at.items():
-        if kernels.get(site.name) is None or site not in graph.sites:
+        if not any(site is other for other in graph.sites):  # One of a derivative rule.
             continue
         labels = graph.analysis.equations[where][0][site.kernel_operand].labels
         size = graph.parameters[site.path].size

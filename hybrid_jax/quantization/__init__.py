@@ -6,7 +6,12 @@ The way through it:
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
-Ranges are a pytree of floats to be trained along with the parameters, bits are data.
+Ranges are a pytree of floats to be trained along with the parameters, bits are data. Each site its
+own bits, within budgets (with `widths`, how many channels each group keeps, too):
+
+    damage = quantization.sensitivity(fn, params, batches, spec, {2: ranges, 4: ranges, 8: ranges})
+    found = quantization.allocate(damage, cost.formula(graph), spec, {'bytes': 20_000})
+    spec = quantization.with_bits(spec, found.bits)   # or q_fn(..., bits=found.bits)
 """
 
 from hybrid_jax.quantization.allocation import Allocation, allocate, with_bits

@@ -135,7 +135,8 @@ def with_bits(spec: specs.Spec, bits: Mapping[str, Mapping[str, int]]) -> specs.
         site = changed[core.check_choice("site of bits", name, changed)]
         for role, width in roles.items():
             core.check_choice(f"role in bits[{name!r}]", role, ROLES)
-            quantizer = dataclasses.replace(getattr(site, role), bits=int(width))
+            width = core.check_integer(f"bits of {name!r}", width)
+            quantizer = dataclasses.replace(getattr(site, role), bits=width)
             site = dataclasses.replace(site, **{role: quantizer})
         changed[name] = site
     return dataclasses.replace(spec, sites=tuple(changed.values()))

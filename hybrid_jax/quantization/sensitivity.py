@@ -4,6 +4,7 @@ A sensitivity is {site name: {'weight', 'activation' or both: {bits: damage}}}, 
 it. `sensitivity` measures it, `hessian_sensitivity` predicts it for kernels.
 """
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -211,7 +212,8 @@ def hessian_sensitivity(
       traces: {path: tr(H)} of all kernels, as `hessian_trace` estimates it.
 
     Returns:
-      {site name: {'weight': {bits: Ω}}}. Of activations it says nothing.
+      {site name: {'weight': {bits: Ω}}}; sites that share a kernel share its Ω equally. Of
+      activations it says nothing.
 
     Raises:
       ValueError: If there are no bits or they are not 2 to 8, or `traces` lacks a kernel or is not
@@ -246,10 +248,12 @@ def hessian_sensitivity(
 
     errors = jax.jit(lambda params: core.at_sites(fn, rule)(params, *inputs)[1])(params)
     sizes = {path: np.size(leaf) for path, leaf in core.flatten_paths(params).items()}
+    sites = core.trace(fn, params, *inputs).sites
+    uses = collections.Counter(site.path for site in sites)
     result: Sensitivity = {}
-    for site in core.trace(fn, params, *inputs).sites:
+    for site in sites:
         core.check_choice("kernel of traces", site.path, traces)
-        curvature = float(traces[site.path]) / sizes[site.path]
+        curvature = float(traces[site.path]) / sizes[site.path] / uses[site.path]
         omega = curvature * np.asarray(errors[site.name], np.float64).reshape(-1, len(widths))
         damages = omega.sum(axis=0).tolist()
         result[site.name] = {"weight": dict(zip(widths, damages, strict=True))}

@@ -97,6 +97,21 @@ def test_a_shared_kernel_is_stored_once():
         formula.count(None, {"w": 3})
 
 
+def test_sites_of_derivative_rules_do_not_count():
+    @jax.custom_jvp
+    def product(x, w):
+        return x @ w
+
+    @product.defjvp
+    def _(primals, tangents):
+        (x, w), (dx, dw) = primals, tangents
+        return x @ w, dx @ w + x @ dw
+
+    params = {"w": jnp.ones((4, 5))}
+    graph = core.trace(lambda params, x: product(x, params["w"]), params, jnp.ones((1, 4)))
+    assert cost.formula(graph).count()["macs"] == cost.count(graph).macs == 20
+
+
 def test_a_loop_has_no_formula_of_its_peak():
     def fn(params, x):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
@@ -152,3 +167,5 @@ def test_bad_input():
         formula.count({"b": 2})
     with pytest.raises(ValueError, match="site of weight_bits must be one of a, b, got 'c'"):
         formula.count(None, {"c": 2})
+    with pytest.raises(ValueError, match=r"activation_bits of 'a' must be an integer in \[1, 32\]"):
+        formula.count(None, None, {"a": 0})

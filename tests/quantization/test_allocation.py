@@ -174,6 +174,8 @@ def test_with_bits_names_what_is_wrong():
         q.with_bits(SPEC, {"d": {"weight": 2}})
     with pytest.raises(ValueError, match="did you mean weight"):
         q.with_bits(SPEC, {"a": {"weights": 2}})
+    with pytest.raises(ValueError, match=r"bits of 'a' must be an integer, got 4\.5"):
+        q.with_bits(SPEC, {"a": {"weight": 4.5}})
     with pytest.raises(ValueError, match="bits must be 2 to 8, or 32 for off, got 9"):
         q.with_bits(SPEC, {"a": {"weight": 9}})
 

@@ -182,6 +182,12 @@ def test_hessian_sensitivity_by_hand():
     # 8 / 4 · (0.16 + 0.25)
     np.testing.assert_allclose(found["w"]["weight"][2], 0.82, rtol=1e-5)
     assert found["w"]["weight"][8] < 1e-3
+    both = lambda params, x: (fn(params, x) * 0.1) @ params["w"]  # noqa: E731
+    spec = q.spec(core.trace(both, params, x))
+    ranges = q.calibrate(both, params, [(x,)], spec)
+    shared = q.hessian_sensitivity(both, params, (x,), spec, {2: ranges}, traces)
+    np.testing.assert_allclose(shared["w"]["weight"][2], 0.41, rtol=1e-5)
+    np.testing.assert_allclose(shared["w#2"]["weight"][2], 0.41, rtol=1e-5)
     with pytest.raises(ValueError, match="kernel of traces must be one of b, got 'w'"):
         q.hessian_sensitivity(fn, params, (x,), spec, {2: ranges}, {"b": traces["b"]})
     nan = traces | {"w": jnp.float32(np.nan)}
