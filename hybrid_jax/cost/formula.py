@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -132,51 +133,33 @@ def formula(graph: core.Graph, masks: Any = None) -> Formula:
     between = graph.macs - sum(site.macs for site in graph.sites)
     groups = graph.groups if masks is None and not between else ()
     measure = _measure(graph, groups)
-    kernels = {site.name: site.path for site in graph.sites}
-    macs, bops, stored = [], [], {}
+    macs, bops, kernels = [], [], {}
     for where, site in graph.site_at.items():
         if not any(site is other for other in graph.sites):  # One of a derivative rule.
             continue
         labels = graph.analysis.equations[where][0][site.kernel_operand].labels
-        size = graph.parameters[site.path].size
-        entries = math.prod(site.kernel_shape)
+        kernels.setdefault(site.path, (site, labels))
         if masks is None:
-            work = _scaled(measure(labels), site.macs, entries)
+            work = _scaled(measure(labels), site.macs, max(math.prod(site.kernel_shape), 1))
         else:
+            size = graph.parameters[site.path].size
             work = {(): site.macs * kept[site.path] // max(size, 1)}
-        weight, activation = ("weight", site.path), ("activation", site.name)
         macs.append(_amount(work))
-        bops.append(_amount(work, (weight, activation)))
-        if site.path in stored:
-            continue
-        if masks is None:
-            channels = measure(
-                [axis for i, axis in enumerate(labels) if i not in site.kernel_in_axes]
-            )
-            scales = _scaled(channels, size * 8 * SCALE_BYTES, entries)
-            whole = _amount(measure(_parameter(graph, site.path)), (weight,), unit=8)
-            stored[site.path] = whole._replace(terms=whole.terms + _if_quantized(scales, weight))
-        else:
-            stored[site.path] = Amount((Term((weight,), _packed(site, size, kept[site.path])),))
-    for path, leaf in graph.parameters.items():
-        if path in stored:
-            continue
-        if masks is None:
-            bits = _scaled(measure(_parameter(graph, path)), FLOAT_BITS)
-            stored[path] = _amount(bits, unit=8)
-        else:
-            size = packed_bytes(1, leaf.size, kept[path], FLOAT_BITS)
-            stored[path] = _amount({(): size})
+        bops.append(_amount(work, (("weight", site.path), ("activation", site.name))))
+    if masks is None:
+        stored = [_dense_bytes(graph, measure, path, kernels.get(path)) for path in kept]
+    else:
+        stored = [_masked_bytes(graph, n, path, kernels.get(path)) for path, n in kept.items()]
     costs = {
         "macs": ((*macs, _amount({(): between})),),
         "bops": ((*bops, _amount({(): between * FLOAT_BITS**2})),),
-        "bytes": (tuple(stored.values()),),
+        "bytes": (tuple(stored),),
     }
     peak = _peak(graph, measure)
     return Formula(
         costs | ({"peak_activation_bytes": peak} if peak else {}),
         {group.name: group.size for group in groups},
-        kernels,
+        {site.name: site.path for site in graph.sites},
     )
 
 
@@ -220,6 +203,29 @@ def _measure(graph, groups) -> Callable[[Any], Polynomial]:
     return measure
 
 
+def _dense_bytes(graph, measure, path, kernel) -> Amount:
+    """Bytes of a parameter, with its scales if it is a kernel: (site, labels of each axis)."""
+    size = measure(_parameter(graph, path))
+    if kernel is None:
+        return _amount(_scaled(size, FLOAT_BITS), unit=8)
+    (site, labels), weight = kernel, ("weight", path)
+    channels = measure([axis for i, axis in enumerate(labels) if i not in site.kernel_in_axes])
+    # A kernel that scans run over is stored once for each run.
+    times = graph.parameters[path].size * 8 * SCALE_BYTES
+    scales = _amount(_scaled(channels, times, max(math.prod(site.kernel_shape), 1)))
+    gated = tuple(_if_quantized(term, weight) for term in scales.terms)
+    return Amount(_amount(size, (weight,)).terms + gated, unit=8)
+
+
+def _masked_bytes(graph, kept, path, kernel) -> Amount:
+    """The same of a parameter of which `kept` entries are not masked, in its smallest layout."""
+    size = graph.parameters[path].size
+    if kernel is None:
+        return _amount({(): packed_bytes(1, size, kept, FLOAT_BITS)})
+    packed = functools.partial(kernel_bytes, kernel[0], size, kept)
+    return Amount((Term((("weight", path),), packed),))
+
+
 def _peak(graph, measure) -> tuple[tuple[Amount, ...], ...] | None:
     """The rows of what is stored at each time, but for those that hold no more than another."""
     found = moments(graph, lambda axes: _scaled(measure(axes), 1, graph.batch, up=True))
@@ -227,16 +233,23 @@ def _peak(graph, measure) -> tuple[tuple[Amount, ...], ...] | None:
         return None
     together = sorted({frozenset(v for _, v in moment if v.readers) for moment in found}, key=len)
     widest = [s for i, s in enumerate(together) if not any(s < other for other in together[i:])]
-    amounts = {value: _stored(value) for values in widest for value in values}
-    return tuple(tuple(amounts[value] for value in values) for values in widest)
+    # Sets have no order; the rows have one, so that of equal optima the same is found each time.
+    rows = sorted(sorted(map(_described, values)) for values in widest)
+    return tuple(tuple(_stored(*value) for value in row) for row in rows)
 
 
-def _stored(value) -> Amount:
-    if OUTPUT in value.readers:
-        return _amount(_scaled(value.size, FLOAT_BITS), unit=8)
-    names = tuple(sorted(value.readers))
+def _described(value):
+    """Monomials, whether it is an output, and the sites that read it."""
+    names = tuple(sorted(name for name in value.readers if name is not OUTPUT))
+    return tuple(sorted(value.size.items())), OUTPUT in value.readers, names
+
+
+def _stored(size, is_output, names) -> Amount:
+    size = dict(size)
+    if is_output:
+        return _amount(_scaled(size, FLOAT_BITS), unit=8)
     decision = ("activation", names[0]) if len(names) == 1 else ("stored", names)
-    return _amount(value.size, (decision,), unit=8)
+    return _amount(size, (decision,), unit=8)
 
 
 def _amount(size: Polynomial, bits: tuple[Decision, ...] = (), unit: int = 1) -> Amount:
@@ -253,20 +266,12 @@ def _product(factor, powers) -> Callable[..., int]:
     return lambda *chosen: factor * math.prod(c**p for c, p in zip(chosen, powers, strict=True))
 
 
-def _if_quantized(size: Polynomial, weight: Decision) -> tuple[Term, ...]:
-    """The size, or nothing at 32 bits."""
-
-    def gated(term):
-        return Term(
-            (*term.of, weight),
-            lambda *chosen: term.value(*chosen[:-1]) if chosen[-1] < FLOAT_BITS else 0,
-        )
-
-    return tuple(map(gated, _amount(size).terms))
-
-
-def _packed(site, size, kept) -> Callable[[int], int]:
-    return lambda bits: kernel_bytes(site, size, kept, bits)
+def _if_quantized(term: Term, weight: Decision) -> Term:
+    """The term, or nothing at 32 bits."""
+    return Term(
+        (*term.of, weight),
+        lambda *chosen: term.value(*chosen[:-1]) if chosen[-1] < FLOAT_BITS else 0,
+    )
 
 
 def _parameter(graph, path):

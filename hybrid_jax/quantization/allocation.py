@@ -90,18 +90,12 @@ def allocate(
             core.check_integer(f"a width of {name!r}", width, 1, formula.widths[name])
         options["width", name] = _sorted(f"widths[{name!r}]", table)
         damage.append(_damage(f"widths[{name!r}]", ("width", name), options, table))
-    limits, largest = [], {}
+    largest, limits = {}, []
     for name, budget in budgets.items():
         core.check_choice("budgets", name, formula.costs)
         budget = core.check_integer(f"budget of {name}", budget)
-        rows = formula.costs[name]
-        for decision in {d for row in rows for part in row for term in part.terms for d in term.of}:
-            if decision[0] == "stored":
-                largest[decision] = [("activation", site) for site in decision[1]]
-                options[decision] = tuple(
-                    sorted({b for d in largest[decision] for b in options[d]})
-                )
-        rows = tuple(tuple(_sum(part, options) for part in row) for row in rows)
+        largest |= _stored(formula.costs[name], options)
+        rows = tuple(tuple(_sum(part, options) for part in row) for row in formula.costs[name])
         limits.append(program.Limit(name, budget, rows))
     choice = program.solve(options, damage, limits, largest)
     chosen = {decision: options[decision][index] for decision, index in choice.items()}
@@ -182,6 +176,15 @@ def _damage(name, decision, options, table):
     values = np.array([float(table[choice]) for choice in options[decision]])
     core.check_finite(name, {"damage": values})
     return program.Table((decision,), values)
+
+
+def _stored(rows, options):
+    """The decisions that are the largest of others, which they get their options from."""
+    of = (decision for row in rows for part in row for term in part.terms for decision in term.of)
+    largest = {d: [("activation", site) for site in d[1]] for d in of if d[0] == "stored"}
+    for decision, others in largest.items():
+        options[decision] = tuple(sorted({bits for other in others for bits in options[other]}))
+    return largest
 
 
 def _sum(part, options):

@@ -124,7 +124,7 @@ def _best(options, limits, largest, goal) -> Choice | None:
         if not over:
             return choice
         parts = [table.of for row in over[0].rows for part in row for table in part.tables]
-        program.exclude(choice, set(itertools.chain(*parts)))
+        program.exclude(choice, dict.fromkeys(itertools.chain(*parts)))
 
 
 class _Program:
@@ -138,11 +138,12 @@ class _Program:
         self.blocks = {(d,): self.columns(len(options[d]), 1, 1.0) for d in options}
         for columns in self.blocks.values():
             self.row([(columns, 1.0)], 1.0, 1.0)
-        for of in sorted({table.of for table in tables if len(table.of) > 1}, key=len)[::-1]:
+        for of in sorted(dict.fromkeys(table.of for table in tables), key=len, reverse=True):
             if self.block(set(of)) is None:
                 self.add_block(of)
 
     def add_block(self, of):
+        """Columns for all combinations of several decisions, tied to these by their marginals."""
         shape = tuple(len(self.options[d]) for d in of)
         self.blocks[of] = self.columns(int(np.prod(shape)), 0, 1.0)
         cells = self.blocks[of].reshape(shape)
@@ -158,6 +159,7 @@ class _Program:
         return np.arange(first, first + n)
 
     def row(self, parts, low, high):
+        """Adds low ≤ Σ values · columns ≤ high."""
         for columns, values in parts:
             columns = np.asarray(columns)
             values = np.broadcast_to(np.asarray(values, float), columns.shape)
@@ -178,6 +180,7 @@ class _Program:
         return np.broadcast_to(table.values.transpose(order).reshape(kept), sizes).ravel()
 
     def linear(self, table, factor=1.0):
+        """Columns and coefficients of a table."""
         block = self.block(set(table.of))
         return self.blocks[block], factor * self.spread(table, block)
 
@@ -197,12 +200,14 @@ class _Program:
         return [(whole, 1.0)]
 
     def at_most(self, row, budget, slack=(), scale=None):
+        """Adds row ≤ budget, in units of its largest coefficient."""
         parts = [entry for part in row for entry in self.total(part)]
         scale = scale or max((float(np.max(np.abs(v))) for _, v in parts), default=1.0) or 1.0
         parts = [(columns, np.asarray(values) / scale) for columns, values in parts]
         self.row([*parts, *slack], -np.inf, budget / scale)
 
     def tie_largest(self, decision, others):
+        """The decision's option is no less than that of the others, and is that of one of them."""
         own = self.blocks[decision,]
         values = np.asarray(self.options[decision], float)
         held: dict[int, list[int]] = {option: [] for option in self.options[decision]}
@@ -223,6 +228,7 @@ class _Program:
         self.costs = costs.tolist()
 
     def minimize_largest(self, rows):
+        """Makes the largest row least: that of a column no smaller than any."""
         [top] = self.columns(1, 0, np.inf)
         most = max(float(np.max(t.values)) for row in rows for part in row for t in part.tables)
         for row in rows:
@@ -230,6 +236,7 @@ class _Program:
         self.costs[top] = _SCALE
 
     def exclude(self, choice, decisions):
+        """Not all of these decisions as in the choice."""
         columns = [self.blocks[d,][choice[d]] for d in decisions]
         self.row([(columns, 1.0)], -np.inf, len(columns) - 1)
 
