@@ -15,33 +15,42 @@ from hybrid_jax.pruning.criteria import (
 )
 from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
 from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
+from hybrid_jax.pruning.rounds import prune_in_rounds
 from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
+from hybrid_jax.pruning.sensitivity import channel_sensitivity, sensitive, sensitivity
+from hybrid_jax.pruning.targets import Reached, to_target
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
     PruneState,
     hold_masks,
     prune_by_schedule,
 )
-from hybrid_jax.pruning.widths import keep_widths, width_sensitivity
+from hybrid_jax.pruning.widths import paying_widths, to_widths
 
 __all__ = [
     "Allocation",
     "Granularity",
     "HoldMasksState",
     "PruneState",
+    "Reached",
     "Schedule",
+    "add_penalty",
     "apply_masks",
+    "batchnorm_l1",
     "batchnorm_scale",
+    "channel_sensitivity",
     "cubic",
     "erk",
     "expand",
     "fisher",
     "geometric_median",
     "global_",
+    "group_lasso",
     "group_scores",
+    "group_shrinkage",
     "hold_masks",
     "keep_channels",
-    "keep_widths",
     "lamp",
     "magnitude",
     "masks",
@@ -49,12 +58,17 @@ __all__ = [
     "n_m",
     "narrow",
     "one_shot",
+    "paying_widths",
     "prune_by_schedule",
+    "prune_in_rounds",
     "random",
+    "sensitive",
+    "sensitivity",
     "shrink",
     "slice_tree",
     "taylor",
+    "to_target",
+    "to_widths",
     "uniform",
     "unstructured",
-    "width_sensitivity",
 ]

@@ -1,97 +1,92 @@
-"""Widths of coupled groups: the best channels of a width, and what narrowing one group costs."""
+"""Widths that pay: which numbers of channels make a network faster, by a table of latencies."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.masking import apply_masks
 from hybrid_jax.pruning.selection import keep_best
 
 
-def keep_widths(scores: Mapping[str, jax.Array], widths: Mapping[str, int]) -> dict[str, jax.Array]:
-    """Keeps so many channels of each group: the highest scores, of equal ones the lower index.
+def paying_widths(
+    table: Mapping[str, Mapping[int, float]], margin: float = 0.0
+) -> dict[str, tuple[int, ...]]:
+    """The widths of each group that are faster than every larger one.
+
+    A kernel of 60 channels may take longer than one of 64: then 60 costs accuracy and buys
+    nothing. Among the widths that are left latency rises with the width.
 
     Args:
-      scores: {group name: (n,) scores}, of `group_scores`.
-      widths: {group name: channels kept}, from 1 to n; groups left out keep all.
+      table: {group name: {width: latency}}, in any one unit; `deploy.width_latencies` measures it.
+      margin: Fraction by which a width must be faster than the fastest larger one, in [0, 1]; the
+        spread of the measurement.
 
     Returns:
-      {group name: (n,) bool}, True where kept.
+      {group name: widths, rising}; the largest of the table is always among them.
 
     Raises:
-      ValueError: If a group of `widths` has no scores, or a width is not from 1 to n.
+      ValueError: If there is no group or a group no width, a width is not an integer of at least
+        1, a latency is not a finite number above 0, or `margin` is not in [0, 1].
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> keep = keep_widths({'a': jnp.array([1.0, 3.0, 2.0]), 'b': jnp.ones(2)}, {'a': 2})
-      >>> {name: kept.tolist() for name, kept in keep.items()}
-      {'a': [False, True, True], 'b': [True, True]}
+      >>> paying_widths({'conv': {64: 1.0, 60: 1.1, 48: 0.9, 32: 0.6, 30: 0.6}})
+      {'conv': (32, 48, 64)}
     """
-    for name, width in widths.items():
-        core.check_choice("group of widths", name, scores)
-        core.check_integer(f"width of {name!r}", width, 1, len(scores[name]))
-    return {name: keep_best(s, widths.get(name, len(s))) for name, s in scores.items()}
+    core.check_fraction("margin", margin)
+    if not table:
+        raise ValueError("table must hold the latencies of a group, got none")
+
+    def paying(name, latencies):
+        if not latencies:
+            raise ValueError(f"table must hold a width of group {name!r}, got none")
+        best, widths = float("inf"), []
+        for width in sorted(latencies, reverse=True):
+            core.check_integer(f"width of group {name!r}", width, 1)
+            latency = core.check_positive(f"latency of {name!r} at {width}", latencies[width])
+            if not widths or latency < (1 - margin) * best:
+                widths.append(width)
+            best = min(best, latency)
+        return tuple(reversed(widths))
+
+    return {name: paying(name, latencies) for name, latencies in table.items()}
 
 
-def width_sensitivity(
-    fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[tuple[Any, ...]],
-    groups: Sequence[core.Group],
+def to_widths(
+    keep: Mapping[str, jax.Array],
     scores: Mapping[str, jax.Array],
-    widths: Mapping[str, Iterable[int]],
-    damage: Callable[[Any, Any], jax.Array],
-) -> dict[str, dict[int, float]]:
-    """Measures the damage of narrowing one group, for each group and each of several widths.
-
-    All other groups keep their channels. What is left is not trained. The channels are masked, so
-    that all widths are one compilation.
+    widths: Mapping[str, Sequence[int]],
+) -> dict[str, jax.Array]:
+    """Moves each group to the nearest width that is allowed, of two as near to the wider one.
 
     Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode; or -> loss.
-      params: Its parameters.
-      batches: Yields tuples of inputs; the damage is the mean over batches.
-      groups: The coupled groups, `core.trace(...).groups`.
-      scores: {group name: (n,) scores}, of `group_scores`.
-      widths: {group name: widths to try}.
-      damage: (outputs, outputs of the whole model) -> float32 ().
+      keep: {group name: (n,) bool}, what `keep_channels` chose; maybe traced.
+      scores: {group name: (n,)} scores that it chose by: the best channels stay.
+      widths: {group name: widths that are allowed}; groups left out stay as they are.
 
     Returns:
-      {group name: {width: damage}}.
+      {group name: (n,) bool}, like `keep`.
 
     Raises:
-      ValueError: If there is no batch, a group has no scores or no widths, a width is not from 1
-        to n, or a damage is not finite.
+      ValueError: If a group is none of those in `keep`, has no allowed width, or one that is not
+        an integer in [1, n].
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> params = {'a': jnp.array([[3.0, 1.0]]), 'b': jnp.ones((2, 1))}
-      >>> groups = core.trace(fn, params, jnp.ones((1, 1))).groups
-      >>> lost = lambda y, reference: jnp.sum(reference - y)
-      >>> scores = {'a': jnp.array([3.0, 1.0])}
-      >>> width_sensitivity(fn, params, [(jnp.ones((1, 1)),)], groups, scores, {'a': (1, 2)}, lost)
-      {'a': {1: 1.0, 2: 0.0}}
+      >>> scores = {'a': jnp.arange(8.0)}
+      >>> keep = {'a': jnp.arange(8) > 2}  # 5 channels
+      >>> to_widths(keep, scores, {'a': (2, 4, 8)})['a'].tolist()
+      [False, False, False, False, True, True, True, True]
     """
-    tried = {(name, width): [] for name, each in widths.items() for width in each}
-    for name in widths:
-        if not any(group == name for group, _ in tried):
-            raise ValueError(f"widths must hold some for {name!r}, got none")
-
-    whole = jax.jit(fn)
-    compared = jax.jit(lambda params, inputs, outputs: damage(fn(params, *inputs), outputs))
-    for batch in batches:
-        outputs = whole(params, *batch)
-        for (name, width), values in tried.items():
-            masks = core.expand(keep_widths(scores, {name: width}), groups, params)
-            values.append(compared(apply_masks(params, masks), batch, outputs))
-    if not all(tried.values()):
-        raise ValueError("batches must hold at least one batch, got none")
-    result: dict[str, dict[int, float]] = {name: {} for name in widths}
-    for (name, width), values in tried.items():
-        result[name][width] = float(np.mean(np.array(values, np.float64)))
-    core.check_finite("damage", jax.tree.map(np.asarray, result))
-    return result
+    moved = dict(keep)
+    for name, allowed in widths.items():
+        core.check_choice("group of widths", name, keep)
+        size = len(keep[name])
+        for width in allowed:
+            core.check_integer(f"width of group {name!r}", width, 1, size)
+        if not allowed:
+            raise ValueError(f"widths must allow a width of group {name!r}, got none")
+        falling = jnp.array(sorted(allowed, reverse=True), jnp.int32)
+        count = jnp.sum(jnp.asarray(keep[name]), dtype=jnp.int32)
+        width = falling[jnp.argmin(jnp.abs(falling - count))]
+        moved[name] = keep_best(jnp.asarray(scores[name], jnp.float32), width)
+    return moved

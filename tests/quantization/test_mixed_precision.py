@@ -101,11 +101,23 @@ def widths(digits, measured):
     """What it costs to keep three quarters of the channels of each group, or all; the scores."""
     groups = measured.graph.groups
     scores = pruning.group_scores(pruning.magnitude(digits.params), groups)
-    tried = {group.name: [group.size * i // 4 for i in (3, 4)] for group in groups}
-    batches = [(measured.images,)]
-    damage = pruning.width_sensitivity(
-        digits.fn, digits.params, batches, groups, scores, tried, q.kl_divergence
+    expected = digits.fn(digits.params, measured.images)
+
+    def divergence(params, images):
+        return q.kl_divergence(digits.fn(params, images), expected)
+
+    kept = (0.75, 1.0)
+    removed = [1 - part for part in kept]
+    found = pruning.channel_sensitivity(
+        divergence, digits.params, scores, groups, removed, measured.images
     )
+    damage = {
+        group.name: {
+            int(group.size * part): float(value)
+            for part, value in zip(kept, found[group.name], strict=True)
+        }
+        for group in groups
+    }
     return damage, scores
 
 
@@ -123,7 +135,8 @@ def test_bits_and_widths_fit_a_device(digits, measured, widths):
         for site, roles in measured.sensitivity.items()
     }
     found = q.allocate(sensitivity, measured.formula, measured.spec, budgets, widths=damage)
-    keep = pruning.keep_widths(scores, found.widths)
+    whole_groups = {name: jnp.ones(len(each), bool) for name, each in scores.items()}
+    keep = pruning.to_widths(whole_groups, scores, {n: (w,) for n, w in found.widths.items()})
     masks = core.expand(keep, measured.graph.groups, digits.params)
     small_fn, small, certificate = core.shrink(
         digits.fn, digits.params, masks, digits.held_out_images[:8]
