@@ -22,14 +22,25 @@ from hybrid_jax.quantization.grids import (
     OFF,
     Grid,
     Range,
-    affine,
     dequantize,
     extent,
+    nearest,
     quantize,
-    symmetric,
+    spread,
 )
 from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels
-from hybrid_jax.quantization.observers import Observer, minmax, moving_average, mse, percentile
+from hybrid_jax.quantization.observers import (
+    Observer,
+    entropy,
+    mean_abs,
+    minmax,
+    moving_average,
+    mse,
+    percentile,
+    ternary,
+)
+from hybrid_jax.quantization.schedules import annealing
+from hybrid_jax.quantization.schemes import affine, binary, e4m3, e5m2, power_of_two, symmetric
 from hybrid_jax.quantization.sensitivity import (
     hessian_sensitivity,
     hessian_trace,
@@ -37,7 +48,7 @@ from hybrid_jax.quantization.sensitivity import (
     kl_divergence,
     sensitivity,
 )
-from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, spec
+from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, range_shape, spec
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
@@ -52,9 +63,14 @@ __all__ = [
     "Spec",
     "affine",
     "allocate",
+    "annealing",
+    "binary",
     "bit_operations",
     "calibrate",
     "dequantize",
+    "e4m3",
+    "e5m2",
+    "entropy",
     "extent",
     "fake_quant",
     "fake_quantized",
@@ -65,16 +81,22 @@ __all__ = [
     "integer_kernels",
     "kl_divergence",
     "lsq",
+    "mean_abs",
     "minmax",
     "moving_average",
     "mse",
+    "nearest",
     "pact",
     "percentile",
+    "power_of_two",
     "quantize",
+    "range_shape",
     "round_bits",
     "sensitivity",
     "spec",
+    "spread",
     "symmetric",
+    "ternary",
     "with_bits",
     "with_gradient",
 ]

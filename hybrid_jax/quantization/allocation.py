@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.quantization import grids, program, specs
+from hybrid_jax.quantization import program, specs
 from hybrid_jax.quantization.sensitivity import ROLES, Sensitivity
 
 
@@ -61,7 +61,8 @@ def allocate(
 
     Raises:
       ValueError: If a budget cannot be kept (says the least that can be had), there is none, a
-        name is unknown, choices are empty or not 2 to 8 or 32, a damage is missing or not finite,
+        name is unknown, choices are empty or some that the scheme has not, a damage is missing or
+        not finite,
         or sites that share a kernel have different choices.
 
     Example:
@@ -117,7 +118,7 @@ def with_bits(spec: specs.Spec, bits: Mapping[str, Mapping[str, int]]) -> specs.
       bits: {site name: {'weight', 'activation' or both: bits}}; sites left out keep theirs.
 
     Raises:
-      ValueError: If a site or role is unknown, or bits are not 2 to 8 or 32.
+      ValueError: If a site or role is unknown, or the scheme has not these bits.
 
     Example:
       >>> one = specs.SiteSpec('w', specs.Quantizer(8), specs.Quantizer(8, 'affine'))
@@ -150,7 +151,7 @@ def _bit_choices(sensitivity, formula, spec, rules):
             if bits is None:
                 bits = getattr(spec[site], role).bits
             bits = _sorted(name, bits if isinstance(bits, Iterable) else (bits,))
-            grids.check_bits(name, np.array(bits))
+            getattr(spec[site], role).check_bits(name, np.array(bits))
             if options.setdefault(decision, bits) != bits:
                 raise ValueError(
                     f"{name} must be those of the other sites of kernel {path!r}, "

@@ -36,7 +36,7 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
 
     Raises:
       ValueError: (q_fn) If a site is missing in `ranges`, a site or role in `bits`, or concrete
-        bits are outside [2, 8].
+        bits are outside [2, 8], or a scheme has not all of these.
 
     Source: Yang and Jin, FracBits: Mixed Precision Quantization via Fractional Bit-Widths, arXiv
     2007.02017.
@@ -56,17 +56,15 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
 
     def q_fn(params, ranges, bits, *inputs):
         def rule(site, x, kernel, apply):
-            quantizers, rows = spec[site.name], [kernel.shape[axis] for axis in site.kernel_in_axes]
-            learned = _roles(bits, site.name)
+            quantizers, learned = spec[site.name], _roles(bits, site.name)
             spans = ranges[core.check_choice("site of ranges", site.name, ranges)]
-            axes = site.kernel_in_axes if quantizers.weight.per_channel else None
-            count = kernel.size if axes is None else math.prod(rows)
-            kernel = _mix(
-                kernel, learned["weight"], quantizers.weight, spans.get("weight"), axes, count
-            )
+            shape = specs.range_shape(site, quantizers.weight)
+            count = kernel.size // math.prod(shape)
+            span = spans.get("weight")
+            kernel = _mix(kernel, learned["weight"], quantizers.weight, span, shape, count)
             count = max(x.size // x.shape[0], 1)
             span = spans.get("activation")
-            x = _mix(x, learned["activation"], quantizers.activation, span, None, count)
+            x = _mix(x, learned["activation"], quantizers.activation, span, (), count)
             return apply(x, kernel), None
 
         return core.at_sites(fn, rule)(params, *inputs)[0]
@@ -140,11 +138,13 @@ def _roles(bits, site):
     return roles
 
 
-def _mix(x, b, quantizer, span, axes, count):
+def _mix(x, b, quantizer, span, shape, count):
+    for width in (FEWEST, MOST):
+        quantizer.check_bits("bits of a scheme to be learned", width)
     if not isinstance(b, jax.core.Tracer) and not FEWEST <= float(b) <= MOST:
         raise ValueError(f"bits must be in [{FEWEST}, {MOST}], got {b}")
     b = jnp.asarray(b, jnp.float32)
     floor = jnp.clip(lax.stop_gradient(jnp.floor(b)), FEWEST, MOST - 1)
     part, k = (b - floor).astype(x.dtype), floor.astype(jnp.int32)
-    lower, upper = (specs.apply(x, quantizer, span, k + i, axes, count) for i in (0, 1))
+    lower, upper = (specs.apply(x, quantizer, span, k + i, shape, count) for i in (0, 1))
     return (1 - part) * lower + part * upper

@@ -83,8 +83,8 @@ def sensitivity(
       {site name: {role: {bits: damage}}}.
 
     Raises:
-      ValueError: If there is no batch, no bits or no role, bits are not 2 to 8, a role is unknown,
-        `around` lacks a site or has bits without ranges, or a damage is not finite.
+      ValueError: If there is no batch, no bits or no role, a role is unknown, a tensor's scheme has
+        not these bits, `around` lacks a site or has bits without ranges, or a damage is not finite.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -102,9 +102,9 @@ def sensitivity(
         core.check_choice("roles", role, ROLES)
     if not roles or not ranges:
         raise ValueError(f"roles and ranges must not be empty, got {roles} and {list(ranges)}")
-    for width in ranges:
-        core.check_integer("bits of ranges", width, 2, 8)
     names = [site.name for site in spec.sites]
+    for name, role, width in itertools.product(names, roles, ranges):
+        _check_bits(width, getattr(spec[name], role))
     base = {name: dict.fromkeys(ROLES, grids.OFF) for name in names} if around is None else around
     first = next(iter(ranges.values()))
     for name in names:
@@ -216,8 +216,8 @@ def hessian_sensitivity(
       activations it says nothing.
 
     Raises:
-      ValueError: If there are no bits or they are not 2 to 8, or `traces` lacks a kernel or is not
-        finite.
+      ValueError: If there are no bits, or some that a kernel's scheme has not, or `traces` lacks a
+        kernel or is not finite.
 
     Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks,
     arXiv 1911.03852.
@@ -233,16 +233,17 @@ def hessian_sensitivity(
     """
     if not ranges:
         raise ValueError("ranges must hold the bits to try, got none")
-    widths = [core.check_integer("bits of ranges", bits, 2, 8) for bits in ranges]
+    widths = list(ranges)
+    for site, width in itertools.product(spec.sites, widths):
+        _check_bits(width, site.weight)
     core.check_finite("traces", dict(traces))
 
     def rule(site, x, kernel, apply):
         errors = []
         for bits, spans in ranges.items():
             quantizer = spec[site.name].weight
-            axes = site.kernel_in_axes if quantizer.per_channel else None
-            span = spans[site.name].get("weight")
-            rounded = specs.apply(kernel, quantizer, span, bits, axes, kernel.size)
+            shape, span = specs.range_shape(site, quantizer), spans[site.name].get("weight")
+            rounded = specs.apply(kernel, quantizer, span, bits, shape, kernel.size)
             errors.append(jnp.sum(jnp.square(rounded - kernel)))
         return apply(x, kernel), jnp.stack(errors)
 
@@ -258,3 +259,7 @@ def hessian_sensitivity(
         damages = omega.sum(axis=0).tolist()
         result[site.name] = {"weight": dict(zip(widths, damages, strict=True))}
     return result
+
+
+def _check_bits(width, quantizer):
+    quantizer.check_bits("bits of ranges", core.check_integer("bits of ranges", width, 1, 8))

@@ -172,3 +172,6 @@ def test_bad_bits(one_weight):
     graph = core.trace(line, params, x)
     with pytest.raises(ValueError, match="site of bits must be one of v, got 'w'"):
         q.bit_operations(graph, {"v": {"weight": 2.0, "activation": 8.0}})
+    floats = q.Spec((q.SiteSpec("w", q.Quantizer(8, "e4m3"), spec["w"].activation),))
+    with pytest.raises(ValueError, match="bits of a scheme to be learned must be 8, or 32 for off"):
+        q.fractional(line, floats)(params, ranges, {"w": {"weight": 4.0, "activation": 8.0}}, x)
