@@ -15,6 +15,7 @@ from hybrid_jax.pruning.criteria import (
 )
 from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
 from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.obs import compensate, obs
 from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
 from hybrid_jax.pruning.rounds import prune_in_rounds
 from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
@@ -40,6 +41,7 @@ __all__ = [
     "batchnorm_l1",
     "batchnorm_scale",
     "channel_sensitivity",
+    "compensate",
     "cubic",
     "erk",
     "expand",
@@ -57,6 +59,7 @@ __all__ = [
     "mean_squared_gradients",
     "n_m",
     "narrow",
+    "obs",
     "one_shot",
     "paying_widths",
     "prune_by_schedule",

@@ -17,6 +17,7 @@ own bits, within budgets (with `widths`, how many channels each group keeps, too
 from hybrid_jax.quantization.allocation import Allocation, allocate, with_bits
 from hybrid_jax.quantization.calibration import calibrate
 from hybrid_jax.quantization.fractional import bit_operations, fractional, round_bits
+from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
     OFF,
@@ -75,6 +76,7 @@ __all__ = [
     "fake_quant",
     "fake_quantized",
     "fractional",
+    "gptq",
     "hessian_sensitivity",
     "hessian_trace",
     "increase",
