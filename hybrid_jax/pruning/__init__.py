@@ -14,12 +14,29 @@ from hybrid_jax.pruning.criteria import (
     taylor,
 )
 from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
+from hybrid_jax.pruning.lottery import (
+    Ticket,
+    barrier,
+    errors_between,
+    instability,
+    interpolate,
+    lottery_tickets,
+)
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.obs import compensate, obs
 from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
+from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
 from hybrid_jax.pruning.rounds import prune_in_rounds
-from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
+from hybrid_jax.pruning.schedules import (
+    Schedule,
+    cubic,
+    cyclic,
+    exponential,
+    iterative,
+    one_shot,
+)
 from hybrid_jax.pruning.sensitivity import channel_sensitivity, sensitive, sensitivity
+from hybrid_jax.pruning.straight_through import StraightThroughState, straight_through
 from hybrid_jax.pruning.targets import Reached, to_target
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
@@ -35,16 +52,23 @@ __all__ = [
     "HoldMasksState",
     "PruneState",
     "Reached",
+    "RewireState",
     "Schedule",
+    "StraightThroughState",
+    "Ticket",
     "add_penalty",
     "apply_masks",
+    "barrier",
     "batchnorm_l1",
     "batchnorm_scale",
     "channel_sensitivity",
     "compensate",
     "cubic",
+    "cyclic",
     "erk",
+    "errors_between",
     "expand",
+    "exponential",
     "fisher",
     "geometric_median",
     "global_",
@@ -52,8 +76,12 @@ __all__ = [
     "group_scores",
     "group_shrinkage",
     "hold_masks",
+    "instability",
+    "interpolate",
+    "iterative",
     "keep_channels",
     "lamp",
+    "lottery_tickets",
     "magnitude",
     "masks",
     "mean_squared_gradients",
@@ -65,10 +93,14 @@ __all__ = [
     "prune_by_schedule",
     "prune_in_rounds",
     "random",
+    "rewire",
+    "rigl",
     "sensitive",
     "sensitivity",
+    "set_",
     "shrink",
     "slice_tree",
+    "straight_through",
     "taylor",
     "to_target",
     "to_widths",

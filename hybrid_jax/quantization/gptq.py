@@ -101,7 +101,7 @@ def gptq(
             return leaf
         if kept is not None and quantizer.scheme == "binary":
             raise ValueError(f"masks must leave the binary kernel {path!r} whole: it has no zero")
-        grid = None if _is_off(width) else _grid(quantizer, _span(gram, quantizer, ranges), width)
+        grid = None if _is_off(width) else quantizer.grid(_span(gram, quantizer, ranges), width)
         return _sweep(leaf, gram, grid, jnp.asarray(width == grids.OFF), kept, damping, order)
 
     return core.map_with_path(move, masks, params)
@@ -158,16 +158,6 @@ def _span(gram, quantizer, ranges):
                 f"{gram.site.name!r} and {site.name!r}"
             )
     return first
-
-
-def _grid(quantizer, span, width):
-    # Compiled, and with the width known where fake-quantization knows it: a division by a known
-    # number is a multiplication to the compiler, and the scales are to be equal to the bit.
-    return (_known_grid if isinstance(width, int) else _traced_grid)(quantizer, span, width)
-
-
-_known_grid = jax.jit(specs.Quantizer.grid, static_argnums=(0, 2))
-_traced_grid = jax.jit(specs.Quantizer.grid, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="order")

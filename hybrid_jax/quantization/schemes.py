@@ -34,7 +34,7 @@ def symmetric(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
       0.2 0 -7 7
     """
     most = (jnp.int32(1) << _width(bits) - 1) - 1
-    scale = _nonzero(_reach(span) / most.astype(jnp.float32))
+    scale = _nonzero(_reach(span) * _inverse(most))
     return follow(grids.Grid(scale, jnp.zeros(jnp.shape(scale), jnp.int32), -most, most), span)
 
 
@@ -61,7 +61,7 @@ def affine(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
     """
     most = (jnp.int32(1) << _width(bits)) - 1
     low, high = jnp.minimum(span.low, 0.0), jnp.maximum(span.high, 0.0)
-    scale = _nonzero((high - low) / most.astype(jnp.float32))
+    scale = _nonzero((high - low) * _inverse(most))
     zero_point = jnp.clip(jnp.round(-low / scale).astype(jnp.int32), 0, most)
     return follow(grids.Grid(scale, zero_point, jnp.zeros_like(most), most), span)
 
@@ -179,7 +179,7 @@ SCHEMES = {
 
 def _float8(span, code):
     info = jnp.finfo(code)
-    scale = _nonzero(_reach(span) / float(info.max))
+    scale = _nonzero(_reach(span) * (1.0 / float(info.max)))
     zero_point = jnp.zeros(jnp.shape(scale), jnp.float32)
     return follow(grids.Grid(scale, zero_point, jnp.array(info.min), jnp.array(info.max)), span)
 
@@ -190,6 +190,12 @@ def _reach(span):
 
 def _width(bits):
     return jnp.minimum(jnp.asarray(bits, jnp.int32), _WIDEST)
+
+
+def _inverse(most):
+    # A division by what is known while compiling becomes a product with the reciprocal; written as
+    # one, scales are equal to the bit, compiled or not, with bits traced or known.
+    return 1.0 / most.astype(jnp.float32)
 
 
 def _nonzero(scale):
