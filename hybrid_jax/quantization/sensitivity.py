@@ -1,7 +1,7 @@
 """Sensitivity: what each site's bits do to the outputs or to the loss, one tensor at a time.
 
-A sensitivity is {site name: {'weight', 'activation' or both: {bits: damage}}}, as `allocate_bits` takes
-it. `sensitivity` measures it, `hessian_sensitivity` predicts it for kernels.
+A sensitivity is {site name: {'weight', 'activation' or both: {bits: damage}}}, as `allocate_bits`
+takes it. `sensitivity` measures it, `hessian_sensitivity` predicts it for kernels.
 """
 
 import collections
@@ -75,8 +75,8 @@ def sensitivity(
       ranges: {bits: ranges at these bits}, the bits to try. Ranges that do not depend on bits
         ('minmax') are given several times: `dict.fromkeys((2, 4, 8), ranges)`.
       damage: (outputs, outputs of the float model) -> float32 ().
-      around: {site name: {role: bits}} of all sites, 32 or bits that have ranges; as `allocate_bits`
-        returns it.
+      around: {site name: {role: bits}} of all sites, 32 or bits that have ranges; as
+        `allocate_bits` returns it.
       roles: 'weight', 'activation' or both.
 
     Returns:
