@@ -7,6 +7,7 @@ from hybrid_jax.core.checks import (
     check_fraction,
     check_integer,
     check_positive,
+    check_same_paths,
     check_same_structure,
 )
 from hybrid_jax.core.graph import Graph, trace
@@ -43,6 +44,7 @@ __all__ = [
     "check_fraction",
     "check_integer",
     "check_positive",
+    "check_same_paths",
     "check_same_structure",
     "evaluate",
     "expand",

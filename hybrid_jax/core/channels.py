@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy.sparse import coo_array, csgraph
@@ -22,11 +23,13 @@ class Member:
       path: The parameter's path.
       axis: The axis.
       index: int[n, m]; removing unit u removes the m indices index[u] of this axis.
+      shape: The parameter's shape.
     """
 
     path: str
     axis: int
     index: np.ndarray
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,12 +106,15 @@ def group_channels(
     for unit in units.values():
         kinds[tuple((key, len(unit[key])) for key in sorted(unit))].append(unit)
     rank = {path: i for i, path in enumerate(order)}
+    shapes = {path: tuple(map(len, axes)) for path, axes in parameters.items()}
     groups = []
     for kind, alike in kinds.items():
         keys = [key for key, _ in kind]
         first = min(keys, key=lambda key: (rank.get(key[0], len(rank)), key))
         alike.sort(key=lambda unit: unit[first])
-        members = tuple(Member(*key, np.array([unit[key] for unit in alike])) for key in keys)
+        members = tuple(
+            Member(*key, np.array([unit[key] for unit in alike]), shapes[key[0]]) for key in keys
+        )
         groups.append((rank.get(first[0], len(rank)), Group(first[0], len(alike), members)))
     groups.sort(key=lambda pair: (pair[0], pair[1].name, int(pair[1].members[0].index[0, 0])))
     counts: collections.Counter[str] = collections.Counter()
@@ -125,7 +131,7 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
     """Writes which channels are kept as masks over all the parameters they touch.
 
     Args:
-      keep: {group name: bool[n]}, True where kept; groups left out are kept whole.
+      keep: {group name: bool[n]}, True where kept, maybe traced; groups left out are kept whole.
       groups: The groups of the graph.
       params: The parameters (arrays or `jax.ShapeDtypeStruct`).
 
@@ -134,28 +140,45 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
       parameter that no group in `keep` touches.
 
     Raises:
-      ValueError: If a name is none of the groups', or an array is not bool[n].
+      ValueError: If a name is none of the groups', an array is not bool[n], or a parameter of a
+        group is missing or has another shape.
 
     Example:
-      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]])),))
+      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
       >>> expand({'w': [True, False]}, [group], {'w': np.ones((2, 2))})['w'].tolist()
       [[True, False], [True, False]]
     """
     by_name = {group.name: group for group in groups}
-    masks: dict[str, np.ndarray] = {}
     shapes = {path: np.shape(leaf) for path, leaf in paths.flatten_paths(params).items()}
+    masks: dict[str, Any] = {}
     for name, kept in keep.items():
         checks.check_choice("keep", name, by_name)
-        group, kept = by_name[name], np.asarray(kept)
+        group = by_name[name]
+        kept = kept if isinstance(kept, jax.core.Tracer) else np.asarray(kept)
         if kept.shape != (group.size,) or kept.dtype != bool:
             raise ValueError(
                 f"keep[{name!r}] must be bool[{group.size}], "
                 f"got {kept.dtype}[{','.join(map(str, kept.shape))}]"
             )
         for member in group.members:
-            mask = masks.setdefault(member.path, np.ones(shapes[member.path], bool))
-            np.moveaxis(mask, member.axis, 0)[member.index[~kept].reshape(-1)] = False
+            if shapes.get(member.path) != member.shape:
+                raise ValueError(
+                    f"params must have shape {member.shape} at {member.path!r}, "
+                    f"got {shapes.get(member.path, 'no leaf')}"
+                )
+            mask = masks.get(member.path, np.ones(member.shape, bool))
+            masks[member.path] = mask & _along_axis(kept, member)
     return paths.map_with_path(
-        lambda path, leaf: jax.numpy.asarray(masks[path]) if path in masks else optax.MaskedNode(),
+        lambda path, leaf: jnp.asarray(masks[path]) if path in masks else optax.MaskedNode(),
         params,
     )
+
+
+def _along_axis(kept: Any, member: Member) -> Any:
+    """Which indices of the member's axis are kept, of its rank so that it broadcasts."""
+    # Concrete masks are made on the host: on the device every shape is compiled anew.
+    xp = jnp if isinstance(kept, jax.core.Tracer) else np
+    unit = np.full(member.shape[member.axis], len(kept))
+    unit[member.index] = np.arange(len(kept))[:, None]
+    others = [axis for axis in range(len(member.shape)) if axis != member.axis]
+    return xp.expand_dims(xp.append(kept, True)[unit], others)

@@ -2,7 +2,7 @@
 
 from hybrid_jax.core import expand, narrow, shrink, slice_tree
 from hybrid_jax.pruning.allocation import Allocation, erk, global_, uniform
-from hybrid_jax.pruning.channels import group_scores, keep_channels
+from hybrid_jax.pruning.coupling import channels, group_scores, keep_channels
 from hybrid_jax.pruning.criteria import (
     batchnorm_scale,
     fisher,
@@ -13,8 +13,9 @@ from hybrid_jax.pruning.criteria import (
     random,
     taylor,
 )
-from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
+from hybrid_jax.pruning.granularity import Granularity, blocks, kernels, n_m, unstructured
 from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.packing import pack_masks, unpack_masks
 from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
@@ -31,6 +32,8 @@ __all__ = [
     "Schedule",
     "apply_masks",
     "batchnorm_scale",
+    "blocks",
+    "channels",
     "cubic",
     "erk",
     "expand",
@@ -40,6 +43,7 @@ __all__ = [
     "group_scores",
     "hold_masks",
     "keep_channels",
+    "kernels",
     "lamp",
     "magnitude",
     "masks",
@@ -47,11 +51,13 @@ __all__ = [
     "n_m",
     "narrow",
     "one_shot",
+    "pack_masks",
     "prune_by_schedule",
     "random",
     "shrink",
     "slice_tree",
     "taylor",
     "uniform",
+    "unpack_masks",
     "unstructured",
 ]

@@ -131,9 +131,7 @@ def prune_by_schedule(
 
     def score_and_mask(params, needed, sparsity, masks):
         scores = criterion(params, *needed)
-        if masks is not None:
-            scores = core.map_with_path(_removed_last, scores, masks)
-        return make_masks(scores, sparsity, granularity, allocation, exempt)
+        return make_masks(scores, sparsity, granularity, allocation, exempt, masks)
 
     def init(params):
         like = jax.eval_shape(
@@ -163,14 +161,6 @@ def prune_by_schedule(
         return _onto_masks(updates, masks, params), PruneState(step, reached, masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _removed_last(path: str, scores: Any, mask: Any) -> Any:
-    """Ranks what is removed already below everything else."""
-    del path
-    if core.is_masked_node(mask):
-        return scores
-    return jnp.where(mask, scores, -jnp.inf)
 
 
 def _onto_masks(updates: Any, masks: Any, params: Any) -> Any:

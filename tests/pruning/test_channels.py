@@ -51,8 +51,8 @@ def test_scores_reduce_over_the_whole_group(groups, reduce, expected):
 
 def test_groups_of_another_scale_compare():
     # Ten times the fan-in of equal weights is no reason to keep a channel.
-    wide = core.Group("wide", 2, (core.Member("wide", 1, np.array([[0], [1]])),))
-    thin = core.Group("thin", 2, (core.Member("thin", 1, np.array([[0], [1]])),))
+    wide = core.Group("wide", 2, (core.Member("wide", 1, np.array([[0], [1]]), (10, 2)),))
+    thin = core.Group("thin", 2, (core.Member("thin", 1, np.array([[0], [1]]), (1, 2)),))
     scores = {"wide": jnp.ones((10, 2)), "thin": jnp.ones((1, 2))}
     got = pruning.group_scores(scores, [wide, thin])
     np.testing.assert_array_equal(got["wide"], got["thin"])
@@ -60,7 +60,7 @@ def test_groups_of_another_scale_compare():
 
 def test_units_of_several_indices():
     # A flattened (2 positions, 2 channels): channel 0 owns rows 0 and 2.
-    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]])),))
+    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]]), (4, 1)),))
     scores = {"w": jnp.array([[1.0], [10.0], [2.0], [20.0]])}
     got = pruning.group_scores(scores, [group], normalize="none")
     assert got["w"].tolist() == [3.0, 30.0]

@@ -200,7 +200,7 @@ def test_bad_input_is_named():
         pruning.masks(scores, 0.5, pruning.n_m(2, 4, axis={"other": 0}))
     with pytest.raises(ValueError, match="contracted axis of 'w' with shape"):
         pruning.masks({"w": jnp.ones(4)}, 0.5, pruning.n_m(2, 4))
-    with pytest.raises(ValueError, match=r"allocation must be uniform\(\).*got erk\(\) with 12"):
+    with pytest.raises(ValueError, match=r"must be uniform\(\) with n_m\(1, 2\).*got erk\(\)"):
         pruning.masks(scores, 0.5, pruning.n_m(1, 2), pruning.erk())
     with pytest.raises(ValueError, match=r"n must be an integer in \[1, 4\], got 5"):
         pruning.n_m(5, 4)
