@@ -102,9 +102,23 @@ def test_every_public_function_is_registered():
     assert registered <= set(pruning.__all__)
 
 
-def scored(criterion, params=PARAMS):
-    """Scores in steps of 1/64: their sums are exact, and many are equal."""
-    return jax.tree.map(lambda s: jnp.clip(jnp.round(s * 64), -999, 999) / 64, criterion(params))
+@pytest.fixture(scope="module")
+def scores_by_structure():
+    """Scores by every criterion, of other and of equal parameters; lists of those alike.
+
+    They are in steps of 1/64: their sums are exact, and many are equal.
+    """
+    alike = {}
+    for criterion in CRITERIA.values():
+        score = jax.jit(
+            lambda params, f=criterion: jax.tree.map(
+                lambda s: jnp.clip(jnp.round(s * 64), -999, 999) / 64, f(params)
+            )
+        )
+        for params in (PARAMS, jax.tree.map(jnp.ones_like, PARAMS)):
+            scores = score(params)
+            alike.setdefault(jax.tree.structure(scores), []).append(scores)
+    return list(alike.values())
 
 
 def exact(sparsity, n):
@@ -163,9 +177,9 @@ def best(scores, count):
     return np.isin(np.arange(len(scores)), order)
 
 
-def check_exact(granularity, allocation, scores, sparsity, masks):
+def check_exact(granularity, allocation, units, sparsity, masks):
     """Law 2: the counts are those of `sparsity`, and the units kept are the best, then first."""
-    units, kept = unit_rows(granularity, scores), kept_rows(granularity, masks)
+    kept = kept_rows(granularity, masks)
     assert list(units) == list(kept)
     least = GRANULARITIES[granularity][0].at_least
     total = sum(rows.size for rows in units.values())
@@ -192,42 +206,36 @@ def fits(granularity, scores):
 
 
 @pytest.mark.parametrize(("granularity", "allocation"), COMBINATIONS)
-def test_masks_are_exact_compiled_once_and_equal_eager(granularity, allocation):
+def test_masks_are_exact_compiled_once_and_equal_eager(
+    granularity, allocation, scores_by_structure
+):
     kind, spread = GRANULARITIES[granularity][0], ALLOCATIONS[allocation]
 
     def masks(scores, sparsity):
         return pruning.masks(scores, sparsity, kind, spread)
 
-    compiled = jax.jit(masks)
-    ones = jax.tree.map(jnp.ones_like, PARAMS)
-    by_structure = {}
-    for name, criterion in CRITERIA.items():
-        for params in (PARAMS, ones):
-            scores = scored(criterion, params)
-            if fits(granularity, scores):
-                by_structure.setdefault(jax.tree.structure(scores), []).append(scores)
-            else:
-                with pytest.raises(ValueError, match=r"ax[ie]s must be .* of 'first/scale'"):
-                    masks(scores, 0.5)
-                assert name == "batchnorm_scale"
+    compiled, compilations = jax.jit(masks), 0
     sparsities = {float(s(step)) for s in SCHEDULES.values() for step in range(7)} | {0.37}
-    for alike in by_structure.values():
-        shapes = jax.eval_shape(masks, alike[0], jnp.float32(0.37))
+    for alike in scores_by_structure:
+        if not fits(granularity, alike[0]):
+            with pytest.raises(ValueError, match=r"ax[ie]s must be .* of 'first/scale'"):
+                masks(alike[0], 0.5)
+            continue
         bulk = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alike)
         eager = jax.vmap(lambda scores: masks(scores, 0.37))(bulk)
         for i, scores in enumerate(alike):
+            units = unit_rows(granularity, scores)
             for sparsity in sparsities:
                 got = compiled(scores, jnp.float32(sparsity))
-                check_exact(granularity, allocation, scores, sparsity, got)
+                check_exact(granularity, allocation, units, sparsity, got)
                 if sparsity == 0.37:
-                    jax.tree.map(
-                        lambda a, b, i=i: np.testing.assert_array_equal(a, b[i]), got, eager
-                    )
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), got
-        )
+                    own = jax.tree.map(lambda stacked, i=i: stacked[i], eager)
+                    jax.tree.map(np.testing.assert_array_equal, got, own)
+        compilations += 1
+        shapes = jax.eval_shape(masks, alike[0], jnp.float32(0.37))
+        core.check_same_structure("masks", shapes, got)
     # Law 6: neither other scores nor another sparsity compile anew.
-    assert compiled._cache_size() == len(by_structure)
+    assert compiled._cache_size() == compilations > 0
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
