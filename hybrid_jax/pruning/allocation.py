@@ -103,7 +103,7 @@ def erk() -> Allocation:
 
     def allocate(units, shapes, sparsity, at_least):
         sizes = np.array([rows.size for rows in units.values()])
-        raw = np.array([sum(shapes[name]) / max(np.prod(shapes[name]), 1) for name in units])
+        raw = np.array([max(sum(shapes[name]), 1) / np.prod(shapes[name]) for name in units])
         total = int(sizes.sum())
         counts = _erk_counts(raw, sizes, total - removed_count(sparsity, total))
         counts = _lift(counts, sizes, at_least)

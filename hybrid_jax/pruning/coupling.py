@@ -34,10 +34,11 @@ def channels(
     any allocation, and in `prune_by_schedule`. `sparsity` is a fraction of the channels.
 
     Args:
-      groups: The coupled groups, `core.trace(...).groups`. Each is a row, by its name.
+      groups: The coupled groups, `core.trace(...).groups`, of a function of the parameters that
+        are scored. Each is a row, by its name.
       reduce: As for `group_scores`.
       normalize: As for `group_scores`.
-      multiple: As for `keep_channels`.
+      multiple: As for `keep_channels`. Above 1 counts are the nearest that it allows.
       at_least: Channels that each group keeps whatever the sparsity. A group that loses all of
         them cuts the network in two.
 
@@ -130,7 +131,8 @@ def keep_channels(
 ) -> dict[str, jax.Array]:
     """Chooses the channels to keep, with exact counts.
 
-    With `allocation='uniform'` a group of n channels loses floor(sparsity · n + ½), with
+    The choice that `masks` makes with `channels`, from scores of groups made by other means. With
+    `allocation='uniform'` a group of n channels loses floor(sparsity · n + ½), with
     'global' all groups together lose that of all their channels. The highest scores stay; of
     equal scores the lower index, and the group first by name. Widths are whole multiples of
     `multiple`, or n itself; a group is kept or removed in such steps, best channels first, to

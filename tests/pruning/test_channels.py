@@ -287,6 +287,11 @@ def test_a_scheduled_channel_that_left_stays_away():
         assert (np.asarray(second[name]) <= np.asarray(first[name])).all()
     assert sum(widths(first).values()) == 10
     assert sum(widths(second).values()) == 8
+    # And all that belongs to them can be removed for good.
+    _, small, certificate = pruning.shrink(three_layers, DEEP, second, jnp.ones((2, 3)))
+    assert small["bias"].shape == (widths(second)["a"],)
+    assert small["d"].shape == (widths(second)["c"], 2)
+    assert certificate.difference <= 1e-5
 
 
 def test_channels_name_what_is_wrong():

@@ -276,6 +276,10 @@ def test_scalars_and_vectors_are_pruned_where_they_are_scored():
     # floor(0.5 · 1 + ½) = 1 of one.
     assert not kept["scalar"]
     assert kept["vector"].tolist() == [False, True]
+    # The raw density of both is 1: the two of three that stay are shared as 2/3 and 4/3, whose
+    # totals are rounded down to 0 and 2.
+    kept = pruning.masks(scores, 0.34, allocation=pruning.erk())
+    assert [int(mask.sum()) for mask in kept.values()] == [0, 2]
 
 
 def test_apply_masks_zeroes_even_what_is_not_finite():
