@@ -14,9 +14,26 @@ from hybrid_jax.pruning.criteria import (
     taylor,
 )
 from hybrid_jax.pruning.granularity import Granularity, blocks, kernels, n_m, unstructured
+from hybrid_jax.pruning.lottery import (
+    Ticket,
+    barrier,
+    errors_between,
+    instability,
+    interpolate,
+    lottery_tickets,
+)
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.packing import pack_masks, unpack_masks
-from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
+from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
+from hybrid_jax.pruning.schedules import (
+    Schedule,
+    cubic,
+    cyclic,
+    exponential,
+    iterative,
+    one_shot,
+)
+from hybrid_jax.pruning.straight_through import StraightThroughState, straight_through
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
     PruneState,
@@ -29,22 +46,33 @@ __all__ = [
     "Granularity",
     "HoldMasksState",
     "PruneState",
+    "RewireState",
     "Schedule",
+    "StraightThroughState",
+    "Ticket",
     "apply_masks",
+    "barrier",
     "batchnorm_scale",
     "blocks",
     "channels",
     "cubic",
+    "cyclic",
     "erk",
+    "errors_between",
     "expand",
+    "exponential",
     "fisher",
     "geometric_median",
     "global_",
     "group_scores",
     "hold_masks",
+    "instability",
+    "interpolate",
+    "iterative",
     "keep_channels",
     "kernels",
     "lamp",
+    "lottery_tickets",
     "magnitude",
     "masks",
     "mean_squared_gradients",
@@ -54,8 +82,12 @@ __all__ = [
     "pack_masks",
     "prune_by_schedule",
     "random",
+    "rewire",
+    "rigl",
+    "set_",
     "shrink",
     "slice_tree",
+    "straight_through",
     "taylor",
     "uniform",
     "unpack_masks",

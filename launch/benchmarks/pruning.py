@@ -56,7 +56,7 @@ BENCHMARKS = (hold_masks, schedule_at_rest, schedule_with_updates, mask_computat
 
 def _by_schedule(every):
     schedule = pruning.cubic(SPARSITY, begin=0, end=10**5, initial=SPARSITY / 2)
-    return pruning.prune_by_schedule(pruning.magnitude, schedule, every=every)
+    return pruning.prune_by_schedule(optax.identity(), pruning.magnitude, schedule, every=every)
 
 
 def _against_plain(

@@ -72,11 +72,16 @@ ALLOCATIONS = {
 }
 SCHEDULES = {
     "cubic": pruning.cubic(0.5, begin=1, end=5, initial=0.1),
+    "cyclic": pruning.cyclic(pruning.one_shot(0.4, step=1), period=3, cycles=2),
+    "exponential": pruning.exponential(0.5, begin=0, end=4),
+    "iterative": pruning.iterative(0.2, every=2, rounds=3),
     "one_shot": pruning.one_shot(0.45, step=2),
 }
 # Functions that stand next to these and are none; modules that hold none.
 HELPERS = {"group_scores", "keep_channels", "mean_squared_gradients"}
-WITHOUT = {"core", "masking", "packing", "transforms"}
+WITHOUT = set(
+    "core lottery masking packing renewal rewiring scoring straight_through transforms".split()
+)
 
 COMBINATIONS = [
     pytest.param(granularity, allocation, id=f"{granularity}-{allocation}")
@@ -242,11 +247,12 @@ def test_masks_are_exact_compiled_once_and_equal_eager(
 def test_a_schedule_prunes_what_stays_pruned(granularity):
     kind = GRANULARITIES[granularity][0]
     allocation = "uniform" if granularity == "n_m" else "global_"
-    tx = optax.chain(
+    tx = pruning.prune_by_schedule(
         optax.sgd(0.1, momentum=0.9),
-        pruning.prune_by_schedule(
-            pruning.magnitude, SCHEDULES["cubic"], kind, ALLOCATIONS[allocation]
-        ),
+        pruning.magnitude,
+        SCHEDULES["cubic"],
+        kind,
+        ALLOCATIONS[allocation],
     )
     params = {name: PARAMS[name] for name in ("first", "second", "head")}
 
@@ -257,12 +263,12 @@ def test_a_schedule_prunes_what_stays_pruned(granularity):
 
     state = tx.init(params)
     for _ in range(7):
-        before = kept_rows(granularity, state[1].masks)
+        before = kept_rows(granularity, state.masks)
         params, state = step(params, state)
-        kept = kept_rows(granularity, state[1].masks)
+        kept = kept_rows(granularity, state.masks)
         for name, rows in kept.items():
             assert (rows <= before[name]).all()
-        for path, mask in masked_leaves(state[1].masks).items():
+        for path, mask in masked_leaves(state.masks).items():
             assert (np.asarray(core.flatten_paths(params)[path])[~mask] == 0.0).all()
     assert step._cache_size() == 1
     sizes = [rows.size for rows in kept.values()]
