@@ -24,7 +24,9 @@ from hybrid_jax.pruning.lottery import (
 )
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.packing import pack_masks, unpack_masks
+from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
 from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
+from hybrid_jax.pruning.rounds import prune_in_rounds
 from hybrid_jax.pruning.schedules import (
     Schedule,
     cubic,
@@ -33,27 +35,34 @@ from hybrid_jax.pruning.schedules import (
     iterative,
     one_shot,
 )
+from hybrid_jax.pruning.sensitivity import channel_sensitivity, sensitive, sensitivity
 from hybrid_jax.pruning.straight_through import StraightThroughState, straight_through
+from hybrid_jax.pruning.targets import Reached, to_target
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
     PruneState,
     hold_masks,
     prune_by_schedule,
 )
+from hybrid_jax.pruning.widths import paying_widths, to_widths
 
 __all__ = [
     "Allocation",
     "Granularity",
     "HoldMasksState",
     "PruneState",
+    "Reached",
     "RewireState",
     "Schedule",
     "StraightThroughState",
     "Ticket",
+    "add_penalty",
     "apply_masks",
     "barrier",
+    "batchnorm_l1",
     "batchnorm_scale",
     "blocks",
+    "channel_sensitivity",
     "channels",
     "cubic",
     "cyclic",
@@ -64,7 +73,9 @@ __all__ = [
     "fisher",
     "geometric_median",
     "global_",
+    "group_lasso",
     "group_scores",
+    "group_shrinkage",
     "hold_masks",
     "instability",
     "interpolate",
@@ -80,15 +91,21 @@ __all__ = [
     "narrow",
     "one_shot",
     "pack_masks",
+    "paying_widths",
     "prune_by_schedule",
+    "prune_in_rounds",
     "random",
     "rewire",
     "rigl",
+    "sensitive",
+    "sensitivity",
     "set_",
     "shrink",
     "slice_tree",
     "straight_through",
     "taylor",
+    "to_target",
+    "to_widths",
     "uniform",
     "unpack_masks",
     "unstructured",

@@ -80,7 +80,8 @@ SCHEDULES = {
 # Functions that stand next to these and are none; modules that hold none.
 HELPERS = {"group_scores", "keep_channels", "mean_squared_gradients"}
 WITHOUT = set(
-    "core lottery masking packing renewal rewiring scoring straight_through transforms".split()
+    "core lottery masking packing penalties renewal rewiring rounds scoring sensitivity "
+    "straight_through targets transforms widths".split()
 )
 
 COMBINATIONS = [
