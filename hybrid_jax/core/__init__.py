@@ -1,6 +1,6 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
-from hybrid_jax.core.channels import Group, Member, expand
+from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
     check_choice,
     check_finite,
@@ -13,6 +13,7 @@ from hybrid_jax.core.checks import (
 from hybrid_jax.core.fold import fold
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
+from hybrid_jax.core.narrowing import narrow_graph
 from hybrid_jax.core.patches import (
     kernel_from_matrix,
     kernel_matrix,
@@ -58,6 +59,7 @@ __all__ = [
     "flatten_paths",
     "fold",
     "is_masked_node",
+    "keep_indices",
     "kept_indices",
     "kernel_from_matrix",
     "kernel_matrix",
@@ -65,6 +67,7 @@ __all__ = [
     "mask_removed",
     "match_rules",
     "narrow",
+    "narrow_graph",
     "output_matrix",
     "patches",
     "path_string",

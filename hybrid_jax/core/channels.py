@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,8 +115,10 @@ def group_channels(
         members = tuple(
             Member(*key, np.array([unit[key] for unit in alike]), shapes[key[0]]) for key in keys
         )
-        groups.append((rank.get(first[0], len(rank)), Group(first[0], len(alike), members)))
-    groups.sort(key=lambda pair: (pair[0], pair[1].name, int(pair[1].members[0].index[0, 0])))
+        # Of equal names first the one that touches the first axes: so it is after a removal too.
+        order = rank.get(first[0], len(rank)), first[0], kind
+        groups.append((order, Group(first[0], len(alike), members)))
+    groups.sort(key=lambda pair: pair[0])
     counts: collections.Counter[str] = collections.Counter()
     named = []
     for _, group in groups:
@@ -148,37 +150,73 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
       >>> expand({'w': [True, False]}, [group], {'w': np.ones((2, 2))})['w'].tolist()
       [[True, False], [True, False]]
     """
-    by_name = {group.name: group for group in groups}
     shapes = {path: np.shape(leaf) for path, leaf in paths.flatten_paths(params).items()}
     masks: dict[str, Any] = {}
-    for name, kept in keep.items():
-        checks.check_choice("keep", name, by_name)
-        group = by_name[name]
-        kept = kept if isinstance(kept, jax.core.Tracer) else np.asarray(kept)
-        if kept.shape != (group.size,) or kept.dtype != bool:
+    for member, kept in kept_along(keep, groups):
+        if shapes.get(member.path) != member.shape:
             raise ValueError(
-                f"keep[{name!r}] must be bool[{group.size}], "
-                f"got {kept.dtype}[{','.join(map(str, kept.shape))}]"
+                f"params must have shape {member.shape} at {member.path!r}, "
+                f"got {shapes.get(member.path, 'no leaf')}"
             )
-        for member in group.members:
-            if shapes.get(member.path) != member.shape:
-                raise ValueError(
-                    f"params must have shape {member.shape} at {member.path!r}, "
-                    f"got {shapes.get(member.path, 'no leaf')}"
-                )
-            mask = masks.get(member.path, np.ones(member.shape, bool))
-            masks[member.path] = mask & _along_axis(kept, member)
+        xp = jnp if isinstance(kept, jax.core.Tracer) else np
+        others = [axis for axis in range(len(member.shape)) if axis != member.axis]
+        mask = masks.get(member.path, np.ones(member.shape, bool))
+        masks[member.path] = mask & xp.expand_dims(kept, others)
     return paths.map_with_path(
         lambda path, leaf: jnp.asarray(masks[path]) if path in masks else optax.MaskedNode(),
         params,
     )
 
 
-def _along_axis(kept: Any, member: Member) -> Any:
-    """Which indices of the member's axis are kept, of its rank so that it broadcasts."""
-    # Concrete masks are made on the host: on the device every shape is compiled anew.
-    xp = jnp if isinstance(kept, jax.core.Tracer) else np
-    unit = np.full(member.shape[member.axis], len(kept))
-    unit[member.index] = np.arange(len(kept))[:, None]
-    others = [axis for axis in range(len(member.shape)) if axis != member.axis]
-    return xp.expand_dims(xp.append(kept, True)[unit], others)
+def keep_indices(
+    keep: Mapping[str, Any], groups: Sequence[Group], params: Any
+) -> dict[str, tuple[np.ndarray, ...]]:
+    """Writes which channels are kept as the indices that stay, for `narrow` and `slice_tree`.
+
+    Args:
+      keep: {group name: bool[n]}, True where kept; groups left out are kept whole.
+      groups: The groups of the graph.
+      params: The parameters (arrays or `jax.ShapeDtypeStruct`).
+
+    Returns:
+      {path: for each axis of the parameter the indices that stay, sorted}.
+
+    Raises:
+      ValueError: If a name is none of the groups', or an array is not bool[n].
+
+    Example:
+      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
+      >>> keep_indices({'w': [True, False]}, [group], {'w': np.ones((2, 2))})
+      {'w': (array([0, 1]), array([0]))}
+    """
+    stays = {
+        path: [np.ones(n, bool) for n in np.shape(leaf)]
+        for path, leaf in paths.flatten_paths(params).items()
+    }
+    for member, kept in kept_along(keep, groups):
+        stays[member.path][member.axis] &= kept
+    return {path: tuple(np.flatnonzero(axis) for axis in axes) for path, axes in stays.items()}
+
+
+def kept_along(keep: Mapping[str, Any], groups: Sequence[Group]) -> Iterator[tuple[Member, Any]]:
+    """Yields each member of the groups in `keep`, and which indices of its axis are kept.
+
+    Raises:
+      ValueError: If a name is none of the groups', or an array is not bool[n].
+    """
+    by_name = {group.name: group for group in groups}
+    for name, kept in keep.items():
+        checks.check_choice("keep", name, by_name)
+        group = by_name[name]
+        # Concrete masks are made on the host: on the device every shape is compiled anew.
+        xp = jnp if isinstance(kept, jax.core.Tracer) else np
+        kept = xp.asarray(kept)
+        if kept.shape != (group.size,) or kept.dtype != bool:
+            raise ValueError(
+                f"keep[{name!r}] must be bool[{group.size}], "
+                f"got {kept.dtype}[{','.join(map(str, kept.shape))}]"
+            )
+        for member in group.members:
+            unit = np.full(member.shape[member.axis], group.size)
+            unit[member.index] = np.arange(group.size)[:, None]
+            yield member, xp.append(kept, True)[unit]

@@ -1,8 +1,9 @@
 """Peak activation memory, by the liveness of values in the traced program."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.extend import core as jex
 
@@ -66,8 +67,7 @@ def peak_activation_bytes(
       18
     """
     bits = {site.name: 32 for site in graph.sites} | dict(activation_bits or {})
-    arguments = graph.jaxpr.jaxpr.invars
-    inputs = [_value(graph, v) for v in arguments[len(graph.parameters) :]]
+    inputs = [_value(graph, v.shape) for v in graph.arguments[len(graph.parameters) :]]
     reads = [None] * len(graph.parameters) + inputs
     return _peak(graph, bits, graph.jaxpr.jaxpr, reads, ())
 
@@ -114,12 +114,12 @@ def _steps(graph, bits, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) -> li
         values = [read(atom) for atom in eqn.invars]
         if not any(values):
             continue
-        bodies = list(_bodies(graph, eqn, values))
+        bodies = list(_bodies(eqn, values))
         if eqn.primitive.name not in _LOOPS and bodies:
             [(name, called, _)] = bodies
             outs = _steps(graph, bits, called, values, (*here, name), steps)
         else:
-            outs = [_value(graph, v) for v in eqn.outvars]
+            outs = [_value(graph, v.shape) for v in graph.analysis.equations[here][1]]
             inside = 0
             for name, body, arguments in bodies:
                 peak = _peak(graph, bits, body, arguments, (*here, name))
@@ -130,21 +130,23 @@ def _steps(graph, bits, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) -> li
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _bodies(graph, eqn, values) -> Iterator[tuple[str, jex.Jaxpr, list[_Value | None]]]:
+def _bodies(eqn, values) -> Iterator[tuple[str, jex.Jaxpr, list[_Value | None]]]:
     """Name, jaxpr and arguments of each jaxpr that an equation runs."""
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
         found = [(str(i), closed, values[1:]) for i, closed in enumerate(params["branches"])]
     elif name == "while":
         found = [("body", params["body_jaxpr"], values[params["cond_nconsts"] :])]
+    elif name == "scan":
+        whole, length = params["num_consts"] + params["num_carry"], max(params["length"], 1)
+        rows = [value and _Value(-(-value.size // length)) for value in values[whole:]]
+        found = [("body", params["jaxpr"], [*values[:whole], *rows])]
     else:
         found = [("body", params.get("jaxpr", params.get("call_jaxpr")), values)]
     for name, body, values in found:
         if body is not None:
-            jaxpr = getattr(body, "jaxpr", body)
-            pairs = zip(jaxpr.invars, values, strict=True)
-            yield name, jaxpr, [_value(graph, v) if value else None for v, value in pairs]
+            yield name, getattr(body, "jaxpr", body), [v and _Value(v.size) for v in values]
 
 
-def _value(graph: core.Graph, atom: Any) -> _Value:
-    return _Value(-(-getattr(atom.aval, "size", 0) // graph.batch))
+def _value(graph: core.Graph, shape: tuple[int, ...]) -> _Value:
+    return _Value(-(-math.prod(shape) // graph.batch))

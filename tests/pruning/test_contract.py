@@ -77,6 +77,7 @@ SCHEDULES = {
 # Functions that stand next to these and are none; modules that hold none.
 HELPERS = {"group_scores", "keep_channels", "mean_squared_gradients"}
 WITHOUT = {"core", "masking", "packing", "transforms"}
+WITHOUT |= {"penalties", "rounds", "sensitivity", "targets", "widths"}
 
 COMBINATIONS = [
     pytest.param(granularity, allocation, id=f"{granularity}-{allocation}")
