@@ -33,12 +33,12 @@ def group_lasso(params: Any, groups: Sequence[core.Group]) -> jax.Array:
 
     Example:
       >>> import numpy as np
-      >>> params = {'a': jnp.array([[3.0, 0.0]] * 2), 'b': jnp.array([[4.0, 0.0], [2.0, 1.0]])}
+      >>> params = {'a': jnp.array([[1.0, 0.0]] * 2), 'b': jnp.array([[1.0, 1.0], [3.0, 4.0]])}
       >>> index = np.array([[0], [1]])
       >>> members = core.Member('a', 1, index, (2, 2)), core.Member('b', 0, index, (2, 2))
       >>> hidden = core.Group('a', 2, members)
-      >>> round(float(group_lasso(params, [hidden])), 4)  # √4 (√(3² + 3² + 4²) + √(2² + 1²))
-      16.1341
+      >>> float(group_lasso(params, [hidden]))  # √4 (√(1² + 1² + 1² + 1²) + √(3² + 4²))
+      14.0
     """
 
     def of_group(squares, count):

@@ -79,10 +79,9 @@ SCHEDULES = {
 }
 # Functions that stand next to these and are none; modules that hold none.
 HELPERS = {"group_scores", "keep_channels", "mean_squared_gradients"}
-WITHOUT = set(
-    "core lottery masking packing penalties renewal rewiring rounds scoring sensitivity "
-    "straight_through targets transforms widths".split()
-)
+WITHOUT = {"core", "masking", "packing", "transforms"}
+WITHOUT |= {"lottery", "renewal", "rewiring", "scoring", "straight_through"}
+WITHOUT |= {"penalties", "rounds", "sensitivity", "targets", "widths"}
 
 COMBINATIONS = [
     pytest.param(granularity, allocation, id=f"{granularity}-{allocation}")
