@@ -58,7 +58,7 @@ def renew(
 
     A weight that comes back starts at exactly zero, and its entries in the state of `inner`, like
     those of a weight that leaves, at what `inner.init` gives them. If not due, the step costs the
-    landing alone.
+    landing alone, except under `jax.vmap`, which runs both branches of a condition.
 
     Args:
       due: () bool.

@@ -61,7 +61,7 @@ def rigl(
     It is a wrapper because growing takes the gradients as they are before the optimizer.
 
     Args:
-      inner: Any optax optimizer; its own last link does not matter.
+      inner: As for `prune_by_schedule`.
       sparsity: () fraction removed, in [0, 1].
       key: A key of `jax.random.key`, for the first masks.
       end: The step from which masks stay. The paper's is three quarters of all steps.
@@ -195,8 +195,8 @@ def _rewiring(
         _check_single_weights(masks, granularity)
         return RewireState(
             step=jnp.zeros((), jnp.int32),
-            # Data and not a typed key, which optimizers around this one cannot select from.
-            key=jax.random.key_data(key),
+            # Data, as optimizers around this one cannot select typed keys; copied, to be donated.
+            key=jnp.array(jax.random.key_data(key)),
             masks=masks,
             inner=inner.init(apply_masks(params, masks)),
         )

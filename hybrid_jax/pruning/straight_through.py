@@ -63,7 +63,7 @@ def straight_through(
     `optax.apply_updates`, removed ones are exactly zero.
 
     Args:
-      inner: Any optax optimizer; its own last link does not matter.
+      inner: As for `prune_by_schedule`.
       criterion: As for `prune_by_schedule`; scores the dense weights.
       schedule: As for `prune_by_schedule`; `one_shot(sparsity)` for a constant.
       granularity: As for `masks`.

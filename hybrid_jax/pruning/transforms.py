@@ -1,4 +1,9 @@
-"""Pruning in an optax transformation: plain `optax.apply_updates` lands on the mask."""
+"""Pruning in an optax transformation: plain `optax.apply_updates` lands on the mask.
+
+Nothing may follow such a transformation in a chain: a link after it would move what it set to
+zero, and no transformation can see what follows it. Around it may be what calls it or does not,
+as `optax.MultiSteps`, `optax.apply_if_finite`, `optax.partition`, `optax.inject_hyperparams`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -106,7 +111,7 @@ def prune_by_schedule(
     `inner` sees the gradients of kept weights, zero for the others.
 
     Args:
-      inner: Any optax optimizer; its own last link does not matter.
+      inner: Any optax optimizer. `update` hands it extra arguments as `optax.chain` would.
       criterion: `criterion(params) -> scores`, such as `magnitude`, or with `needs`
         `criterion(params, *needed) -> scores`, such as `taylor`.
       schedule: `schedule(step) -> sparsity`, from step 0 at the first update.
