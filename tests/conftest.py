@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import data
+from hybrid_jax import core, data
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -102,3 +103,31 @@ def digits():
         for key in jax.random.split(jax.random.key(1), STEPS):
             variables, state = step(variables, state, key)
     return Trained(predict, train, variables, images, labels, held_out, held_out_labels)
+
+
+@pytest.fixture(scope="session")
+def digits_grams(digits):
+    """The Gram matrices of the digits' network on training images."""
+    batches = [(digits.images[:256],), (digits.images[256:512],)]
+    return core.input_grams(digits.fn, digits.params, batches)
+
+
+@pytest.fixture(scope="session")
+def layer_errors(digits):
+    """params -> {path of a kernel: ‖X W − X Ŵ‖² / ‖X W‖²} on held-out images."""
+    held_out = core.input_grams(digits.fn, digits.params, [(digits.held_out_images,)])
+    kernels = core.flatten_paths(digits.params)
+
+    def energy(gram, w):
+        return np.einsum("gio,gij,gjo->", w, gram.matrix, w, optimize=True)
+
+    def errors(params):
+        changed, found = core.flatten_paths(params), {}
+        for path, gram in held_out.items():
+            old, new = (
+                np.asarray(core.kernel_matrix(gram.site, tree[path])) for tree in (kernels, changed)
+            )
+            found[path] = energy(gram, old - new) / energy(gram, old)
+        return found
+
+    return errors

@@ -11,6 +11,7 @@ from hybrid_jax.core.checks import (
     check_same_structure,
 )
 from hybrid_jax.core.fold import fold
+from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
 from hybrid_jax.core.narrowing import narrow_graph
@@ -38,10 +39,12 @@ from hybrid_jax.core.shrink import (
     slice_tree,
 )
 from hybrid_jax.core.sites import Site
+from hybrid_jax.core.surgeon import damped_gram, inverse_factor, sweep_rows
 
 __all__ = [
     "REQUIRED",
     "Certificate",
+    "Gram",
     "Graph",
     "Group",
     "Member",
@@ -50,14 +53,18 @@ __all__ = [
     "check_choice",
     "check_finite",
     "check_fraction",
+    "check_grams",
     "check_integer",
     "check_positive",
     "check_same_paths",
     "check_same_structure",
+    "damped_gram",
     "evaluate",
     "expand",
     "flatten_paths",
     "fold",
+    "input_grams",
+    "inverse_factor",
     "is_masked_node",
     "keep_indices",
     "kept_indices",
@@ -73,5 +80,6 @@ __all__ = [
     "path_string",
     "shrink",
     "slice_tree",
+    "sweep_rows",
     "trace",
 ]

@@ -23,6 +23,7 @@ from hybrid_jax.pruning.lottery import (
     lottery_tickets,
 )
 from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.obs import compensate, obs
 from hybrid_jax.pruning.packing import pack_masks, unpack_masks
 from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
 from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
@@ -64,6 +65,7 @@ __all__ = [
     "blocks",
     "channel_sensitivity",
     "channels",
+    "compensate",
     "cubic",
     "cyclic",
     "erk",
@@ -89,6 +91,7 @@ __all__ = [
     "mean_squared_gradients",
     "n_m",
     "narrow",
+    "obs",
     "one_shot",
     "pack_masks",
     "paying_widths",

@@ -10,20 +10,32 @@ Ranges are a pytree of floats to be trained along with the parameters, bits are 
 """
 
 from hybrid_jax.quantization.calibration import calibrate
+from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
     OFF,
     Grid,
     Range,
-    affine,
     dequantize,
     extent,
+    nearest,
     quantize,
-    symmetric,
+    spread,
 )
 from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels
-from hybrid_jax.quantization.observers import Observer, minmax, moving_average, mse, percentile
-from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, spec
+from hybrid_jax.quantization.observers import (
+    Observer,
+    entropy,
+    mean_abs,
+    minmax,
+    moving_average,
+    mse,
+    percentile,
+    ternary,
+)
+from hybrid_jax.quantization.schedules import annealing
+from hybrid_jax.quantization.schemes import affine, binary, e4m3, e5m2, power_of_two, symmetric
+from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, range_shape, spec
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
@@ -36,20 +48,32 @@ __all__ = [
     "SiteSpec",
     "Spec",
     "affine",
+    "annealing",
+    "binary",
     "calibrate",
     "dequantize",
+    "e4m3",
+    "e5m2",
+    "entropy",
     "extent",
     "fake_quant",
     "fake_quantized",
+    "gptq",
     "integer_kernels",
     "lsq",
+    "mean_abs",
     "minmax",
     "moving_average",
     "mse",
+    "nearest",
     "pact",
     "percentile",
+    "power_of_two",
     "quantize",
+    "range_shape",
     "spec",
+    "spread",
     "symmetric",
+    "ternary",
     "with_gradient",
 ]

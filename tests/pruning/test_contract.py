@@ -36,7 +36,9 @@ PARAMS = {
     "temperature": jnp.ones(()),
     "steps": jnp.zeros((), jnp.int32),
 }
-GROUPS = core.trace(network, PARAMS, jnp.ones((1, 4, 4, 4))).groups
+IMAGES = leaf(7, 2, 4, 4, 4)
+GROUPS = core.trace(network, PARAMS, IMAGES).groups
+GRAMS = core.input_grams(network, PARAMS, [(IMAGES,)])
 
 # {name in `pruning`: its scores of some parameters}.
 CRITERIA = {
@@ -45,6 +47,7 @@ CRITERIA = {
     "geometric_median": pruning.geometric_median,
     "lamp": pruning.lamp,
     "magnitude": pruning.magnitude,
+    "obs": lambda p: pruning.obs(p, GRAMS),
     "random": lambda p: pruning.random(p, jax.random.key(0)),
     "taylor": lambda p: pruning.taylor(p, p),
 }
@@ -78,7 +81,7 @@ SCHEDULES = {
     "one_shot": pruning.one_shot(0.45, step=2),
 }
 # Functions that stand next to these and are none; modules that hold none.
-HELPERS = {"group_scores", "keep_channels", "mean_squared_gradients"}
+HELPERS = {"compensate", "group_scores", "keep_channels", "mean_squared_gradients"}
 WITHOUT = {"core", "masking", "packing", "transforms"}
 WITHOUT |= {"lottery", "renewal", "rewiring", "scoring", "straight_through"}
 WITHOUT |= {"penalties", "rounds", "sensitivity", "targets", "widths"}
