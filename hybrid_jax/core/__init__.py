@@ -9,8 +9,15 @@ from hybrid_jax.core.checks import (
     check_positive,
     check_same_structure,
 )
+from hybrid_jax.core.fold import fold
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
+from hybrid_jax.core.patches import (
+    kernel_from_matrix,
+    kernel_matrix,
+    output_matrix,
+    patches,
+)
 from hybrid_jax.core.paths import (
     REQUIRED,
     flatten_paths,
@@ -47,12 +54,17 @@ __all__ = [
     "evaluate",
     "expand",
     "flatten_paths",
+    "fold",
     "is_masked_node",
     "kept_indices",
+    "kernel_from_matrix",
+    "kernel_matrix",
     "map_with_path",
     "mask_removed",
     "match_rules",
     "narrow",
+    "output_matrix",
+    "patches",
     "path_string",
     "shrink",
     "slice_tree",

@@ -24,6 +24,7 @@ class Site:
       feature_axis: Axis of the activation that holds C.
       kernel_in_axes: Axes of the kernel that are summed over (C and the spatial ones).
       kernel_out_axes: Axes of the kernel that are output channels O.
+      output_axes: Axes of the result that are output channels O, in the order of the kernel's.
       kernel_operand: Position of the kernel among the operation's two operands.
       groups: Number of feature groups of a convolution; C for a depthwise one.
       calls: How often it runs (the length of the scans around it).
@@ -39,6 +40,7 @@ class Site:
     feature_axis: int
     kernel_in_axes: tuple[int, ...]
     kernel_out_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
     kernel_operand: int
     groups: int
     calls: int
@@ -92,13 +94,17 @@ def describe(
     kernel = values[operand].shape
     if conv:
         out_axes, in_axes = (numbers.rhs_spec[0],), tuple(sorted(numbers.rhs_spec[1:]))
-        feature = numbers.lhs_spec[1]
+        feature, results = numbers.lhs_spec[1], (numbers.out_spec[1],)
     else:
         (contracted, batch) = numbers
         in_axes = tuple(contracted[operand])
         feature = contracted[1 - operand][-1] if contracted[1 - operand] else -1
         used = {*in_axes, *batch[operand]}
         out_axes = tuple(axis for axis in range(len(kernel)) if axis not in used)
+        # A result has the batch axes first, then what is left of either operand.
+        rank = eqn.outvars[0].aval.ndim
+        first = rank - len(out_axes) if operand == 1 else len(batch[operand])
+        results = tuple(range(first, first + len(out_axes)))
     path = max(sorted(values[operand].origin), key=counts.__getitem__)
     return Site(
         name=path,
@@ -111,6 +117,7 @@ def describe(
         feature_axis=feature,
         kernel_in_axes=in_axes,
         kernel_out_axes=out_axes,
+        output_axes=results,
         kernel_operand=operand,
         groups=eqn.params["feature_group_count"] if conv else 1,
         calls=calls,
