@@ -55,9 +55,7 @@ def check_statistics(name: str, params: Any, statistics: Any) -> None:
     for path in [*expected, *got]:
         if path not in expected or path not in got:
             where = "statistics" if path in got else "params"
-            raise ValueError(
-                f"{name} must have the paths of params, got {path!r} in {where} only"
-            )
+            raise ValueError(f"{name} must have the paths of params, got {path!r} in {where} only")
         if any(map(core.is_masked_node, (expected[path], got[path]))):
             continue
         if np.shape(expected[path]) != np.shape(got[path]):
