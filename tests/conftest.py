@@ -35,12 +35,12 @@ SIZES = {
     "resnet20": {"blocks": [2, 2, 1]},
     "resnet32": {"blocks": [1, 2, 1], "shortcut": "project"},
     "resnet56": {"blocks": [3, 1, 1]},
-    "resnet18": {"blocks": [2, 1, 1, 1], "stem": "cifar", "widths": [8, 16, 24, 32]},
+    "resnet18": {"blocks": [2, 1, 1, 1], "stem": "cifar", "widths": [8, 8, 16, 16]},
     "resnet50": {"blocks": [2, 1, 1, 1], "widths": [8, 8, 16, 16], "stem": "cifar"},
     "vgg16_bn": {"widths": [[8, 8], [16, 16], [16, 16, 16], [24, 24, 24], [24, 24, 24]]},
     "mobilenet_v2": {"stages": [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 1, 2]], "stem": "cifar"},
     "densenet": {"blocks": [2, 2, 1]},
-    "densenet40": {"blocks": [2, 2, 1]},
+    "densenet40": {"blocks": [2, 1, 1]},
 }
 
 

@@ -42,19 +42,18 @@ def kept_by_criterion(small_model, name):
     graph = core.trace(fn, params, images)
     rng = np.random.default_rng(1)
     signed = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f"), params)
-    over_group = functools.partial(
-        pruning.group_scores, groups=graph.groups, reduce=REDUCTION[name]
-    )
+    positive = jax.tree.map(np.abs, signed)
+    # Not compiled as a whole: the models share shapes, and with them what is compiled for each.
+    *of_kernels, of_scales = [score(params, signed, positive) for score in CRITERIA.values()]
 
     @jax.jit
-    def reduced(params, signed):
-        positive = jax.tree.map(jnp.abs, signed)
-        *of_kernels, of_scales = [score(params, signed, positive) for score in CRITERIA.values()]
-        # Stacked and mapped over, so that reducing is one program and not one for each of them.
-        rows = jax.vmap(over_group)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_kernels))
-        return jax.tree.map(lambda a, b: jnp.vstack([a, b]), rows, over_group(of_scales))
+    def reduced(of_kernels, of_scales):
+        over = functools.partial(pruning.group_scores, groups=graph.groups, reduce=REDUCTION[name])
+        # Stacked and mapped over, so that reducing is one program and not one for each criterion.
+        rows = jax.vmap(over)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_kernels))
+        return jax.tree.map(lambda a, b: jnp.vstack([a, b]), rows, over(of_scales))
 
-    rows = jax.device_get(reduced(params, signed))
+    rows = jax.device_get(reduced(of_kernels, of_scales))
     return graph, {
         criterion: pruning.keep_channels({group: s[i] for group, s in rows.items()}, 0.5)
         for i, criterion in enumerate(CRITERIA)
@@ -73,13 +72,17 @@ def test_masked_equals_shrunk_by_every_criterion(name, small_model):
     small_fn, _, certificate = core.shrink(fn, params, masks, images)
     assert certificate.macs[1] < 0.5 * certificate.macs[0]
     assert certificate.difference < 1e-5
-    # Widths are uniform, so that most criteria lead to the same small program: compiled once.
-    run, programs, different = jax.jit(fn), {}, set()
+    # Widths are uniform, so that one small program serves all criteria; but a shortcut that pads
+    # knows its channels by their places.
+    pads = name in ("resnet8", "resnet20", "resnet56")
+    run, programs, different = jax.jit(fn), {"": jax.jit(small_fn)}, set()
     for keep in kept_by.values():
         masks = core.expand(keep, graph.groups, params)
-        kept = core.kept_indices(graph, masks)
-        small, small_fn = core.slice_tree(params, kept), core.narrow(fn, params, kept)
-        program = str(jax.make_jaxpr(small_fn)(small, images))
+        kept, program = core.kept_indices(graph, masks), ""
+        small = core.slice_tree(params, kept)
+        if pads:
+            small_fn = core.narrow(fn, params, kept)
+            program = str(jax.make_jaxpr(small_fn)(small, images))
         small_run = programs.setdefault(program, jax.jit(small_fn))
         close(small_run(small, images), run(pruning.apply_masks(params, masks), images))
         different.add(b"".join(np.asarray(mask).tobytes() for mask in keep.values()))
@@ -107,7 +110,9 @@ def test_masked_equals_shrunk_after_twenty_more_steps(name, small_model):
     graph, kept_by = kept_by_criterion(small_model, name)
     masks = core.expand(kept_by[CRITERION[name]], graph.groups, params)
     kept = core.kept_indices(graph, masks)
-    tx = optax.chain(optax.sgd(0.01, momentum=0.9), pruning.hold_masks({"params": masks["params"]}))
+    tx = optax.chain(
+        optax.sgd(0.001, momentum=0.9), pruning.hold_masks({"params": masks["params"]})
+    )
 
     def stepper(train):
         @jax.jit
@@ -134,7 +139,7 @@ def test_masked_equals_shrunk_after_twenty_more_steps(name, small_model):
         small, small_state = small_step(small, small_state, batches[i % 3])
     for path, before in core.flatten_paths(core.slice_tree(params, kept)).items():
         if path.endswith("kernel"):
-            assert np.abs(core.flatten_paths(small)[path] - before).max() > 1e-3, path
+            assert np.abs(core.flatten_paths(small)[path] - before).max() > 1e-4, path
     assert all(leaf.size == 0 or leaf.all() for leaf in jax.tree.leaves(small_state[-1].masks))
     close(core.slice_tree(masked, kept), small)
     close(masked, pruning.apply_masks(masked, masks))

@@ -32,18 +32,7 @@ def geometric_median(params: Any) -> Any:
       >>> geometric_median({'w': jnp.array([[0.0, 3.0, 3.0], [0.0, 4.0, 0.0]])})['w'].sum(0)
       Array([8., 9., 7.], dtype=float32)
     """
-
-    def shares(filters, own):
-        square = jnp.square(filters - own[None])
-        distance = jnp.sqrt(square.sum(axis=1, keepdims=True))
-        return jnp.sum(square / jnp.where(distance > 0, distance, 1.0), axis=0)
-
-    def distances(w):
-        filters = w.reshape(-1, w.shape[-1]).T
-        # One filter at a time: all pairs at once would take O times the memory of the layer.
-        return jax.lax.map(lambda own: shares(filters, own), filters).T.reshape(w.shape)
-
-    return score(distances, params)
+    return score(_distances, params)
 
 
 def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
@@ -80,3 +69,16 @@ def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
         return jnp.abs(leaf.astype(jnp.float32))
 
     return core.map_with_path(scale, params)
+
+
+@jax.jit
+def _distances(w: jax.Array) -> jax.Array:
+    filters = w.reshape(-1, w.shape[-1]).T
+
+    def shares(own):
+        square = jnp.square(filters - own[None])
+        distance = jnp.sqrt(square.sum(axis=1, keepdims=True))
+        return jnp.sum(square / jnp.where(distance > 0, distance, 1.0), axis=0)
+
+    # One filter at a time: all pairs at once would take O times the memory of the layer.
+    return jax.lax.map(shares, filters).T.reshape(w.shape)

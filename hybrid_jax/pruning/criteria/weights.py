@@ -79,13 +79,14 @@ def lamp(params: Any) -> Any:
       >>> lamp({'w': jnp.array([[1.0, -2.0, 2.0]])})  # 1/(1+4+4), 4/4, 4/(4+4)
       {'w': Array([[0.11111111, 1.        , 0.5       ]], dtype=float32)}
     """
+    return score(_share_of_larger, params)
 
-    def share_of_larger(w):
-        square = jnp.square(w).ravel()
-        order = jnp.argsort(-square, stable=True)
-        falling = square[order]
-        total = jnp.cumsum(falling)
-        share = falling / jnp.where(total > 0, total, 1.0)
-        return jnp.zeros_like(square).at[order].set(share).reshape(w.shape)
 
-    return score(share_of_larger, params)
+@jax.jit
+def _share_of_larger(w: jax.Array) -> jax.Array:
+    square = jnp.square(w).ravel()
+    order = jnp.argsort(-square, stable=True)
+    falling = square[order]
+    total = jnp.cumsum(falling)
+    share = falling / jnp.where(total > 0, total, 1.0)
+    return jnp.zeros_like(square).at[order].set(share).reshape(w.shape)
