@@ -119,6 +119,34 @@ def digits():
     return Trained(predict, train, variables, images, labels, held_out, held_out_labels)
 
 
+@pytest.fixture(scope="session")
+def digits_grams(digits):
+    """The Gram matrices of the digits' network on training images."""
+    batches = [(digits.images[:256],), (digits.images[256:512],)]
+    return core.input_grams(digits.fn, digits.params, batches)
+
+
+@pytest.fixture(scope="session")
+def layer_errors(digits):
+    """params -> {path of a kernel: ‖X W − X Ŵ‖² / ‖X W‖²} on held-out images."""
+    held_out = core.input_grams(digits.fn, digits.params, [(digits.held_out_images,)])
+    kernels = core.flatten_paths(digits.params)
+
+    def energy(gram, w):
+        return np.einsum("gio,gij,gjo->", w, gram.matrix, w, optimize=True)
+
+    def errors(params):
+        changed, found = core.flatten_paths(params), {}
+        for path, gram in held_out.items():
+            old, new = (
+                np.asarray(core.kernel_matrix(gram.site, tree[path])) for tree in (kernels, changed)
+            )
+            found[path] = energy(gram, old - new) / energy(gram, old)
+        return found
+
+    return errors
+
+
 class Small(NamedTuple):
     """A small version of a model that we ship, for 5 classes; the fields are those of `Trained`."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, experts, models, pruning, quantization
+from hybrid_jax import core, cost, experts, models, pruning, quantization
 
 
 def keep_half(graph):
@@ -27,6 +27,39 @@ def test_resnet50_at_full_resolution_is_traced_grouped_and_sliced():
     _, small, certificate = core.shrink(module.apply, variables, masks, images)
     assert small["params"]["head"]["kernel"].shape == (1024, 1000)
     assert certificate.parameters == (25_610_152, 6_944_200)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_target_is_met_from_below_and_costs_are_those_of_the_shrunk_network(name, small_model):
+    fn, _, *arrays = small_model(name)
+    variables, x = jax.eval_shape(lambda: arrays)
+    graph = core.trace(fn, variables, x)
+    rng = np.random.default_rng(0)
+    scores = {g.name: jnp.asarray(rng.random(g.size), jnp.float32) for g in graph.groups}
+    dense = cost.count(graph)
+
+    def choose(sparsity):
+        return pruning.keep_channels(scores, sparsity, "global")
+
+    def macs(keep):
+        return core.narrow_graph(graph, keep).macs
+
+    target = 0.45 * dense.macs
+    found = pruning.to_target(choose, macs, target)
+    # The next larger choice, one channel more, is above the target.
+    assert found.cost <= target < macs(choose(found.sparsity - 1e-6))
+
+    kept = core.keep_indices(found.choice, graph.groups, variables)
+    small = jax.eval_shape(lambda tree: core.slice_tree(tree, kept), variables)
+    shrunk = core.trace(core.narrow(fn, variables, kept), small, x)
+    narrowed = core.narrow_graph(graph, found.choice)
+    assert narrowed.parameters == shrunk.parameters
+    assert narrowed.sites == shrunk.sites
+    assert [(g.name, g.size) for g in narrowed.groups if g.size > 1] == [
+        (g.name, g.size) for g in shrunk.groups
+    ]
+    assert cost.count(narrowed) == cost.count(shrunk)
+    assert cost.count(narrowed).bytes < dense.bytes
 
 
 @pytest.mark.parametrize("name", models.names())

@@ -1,6 +1,6 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
-from hybrid_jax.core.channels import Group, Member, expand
+from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
     check_choice,
     check_finite,
@@ -10,8 +10,10 @@ from hybrid_jax.core.checks import (
     check_same_structure,
 )
 from hybrid_jax.core.fold import fold
+from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import evaluate
+from hybrid_jax.core.narrowing import narrow_graph
 from hybrid_jax.core.patches import (
     kernel_from_matrix,
     kernel_matrix,
@@ -36,10 +38,12 @@ from hybrid_jax.core.shrink import (
     slice_tree,
 )
 from hybrid_jax.core.sites import Site
+from hybrid_jax.core.surgeon import damped_gram, inverse_factor, sweep_rows
 
 __all__ = [
     "REQUIRED",
     "Certificate",
+    "Gram",
     "Graph",
     "Group",
     "Member",
@@ -48,14 +52,19 @@ __all__ = [
     "check_choice",
     "check_finite",
     "check_fraction",
+    "check_grams",
     "check_integer",
     "check_positive",
     "check_same_structure",
+    "damped_gram",
     "evaluate",
     "expand",
     "flatten_paths",
     "fold",
+    "input_grams",
+    "inverse_factor",
     "is_masked_node",
+    "keep_indices",
     "kept_indices",
     "kernel_from_matrix",
     "kernel_matrix",
@@ -63,10 +72,12 @@ __all__ = [
     "mask_removed",
     "match_rules",
     "narrow",
+    "narrow_graph",
     "output_matrix",
     "patches",
     "path_string",
     "shrink",
     "slice_tree",
+    "sweep_rows",
     "trace",
 ]

@@ -25,26 +25,28 @@ class Analysis:
     """What one walk over a jaxpr finds.
 
     Attributes:
+      counts: {path: number of entries} of the parameters.
       labels: The channel labels.
       equations: {path of an equation: (values in, values out)}.
       barriers: Paths of the equations without a rule, which take whole inputs.
       constants: {path of a jaxpr: values of its constants}.
       sites: {path of an equation: its site}, those in derivative rules included.
+      contractions: {path of an equation that multiplies and accumulates: (it, how often it runs)}.
       macs: Multiply-accumulates for the whole batch.
       used: Identities of the label arrays of axes that some equation takes.
     """
 
     def __init__(self, counts: Mapping[str, int]):
-        self._counts = counts
+        self.counts = counts
         self.labels = Labels()
         self.equations: dict[interpreter.Path, tuple[list[Value], list[Value]]] = {}
         self.sites: dict[interpreter.Path, Site] = {}
+        self.contractions: dict[interpreter.Path, tuple[jex.JaxprEqn, int]] = {}
         self.macs = 0
         self.barriers: set[interpreter.Path] = set()
         self.constants: dict[interpreter.Path, list[Value]] = {}
         self.used: set[int] = set()
         self._names: collections.Counter[str] = collections.Counter()
-        self._counted: set[interpreter.Path] = set()
 
     def walk(
         self, closed: jex.ClosedJaxpr, args: Sequence[Value], path: interpreter.Path, calls: int
@@ -72,21 +74,21 @@ class Analysis:
                     self.barriers.add(here)
                     outs = barrier(self.labels, eqn, values, f"goes through {eqn.primitive.name}")
                 if is_contraction(eqn):
-                    self._contraction(eqn, values, here, calls)
+                    self._contraction(eqn, values, outs[0], here, calls)
             self.equations[here] = values, outs
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _contraction(self, eqn, values, path, calls):
-        if path in self._counted:  # The body of a scan may be walked twice.
+    def _contraction(self, eqn, values, result, path, calls):
+        if path in self.contractions:  # The body of a scan may be walked twice.
             return
-        self._counted.add(path)
+        self.contractions[path] = eqn, calls
         if not derivatives.in_derivative(path):
-            self.macs += calls * count_macs(eqn)
+            self.macs += calls * count_macs(eqn, values, result)
         operand = kernel_operand(eqn, values)
         if operand is None:
             return
-        site = describe(eqn, values, operand, calls, self._counts)
+        site = describe(eqn, values, result, operand, calls, self.counts)
         self._names[site.path] += 1
         count = self._names[site.path]
         name = site.path if count == 1 else f"{site.path}#{count}"

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,8 +109,10 @@ def group_channels(
         first = min(keys, key=lambda key: (rank.get(key[0], len(rank)), key))
         alike.sort(key=lambda unit: unit[first])
         members = tuple(Member(*key, np.array([unit[key] for unit in alike])) for key in keys)
-        groups.append((rank.get(first[0], len(rank)), Group(first[0], len(alike), members)))
-    groups.sort(key=lambda pair: (pair[0], pair[1].name, int(pair[1].members[0].index[0, 0])))
+        # Of equal names first the one that touches the first axes: so it is after a removal too.
+        order = rank.get(first[0], len(rank)), first[0], kind
+        groups.append((order, Group(first[0], len(alike), members)))
+    groups.sort(key=lambda pair: pair[0])
     counts: collections.Counter[str] = collections.Counter()
     named = []
     for _, group in groups:
@@ -141,9 +143,56 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
       >>> expand({'w': [True, False]}, [group], {'w': np.ones((2, 2))})['w'].tolist()
       [[True, False], [True, False]]
     """
-    by_name = {group.name: group for group in groups}
     masks: dict[str, np.ndarray] = {}
     shapes = {path: np.shape(leaf) for path, leaf in paths.flatten_paths(params).items()}
+    for path, axis, index in removed_indices(keep, groups):
+        mask = masks.setdefault(path, np.ones(shapes[path], bool))
+        np.moveaxis(mask, axis, 0)[index] = False
+    return paths.map_with_path(
+        lambda path, leaf: jax.numpy.asarray(masks[path]) if path in masks else optax.MaskedNode(),
+        params,
+    )
+
+
+def keep_indices(
+    keep: Mapping[str, Any], groups: Sequence[Group], params: Any
+) -> dict[str, tuple[np.ndarray, ...]]:
+    """Writes which channels are kept as the indices that stay, for `narrow` and `slice_tree`.
+
+    Args:
+      keep: {group name: bool[n]}, True where kept; groups left out are kept whole.
+      groups: The groups of the graph.
+      params: The parameters (arrays or `jax.ShapeDtypeStruct`).
+
+    Returns:
+      {path: for each axis of the parameter the indices that stay, sorted}.
+
+    Raises:
+      ValueError: If a name is none of the groups', or an array is not bool[n].
+
+    Example:
+      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]])),))
+      >>> keep_indices({'w': [True, False]}, [group], {'w': np.ones((2, 2))})
+      {'w': (array([0, 1]), array([0]))}
+    """
+    stays = {
+        path: [np.ones(n, bool) for n in np.shape(leaf)]
+        for path, leaf in paths.flatten_paths(params).items()
+    }
+    for path, axis, index in removed_indices(keep, groups):
+        stays[path][axis][index] = False
+    return {path: tuple(np.flatnonzero(axis) for axis in axes) for path, axes in stays.items()}
+
+
+def removed_indices(
+    keep: Mapping[str, Any], groups: Sequence[Group]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Yields the indices that leave, of each axis that a group in `keep` has: (path, axis, int[m]).
+
+    Raises:
+      ValueError: If a name is none of the groups', or an array is not bool[n].
+    """
+    by_name = {group.name: group for group in groups}
     for name, kept in keep.items():
         checks.check_choice("keep", name, by_name)
         group, kept = by_name[name], np.asarray(kept)
@@ -153,9 +202,4 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
                 f"got {kept.dtype}[{','.join(map(str, kept.shape))}]"
             )
         for member in group.members:
-            mask = masks.setdefault(member.path, np.ones(shapes[member.path], bool))
-            np.moveaxis(mask, member.axis, 0)[member.index[~kept].reshape(-1)] = False
-    return paths.map_with_path(
-        lambda path, leaf: jax.numpy.asarray(masks[path]) if path in masks else optax.MaskedNode(),
-        params,
-    )
+            yield member.path, member.axis, member.index[~kept].reshape(-1)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -129,13 +129,27 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     outputs = analysis.walk(closed, arguments, (), 1)
     leaves = [leaf for leaf in jax.tree.leaves(shapes[1:]) if leaf.shape]
     batch = sizes(leaves[0].shape)[0] if leaves else 1
+    out_tree = jax.tree.structure(out_shape)
+    return from_analysis(closed, out_tree, parameters, batch, arguments, outputs, analysis)
+
+
+def from_analysis(
+    jaxpr: jex.ClosedJaxpr,
+    out_tree: Any,
+    parameters: dict[str, jax.ShapeDtypeStruct],
+    batch: int,
+    arguments: Sequence[Value],
+    outputs: Sequence[Value],
+    analysis: Analysis,
+) -> Graph:
+    """The graph of a program that was walked, with costs for one example of `batch`."""
     scaled = {
         path: dataclasses.replace(site, macs=site.macs // max(batch, 1))
         for path, site in analysis.sites.items()
     }
     return Graph(
-        closed,
-        jax.tree.structure(out_shape),
+        jaxpr,
+        out_tree,
         parameters,
         batch,
         tuple(site for path, site in scaled.items() if not derivatives.in_derivative(path)),

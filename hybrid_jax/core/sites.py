@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jax.extend import core as jex
 
-from hybrid_jax.core.labels import INPUT, Value, sizes
+from hybrid_jax.core.labels import INPUT, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ def is_contraction(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name in ("conv_general_dilated", "dot_general")
 
 
-def count_macs(eqn: jex.JaxprEqn) -> int:
+def count_macs(eqn: jex.JaxprEqn, operands: Sequence[Value], result: Value) -> int:
     """Multiply-accumulates of one run of a contraction, for the whole batch."""
-    x, y = (sizes(v.aval.shape) for v in eqn.invars)
-    out = math.prod(sizes(eqn.outvars[0].aval.shape))
+    x, y = (value.shape for value in operands)
+    out = math.prod(result.shape)
     if eqn.primitive.name == "dot_general":
         contracted = math.prod(x[axis] for axis in eqn.params["dimension_numbers"][0][0])
         return out * contracted
@@ -75,7 +75,8 @@ def kernel_operand(eqn: jex.JaxprEqn, values: list[Value]) -> int | None:
 
 def describe(
     eqn: jex.JaxprEqn,
-    values: list[Value],
+    values: Sequence[Value],
+    result: Value,
     operand: int,
     calls: int,
     counts: Mapping[str, int],
@@ -85,17 +86,20 @@ def describe(
     Args:
       eqn: The contraction.
       values: What is known of its operands.
+      result: What is known of its result.
       operand: Which of them is the kernel.
       calls: How often it runs.
       counts: {path: number of entries} of the parameters.
     """
     conv = eqn.primitive.name == "conv_general_dilated"
     numbers = eqn.params["dimension_numbers"]
-    kernel = values[operand].shape
+    x, kernel = values[1 - operand].shape, values[operand].shape
     if conv:
         out_axes, in_axes = (numbers.rhs_spec[0],), tuple(sorted(numbers.rhs_spec[1:]))
         feature, results = numbers.lhs_spec[1], (numbers.out_spec[1],)
+        groups = x[feature] // max(kernel[numbers.rhs_spec[1]], 1)
     else:
+        groups = 1
         (contracted, batch) = numbers
         in_axes = tuple(contracted[operand])
         feature = contracted[1 - operand][-1] if contracted[1 - operand] else -1
@@ -110,15 +114,15 @@ def describe(
         name=path,
         path=path,
         kind="conv" if conv else "dot",
-        macs=calls * count_macs(eqn),
-        input_shape=values[1 - operand].shape,
+        macs=calls * count_macs(eqn, values, result),
+        input_shape=x,
         kernel_shape=kernel,
-        output_shape=sizes(eqn.outvars[0].aval.shape),
+        output_shape=result.shape,
         feature_axis=feature,
         kernel_in_axes=in_axes,
         kernel_out_axes=out_axes,
         output_axes=results,
         kernel_operand=operand,
-        groups=eqn.params["feature_group_count"] if conv else 1,
+        groups=groups,
         calls=calls,
     )

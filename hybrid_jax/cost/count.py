@@ -1,7 +1,7 @@
 """MACs, BOPs, parameters and bytes of a traced model under masks and bit-widths."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,9 +113,10 @@ def count(
       >>> cost.bytes == (5 + 20) + 10 * 4 + 10 * 4
       True
     """
-    kept = _kept(graph, masks)
-    weight_bits = _bits("weight_bits", graph, weight_bits)
-    activation_bits = _bits("activation_bits", graph, activation_bits)
+    kept = kept_counts(graph, masks)
+    names = [site.name for site in graph.sites]
+    weight_bits = all_bits("weight_bits", names, weight_bits)
+    activation_bits = all_bits("activation_bits", names, activation_bits)
     kernel_bits: dict[str, int] = {}
     for site in graph.sites:
         bits = weight_bits[site.name]
@@ -127,7 +128,7 @@ def count(
         macs = site.macs * kept[site.path] // max(size, 1)
         owned = site.path not in stored
         stored.setdefault(
-            site.path, _kernel_bytes(site, size, kept[site.path], kernel_bits[site.path])
+            site.path, kernel_bytes(site, size, kept[site.path], kernel_bits[site.path])
         )
         rows.append(
             SiteCost(
@@ -159,8 +160,12 @@ def count(
     )
 
 
-def _kept(graph: core.Graph, masks: Any) -> dict[str, int]:
-    """How many entries of each parameter are kept."""
+def kept_counts(graph: core.Graph, masks: Any) -> dict[str, int]:
+    """How many entries of each parameter `masks` keep; {path: count}.
+
+    Raises:
+      ValueError: If a mask has no parameter of its path or another shape.
+    """
     kept = {path: leaf.size for path, leaf in graph.parameters.items()}
     for path, mask in core.flatten_paths(masks).items():
         if core.is_masked_node(mask):
@@ -175,15 +180,21 @@ def _kept(graph: core.Graph, masks: Any) -> dict[str, int]:
     return kept
 
 
-def _bits(name: str, graph: core.Graph, bits: Mapping[str, int] | None) -> dict[str, int]:
-    found = {site.name: FLOAT_BITS for site in graph.sites}
+def all_bits(name: str, sites: Iterable[str], bits: Mapping[str, int] | None) -> dict[str, int]:
+    """The bits of every site, 32 where `bits` says nothing.
+
+    Raises:
+      ValueError: If a site is unknown, or bits are not in [1, 32].
+    """
+    found = dict.fromkeys(sites, FLOAT_BITS)
     for site, value in (bits or {}).items():
         core.check_choice(f"site of {name}", site, found)
         found[site] = core.check_integer(f"{name} of {site!r}", value, 1, FLOAT_BITS)
     return found
 
 
-def _kernel_bytes(site: core.Site, size: int, kept: int, bits: int) -> int:
+def kernel_bytes(site: core.Site, size: int, kept: int, bits: int) -> int:
+    """Packed bytes of a kernel of `size` weights, `kept` of them, with its scales."""
     columns = max(_size(site.kernel_shape, site.kernel_in_axes), 1)
     channels = -(-size // columns)
     scales = SCALE_BYTES * channels if bits < FLOAT_BITS else 0

@@ -1,7 +1,8 @@
 """Peak activation memory, by the liveness of values in the traced program."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -12,28 +13,40 @@ from hybrid_jax import core
 _MOVING = ("conv_general_dilated", "dot_general", "reduce_window", "concatenate", "transpose")
 _LOOPS = ("scan", "while", "cond")
 
+OUTPUT = None
+"""The reader of what the model returns, which is stored in 32 bits."""
+
 
 @dataclasses.dataclass(eq=False)
-class _Value:
-    """A value that depends on an input: elements for one example, bits, last step that reads it."""
+class Activation:
+    """A value that depends on an input.
 
-    size: int
-    bits: int = 0
+    Attributes:
+      size: Elements for one example, as they were measured.
+      axes: Labels of each axis.
+      readers: Names of the sites that it flows to next, and `OUTPUT`; it is stored as wide as the
+        one that reads it widest. Empty if nothing reads it: then it takes no place.
+      last: The last step that reads it.
+    """
+
+    size: Any
+    axes: tuple[Any, ...]
+    readers: set[str | None] = dataclasses.field(default_factory=set)
     last: int = -1
 
-    @property
-    def bytes(self) -> int:
-        return -(-self.size * self.bits // 8)
+
+Moment = list[tuple[int, Activation]]
+"""What is stored at one time: (how often it counts, value); −1 for what a loop's body shares."""
 
 
 class _Step(NamedTuple):
-    """One equation: its name, what it reads and makes, its site if any, bytes needed inside it."""
+    """One equation: its name, what it reads and makes, its site if any, moments inside it."""
 
     name: str
-    reads: list[_Value]
-    makes: list[_Value]
+    reads: list[Activation]
+    makes: list[Activation]
     site: core.Site | None
-    inside: int
+    inside: list[Moment]
 
 
 def peak_activation_bytes(
@@ -65,41 +78,61 @@ def peak_activation_bytes(
       >>> peak_activation_bytes(graph, {'a': 8, 'b': 8})  # 4 + 10 bytes, then 10 + 2 · 4
       18
     """
-    bits = {site.name: 32 for site in graph.sites} | dict(activation_bits or {})
-    arguments = graph.jaxpr.jaxpr.invars
-    inputs = [_value(graph, v) for v in arguments[len(graph.parameters) :]]
+    bits = {site.name: 32 for site in graph.sites} | {OUTPUT: 32} | dict(activation_bits or {})
+
+    def stored(value):
+        width = max((bits[reader] for reader in value.readers), default=0)
+        return -(-value.size * width // 8)
+
+    def elements(axes):
+        return -(-math.prod(map(len, axes)) // graph.batch)
+
+    found = moments(graph, elements)
+    return max(sum(times * stored(value) for times, value in moment) for moment in found)
+
+
+def moments(graph: core.Graph, measure: Callable[[tuple[Any, ...]], Any]) -> list[Moment]:
+    """What is stored at each time, by the rules that `peak_activation_bytes` states.
+
+    Args:
+      graph: A traced model.
+      measure: From the labels of each axis of a value to its size, of any type with equality: a
+        result can take the place of an operand whose size is equal.
+    """
+    arguments = graph.arguments[len(graph.parameters) :]
+    inputs = [Activation(measure(value.labels), value.labels) for value in arguments]
     reads = [None] * len(graph.parameters) + inputs
-    return _peak(graph, bits, graph.jaxpr.jaxpr, reads, ())
+    return _moments(graph, measure, graph.jaxpr.jaxpr, reads, ())
 
 
-def _peak(graph, bits, jaxpr: jex.Jaxpr, reads: Sequence[_Value | None], path) -> int:
+def _moments(graph, measure, jaxpr: jex.Jaxpr, reads: Sequence[Any], path) -> list[Moment]:
     steps: list[_Step] = []
-    outputs = _steps(graph, bits, jaxpr, reads, path, steps)
-    for value in outputs:
+    for value in _steps(graph, measure, jaxpr, reads, path, steps):
         if value:
-            value.bits, value.last = 32, len(steps)
+            value.readers.add(OUTPUT)
+            value.last = len(steps)
     for i, step in reversed(list(enumerate(steps))):
-        made = max((value.bits for value in step.makes), default=0)
+        made = {reader for value in step.makes for reader in value.readers}
         for value in step.reads:
-            value.bits = max(value.bits, bits[step.site.name] if step.site else made)
+            value.readers |= {step.site.name} if step.site else made
             value.last = max(value.last, i)
     live = {value for value in reads if value and value.last >= 0}
-    peak = sum(value.bytes for value in live)
+    found = [[(1, value) for value in live]]
     for i, step in enumerate(steps):
-        room = sum(value.bytes for value in {*live, *step.makes})
-        dying = {value for value in step.reads if value.last == i}
+        room = {*live, *step.makes}
         if step.name not in _MOVING:
-            free = [value.size for value in dying]
+            free = [value.size for value in {*step.reads} if value.last == i]
             for value in step.makes:
                 if value.size in free:
                     free.remove(value.size)
-                    room -= value.bytes
-        peak = max(peak, room + step.inside)
+                    room.discard(value)
+        now = [(1, value) for value in room]
+        found += [now, *(now + inside for inside in step.inside)]
         live = {value for value in {*live, *step.makes} if value.last > i}
-    return peak
+    return found
 
 
-def _steps(graph, bits, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) -> list[_Value | None]:
+def _steps(graph, measure, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) -> list[Any]:
     """Appends the equations that depend on an input, calls inlined; returns the outputs.
 
     None stands for a value that depends on parameters alone.
@@ -114,23 +147,25 @@ def _steps(graph, bits, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) -> li
         values = [read(atom) for atom in eqn.invars]
         if not any(values):
             continue
-        bodies = list(_bodies(graph, eqn, values))
+        bodies = list(_bodies(eqn, values, measure))
         if eqn.primitive.name not in _LOOPS and bodies:
             [(name, called, _)] = bodies
-            outs = _steps(graph, bits, called, values, (*here, name), steps)
+            outs = _steps(graph, measure, called, values, (*here, name), steps)
         else:
-            outs = [_value(graph, v) for v in eqn.outvars]
-            inside = 0
+            made = graph.analysis.equations[here][1]
+            outs = [Activation(measure(value.labels), value.labels) for value in made]
+            inside = []
             for name, body, arguments in bodies:
-                peak = _peak(graph, bits, body, arguments, (*here, name))
-                inside = max(inside, peak - sum(v.bytes for v in arguments if v))
+                shared = [(-1, value) for value in arguments if value]
+                found = _moments(graph, measure, body, arguments, (*here, name))
+                inside += [moment + shared for moment in found]
             known = [value for value in values if value]
             steps.append(_Step(eqn.primitive.name, known, outs, graph.site_at.get(here), inside))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _bodies(graph, eqn, values) -> Iterator[tuple[str, jex.Jaxpr, list[_Value | None]]]:
+def _bodies(eqn, values, measure) -> Iterator[tuple[str, jex.Jaxpr, list[Activation | None]]]:
     """Name, jaxpr and arguments of each jaxpr that an equation runs."""
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
@@ -142,9 +177,9 @@ def _bodies(graph, eqn, values) -> Iterator[tuple[str, jex.Jaxpr, list[_Value | 
     for name, body, values in found:
         if body is not None:
             jaxpr = getattr(body, "jaxpr", body)
-            pairs = zip(jaxpr.invars, values, strict=True)
-            yield name, jaxpr, [_value(graph, v) if value else None for v, value in pairs]
-
-
-def _value(graph: core.Graph, atom: Any) -> _Value:
-    return _Value(-(-getattr(atom.aval, "size", 0) // graph.batch))
+            arguments = []
+            for atom, value in zip(jaxpr.invars, values, strict=True):
+                # A scan hands on a slice of what it runs over: the last axes.
+                axes = value.axes[len(value.axes) - atom.aval.ndim :] if value else ()
+                arguments.append(Activation(measure(axes), axes) if value else None)
+            yield name, jaxpr, arguments

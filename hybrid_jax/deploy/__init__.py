@@ -2,11 +2,11 @@
 
 `export` writes a function with its parameters to a StableHLO file with a manifest, `load` reads it
 back, `verify` runs it in a new process against the model, and `latency` times one function against
-another, `seconds` one call.
+another, `seconds` one call, `width_latencies` the widths that channels may be cut to.
 """
 
 from hybrid_jax.deploy.stablehlo import PLATFORMS, Verification, export, load, verify
-from hybrid_jax.deploy.timing import Latency, latency, seconds
+from hybrid_jax.deploy.timing import Latency, latency, seconds, width_latencies
 
 __all__ = [
     "PLATFORMS",
@@ -17,4 +17,5 @@ __all__ = [
     "load",
     "seconds",
     "verify",
+    "width_latencies",
 ]

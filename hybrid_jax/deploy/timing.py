@@ -1,7 +1,8 @@
 """Latency against a reference in the same run: only such ratios carry over to another machine."""
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,61 @@ def latency(
     p50, p95 = np.percentile(times, [50, 95], axis=0)
     low, ratio, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]).tolist()
     return Latency(*map(float, (p50[0], p95[0], p50[1], p95[1])), ratio, (low, high))
+
+
+def width_latencies(
+    fn: Callable[..., Any],
+    params: Any,
+    widths: Mapping[str, Sequence[int]],
+    *inputs: Any,
+    pairs: int = 50,
+    warmup: int = 3,
+) -> dict[str, dict[int, float]]:
+    """Measures what each width of each group of channels does for the latency of the network.
+
+    The network is really shrunk, one group at a time, compiled, and timed against the whole one in
+    the same pairs. `pruning.paying_widths` reads off the widths that make it faster.
+
+    Args:
+      fn: A pure function fn(params, *inputs) -> outputs, not jitted.
+      params: Its parameters (in Linen, the whole variables dict).
+      widths: {name of a coupled group: widths to try}; the multiples of 8, say. A compilation each.
+      *inputs: Usually one image, `(1, H, W, C)`.
+      pairs: As for `latency`.
+      warmup: As for `latency`.
+
+    Returns:
+      {group name: {width: time / time of the whole network}}, the whole width n with 1.0 included.
+
+    Raises:
+      ValueError: If a group is none of the network's, or a width is not an integer in [1, n].
+
+    Example:
+      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
+      >>> params = {'a': np.ones((4, 8), np.float32), 'b': np.ones((8, 2), np.float32)}
+      >>> table = width_latencies(fn, params, {'a': [4]}, np.ones((1, 4), np.float32), pairs=2)
+      >>> list(table['a']), table['a'][8]
+      ([8, 4], 1.0)
+    """
+    graph = core.trace(fn, params, *inputs)
+    sizes = {group.name: group.size for group in graph.groups}
+    for name, tried in widths.items():
+        core.check_choice("group of widths", name, sizes)
+        for width in tried:
+            core.check_integer(f"width of group {name!r}", width, 1, sizes[name])
+    whole = jax.jit(functools.partial(fn, params))
+
+    def measure(name, width):
+        keep = {name: np.arange(sizes[name]) < width}
+        kept = core.keep_indices(keep, graph.groups, params)
+        small = functools.partial(core.narrow(fn, params, kept), core.slice_tree(params, kept))
+        return latency(jax.jit(small), whole, *inputs, pairs=pairs, warmup=warmup).ratio
+
+    return {
+        name: {sizes[name]: 1.0}
+        | {width: measure(name, width) for width in tried if width != sizes[name]}
+        for name, tried in widths.items()
+    }
 
 
 def seconds(fn: Callable[..., Any], *inputs: Any) -> float:

@@ -26,55 +26,107 @@ from hybrid_jax.pruning.criteria import (
     wanda,
 )
 from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
+from hybrid_jax.pruning.lottery import (
+    Ticket,
+    barrier,
+    errors_between,
+    instability,
+    interpolate,
+    lottery_tickets,
+)
 from hybrid_jax.pruning.masking import apply_masks, masks
-from hybrid_jax.pruning.schedules import Schedule, cubic, one_shot
+from hybrid_jax.pruning.obs import compensate, obs
+from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
+from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
+from hybrid_jax.pruning.rounds import prune_in_rounds
+from hybrid_jax.pruning.schedules import (
+    Schedule,
+    cubic,
+    cyclic,
+    exponential,
+    iterative,
+    one_shot,
+)
+from hybrid_jax.pruning.sensitivity import channel_sensitivity, sensitive, sensitivity
+from hybrid_jax.pruning.straight_through import StraightThroughState, straight_through
+from hybrid_jax.pruning.targets import Reached, to_target
 from hybrid_jax.pruning.transforms import (
     HoldMasksState,
     PruneState,
     hold_masks,
     prune_by_schedule,
 )
+from hybrid_jax.pruning.widths import paying_widths, to_widths
 
 __all__ = [
     "Allocation",
     "Granularity",
     "HoldMasksState",
     "PruneState",
+    "Reached",
+    "RewireState",
     "Schedule",
+    "StraightThroughState",
+    "Ticket",
     "accumulate_movement",
     "activation_norms",
+    "add_penalty",
     "apply_masks",
+    "barrier",
+    "batchnorm_l1",
     "batchnorm_scale",
     "channel_independence",
+    "channel_sensitivity",
     "chip",
+    "compensate",
     "cubic",
+    "cyclic",
     "erk",
+    "errors_between",
     "expand",
+    "exponential",
     "fisher",
     "geometric_median",
     "global_",
     "grasp",
+    "group_lasso",
     "group_scores",
+    "group_shrinkage",
     "hessian_gradient",
     "hold_masks",
+    "instability",
+    "interpolate",
+    "iterative",
     "keep_channels",
     "lamp",
+    "lottery_tickets",
     "magnitude",
     "masks",
     "mean_squared_gradients",
     "movement",
     "n_m",
     "narrow",
+    "obs",
     "one_shot",
+    "paying_widths",
     "prune_by_schedule",
+    "prune_in_rounds",
     "random",
+    "rewire",
+    "rigl",
+    "sensitive",
+    "sensitivity",
+    "set_",
     "shrink",
     "slice_tree",
     "snip",
+    "straight_through",
     "synaptic_flow",
     "synflow",
     "synflow_masks",
     "taylor",
+    "to_target",
+    "to_widths",
     "uniform",
     "unstructured",
     "wanda",

@@ -1,6 +1,7 @@
 """Schedules: pure functions from the step, maybe traced, to the sparsity at that step.
 
-Their sparsities may be traced too, so that a sweep over them is one compilation.
+Their sparsities may be traced too, so that a sweep over them is one compilation. Any other
+function from a step to a sparsity is a schedule as well.
 """
 
 from collections.abc import Callable
@@ -57,13 +58,118 @@ def cubic(
     """
     final = check_sparsity(sparsity)
     check_sparsity(initial, "initial", most=1.0 if is_traced(final) else final)
-    core.check_integer("begin", begin, 0)
-    core.check_integer("end", end, begin + 1)
+    done = _fraction_done(begin, end)
 
     def schedule(now):
-        done = (jnp.asarray(now, jnp.float32) - begin) / (end - begin)
         to, start = jnp.asarray(sparsity, jnp.float32), jnp.asarray(initial, jnp.float32)
-        rising = to + (start - to) * (1.0 - jnp.clip(done, 0.0, 1.0)) ** 3
-        return jnp.where(done < 0, 0.0, rising)
+        rising = to + (start - to) * (1.0 - jnp.clip(done(now), 0.0, 1.0)) ** 3
+        return jnp.where(done(now) < 0, 0.0, rising)
 
     return schedule
+
+
+def exponential(sparsity: float | jax.Array, begin: int, end: int) -> Schedule:
+    """Every step removes the same fraction of what remains, from `begin` to `end`.
+
+    s_t = 1 − (1 − s_f)^((t − t_0) / (t_1 − t_0)), so the density falls exponentially to 1 − s_f.
+    H. Tanaka, D. Kunin, D. Yamins, S. Ganguli, Pruning neural networks without any data by
+    iteratively conserving synaptic flow (arXiv 2006.05467), who prune so in 100 steps before
+    training.
+
+    Args:
+      sparsity: s_f, the sparsity from `end` on, in [0, 1]; 1 is reached at the first step.
+      begin: t_0, the last step at which nothing is removed.
+      end: t_1, after `begin`.
+
+    Raises:
+      ValueError: If an argument lies outside these bounds.
+
+    Example:
+      >>> schedule = exponential(0.99, begin=0, end=100)
+      >>> [round(float(schedule(step)), 3) for step in (0, 50, 100)]  # 1 − 0.01^0.5 = 0.9
+      [0.0, 0.9, 0.99]
+    """
+    check_sparsity(sparsity)
+    done = _fraction_done(begin, end)
+
+    def schedule(now):
+        final = jnp.asarray(sparsity, jnp.float32)
+        rising = 1.0 - (1.0 - final) ** jnp.clip(done(now), 0.0, 1.0)
+        # 1 − (1 − s_f) is not s_f in floating point.
+        return jnp.where(done(now) < 1, rising, final)
+
+    return schedule
+
+
+def iterative(fraction: float | jax.Array, every: int, rounds: int) -> Schedule:
+    """At each `every`-th step the same fraction of what remains is removed, `rounds` times.
+
+    s_k = 1 − (1 − p)^k after k rounds, as lottery tickets are found: J. Frankle and M. Carbin, The
+    Lottery Ticket Hypothesis (arXiv 1803.03635).
+
+    Args:
+      fraction: p in [0, 1], removed in each round.
+      every: Steps between rounds, from 1; the first round is at step `every`.
+      rounds: How many there are, from 1.
+
+    Raises:
+      ValueError: If an argument lies outside these bounds.
+
+    Example:
+      >>> schedule = iterative(0.2, every=10, rounds=3)
+      >>> [round(float(schedule(step)), 3) for step in (0, 10, 20, 30, 40)]
+      [0.0, 0.2, 0.36, 0.488, 0.488]
+    """
+    check_sparsity(fraction, "fraction")
+    core.check_integer("every", every, 1)
+    core.check_integer("rounds", rounds, 1)
+
+    def schedule(now):
+        done = jnp.clip(jnp.asarray(now) // every, 0, rounds).astype(jnp.float32)
+        return 1.0 - (1.0 - jnp.asarray(fraction, jnp.float32)) ** done
+
+    return schedule
+
+
+def cyclic(schedule: Schedule, period: int, cycles: int) -> Schedule:
+    """Repeats `schedule` from its step 0, `cycles` times; the last cycle goes on for good.
+
+    In `prune_by_schedule` the weights that a falling sparsity lets back in start at zero. Two
+    methods are this:
+
+    AC/DC, phases that train all weights in turn with phases that train the largest, the last one
+    compressed: `cyclic(one_shot(0.9, dense_steps), dense_steps + sparse_steps, cycles)`. A. Peste
+    et al., AC/DC: Alternating Compressed/DeCompressed Training (arXiv 2106.12379).
+
+    Cyclical pruning, gradual pruning done anew several times so that weights which were wrongly
+    removed recover: `cyclic(cubic(0.9, 0, end), period, cycles)`. S. Srinivas et al., Cyclical
+    Pruning for Sparse Neural Networks (arXiv 2202.01290).
+
+    Args:
+      schedule: The schedule of one cycle.
+      period: Steps of a cycle, from 1.
+      cycles: How many there are, from 1.
+
+    Raises:
+      ValueError: If `period` or `cycles` is below 1.
+
+    Example:
+      >>> schedule = cyclic(one_shot(0.9, step=5), period=10, cycles=2)
+      >>> [round(float(schedule(step)), 2) for step in (0, 5, 10, 15, 20, 25)]
+      [0.0, 0.9, 0.0, 0.9, 0.9, 0.9]
+    """
+    core.check_integer("period", period, 1)
+    core.check_integer("cycles", cycles, 1)
+
+    def repeated(now):
+        now = jnp.asarray(now)
+        return schedule(now - period * jnp.clip(now // period, 0, cycles - 1))
+
+    return repeated
+
+
+def _fraction_done(begin: int, end: int) -> Callable[[int | jax.Array], jax.Array]:
+    """(t − begin) / (end − begin), below 0 before and above 1 after."""
+    core.check_integer("begin", begin, 0)
+    core.check_integer("end", end, begin + 1)
+    return lambda now: (jnp.asarray(now, jnp.float32) - begin) / (end - begin)

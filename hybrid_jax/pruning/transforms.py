@@ -1,4 +1,9 @@
-"""Pruning as the last link of an optax chain: plain `optax.apply_updates` lands on the mask."""
+"""Pruning in an optax transformation: plain `optax.apply_updates` lands on the mask.
+
+Nothing may follow such a transformation in a chain: a link after it would move what it set to
+zero, and no transformation can see what follows it. Around it may be what calls it or does not,
+as `optax.MultiSteps`, `optax.apply_if_finite`, `optax.partition`, `optax.inject_hyperparams`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybrid_jax import core
+from hybrid_jax.pruning import renewal
 from hybrid_jax.pruning.allocation import Allocation
 from hybrid_jax.pruning.granularity import Granularity
 from hybrid_jax.pruning.masking import apply_masks, check_masks
-from hybrid_jax.pruning.masking import masks as make_masks
 from hybrid_jax.pruning.schedules import Schedule
-from hybrid_jax.pruning.selection import check_sparsity
+from hybrid_jax.pruning.scoring import Accumulate, Scoring
 
 
 class HoldMasksState(NamedTuple):
@@ -33,11 +37,15 @@ class PruneState(NamedTuple):
       step: () int32, updates so far.
       sparsity: () float32, the scheduled sparsity that `masks` were made for.
       masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
+      accumulated: What `accumulate` gave last, or ().
+      inner: State of the inner optimizer.
     """
 
     step: jax.Array
     sparsity: jax.Array
     masks: Any
+    accumulated: Any
+    inner: Any
 
 
 def hold_masks(masks: Any) -> optax.GradientTransformationExtraArgs:
@@ -73,7 +81,7 @@ def hold_masks(masks: Any) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        return _onto_masks(updates, state.masks, params), state
+        return renewal.onto_masks(updates, state.masks, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -84,16 +92,24 @@ def prune_by_schedule(
     granularity: Granularity | None = None,
     allocation: Allocation | None = None,
     *,
+    inner: optax.GradientTransformation | None = None,
     every: int = 1,
     exempt: Sequence[str] = (),
     needs: Sequence[str] = (),
+    accumulate: Accumulate | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training, along a schedule, and holds what is pruned at exactly zero.
 
-    Must be the last link of the chain. At every `every`-th step at which the schedule asks for
-    another sparsity, the parameters that the update leads to are scored and masked anew; what was
-    removed before stays removed as long as the schedule does not fall. M. Zhu and S. Gupta, To
-    prune, or not to prune (arXiv 1710.01878).
+    At every `every`-th step at which the schedule asks for another sparsity, the parameters that
+    the update leads to are scored and masked anew; what was removed before stays removed as long
+    as the schedule does not fall. Where it falls, weights come back at zero. M. Zhu and S. Gupta,
+    To prune, or not to prune (arXiv 1710.01878); with a schedule made by `cyclic` this is AC/DC or
+    cyclical pruning.
+
+    It is the last link of a chain, after any optimizer; or it wraps the optimizer, given as
+    `inner`, and then nothing can follow it by mistake, criteria get the gradients with no more
+    said, `inner` sees the gradients of kept weights alone, and a weight that comes back has the
+    state that `inner.init` gives it.
 
     Args:
       criterion: `criterion(params) -> scores`, such as `magnitude`, or with `needs`
@@ -101,16 +117,22 @@ def prune_by_schedule(
       schedule: `schedule(step) -> sparsity`, from step 0 at the first update.
       granularity: As for `masks`.
       allocation: As for `masks`.
+      inner: Any optax optimizer to wrap; None for a link after one. `update` hands it extra
+        arguments as `optax.chain` would.
       every: Steps between new masks, from 1.
       exempt: As for `masks`.
-      needs: Names of the keyword arguments of `update`, each a pytree shaped like the
-        parameters, to hand to `criterion`: `needs=('gradients',)` with
-        `tx.update(grads, state, params, gradients=grads)`. Others are ignored.
+      needs: What to hand to `criterion`, by name: 'accumulated' is what `accumulate` keeps, any
+        other is a keyword argument of `update`, shaped like the parameters. With `inner`,
+        'gradients' are those that `update` is called with; a link in a chain sees only what the
+        optimizer made of them, and so they are a keyword argument there too.
+      accumulate: `accumulate(accumulated, params, gradients) -> accumulated`, called at every
+        step, from zeros shaped like the parameters (float32 where these are floating).
 
     Raises:
-      ValueError: If `every` is below 1, or the schedule ends above what `granularity` allows.
-        From `init`, what `masks` raises on these parameters. From `update`, if the parameters or
-        an argument in `needs` are not given.
+      ValueError: If `inner` is no optimizer, `every` is below 1, only one of `accumulate` and
+        'accumulated' is given, or the schedule ends above what `granularity` allows. From `init`,
+        what `masks` raises on these parameters. From `update`, if the parameters, an argument in
+        `needs` or the gradients for `accumulate` are not given.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -121,71 +143,46 @@ def prune_by_schedule(
       >>> optax.apply_updates(params, updates)
       {'w': Array([[0. , 0. , 2.5, 3.5]], dtype=float32)}
     """
-    core.check_integer("every", every, 1)
-    if granularity is not None:
-        # Where the schedule ends; on the way there `masks` would only cut it off.
-        last = schedule(jnp.int32(jnp.iinfo(jnp.int32).max))
-        check_sparsity(
-            last, f"sparsity of the schedule for {granularity.name}", most=granularity.max_sparsity
-        )
-
-    def score_and_mask(params, needed, sparsity, masks):
-        scores = criterion(params, *needed)
-        if masks is not None:
-            scores = core.map_with_path(_removed_last, scores, masks)
-        return make_masks(scores, sparsity, granularity, allocation, exempt)
+    wraps = inner is not None
+    inner = renewal.check_inner(inner if wraps else optax.identity())
+    scoring = Scoring(
+        criterion, schedule, granularity, allocation, every, tuple(exempt), tuple(needs), accumulate
+    )
 
     def init(params):
-        like = jax.eval_shape(
-            lambda p: score_and_mask(p, [p] * len(needs), jnp.float32(0.0), None), params
-        )
         return PruneState(
             step=jnp.zeros((), jnp.int32),
             sparsity=jnp.zeros((), jnp.float32),
-            masks=jax.tree.map(lambda mask: jnp.ones(mask.shape, bool), like),
+            masks=scoring.nothing_removed(params),
+            accumulated=scoring.start(params),
+            inner=inner.init(params),
         )
 
     def update(updates, state, params=None, **extra_args):
-        _check_params(params)
-        missing = [name for name in needs if name not in extra_args]
-        if missing:
-            raise ValueError(f"update must be called with {', '.join(missing)}=..., got none")
-        needed = [extra_args[name] for name in needs]
+        renewal.check_params(params)
+        known = {**extra_args, "gradients": updates} if wraps else extra_args
+        accumulated = scoring.add(state.accumulated, params, known)
+        needed = scoring.gather(accumulated, known)
         sparsity = jnp.asarray(schedule(state.step), jnp.float32)
-
-        def renew():
-            candidate = apply_masks(optax.apply_updates(params, updates), state.masks)
-            return score_and_mask(candidate, needed, sparsity, state.masks), sparsity
-
         due = (state.step % every == 0) & (sparsity != state.sparsity)
-        masks, reached = jax.lax.cond(due, renew, lambda: (state.masks, state.sparsity))
-        step = optax.safe_increment(state.step)
-        return _onto_masks(updates, masks, params), PruneState(step, reached, masks)
+
+        updates = apply_masks(updates, state.masks)
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        updates, masks, inner_state = renewal.renew(
+            due,
+            lambda candidate: scoring.masks(candidate, needed, sparsity, state.masks),
+            state.masks,
+            inner,
+            inner_state,
+            updates,
+            params,
+        )
+        return updates, PruneState(
+            step=optax.safe_increment(state.step),
+            sparsity=jnp.where(due, sparsity, state.sparsity),
+            masks=masks,
+            accumulated=accumulated,
+            inner=inner_state,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _removed_last(path: str, scores: Any, mask: Any) -> Any:
-    """Ranks what is removed already below everything else."""
-    del path
-    if core.is_masked_node(mask):
-        return scores
-    return jnp.where(mask, scores, -jnp.inf)
-
-
-def _onto_masks(updates: Any, masks: Any, params: Any) -> Any:
-    """Replaces the updates of removed weights by −w, in the dtype of w so that w − w is exact."""
-    _check_params(params)
-
-    def land(path, mask, update, param):
-        del path
-        if core.is_masked_node(mask):
-            return update
-        return jnp.where(mask, update.astype(param.dtype), -param)
-
-    return core.map_with_path(land, masks, updates, params)
-
-
-def _check_params(params: Any) -> None:
-    if params is None:
-        raise ValueError("update must be called with params, got None")

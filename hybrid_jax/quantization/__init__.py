@@ -6,28 +6,61 @@ The way through it:
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
-Ranges are a pytree of floats to be trained along with the parameters, bits are data.
+Ranges are a pytree of floats to be trained along with the parameters, bits are data. What recovers
+accuracy without training stands between: on a function folded by `core.fold`, `equalize` before
+calibration, and then `adaround` (or `gptq`) and `correct_biases`, whose parameters q_fn takes.
+
+Each site its own bits, within budgets (with `widths`, how many channels each group keeps, too):
+
+    damage = quantization.sensitivity(fn, params, batches, spec, {2: ranges, 4: ranges, 8: ranges})
+    found = quantization.allocate_bits(damage, cost.formula(graph), spec, {'bytes': 20_000})
+    spec = quantization.with_bits(spec, found.bits)   # or q_fn(..., bits=found.bits)
 """
 
+from hybrid_jax.quantization.allocation import Allocation, allocate_bits, with_bits
 from hybrid_jax.quantization.calibration import calibrate
+from hybrid_jax.quantization.correction import correct_biases
+from hybrid_jax.quantization.equalization import equalize
+from hybrid_jax.quantization.fractional import bit_operations, fractional, round_bits
+from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
     OFF,
     Grid,
     Range,
-    affine,
     dequantize,
     extent,
+    nearest,
     quantize,
-    symmetric,
+    spread,
 )
 from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels
-from hybrid_jax.quantization.observers import Observer, minmax, moving_average, mse, percentile
-from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, spec
+from hybrid_jax.quantization.observers import (
+    Observer,
+    entropy,
+    mean_abs,
+    minmax,
+    moving_average,
+    mse,
+    percentile,
+    ternary,
+)
+from hybrid_jax.quantization.reconstruction import adaround
+from hybrid_jax.quantization.schedules import annealing
+from hybrid_jax.quantization.schemes import affine, binary, e4m3, e5m2, power_of_two, symmetric
+from hybrid_jax.quantization.sensitivity import (
+    hessian_sensitivity,
+    hessian_trace,
+    increase,
+    kl_divergence,
+    sensitivity,
+)
+from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, range_shape, spec
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
     "OFF",
+    "Allocation",
     "Grid",
     "Integers",
     "Observer",
@@ -35,21 +68,46 @@ __all__ = [
     "Range",
     "SiteSpec",
     "Spec",
+    "adaround",
     "affine",
+    "allocate_bits",
+    "annealing",
+    "binary",
+    "bit_operations",
     "calibrate",
+    "correct_biases",
     "dequantize",
+    "e4m3",
+    "e5m2",
+    "entropy",
+    "equalize",
     "extent",
     "fake_quant",
     "fake_quantized",
+    "fractional",
+    "gptq",
+    "hessian_sensitivity",
+    "hessian_trace",
+    "increase",
     "integer_kernels",
+    "kl_divergence",
     "lsq",
+    "mean_abs",
     "minmax",
     "moving_average",
     "mse",
+    "nearest",
     "pact",
     "percentile",
+    "power_of_two",
     "quantize",
+    "range_shape",
+    "round_bits",
+    "sensitivity",
     "spec",
+    "spread",
     "symmetric",
+    "ternary",
+    "with_bits",
     "with_gradient",
 ]

@@ -2,17 +2,15 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, specs
-from hybrid_jax.quantization.observers import Observer, observer
+from hybrid_jax.quantization.observers import METHODS, Observer, conclude, observe, observer
 
 
 def calibrate(
@@ -33,18 +31,20 @@ def calibrate(
       fn: fn(params, *inputs) -> outputs, in evaluation mode.
       params: Its parameters.
       batches: Yields tuples of inputs.
-      spec: How each site is quantized; which ranges there are, and for 'mse' their grids.
-      method: 'minmax', 'ema', 'percentile', 'mse', or an `Observer`.
-      bits: Bit-widths as `Spec.bits` gives them, in place of the spec's; only 'mse' minds.
+      spec: How each site is quantized; which ranges there are, and for some methods their grids.
+      method: A name in `observers.METHODS` ('minmax', 'ema', 'percentile', 'mse', 'entropy',
+        'mean_abs', 'ternary') or an `Observer`, for tensors whose quantizer states none.
+      bits: Bit-widths as `Spec.bits` gives them, in place of the spec's; only 'mse' and 'entropy'
+        mind.
       stacked: Whether `params` (and `bits`, if given) have a leading axis E on every leaf. All
         experts see each batch, and the ranges have the axis too.
 
     Returns:
       Ranges, float32 and trainable: {site name: {'weight': Range, 'activation': Range}}, without
-      those that are 'dynamic'. A kernel's have the kernel's rank, with 1 for the axes that are
-      summed over, or are () per tensor; an activation's are (). A site in a `scan` has one for all
-      of its iterations. What is constantly 0 (a dead channel) has the range [0, 0], which makes a
-      grid of step 1.
+      those that are 'dynamic'. A kernel's have the kernel's rank, with 1 (or the number of groups)
+      for the axes that are summed over, or are () per tensor; an activation's are (). A site in a
+      `scan` has one for all of its iterations. What is constantly 0 (a dead channel) has the range
+      [0, 0], which makes a grid of step 1.
 
     Raises:
       ValueError: If there is no batch, a tensor holds NaN or infinity, or a site lies in a `while`
@@ -52,29 +52,44 @@ def calibrate(
       TypeError: If a batch is not a tuple.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> fn = lambda params, x: jax.nn.relu(x) @ params['w']
       >>> params, x = {'w': jnp.array([[0.5], [-2.0]])}, jnp.array([[-1.0, 3.0]])
       >>> ranges = calibrate(fn, params, [(x,)], specs.spec(core.trace(fn, params, x)))
       >>> print(*ranges['w']['activation'], *ranges['w']['weight'])
       0.0 3.0 [[-2.]] [[0.5]]
     """
-    watch = observer(method)
-    merge = jax.vmap(watch.merge)
+    # One observer of each name, so that equal trees hold equal ones.
+    default, watches = observer(method), {name: observer(name) for name in METHODS}
 
     def see(params, *inputs):
-        _, seen = core.at_sites(fn, functools.partial(_observe, watch, spec))(params, *inputs)
-        return jax.tree.map(functools.partial(_fold, merge), seen, is_leaf=_is_observed)
+        def rule(site, x, kernel, apply):
+            seen = {}
+            for role, tensor in (("weight", kernel), ("activation", x)):
+                quantizer = getattr(spec[site.name], role)
+                if quantizer.learning != "dynamic":
+                    watch = watches.get(quantizer.method, default)
+                    shape = specs.range_shape(site, quantizer)
+                    seen[role] = _Observed(observe(watch, tensor, shape), watch, shape)
+            return apply(x, kernel), seen
+
+        _, seen = core.at_sites(fn, rule)(params, *inputs)
+        return jax.tree.map(_fold, seen, is_leaf=_is_observed)
 
     def later(old, new):
-        return jax.tree.map(
-            lambda a, b: a.replace_state(merge(a.state, b.state)), old, new, is_leaf=_is_observed
-        )
+        return jax.tree.map(lambda a, b: a.merge(b.state), old, new, is_leaf=_is_observed)
 
-    def conclude(seen, bits):
+    def finish(seen, bits):
         return {
             name: {
-                role: _value(watch, getattr(spec[name], role), observed, bits[name][role])
-                for role, observed in roles.items()
+                role: conclude(
+                    got.watch,
+                    got.state,
+                    got.shape,
+                    getattr(spec[name], role).grid,
+                    bits[name][role],
+                )
+                for role, got in roles.items()
             }
             for name, roles in seen.items()
         }
@@ -100,55 +115,35 @@ def calibrate(
         ends = {role: grids.Range(state.low, state.high) for role, state in states.items()}
         core.check_finite(f"what calibration saw at {site.name!r}", ends)
     widths = spec.bits() if bits is None else bits
-    ranges = over_experts(conclude, (0, None if bits is None else 0))(seen, widths)
+    ranges = over_experts(finish, (0, None if bits is None else 0))(seen, widths)
     return {site.name: ranges[site.name] for site in spec.sites}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["shape"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["watch", "shape"]
+)
 @dataclasses.dataclass(frozen=True)
 class _Observed:
-    """An observer's state with an axis of channels, and the shape that its range is to have."""
+    """An observer's state for each entry of a range of that shape."""
 
     state: Any
+    watch: Observer
     shape: tuple[int, ...]
 
-    def replace_state(self, state):
-        return dataclasses.replace(self, state=state)
+    def merge(self, state):
+        return dataclasses.replace(self, state=jax.vmap(self.watch.merge)(self.state, state))
 
 
 def _is_observed(node):
     return isinstance(node, _Observed)
 
 
-def _observe(watch, spec, site, x, kernel, apply):
-    quantizers, seen = spec[site.name], {}
-    if quantizers.activation.learning != "dynamic":
-        seen["activation"] = _Observed(jax.vmap(watch.init)(x.reshape(1, -1)), ())
-    if quantizers.weight.learning != "dynamic":
-        rows, shape = kernel.reshape(1, -1), ()
-        if quantizers.weight.per_channel:
-            inner = site.kernel_in_axes
-            rows = jnp.moveaxis(kernel, inner, range(-len(inner), 0))
-            rows = rows.reshape(-1, math.prod(kernel.shape[axis] for axis in inner))
-            shape = tuple(1 if i in inner else n for i, n in enumerate(kernel.shape))
-        seen["weight"] = _Observed(jax.vmap(watch.init)(rows), shape)
-    return apply(x, kernel), seen
-
-
-def _fold(merge, observed):
+def _fold(observed):
     """Merges what the iterations of the scans around a site saw."""
     scans = observed.state.low.ndim - 1
     if not scans:
         return observed
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[scans:]), observed.state)
-    first = jax.tree.map(lambda leaf: leaf[0], flat)
-    state, _ = lax.scan(
-        lambda old, new: (merge(old, new), None), first, jax.tree.map(lambda leaf: leaf[1:], flat)
-    )
-    return observed.replace_state(state)
-
-
-def _value(watch, quantizer, observed, bits):
-    scheme = specs.SCHEMES[quantizer.scheme]
-    span = jax.vmap(lambda state: watch.value(state, scheme, bits))(observed.state)
-    return jax.tree.map(lambda end: end.reshape(observed.shape), span)
+    first = dataclasses.replace(observed, state=jax.tree.map(lambda leaf: leaf[0], flat))
+    rest = jax.tree.map(lambda leaf: leaf[1:], flat)
+    return lax.scan(lambda old, new: (old.merge(new), None), first, rest)[0]

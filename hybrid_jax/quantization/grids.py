@@ -1,31 +1,30 @@
-"""Integer grids: from a range and a bit-width to scale, zero point and integer bounds.
+"""Grids: scale, zero point and bounds of the numbers stored for a tensor, and rounding to them.
 
-A grid is the set of values scale · (q − zero_point) with q an integer in [low, high]. Zero is
-always one of them, exactly, so what is pruned stays pruned. A scheme is a function
-(range, bits) -> Grid; bits may be a traced array, so one compilation serves every bit-width.
+A grid is the set of values scale · (q − zero_point) with q a number of a code in [low, high]: an
+integer, a sign or a float of 8 bits. But for signs, zero is always one of the values, exactly, so
+what is pruned stays pruned.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hybrid_jax import core
-from hybrid_jax.quantization import surrogate
 
 OFF = 32
 """The bit-width that means: leave the tensor as it is."""
 
-# A grid is computed for OFF too (its result is then not used); its bounds must fit an int32.
-_WIDEST = 16
-
 
 class Range(NamedTuple):
-    """The interval that a grid spans: float32, () or of the tensor's rank, broadcasting against it.
+    """The interval that a grid spans: float32, () or of the tensor's rank.
 
-    It does not depend on the bit-width, so that one range serves all of them.
+    Along each axis there is one for all, one for each index, or one for each of as many equal
+    blocks of consecutive indices as the axis here is long. It does not depend on the bit-width, so
+    that one range serves all of them.
     """
 
     low: jax.Array
@@ -33,13 +32,15 @@ class Range(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The values scale · (q − zero_point), for integers q in [low, high].
+    """The values scale · (q − zero_point), for the numbers q of a code in [low, high].
 
     Attributes:
-      scale: float32, above 0; () or of the tensor's rank, broadcasting against it.
-      zero_point: int32 of scale's shape, in [low, high]: the integer that stands for zero.
-      low: int32 (), the smallest integer.
-      high: int32 (), the largest integer.
+      scale: float32, above 0; of the shape of a `Range`.
+      zero_point: Of scale's shape, the q that stands for zero: int32 in [low, high] for integers,
+        float32 for another code, and ½ for signs, which have no zero.
+      low: The smallest number, (). Its dtype says what the numbers are: int32, bool for signs,
+        float8_e4m3fn or float8_e5m2.
+      high: The largest number, of the same dtype.
     """
 
     scale: jax.Array
@@ -48,8 +49,13 @@ class Grid(NamedTuple):
     high: jax.Array
 
 
-def check_bits(name: str, bits: Any) -> Any:
-    """Returns `bits` if it is 2 to 8, or 32 for off; of a traced array only the dtype is checked.
+def check_bits(name: str, bits: Any, supported: Sequence[int] = range(2, 9)) -> Any:
+    """Returns `bits` if supported, or 32 for off; of a traced array only the dtype is checked.
+
+    Args:
+      name: The argument's name, for the message.
+      bits: An integer, or an array of integers.
+      supported: Consecutive bit-widths, beside 32.
 
     Raises:
       ValueError: If a concrete value is another number.
@@ -67,9 +73,11 @@ def check_bits(name: str, bits: Any) -> Any:
         raise TypeError(f"{name} must be integers, got an array of {bits.dtype}")
     if isinstance(bits, jax.core.Tracer):
         return bits
+    least, most = supported[0], supported[-1]
     for value in np.ravel(bits).tolist():
-        if core.check_integer(name, value) not in (*range(2, 9), OFF):
-            raise ValueError(f"{name} must be 2 to 8, or {OFF} for off, got {value}")
+        if core.check_integer(name, value) not in (*supported, OFF):
+            allowed = f"{least} to {most}" if least < most else least
+            raise ValueError(f"{name} must be {allowed}, or {OFF} for off, got {value}")
     return bits
 
 
@@ -85,115 +93,128 @@ def extent(x: jax.Array, axes: tuple[int, ...] | None = None) -> Range:
     return Range(jnp.min(x, axes, keepdims=keep), jnp.max(x, axes, keepdims=keep))
 
 
-def symmetric(span: Range, bits: jax.Array | int) -> Grid:
-    """The signed grid around zero: q in [−Q, Q] with Q = 2^(bits−1) − 1 (narrow), zero point 0.
-
-    scale = max(|low|, |high|) / Q, or 1 where the range is zero (a dead channel). In the backward
-    pass the range follows the scale as `follow` states.
+def spread(tree: Any, shape: tuple[int, ...]) -> Any:
+    """Repeats the entries of a range or grid over their blocks: what broadcasts stays as it is.
 
     Args:
-      span: The range to cover.
-      bits: int or int32 (), 2 to 8; may be traced.
+      tree: A `Range`, a `Grid`, or an array shaped as theirs.
+      shape: The tensor's.
 
     Example:
-      >>> grid = symmetric(Range(jnp.float32(-0.5), jnp.float32(1.4)), bits=4)
-      >>> print(grid.scale, grid.zero_point, grid.low, grid.high)
-      0.2 0 -7 7
+      >>> print(spread(jnp.array([[1.0], [2.0]]), (4, 3))[:, 0])
+      [1. 1. 2. 2.]
     """
-    most = (jnp.int32(1) << _width(bits) - 1) - 1
-    reach = jnp.maximum(jnp.abs(span.low), jnp.abs(span.high))
-    scale = _nonzero(reach / most.astype(jnp.float32))
-    return follow(Grid(scale, jnp.zeros(jnp.shape(scale), jnp.int32), -most, most), span)
+
+    def leaf(value):
+        for axis, n in enumerate(shape if jnp.ndim(value) else ()):
+            if value.shape[axis] not in (1, n):
+                value = jnp.repeat(value, n // value.shape[axis], axis)
+        return value
+
+    return jax.tree.map(leaf, tree)
 
 
-def affine(span: Range, bits: jax.Array | int) -> Grid:
-    """The unsigned grid: q in [0, 2^bits − 1], zero point where the range has zero.
-
-    The range is first widened to hold zero, and scale = (high − low) / (2^bits − 1), or 1 where
-    that is zero (an activation that is always 0). zero_point = round(−low / scale), which is 0 for
-    a range without negative values: the plain unsigned grid after a ReLU. In the backward pass the
-    range follows the scale as `follow` states.
-
-    Args:
-      span: The range to cover.
-      bits: int or int32 (), 2 to 8; may be traced.
-
-    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference, arXiv 1712.05877, section 2.1.
+def blocks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` as one row for each entry of a range of that shape, of the values that share the entry.
 
     Example:
-      >>> grid = affine(Range(jnp.float32(-1.0), jnp.float32(2.0)), bits=4)
-      >>> print(grid.scale, grid.zero_point, grid.low, grid.high)
-      0.2 5 0 15
+      >>> x = jnp.arange(8).reshape(4, 2)
+      >>> print(blocks(x, (2, 2)))  # two groups of two along the first axis, for each column
+      [[0 2]
+       [1 3]
+       [4 6]
+       [5 7]]
     """
-    most = (jnp.int32(1) << _width(bits)) - 1
-    low, high = jnp.minimum(span.low, 0.0), jnp.maximum(span.high, 0.0)
-    scale = _nonzero((high - low) / most.astype(jnp.float32))
-    zero_point = jnp.clip(jnp.round(-low / scale).astype(jnp.int32), 0, most)
-    return follow(Grid(scale, zero_point, jnp.zeros_like(most), most), span)
-
-
-def follow(grid: Grid, span: Range) -> Grid:
-    """Lets the range learn what the scale learns, whatever the bit-width.
-
-    With n = grid.low − zero_point and p = grid.high − zero_point, the range [n·scale, p·scale] gets
-    the gradient
-
-        ∂/∂span.high := p · ∂/∂scale        ∂/∂span.low := n · ∂/∂scale
-
-    which is not the chain rule (that would be 1 / (p − n) in place of p and n): a step of gradient
-    descent on the range then does exactly what the same step does on the scale, so that step sizes
-    found for scales hold, the zero point stays where it is, and an end that is zero stays zero.
-    """
-    lowest, highest = steps(grid)
-    tied = highest * span.high + lowest * span.low
-    return grid._replace(scale=surrogate.with_gradient(lax.stop_gradient(grid.scale), tied))
+    shape = shape or (1,) * x.ndim
+    cut = x.reshape([size for m, n in zip(shape, x.shape, strict=True) for size in (m, n // m)])
+    entries_first = jnp.moveaxis(cut, range(0, cut.ndim, 2), range(x.ndim))
+    return entries_first.reshape(math.prod(shape), -1)
 
 
 def steps(grid: Grid) -> tuple[jax.Array, jax.Array]:
     """The grid's ends in steps from zero: n = low − zero_point, p = high − zero_point; float32."""
-    lowest, highest = grid.low - grid.zero_point, grid.high - grid.zero_point
+    # Of integers the difference is taken in integers; the conversion is then none.
+    low, high = (end.astype(grid.zero_point.dtype) for end in (grid.low, grid.high))
+    lowest, highest = low - grid.zero_point, high - grid.zero_point
     return lowest.astype(jnp.float32), highest.astype(jnp.float32)
 
 
+def nearest(v: jax.Array, grid: Grid, key: jax.Array | None = None) -> jax.Array:
+    """Rounds steps from zero to the numbers of the grid's code, as if it had no ends.
+
+    Args:
+      v: float32, x / scale.
+      grid: The grid.
+      key: With a random key, one of the two numbers around v is drawn, such that the mean is v.
+        Without, the nearest one is taken: of two integers or floats as near, the even one.
+
+    Returns:
+      float32 of v's shape.
+
+    Example:
+      >>> from hybrid_jax.quantization.schemes import symmetric
+      >>> grid = symmetric(Range(jnp.float32(-7.0), jnp.float32(7.0)), bits=4)
+      >>> print(nearest(jnp.array([0.5, 1.5, -9.2]), grid))
+      [ 0.  2. -9.]
+    """
+
+    def whole(v):
+        if key is None:
+            return jnp.round(v)
+        return jnp.floor(v + jax.random.uniform(key, v.shape))
+
+    code = grid.low.dtype
+    if code == jnp.bool_:
+        # Signs are −½ and ½: between two integers. Zero counts as positive.
+        return (jnp.floor(v) if key is None else whole(v - 0.5)) + 0.5
+    if jnp.issubdtype(code, jnp.floating):
+        spacing = _spacing(v, jnp.finfo(code))
+        return whole(v / spacing) * spacing
+    return whole(v)
+
+
 def quantize(x: jax.Array, grid: Grid) -> jax.Array:
-    """The integers of `x`: clip(round(x / scale) + zero_point, low, high), round to nearest even.
+    """The numbers to store for `x`: clip(nearest(x / scale) + zero_point, low, high).
 
     Args:
       x: Floating-point array.
-      grid: The grid, broadcasting against it.
+      grid: The grid.
 
     Returns:
-      int32 of `x`'s shape; in [low, high], so that int8 (symmetric) or uint8 (affine) can hold it.
+      Of `x`'s shape and the grid's code: int32 in [low, high], so that int8 (symmetric) or uint8
+      (affine) can hold it; bool for signs; float8.
 
     Example:
+      >>> from hybrid_jax.quantization.schemes import symmetric
       >>> grid = symmetric(Range(jnp.float32(-7.0), jnp.float32(7.0)), bits=4)
       >>> print(quantize(jnp.array([0.5, 1.5, -9.0]), grid))
       [ 0  2 -7]
     """
-    return rounded(x, grid).astype(jnp.int32) + grid.zero_point
+    grid = spread(grid, x.shape)
+    zero_point = grid.zero_point
+    return (rounded(x, grid).astype(zero_point.dtype) + zero_point).astype(grid.low.dtype)
 
 
 def dequantize(q: jax.Array, grid: Grid) -> jax.Array:
-    """The values of integers `q`: scale · (q − zero_point), float32.
+    """The values of stored numbers `q`: scale · (q − zero_point), float32.
 
     Example:
+      >>> from hybrid_jax.quantization.schemes import affine
       >>> grid = affine(Range(jnp.float32(-1.0), jnp.float32(2.0)), bits=4)
       >>> print(dequantize(jnp.array([0, 5, 15]), grid))
       [-1.  0.  2.]
     """
-    return (q.astype(jnp.int32) - grid.zero_point).astype(jnp.float32) * grid.scale
+    grid = spread(grid, q.shape)
+    return (q.astype(grid.zero_point.dtype) - grid.zero_point).astype(jnp.float32) * grid.scale
 
 
 def rounded(x: jax.Array, grid: Grid) -> jax.Array:
-    """`x` in whole steps from zero, clipped to the grid: round(x / scale) in [n, p], float32."""
-    return jnp.clip(jnp.round(x.astype(jnp.float32) / grid.scale), *steps(grid))
+    """`x` in steps from zero, rounded and clipped: nearest(x / scale) in [n, p], float32."""
+    grid = spread(grid, x.shape)
+    return jnp.clip(nearest(x.astype(jnp.float32) / grid.scale, grid), *steps(grid))
 
 
-def _width(bits):
-    return jnp.minimum(jnp.asarray(bits, jnp.int32), _WIDEST)
-
-
-def _nonzero(scale):
-    # The least normal number: below it a backend may flush to zero, and x / scale would be NaN.
-    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
+def _spacing(v, info):
+    """The distance of the floats around v; below the least normal number it stays the same."""
+    exponent = jnp.maximum(jnp.frexp(v)[1] - 1, info.minexp)
+    return jnp.ldexp(jnp.float32(1.0), exponent - info.nmant)

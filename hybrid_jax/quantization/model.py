@@ -6,16 +6,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, specs
+from hybrid_jax.quantization.schemes import SCHEMES
 
 
 class Integers(NamedTuple):
     """A quantized kernel: `grids.dequantize(values, grid)` is what fake-quantization computes with.
 
     Attributes:
-      values: int8 (symmetric) or uint8 (affine), of the kernel's shape as its operation takes it.
+      values: Of the kernel's shape as its operation takes it, one byte each: int8 (symmetric),
+        uint8 (affine; 0 and 1 if binary), or the 8-bit floats.
       grid: Its grid.
     """
 
@@ -32,15 +35,18 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
       spec: How each site is quantized. It is static; ranges and bits are data.
 
     Returns:
-      q_fn(params, ranges, *inputs, bits=None) -> outputs, of the structure that `fn` returns.
-      `ranges` is as `calibrate` returns it. `bits` is as `Spec.bits` returns it, traced: one
-      compilation serves all bit-widths, and under `vmap` each expert has its own; None takes the
-      spec's, and sites whose bits there are 32 are then not touched. q_fn is differentiable in
-      `params` and `ranges`; pruned weights stay exactly zero.
+      q_fn(params, ranges, *inputs, bits=None, key=None) -> outputs, of the structure that `fn`
+      returns. `ranges` is as `calibrate` returns it. `bits` is as `Spec.bits` returns it, traced:
+      one compilation serves all bit-widths, and under `vmap` each expert has its own; None takes
+      the spec's, and sites whose bits there are 32 are then not touched. With a random `key` every
+      kernel and activation is rounded stochastically, by a key of its own (the iterations of a scan
+      share theirs). q_fn is differentiable in `params` and `ranges`; pruned weights stay exactly
+      zero, but at a site that is 'binary'. A site in a custom derivative keeps the gradient that
+      the rule states, in which its ranges are not: they cannot be trained.
 
     Raises:
       ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, or concrete bits are
-        not 2 to 8 or 32.
+        none that its quantizer has.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -52,15 +58,17 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
       >>> print(fake_quantized(fn, spec)(params, ranges, x))  # steps of 1: 0.9 becomes 1
       [[-20.]]
     """
+    order = {site.name: i for i, site in enumerate(spec.sites)}
 
-    def q_fn(params, ranges, *inputs, bits=None):
+    def q_fn(params, ranges, *inputs, bits=None, key=None):
         def rule(site, x, kernel, apply):
             weight, activation = _choose(spec, ranges, bits, site)
-            rows = math.prod(kernel.shape[axis] for axis in site.kernel_in_axes)
-            kernel = specs.apply(
-                kernel, *weight, _axes(site, weight), rows if weight[0].per_channel else kernel.size
-            )
-            x = specs.apply(x, *activation, None, max(x.size // x.shape[0], 1))
+            shape = specs.range_shape(site, weight[0])
+            keys = (None, None)
+            if key is not None:
+                keys = jax.random.split(jax.random.fold_in(key, order[site.name]))
+            kernel = specs.apply(kernel, *weight, shape, kernel.size // math.prod(shape), keys[0])
+            x = specs.apply(x, *activation, (), max(x.size // x.shape[0], 1), keys[1])
             return apply(x, kernel), None
 
         return core.at_sites(fn, rule)(params, *inputs)[0]
@@ -90,7 +98,8 @@ def integer_kernels(
       {site name: Integers}, without sites whose kernel has 32 bits.
 
     Raises:
-      ValueError: As q_fn of `fake_quantized` does.
+      ValueError: As q_fn of `fake_quantized` does, or if a kernel that is 'binary' holds a zero, as
+        a pruned one does: signs cannot store it.
 
     Example:
       >>> fn = lambda params, x: x @ params['w']
@@ -110,16 +119,20 @@ def integer_kernels(
         weight, _ = _choose(spec, ranges, widths, site)
         quantizer, span, width = weight
         if span is None:
-            span = grids.extent(kernel, _axes(site, weight))
+            span = quantizer.range_of(kernel, specs.range_shape(site, quantizer), width)
         grid = quantizer.grid(span, width)
-        dtype = jnp.int8 if quantizer.scheme == "symmetric" else jnp.uint8
-        return apply(x, kernel), Integers(grids.quantize(kernel, grid).astype(dtype), grid)
+        values = grids.quantize(kernel, grid).astype(SCHEMES[quantizer.scheme].dtype)
+        return apply(x, kernel), (Integers(values, grid), jnp.any(kernel == 0))
 
     # Under jit the forward pass, of which nothing is returned, is not computed.
     kernels = jax.jit(lambda params, *inputs: core.at_sites(fn, rule)(params, *inputs)[1])
-    found = kernels(params, *inputs)
-    quantized = (s.name for s in spec.sites if int(widths[s.name]["weight"]) != grids.OFF)
-    return {name: found[name] for name in quantized}
+    found, integers = kernels(params, *inputs), {}
+    for name in (site.name for site in spec.sites):
+        if int(widths[name]["weight"]) != grids.OFF:
+            integers[name], has_zero = found[name]
+            if spec[name].weight.scheme == "binary" and np.any(has_zero):
+                raise ValueError(f"the binary kernel {name!r} must have no zero, got some")
+    return integers
 
 
 def _choose(spec, ranges, bits, site):
@@ -128,7 +141,7 @@ def _choose(spec, ranges, bits, site):
     for role in ("weight", "activation"):
         quantizer, span = getattr(spec[site.name], role), None
         width = quantizer.bits if bits is None else _entry("bits", bits, site.name, role)
-        width = grids.check_bits(f"bits of {site.name!r}", width)
+        width = quantizer.check_bits(f"bits of {site.name!r}", width)
         if quantizer.learning != "dynamic" and not (isinstance(width, int) and width == grids.OFF):
             span = _entry("ranges", ranges, site.name, role)
         chosen.append((quantizer, span, width))
@@ -142,7 +155,3 @@ def _entry(argument, tree, name, role):
         raise ValueError(
             f"{argument} must have [{name!r}][{role!r}], got {', '.join(tree) or 'nothing'}"
         ) from None
-
-
-def _axes(site, weight):
-    return site.kernel_in_axes if weight[0].per_channel else None

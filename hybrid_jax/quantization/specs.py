@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.quantization import gradients, grids
+from hybrid_jax.quantization import gradients, grids, observers
+from hybrid_jax.quantization.schemes import SCHEMES, power_of_two
 
-SCHEMES = {"symmetric": grids.symmetric, "affine": grids.affine}
 LEARNING = ("lsq", "pact", "fixed", "dynamic")
 
 
@@ -18,15 +19,26 @@ class Quantizer:
     """How one tensor is quantized.
 
     Attributes:
-      bits: 2 to 8, or 32 for off.
-      scheme: 'symmetric' (signed, narrow, zero point 0) or 'affine' (unsigned, with zero point).
+      bits: 2 to 8 for 'symmetric', 1 to 8 for 'affine', 1 for 'binary', 8 for 'e4m3' and 'e5m2'; or
+        32 for off.
+      scheme: 'symmetric' (signed, narrow, zero point 0; ternary at 2 bits), 'affine' (unsigned,
+        with zero point), 'binary' (signs, for kernels that are not pruned: it has no zero), or the
+        8-bit floats 'e4m3' and 'e5m2'.
       per_channel: One range per output channel, rather than one for the tensor.
       learning: Where the range comes from: 'lsq' and 'pact' start from the calibrated one and learn
-        it, each by its gradient; 'fixed' keeps the calibrated one; 'dynamic' takes the least and
-        greatest value of the tensor at every call, and needs no calibration.
+        it, each by its gradient; 'fixed' keeps the calibrated one; 'dynamic' takes that of the
+        tensor at every call, and needs no calibration.
+      group: One range for so many consecutive weights of an output channel, in the order of
+        `core.kernel_matrix`; None for all of them.
+      power_of_two: Whether the scale is rounded up to a power of two.
+      method: How the range is found, of `observers.METHODS`. None takes what `calibrate` is given,
+        or 'minmax' if 'dynamic'; for 'binary' it is 'mean_abs'.
 
     Raises:
-      ValueError: If a field has none of these values, or 'pact' is not with 'affine'.
+      ValueError: If a field has none of these values, or for a combination without meaning:
+        'pact', whose gradient is that of clipping at the range's own ends, needs 'affine' and no
+        rounded scale; 'lsq' gives no gradient beyond the ends, which for 'binary' are its values;
+        a `group` is one of a channel.
 
     Example:
       >>> Quantizer(bits=4, scheme='affine', learning='pact').per_channel
@@ -41,18 +53,50 @@ class Quantizer:
     scheme: str = "symmetric"
     per_channel: bool = False
     learning: str = "lsq"
+    group: int | None = None
+    power_of_two: bool = False
+    method: str | None = None
 
     def __post_init__(self):
-        core.check_integer("bits", self.bits)
-        grids.check_bits("bits", self.bits)
         core.check_choice("scheme", self.scheme, SCHEMES)
         core.check_choice("learning", self.learning, LEARNING)
+        core.check_integer("bits", self.bits)
+        self.check_bits("bits", self.bits)
         if self.learning == "pact" and self.scheme != "affine":
             raise ValueError(f"scheme must be 'affine' with learning 'pact', got {self.scheme!r}")
+        if self.learning == "pact" and self.power_of_two:
+            raise ValueError("power_of_two must be False with learning 'pact', got True")
+        if self.learning == "lsq" and self.scheme == "binary":
+            raise ValueError(
+                "learning must be 'fixed' or 'dynamic' with scheme 'binary', got 'lsq'"
+            )
+        if self.group is not None:
+            core.check_integer("group", self.group, 1)
+            if not self.per_channel:
+                raise ValueError(f"per_channel must be True with a group, got group {self.group}")
+        if self.method is not None:
+            core.check_choice("method", self.method, observers.METHODS)
+        elif self.scheme == "binary":
+            object.__setattr__(self, "method", "mean_abs")
+
+    def check_bits(self, name: str, bits: Any) -> Any:
+        """Returns `bits` if the scheme has it, as `grids.check_bits` does."""
+        return grids.check_bits(name, bits, SCHEMES[self.scheme].bits)
 
     def grid(self, span: grids.Range, bits: jax.Array | int | None = None) -> grids.Grid:
         """The grid of this scheme over `span`, at `bits` or else at the bits stated here."""
-        return SCHEMES[self.scheme](span, self.bits if bits is None else bits)
+        grid = SCHEMES[self.scheme].grid(span, self.bits if bits is None else bits)
+        return power_of_two(grid) if self.power_of_two else grid
+
+    def range_of(
+        self, x: jax.Array, shape: tuple[int, ...], bits: jax.Array | int | None = None
+    ) -> grids.Range:
+        """The range of that shape that its method, or else 'minmax', finds for `x` alone."""
+        watch = observers.observer(self.method or "minmax")
+        states = observers.observe(watch, x, shape)
+        return observers.conclude(
+            watch, states, shape, self.grid, self.bits if bits is None else bits
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +110,7 @@ class SiteSpec:
 
     Raises:
       ValueError: If the activation is to be quantized per channel: the sum over input channels is
-        an integer sum only if they have one scale.
+        an integer sum only if they have one scale. Or as binary: padding needs a zero.
     """
 
     name: str
@@ -76,6 +120,8 @@ class SiteSpec:
     def __post_init__(self):
         if self.activation.per_channel:
             raise ValueError(f"activation must be per tensor, got per channel for {self.name!r}")
+        if self.activation.scheme == "binary":
+            raise ValueError(f"activation must have a zero, got scheme 'binary' for {self.name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +188,9 @@ def spec(
       The specification, static and hashable.
 
     Raises:
-      ValueError: If bits are not 2 to 8 or 32, a rule matches no site or has another key, or sites
-        that share a kernel get different quantizers for it.
+      ValueError: If bits are not 2 to 8 (1 to 8 for activations) or 32, a rule matches no site or
+        has another key, a group does not divide the weights of an output channel, or sites that
+        share a kernel get different quantizers for it.
 
     Example:
       >>> def mlp(params, x):
@@ -158,7 +205,7 @@ def spec(
     default = {"weight": weight_bits, "activation": activation_bits}
     for name, bits in [*default.items(), ("first_last", first_last_bits)]:
         core.check_integer(f"{name}_bits", bits)
-        grids.check_bits(f"{name}_bits", bits)
+        grids.check_bits(f"{name}_bits", bits, range(1 if name == "activation" else 2, 9))
     names = [site.name for site in graph.sites]
     changes = core.match_rules(rules or (), names, default=None)
     sites = []
@@ -174,9 +221,45 @@ def spec(
             weight = Quantizer(weight, "symmetric", per_channel=True)
         if not isinstance(activation, Quantizer):
             activation = Quantizer(activation, "affine")
+        range_shape(site, weight)
         sites.append(SiteSpec(site.name, weight, activation))
     _check_shared(graph, sites)
     return Spec(tuple(sites))
+
+
+def range_shape(site: core.Site, quantizer: Quantizer) -> tuple[int, ...]:
+    """The shape of the range of a site's kernel: () or of the kernel's rank.
+
+    Raises:
+      ValueError: If the quantizer's group does not cut the kernel into blocks: from the last axis
+        that is summed over to the first, it divides the axis, or is a multiple of it.
+
+    Example:
+      >>> fn = lambda params, x: x @ params['w']
+      >>> site = core.trace(fn, {'w': jnp.ones((8, 3))}, jnp.ones((1, 8))).sites[0]
+      >>> range_shape(site, Quantizer(4)), range_shape(site, Quantizer(4, per_channel=True))
+      ((), (1, 3))
+      >>> range_shape(site, Quantizer(4, per_channel=True, group=4))
+      (2, 3)
+    """
+    if not quantizer.per_channel:
+        return ()
+    inner = site.kernel_in_axes
+    shape = [1 if axis in inner else n for axis, n in enumerate(site.kernel_shape)]
+    left = quantizer.group or 1
+    for axis in reversed(inner) if quantizer.group else ():
+        n = site.kernel_shape[axis]
+        block = n if left % n == 0 else left
+        if n % block:
+            break
+        shape[axis], left = n // block, left // block
+    if left > 1:
+        sizes = tuple(site.kernel_shape[axis] for axis in inner)
+        raise ValueError(
+            f"group must divide the summed axes {sizes} of {site.name!r} into blocks, "
+            f"got {quantizer.group}"
+        )
+    return tuple(shape)
 
 
 def apply(
@@ -184,8 +267,9 @@ def apply(
     quantizer: Quantizer,
     span: grids.Range | None,
     bits: jax.Array | int,
-    axes: tuple[int, ...] | None,
+    shape: tuple[int, ...],
     count: int,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Fake-quantizes one tensor as its quantizer says.
 
@@ -194,27 +278,28 @@ def apply(
       quantizer: How.
       span: Its range; None where it is 'dynamic'.
       bits: int or int32 (); may be traced. 32 returns `x` to the bit.
-      axes: Axes over which a 'dynamic' range is taken; None for all.
+      shape: That of its range, to find a 'dynamic' one.
       count: How many values share a scale, for the gradient of LSQ.
+      key: Random key, to round stochastically.
 
     Returns:
       Of the shape and dtype of `x`.
 
     Example:
       >>> x = jnp.array([0.1, 0.6, 1.0])
-      >>> print(apply(x, Quantizer(2, 'symmetric', learning='dynamic'), None, 2, None, 3))
+      >>> print(apply(x, Quantizer(2, 'symmetric', learning='dynamic'), None, 2, (), 3))
       [0. 1. 1.]
     """
     if isinstance(bits, int) and bits == grids.OFF:
         return x
     if quantizer.learning == "dynamic":
-        span = grids.extent(x, axes)
+        span = quantizer.range_of(x, shape, bits)
     if quantizer.learning == "lsq":
-        y = gradients.lsq(x, quantizer.grid(span, bits), count)
+        y = gradients.lsq(x, quantizer.grid(span, bits), count, key)
     elif quantizer.learning == "pact":
-        y = gradients.pact(x, span, bits)
+        y = gradients.pact(x, span, bits, key)
     else:
-        y = gradients.fake_quant(x, quantizer.grid(span, bits))
+        y = gradients.fake_quant(x, quantizer.grid(span, bits), key)
     return y if isinstance(bits, int) else jnp.where(bits == grids.OFF, x, y)
 
 

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from matplotlib import ticker
+from matplotlib import colormaps, ticker
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -239,6 +239,46 @@ def training_curve(history: dict, metric: str) -> Figure | None:
     last = np.array([curve[:, -1] for curve in curves.values()])
     _label_right(axes, last[:, 0], scale * last[:, 1], [_shorten(name) for name in curves], colors)
     return axes.figure
+
+
+def sensitivity(losses: dict, sparsities, dense: float | None = None, ylabel="loss") -> Figure:
+    """Loss against the sparsity of one layer alone, a line for each, coloured by its place.
+
+    Args:
+        losses: {name of a layer or a group: (S,) losses}, of `pruning.sensitivity`, in the order
+            of the legend: that in which the sites of a graph run, say.
+        sparsities: (S,) fractions removed, in any order.
+        dense: Loss with nothing removed, drawn as a dashed line.
+        ylabel: What the losses are.
+    """
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    order = np.argsort(sparsities)
+    x = 100 * np.asarray(sparsities, float)[order]
+    colors = colormaps["viridis"](np.linspace(0, 0.93, len(losses)))
+    for i, (name, own) in enumerate(losses.items()):
+        # Neighbours have nearly the same colour, and are told apart by their markers.
+        axes.plot(
+            x, np.asarray(own, float)[order], color=colors[i], linewidth=1.2, markersize=4,
+            marker="os^DvPX"[i % 7], markeredgecolor="white", markeredgewidth=0.3,
+            label=_shorten(_site(name)),
+        )  # fmt: skip
+    if dense is not None:
+        axes.axhline(dense, color=_GREY, linewidth=1, linestyle="--", label="nothing removed")
+    rows = 28
+    columns = -(-(len(losses) + 1) // rows)
+    height = max(3.2, 0.9 + 0.17 * min(len(losses) + 1, rows))
+    figure.set_size_inches(4.6 + 1.9 * columns, height)
+    figure.legend(
+        loc="outside right upper", ncols=columns, frameon=False, fontsize=_SMALL - 1,
+        handlelength=1.4,
+    )  # fmt: skip
+    axes.set_xlabel("sparsity of the one layer (%)")
+    axes.set_ylabel(ylabel)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _despine(axes)
+    return figure
 
 
 def _labelled_axes(height: float, width: float):

@@ -1,17 +1,20 @@
-"""A training step that prunes against one that does not, and the masks of a large model."""
+"""A training step that prunes against one that does not, and what there is to work out before."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from hybrid_jax import pruning
+from hybrid_jax import core, pruning
 from launch.benchmarks import measure
+from launch.benchmarks.core import trace_and_group
 from launch.benchmarks.measure import Row, Size
 
 SPARSITY = 0.8
 EVERY = 10
+SPARSITIES = (0.2, 0.5, 0.8, 0.9)
 
 
 def hold_masks(size: Size) -> Iterator[Row]:
@@ -51,7 +54,49 @@ def mask_computation(size: Size) -> Iterator[Row]:
         yield measure.seconds(name, lambda masks=masks: masks(params), calls=size.calls)
 
 
-BENCHMARKS = (hold_masks, schedule_at_rest, schedule_with_updates, mask_computation)
+def target_search(size: Size) -> Iterator[Row]:
+    """Seconds from scores of channels to those that leave half of the large model's MACs."""
+    params = measure.variables(size.large, size.large_image)
+    image = jax.ShapeDtypeStruct((1, *size.large_image), jnp.float32)
+    graph = core.trace(measure.predict(size.large), params, image)
+    scores = pruning.group_scores(pruning.magnitude(params), graph.groups)
+
+    def run():
+        return pruning.to_target(
+            lambda sparsity: pruning.keep_channels(scores, sparsity, "global"),
+            lambda keep: core.narrow_graph(graph, keep).macs,
+            graph.macs / 2,
+        ).choice
+
+    yield measure.seconds("channels to half of the MACs", run, calls=size.calls)
+
+
+def sensitivity_sweep(size: Size) -> Iterator[Row]:
+    """Seconds for the loss of the small model with each kernel pruned alone, on one batch."""
+    params, predict = measure.variables(size.small, size.small_image), measure.predict(size.small)
+    scores, batch = pruning.magnitude(params), measure.training_batch(size)
+
+    def loss(params, images, labels):
+        logits = predict(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def run():
+        return pruning.sensitivity(loss, params, scores, SPARSITIES, batch["image"], batch["label"])
+
+    layers = len(jax.tree.leaves(scores))
+    name = f"sensitivity of {layers} kernels at {len(SPARSITIES)} sparsities"
+    yield measure.seconds(name, run, calls=size.calls)
+
+
+BENCHMARKS = (
+    hold_masks,
+    schedule_at_rest,
+    schedule_with_updates,
+    mask_computation,
+    trace_and_group,
+    target_search,
+    sensitivity_sweep,
+)
 
 
 def _by_schedule(every):

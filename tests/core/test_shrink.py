@@ -269,6 +269,43 @@ def test_masked_equals_shrunk(name):
         )
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_the_graph_of_what_is_left_is_that_of_the_small_function(name):
+    fn, params, inputs = NETS[name]
+    params = params() if callable(params) else params
+    graph = core.trace(fn, params, *inputs)
+    keep = half(graph)
+    kept = core.keep_indices(keep, graph.groups, params)
+    masks = core.expand(keep, graph.groups, params)
+    jax.tree.map(np.testing.assert_array_equal, kept, core.kept_indices(graph, masks))
+
+    left = core.narrow_graph(graph, keep)
+    small = core.slice_tree(params, kept)
+    traced = core.trace(core.narrow(fn, params, kept), small, *inputs)
+    assert left.parameters == traced.parameters
+    assert left.macs == traced.macs
+    assert left.sites == traced.sites
+    # The groups that were there, without the units that left.
+    for before, after in zip(graph.groups, left.groups, strict=True):
+        assert (after.name, after.size) == (before.name, keep[before.name].sum())
+        for old, new in zip(before.members, after.members, strict=True):
+            assert (new.path, new.axis) == (old.path, old.axis)
+            stays = kept[new.path][new.axis][new.index]
+            np.testing.assert_array_equal(stays, old.index[keep[before.name]])
+
+
+def test_removals_that_do_not_fit_a_graph_are_refused():
+    graph = core.trace(*NETS["residual"][:2], IMAGES)
+    name = graph.groups[0].name
+    with pytest.raises(ValueError, match=r"keep\['k0'\] must keep a channel, got none"):
+        core.narrow_graph(graph, {name: np.zeros(8, bool)})
+    for narrowed in (core.narrow_graph, lambda g, keep: core.keep_indices(keep, g.groups, {})):
+        with pytest.raises(ValueError, match="keep must be one of k0, k1, got 'k9'"):
+            narrowed(graph, {"k9": np.ones(8, bool)})
+    with pytest.raises(ValueError, match=r"keep\['k0'\] must be bool\[8\], got bool\[7\]"):
+        core.narrow_graph(graph, {name: np.ones(7, bool)})
+
+
 def test_the_small_function_takes_any_batch_and_all_transformations():
     fn, params, (x,) = NETS["residual"]
     graph = core.trace(fn, params, x)

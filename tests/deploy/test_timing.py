@@ -1,9 +1,10 @@
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import deploy
+from hybrid_jax import deploy, pruning
 
 
 def after(seconds, calls, name):
@@ -36,6 +37,37 @@ def test_percentiles_of_made_up_times(monkeypatch):
     measured = deploy.latency("f", "r", pairs=20, warmup=1)
     np.testing.assert_allclose(measured[:5], (10.5, 19.05, 2, 2, 5.25))
     np.testing.assert_allclose(measured.spread, (2.875, 7.625))
+
+
+def two_layers(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+PARAMS = {"a": np.ones((4, 8), np.float32), "b": np.ones((8, 2), np.float32)}
+
+
+def test_widths_are_really_cut_and_timed_against_the_whole(monkeypatch):
+    timed = []
+
+    def record(fn, reference, x, pairs, warmup):
+        # Hidden units of ones: 4 inputs, so that each output is 4 times the width.
+        timed.append((float(fn(x)[0, 0]), float(reference(x)[0, 0]), pairs, warmup))
+        return deploy.Latency(0, 0, 0, 0, ratio=len(timed) / 10, spread=(0, 0))
+
+    monkeypatch.setattr(deploy.timing, "latency", record)
+    x = np.ones((1, 4), np.float32)
+    table = deploy.width_latencies(two_layers, PARAMS, {"a": [4, 2, 8]}, x, pairs=7, warmup=2)
+    assert timed == [(16.0, 32.0, 7, 2), (8.0, 32.0, 7, 2)]
+    assert table == {"a": {8: 1.0, 4: 0.1, 2: 0.2}}
+    assert pruning.paying_widths(table) == {"a": (4, 8)}
+
+
+def test_bad_widths():
+    x = np.ones((1, 4), np.float32)
+    with pytest.raises(ValueError, match="group of widths must be one of a, got 'b'"):
+        deploy.width_latencies(two_layers, PARAMS, {"b": [4]}, x)
+    with pytest.raises(ValueError, match=r"width of group 'a' must be .*\[1, 8\], got 9"):
+        deploy.width_latencies(two_layers, PARAMS, {"a": [9]}, x)
 
 
 def test_bad_arguments():

@@ -25,6 +25,9 @@ ROWS = {
         # 3*3*3*4 + 2*3*3*4*4 + 4*10 weights of kernels, 10 + 3*2*4 of biases and BatchNorm
         "masks of 0.00047 M parameters, uniform",
         "masks of 0.00047 M parameters, global",
+        "trace and group",
+        "channels to half of the MACs",
+        "sensitivity of 4 kernels at 4 sparsities",
     ],
     "quantization": ["QAT step / plain", "QAT step, bits as data / plain"],
     "experts": [

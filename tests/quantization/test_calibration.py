@@ -6,8 +6,7 @@ from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax import quantization as q
-
-METHODS = ["minmax", "ema", "percentile", "mse"]
+from hybrid_jax.quantization.observers import METHODS
 
 
 def spec_of(model, **kwargs):
@@ -48,6 +47,28 @@ def test_a_stack_equals_separate_calibrations(model, method):
             together,
             alone,
         )
+
+
+def test_a_quantizer_may_state_its_own_method(model):
+    own = q.Quantizer(4, per_channel=True, method="mse")
+    spec = spec_of(model, rules=[(".*stem.*", {"weight": own})])
+    batches = [(model.x,)]
+    ranges = q.calibrate(model.fn, model.params, batches, spec)
+    for method, name in (("mse", "params/stem/kernel"), ("minmax", "params/head/kernel")):
+        alone = q.calibrate(model.fn, model.params, batches, spec, method)[name]["weight"]
+        jax.tree.map(np.testing.assert_array_equal, ranges[name]["weight"], alone)
+    widest = q.calibrate(model.fn, model.params, batches, spec_of(model))["params/stem/kernel"]
+    assert np.any(ranges["params/stem/kernel"]["weight"].high < widest["weight"].high)
+
+
+def test_a_range_for_each_group(model):
+    grouped = q.Quantizer(4, per_channel=True, group=6)
+    spec = spec_of(model, rules=[(".*stem.*", {"weight": grouped})])
+    span = q.calibrate(model.fn, model.params, [(model.x,)], spec)["params/stem/kernel"]["weight"]
+    kernel = model.params["params"]["stem"]["kernel"]
+    # 6 of the 18 weights of an output channel are one row of the 3 × 3 taps of 2 channels.
+    np.testing.assert_array_equal(span.high, kernel.max((1, 2), keepdims=True))
+    np.testing.assert_array_equal(span.low, kernel.min((1, 2), keepdims=True))
 
 
 def test_dynamic_tensors_need_no_range(model):

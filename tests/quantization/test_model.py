@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,113 @@ def test_integer_kernels_are_what_the_model_computes_with(model, spec, ranges):
     )
 
 
+KINDS = {
+    "group": (q.Quantizer(4, per_channel=True, group=2), q.Quantizer(4, "affine")),
+    "affine group": (q.Quantizer(3, "affine", True, group=2), q.Quantizer(3, "affine")),
+    "ternary": (
+        q.Quantizer(2, per_channel=True, learning="dynamic", method="ternary"),
+        q.Quantizer(8, "affine", learning="pact"),
+    ),
+    "binary": (
+        q.Quantizer(1, "binary", per_channel=True, learning="dynamic"),
+        q.Quantizer(2, "affine", learning="dynamic"),
+    ),
+    "floats": (q.Quantizer(8, "e4m3", per_channel=True), q.Quantizer(8, "e5m2")),
+    "shifts": (
+        q.Quantizer(4, per_channel=True, power_of_two=True),
+        q.Quantizer(4, "affine", learning="fixed", power_of_two=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_quantizer(model, kind):
+    """Trains, computes with what its integers stand for, keeps zeros, and draws with a key."""
+    weight, activation = KINDS[kind]
+    one_weight = dataclasses.replace(weight, group=None)
+    graph = core.trace(model.fn, model.params, model.x)
+    # A depthwise kernel has 9 weights for each output channel: no two of them make a group.
+    spec = q.spec(
+        graph,
+        [
+            (DEPTHWISE, {"weight": one_weight, "activation": activation}),
+            (".*", {"weight": weight, "activation": activation}),
+        ],
+    )
+    params = jax.tree.map(jnp.copy, model.params)
+    kernel = params["params"]["stem"]["kernel"]
+    kept = jax.random.bernoulli(jax.random.key(2), 0.5, kernel.shape) | (weight.bits == 1)
+    params["params"]["stem"]["kernel"] = jnp.where(kept, kernel, 0.0)
+    ranges = q.calibrate(model.fn, params, [(model.x,)], spec)
+    q_fn = q.fake_quantized(model.fn, spec)
+
+    @jax.jit
+    def loss(params, ranges, bits, key):
+        return jnp.mean(q_fn(params, ranges, model.x, bits=bits, key=key) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    near = loss(params, ranges, spec.bits(), None)
+    slopes = gradient(params, ranges, spec.bits(), None)
+    core.check_finite("gradients", slopes)
+    assert np.any(slopes[0]["params"]["stem"]["kernel"] != 0)
+    if weight.learning == "lsq":
+        assert np.any(slopes[1][STEM]["weight"].high != 0)
+        assert slopes[1][STEM]["weight"].high.shape == q.range_shape(graph.sites[0], weight)
+    drawn = [float(loss(params, ranges, spec.bits(), jax.random.key(i))) for i in (0, 1, 1)]
+    assert drawn[1] == drawn[2]
+    assert len({float(near), *drawn}) == 3
+    floats = jax.jit(lambda params: jnp.mean(model.fn(params, model.x) ** 2))(params)
+    off = loss(params, ranges, all_bits(spec, 32), jax.random.key(0))
+    np.testing.assert_array_equal(off, floats)
+
+    integers = q.integer_kernels(model.fn, spec, params, ranges, model.x)
+    for name in ("stem", "depthwise", "head"):
+        stored = integers[f"params/{name}/kernel"]
+        assert stored.values.dtype.itemsize == 1
+        params["params"][name]["kernel"] = q.dequantize(*stored)
+    assert not np.any(params["params"]["stem"]["kernel"][~kept])
+    bits = {name: b | {"weight": jnp.int32(32)} for name, b in spec.bits().items()}
+    np.testing.assert_allclose(loss(params, ranges, bits, None), near, rtol=1e-5)
+
+
+def test_xnor_net_by_hand():
+    # mean |w| of the columns: 2 and 0.5; signs (−, +) and (+, +).
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": jnp.array([[-3.0, 0.2], [1.0, 0.8]])}, jnp.array([[1.0, 10.0]])
+    signs = q.Quantizer(1, "binary", per_channel=True, learning="dynamic")
+    spec = q.spec(core.trace(fn, params, x), [("w", {"weight": signs, "activation": 32})])
+    # 1·(−2) + 10·2 = 18 and 1·0.5 + 10·0.5 = 5.5; no range is needed.
+    np.testing.assert_allclose(q.fake_quantized(fn, spec)(params, {}, x), [[18.0, 5.5]], rtol=1e-6)
+    stored = q.integer_kernels(fn, spec, params, {}, x)["w"]
+    assert stored.values.tolist() == [[0, 1], [1, 1]]
+    pruned = {"w": params["w"].at[0, 1].set(0.0)}
+    with pytest.raises(ValueError, match="the binary kernel 'w' must have no zero, got some"):
+        q.integer_kernels(fn, spec, pruned, {}, x)
+
+
+def test_every_site_draws_its_own_numbers():
+    # Half a step of the grid [0, 1, 2, 3]: each tensor becomes 0 or 1 at random.
+    def fn(params, x):
+        return x @ params["a"], x @ params["b"]
+
+    params = {name: jnp.full((64, 1), 0.5) for name in "ab"}
+    x = jnp.full((1, 64), 0.5)
+    spec = q.spec(core.trace(fn, params, x), [(".*", {"weight": 4, "activation": 2})])
+    span = q.Range(jnp.float32(0.0), jnp.float32(3.0))
+    wide = q.Range(jnp.full((1, 1), -7.0), jnp.full((1, 1), 7.0))
+    ranges = {name: {"weight": wide, "activation": span} for name in "ab"}
+    q_fn = jax.jit(q.fake_quantized(fn, spec))
+    a, b = q_fn(params, ranges, x, key=jax.random.key(0))
+    assert a != b
+    keys = jax.random.split(jax.random.key(1), 200)
+    a, b = jax.vmap(lambda key: q_fn(params, ranges, x, key=key))(keys)
+    # The mean of the product of two independent draws is 64 · ½ · ½; by itself, rounded, it is 0.
+    assert abs(float(a.mean()) - 16) < 1
+    np.testing.assert_array_equal(q_fn(params, ranges, x)[0], [[0.0]])
+
+
 def test_training_mode_keeps_the_outputs(model, spec, ranges):
     q_train = jax.jit(q.fake_quantized(model.train, spec))
     logits, updated = q_train(model.params, ranges, model.x)
@@ -179,12 +288,14 @@ def test_sites_in_nested_calls_are_quantized():
     def fn(params, x):
         x = jax.checkpoint(lambda x: jnp.tanh(x @ params["remat"]))(x)
         x = jax.jit(lambda x: x @ params["jit"])(x)
+        x = lax.cond(x.sum() < 1e3, lambda x: x @ params["cond"], lambda x: x, x)
         return lax.scan(lambda x, w: (jax.nn.silu(x @ w), None), x, params["scan"])[0]
 
     key = jax.random.key(0)
     params = {
         "remat": jax.random.normal(key, (3, 3)),
         "jit": jax.random.normal(key, (3, 3)),
+        "cond": jax.random.normal(key, (3, 3)),
         "scan": jax.random.normal(key, (2, 3, 3)),
     }
     x = jax.random.normal(key, (2, 3))
@@ -195,6 +306,33 @@ def test_sites_in_nested_calls_are_quantized():
     gradients = jax.jit(jax.grad(lambda ranges: q_fn(params, ranges, x).sum()))(ranges)
     for name in params:
         assert np.any(gradients[name]["weight"].high != 0)
+
+
+def test_a_site_in_a_custom_derivative_is_quantized():
+    """Its parameters get the gradient that the rule says, of what the rule kept."""
+
+    @jax.custom_vjp
+    def tripled(x, w):
+        return x @ w
+
+    tripled.defvjp(lambda x, w: (x @ w, (x, w)), lambda s, g: (3 * g @ s[1].T, 3 * s[0].T @ g))
+
+    def fn(params, x):
+        return tripled(x, params["w"])
+
+    # Weight steps of 1, activation steps of 2: 1.2 · 5.2 becomes 1 · 6. The rule kept x = 5.2.
+    params, x = {"w": jnp.array([[1.2]])}, jnp.array([[5.2]])
+    spec = q.spec(core.trace(fn, params, x), [("w", {"weight": 4, "activation": 3})])
+    ranges = {
+        "w": {
+            "weight": q.Range(jnp.full((1, 1), -7.0), jnp.full((1, 1), 7.0)),
+            "activation": q.Range(jnp.float32(0.0), jnp.float32(14.0)),
+        }
+    }
+    q_fn = q.fake_quantized(fn, spec)
+    value, slope = jax.value_and_grad(lambda p: q_fn(p, ranges, x).sum())(params)
+    assert float(value) == 6.0
+    np.testing.assert_allclose(slope["w"], [[3 * 5.2]], rtol=1e-6)
 
 
 def test_bad_arguments(model, spec, ranges):

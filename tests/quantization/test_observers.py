@@ -8,7 +8,8 @@ from sklearn import datasets
 
 from hybrid_jax import quantization as q
 
-FACTORIES = [q.minmax, q.moving_average, q.percentile, q.mse]
+FACTORIES = [q.minmax, q.moving_average, q.percentile, q.mse, q.entropy]
+SYMMETRIC = [q.mean_abs, q.ternary]
 
 
 def ends(observer, *batches, scheme=q.affine, bits=8):
@@ -45,7 +46,7 @@ def test_percentile_counts_the_zeros():
     assert ends(q.percentile(99.5), x) == [0.0, 5.0]
 
 
-@pytest.mark.parametrize("factory", [q.percentile, q.mse])
+@pytest.mark.parametrize("factory", [q.percentile, q.mse])  # entropy and ternary: the same states
 @given(
     scales=st.lists(st.integers(-20, 20), min_size=2, max_size=4), seed=st.integers(0, 2**31 - 1)
 )
@@ -64,7 +65,7 @@ def test_streaming_a_histogram_is_exact(factory, scales, seed):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("factory", FACTORIES + SYMMETRIC)
 def test_a_state_of_zeros_is_neutral(factory):
     observer = factory()
     state = observer.init(jnp.array([2.0, 3.0]))
@@ -79,6 +80,91 @@ def test_constant_tensor(factory, constant):
     low, high = ends(factory(), np.full(10, constant), np.full(5, constant))
     grid = q.affine(q.Range(jnp.float32(low), jnp.float32(high)), 8)
     np.testing.assert_allclose(q.fake_quant(jnp.full(3, constant), grid), constant, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", SYMMETRIC)
+@pytest.mark.parametrize("constant", [0.0, 3.0, -3.0])
+def test_constant_magnitude(factory, constant):
+    low, high = ends(factory(), np.full(10, constant), np.full(5, constant))
+    # To half a bin: 4 / 1024 / 2.
+    np.testing.assert_allclose([low, high], [-abs(constant), abs(constant)], atol=0.002)
+
+
+def test_mean_abs_streams():
+    # (1 + 2 + 3 + 0 + 8) / 5.
+    low, high = ends(q.mean_abs(), [-1.0, 2.0, -3.0], [0.0, 8.0])
+    np.testing.assert_allclose([low, high], [-2.8, 2.8], rtol=1e-6)
+
+
+def test_mean_abs_is_the_best_range_for_signs():
+    x = np.float32(np.random.default_rng(0).normal(size=5000))
+    best = max(np.abs(ends(q.mse(), x, scheme=q.binary, bits=1)))
+    np.testing.assert_allclose(best, np.abs(x).mean(), atol=np.abs(x).max() / 100)
+
+
+def test_ternary_is_the_formula_of_the_paper():
+    x = np.float32(np.random.default_rng(0).normal(size=20_000))
+    x[:5000] = 0.0  # they count in the mean
+    threshold = 0.7 * np.abs(x).mean()
+    chosen = np.abs(x) > threshold
+    scale = np.abs(x)[chosen].mean()
+    low, high = ends(q.ternary(), *np.split(x, 4))
+    bin_width = 2 * 8 / 2048  # max |x| lies between 4 and 8
+    np.testing.assert_allclose([low, high], [-scale, scale], atol=bin_width)
+    # Rounding to the nearest of {−a, 0, a} is no worse than the paper's threshold, and better than
+    # the grid of the same bits over all values.
+    paper = np.mean((np.where(chosen, scale * np.sign(x), 0) - x) ** 2)
+
+    def error(a):
+        grid = q.symmetric(q.Range(jnp.float32(-a), jnp.float32(a)), 2)
+        return float(np.mean((q.fake_quant(jnp.asarray(x), grid) - x) ** 2))
+
+    assert error(high) <= paper * 1.001
+    assert error(high) < error(np.abs(x).max())
+
+
+def divergences(x, levels, bins=2048):
+    """TensorRT's search in loops, on |x| in half as many bins: KL of each number of bins kept."""
+    radius = 2.0 ** np.ceil(np.log2(np.abs(x).max()))
+    counts, _ = np.histogram(np.abs(x), bins // 2, (0, radius))
+    last = int(np.ceil(np.abs(x).max() / radius * (bins // 2)))
+    found = {}
+    for percent in range(1, 101):
+        clip = np.abs(x).max() * percent / 100
+        middles = (np.arange(bins // 2) + 0.5) * radius * 2 / bins
+        kept = int(np.sum(middles < clip + radius / bins))
+        p = counts[:kept].astype(float)
+        p[-1] += counts[kept:].sum()
+        level = np.minimum(np.round(middles[:kept] / (clip / levels)), levels)
+        merged = np.zeros(kept)
+        for value in np.unique(level):
+            here = (level == value) & (counts[:kept] > 0)
+            if here.any():
+                merged[here] = counts[:kept][here].sum() / here.sum()
+        p, merged = p / p.sum(), merged / max(merged.sum(), 1)
+        some = p > 0
+        found[percent] = np.sum(p[some] * np.log(p[some] / np.maximum(merged[some], 1e-7)))
+    assert kept <= last + 1
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tail", [0.0, 12.0])
+def test_entropy_is_the_search_of_its_source(bits, tail):
+    rng = np.random.default_rng(bits)
+    x = np.append(np.abs(np.float32(rng.normal(size=20_000))), np.float32(tail)) + 1e-6
+    high = ends(q.entropy(), x, scheme=q.affine, bits=bits)[1]
+    expected = divergences(x, 2**bits - 1)
+    chosen = round(100 * high / x.max())
+    assert expected[chosen] <= min(expected.values()) * 1.02 + 1e-6
+
+
+def test_entropy_clips_a_tail_and_keeps_a_flat_distribution():
+    rng = np.random.default_rng(0)
+    bell = np.append(rng.normal(size=20_000), 50.0)
+    assert ends(q.entropy(), bell, scheme=q.symmetric, bits=8)[1] < 10
+    flat = np.linspace(-1, 1, 100_001)
+    assert ends(q.entropy(), flat, scheme=q.symmetric, bits=8)[1] > 0.95
 
 
 def test_mse_clips_an_outlier_only_where_bits_are_few():

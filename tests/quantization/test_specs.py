@@ -1,4 +1,6 @@
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hybrid_jax import core
@@ -44,11 +46,25 @@ def test_bits_are_int32_scalars(graph):
     assert int(bits[DEPTHWISE]["weight"]) == 4
 
 
-@pytest.mark.parametrize("name", ["weight_bits", "activation_bits", "first_last_bits"])
 @pytest.mark.parametrize("bits", [0, 1, 9, 16, -4])
-def test_bits_outside(graph, name, bits):
-    with pytest.raises(ValueError, match=f"{name} must be 2 to 8, or 32 for off, got {bits}"):
-        q.spec(graph, **{name: bits})
+def test_bits_outside(graph, bits):
+    for name in ("weight_bits", "first_last_bits"):
+        with pytest.raises(ValueError, match=f"{name} must be 2 to 8, or 32 for off, got {bits}"):
+            q.spec(graph, **{name: bits})
+    if bits == 1:  # {0, scale}: an unsigned activation has it
+        assert q.spec(graph, activation_bits=1).activation_bits[DEPTHWISE] == 1
+        return
+    with pytest.raises(ValueError, match=f"activation_bits must be 1 to 8, or 32.* got {bits}"):
+        q.spec(graph, activation_bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "allowed"),
+    [("symmetric", 1, "2 to 8"), ("affine", 9, "1 to 8"), ("binary", 2, "1"), ("e4m3", 4, "8")],
+)
+def test_bits_that_a_scheme_has_not(scheme, bits, allowed):
+    with pytest.raises(ValueError, match=f"bits must be {allowed}, or 32 for off, got {bits}"):
+        q.Quantizer(bits, scheme, learning="fixed")
 
 
 def test_bits_that_are_no_integer(graph):
@@ -65,13 +81,71 @@ def test_bad_rules(graph):
         q.spec(graph, [(STEM, {"weight": 64})])
 
 
-def test_bad_quantizers(graph):
-    with pytest.raises(ValueError, match="did you mean affine"):
-        q.Quantizer(scheme="afine")
-    with pytest.raises(ValueError, match="scheme must be 'affine' with learning 'pact'"):
-        q.Quantizer(scheme="symmetric", learning="pact")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scheme": "afine"}, "did you mean affine"),
+        ({"learning": "lsqq"}, "did you mean lsq"),
+        ({"learning": "pact"}, "scheme must be 'affine' with learning 'pact'"),
+        (
+            {"scheme": "affine", "learning": "pact", "power_of_two": True},
+            "power_of_two must be False with learning 'pact'",
+        ),
+        ({"bits": 1, "scheme": "binary"}, "learning must be 'fixed' or 'dynamic' with scheme"),
+        ({"group": 4}, "per_channel must be True with a group, got group 4"),
+        ({"group": 0, "per_channel": True}, "group must be an integer of at least 1, got 0"),
+        ({"method": "entrpy"}, "did you mean entropy"),
+    ],
+)
+def test_bad_quantizers(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        q.Quantizer(**wrong)
+
+
+def test_bad_activations(graph):
     with pytest.raises(ValueError, match=rf"activation must be per tensor.*{STEM}"):
         q.spec(graph, [(STEM, {"activation": q.Quantizer(per_channel=True)})])
+    signs = q.Quantizer(1, "binary", learning="dynamic")
+    with pytest.raises(ValueError, match=rf"activation must have a zero, got .*{STEM}"):
+        q.spec(graph, [(STEM, {"activation": signs})])
+
+
+@pytest.mark.parametrize(
+    ("group", "shape"),
+    [(1, (3, 3, 2, 4)), (2, (3, 3, 1, 4)), (6, (3, 1, 1, 4)), (18, (1, 1, 1, 4))],
+)
+def test_the_shape_of_groups(graph, group, shape):
+    # The stem's kernel is (3, 3, 2, 4): 18 weights for each output channel, C innermost.
+    quantizer = q.Quantizer(4, per_channel=True, group=group)
+    assert q.range_shape(graph.sites[0], quantizer) == shape
+
+
+@pytest.mark.parametrize("group", [4, 5, 9, 36])
+def test_a_group_that_does_not_divide(graph, group):
+    grouped = q.Quantizer(4, per_channel=True, group=group)
+    message = rf"group must divide the summed axes \(3, 3, 2\) of '{STEM}' into blocks, got {group}"
+    with pytest.raises(ValueError, match=message):
+        q.spec(graph, [(STEM, {"weight": grouped})])
+
+
+@pytest.mark.parametrize(
+    ("layout", "group"), [("HWIO", 2), ("HWIO", 12), ("OIHW", 3), ("OIHW", 18), ("IOHW", 9)]
+)
+def test_groups_are_consecutive_in_the_kernel_matrix(layout, group):
+    sizes = {"H": 3, "W": 3, "I": 4, "O": 5}
+    kernel = jax.random.normal(jax.random.key(0), [sizes[letter] for letter in layout])
+    numbers = ("NHWC", layout, "NHWC")
+
+    def fn(params, x):
+        return jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", None, None, numbers)
+
+    site = core.trace(fn, {"k": kernel}, jnp.ones((1, 6, 6, 4))).sites[0]
+    quantizer = q.Quantizer(4, per_channel=True, group=group)
+    high = quantizer.range_of(kernel, q.range_shape(site, quantizer)).high
+    [rows] = core.kernel_matrix(site, kernel)
+    [ends] = core.kernel_matrix(site, jnp.broadcast_to(q.spread(high, kernel.shape), kernel.shape))
+    groups = rows.reshape(-1, group, 5)
+    np.testing.assert_array_equal(ends, jnp.repeat(groups.max(1), group, axis=0))
 
 
 def test_a_shared_kernel_with_two_quantizers():

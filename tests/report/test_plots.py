@@ -108,6 +108,24 @@ def test_stacked_stages_are_drawn_one_line_per_expert():
     assert plots.training_curve({"parent": []}, "loss") is None
 
 
+def test_sensitivity_has_a_labelled_line_for_each_layer_in_order():
+    losses = {f"params/conv{i}/kernel": np.array([2.0 + i, 1.0]) for i in range(60)}
+    figure = plots.sensitivity(losses, [0.8, 0.2], dense=0.5, ylabel="cross-entropy")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines) == [*(f"conv{i}" for i in range(60)), "nothing removed"]
+    assert lines["conv3"].get_xdata().tolist() == [20.0, 80.0]
+    assert lines["conv3"].get_ydata().tolist() == [1.0, 5.0]
+    assert axes.get_xlabel() == "sparsity of the one layer (%)"
+    assert axes.get_ylabel() == "cross-entropy"
+    figure.draw_without_rendering()
+    # The legend lies beside the axes, and nothing is cut off.
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= axes.get_window_extent().x1
+    assert legend.x1 <= figure.bbox.x1
+    assert legend.y0 >= figure.bbox.y0
+
+
 def test_gate_plots_need_a_gate():
     assert plots.gate_usage(None, None) is None
     assert plots.gate_entropy([], 4) is None

@@ -1,0 +1,286 @@
+"""Costs as formulas in channel widths and bits, from which a budget can be planned."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.core.channels import components
+from hybrid_jax.cost.count import FLOAT_BITS, SCALE_BYTES, all_bits, kept_counts, kernel_bytes
+from hybrid_jax.cost.memory import OUTPUT, moments
+from hybrid_jax.cost.packing import packed_bytes
+
+Decision = tuple[str, Any]
+"""What is chosen: ('width', group), ('weight', path of a kernel) or ('activation', site); or
+('stored', sites), which is the largest activation bits of several sites."""
+
+Polynomial = dict[tuple[str, ...], int]
+"""{groups, repeated for powers: coefficient} of a size in the widths of groups."""
+
+
+class Term(NamedTuple):
+    """value(*chosen): an integer that depends on the decisions `of`, in their order."""
+
+    of: tuple[Decision, ...]
+    value: Callable[..., int]
+
+
+class Amount(NamedTuple):
+    """⌈sum of the terms / unit⌉."""
+
+    terms: tuple[Term, ...]
+    unit: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Formula:
+    """What a model costs as a function of widths and bits.
+
+    Attributes:
+      costs: {'macs', 'bops', 'bytes' or 'peak_activation_bytes', as in `Cost`: rows}. A row is a
+        tuple of amounts that are added; the cost is the largest row. A model with loops has no
+        formula of its peak.
+      widths: {group name: number of channels n}; the groups whose width may be chosen.
+      kernels: {site name: path of its kernel}, in running order.
+    """
+
+    costs: Mapping[str, tuple[tuple[Amount, ...], ...]]
+    widths: Mapping[str, int]
+    kernels: Mapping[str, str]
+
+    def count(
+        self,
+        widths: Mapping[str, int] | None = None,
+        weight_bits: Mapping[str, int] | None = None,
+        activation_bits: Mapping[str, int] | None = None,
+    ) -> dict[str, int]:
+        """The costs at these widths and bits.
+
+        Args:
+          widths: {group name: channels kept}; all of them where missing.
+          weight_bits: {site name: bits}; 32 where missing.
+          activation_bits: {site name: bits}; 32 where missing.
+
+        Raises:
+          ValueError: If a group or site is unknown, a width is not from 1 to n, bits are not in
+            [1, 32], or sites that share a kernel differ in its bits.
+        """
+        chosen: dict[Decision, int] = {("width", name): n for name, n in self.widths.items()}
+        for name, width in (widths or {}).items():
+            core.check_choice("group of widths", name, self.widths)
+            chosen["width", name] = core.check_integer(
+                f"widths of {name!r}", width, 1, self.widths[name]
+            )
+        weight_bits = all_bits("weight_bits", self.kernels, weight_bits)
+        activation_bits = all_bits("activation_bits", self.kernels, activation_bits)
+        for site, path in self.kernels.items():
+            chosen["activation", site] = activation_bits[site]
+            if chosen.setdefault(("weight", path), weight_bits[site]) != weight_bits[site]:
+                raise ValueError(
+                    f"weight_bits must be the same at all sites of kernel {path!r}, got "
+                    f"{weight_bits[site]} at {site!r} and {chosen['weight', path]} before"
+                )
+
+        def at(decision):
+            kind, name = decision
+            if kind == "stored":
+                return max(chosen["activation", site] for site in name)
+            return chosen[decision]
+
+        def value(amount):
+            total = sum(term.value(*map(at, term.of)) for term in amount.terms)
+            return -(-total // amount.unit)
+
+        return {
+            name: max(sum(map(value, row)) for row in rows) for name, rows in self.costs.items()
+        }
+
+
+def formula(graph: core.Graph, masks: Any = None) -> Formula:
+    """Finds what a model costs as a function of the widths of its groups and the bits of its sites.
+
+    `formula(graph, masks).count(None, weight_bits, activation_bits)` is what
+    `count(graph, masks, weight_bits, activation_bits)` finds, and with widths it is what `count`
+    finds on the network that `core.shrink` makes with so many channels kept in each group.
+
+    Args:
+      graph: A traced model.
+      masks: As `count` takes them. With masks widths cannot be chosen: shrink first.
+
+    Returns:
+      The formula. It has no widths either where two activations are multiplied with each other.
+
+    Raises:
+      ValueError: If a mask has no parameter of its path or another shape, or an array holds the
+        channels of a group unequally often, so that its size does not depend on their number alone.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
+      >>> params = {'a': jnp.ones((4, 10)), 'b': jnp.ones((10, 2))}
+      >>> f = formula(core.trace(fn, params, jnp.ones((1, 4))))
+      >>> f.widths
+      {'a': 10}
+      >>> f.count({'a': 6}, {'a': 8, 'b': 8})['bytes']  # 4·6 + 6·2 weights, 6 + 2 scales of 4 bytes
+      68
+    """
+    kept = kept_counts(graph, masks)
+    between = graph.macs - sum(site.macs for site in graph.sites)
+    groups = graph.groups if masks is None and not between else ()
+    measure = _measure(graph, groups)
+    macs, bops, kernels = [], [], {}
+    for where, site in graph.site_at.items():
+        if not any(site is other for other in graph.sites):  # One of a derivative rule.
+            continue
+        labels = graph.analysis.equations[where][0][site.kernel_operand].labels
+        kernels.setdefault(site.path, (site, labels))
+        if masks is None:
+            work = _scaled(measure(labels), site.macs, max(math.prod(site.kernel_shape), 1))
+        else:
+            size = graph.parameters[site.path].size
+            work = {(): site.macs * kept[site.path] // max(size, 1)}
+        macs.append(_amount(work))
+        bops.append(_amount(work, (("weight", site.path), ("activation", site.name))))
+    if masks is None:
+        stored = [_dense_bytes(graph, measure, path, kernels.get(path)) for path in kept]
+    else:
+        stored = [_masked_bytes(graph, n, path, kernels.get(path)) for path, n in kept.items()]
+    costs = {
+        "macs": ((*macs, _amount({(): between})),),
+        "bops": ((*bops, _amount({(): between * FLOAT_BITS**2})),),
+        "bytes": (tuple(stored),),
+    }
+    peak = _peak(graph, measure)
+    return Formula(
+        costs | ({"peak_activation_bytes": peak} if peak else {}),
+        {group.name: group.size for group in groups},
+        {site.name: site.path for site in graph.sites},
+    )
+
+
+def _measure(graph, groups) -> Callable[[Any], Polynomial]:
+    """From the labels of each axis of an array to its size, a polynomial in the groups' widths."""
+    of = components(graph.analysis.labels).of
+    owner: dict[int, tuple[str, int]] = {}
+    for group in groups:
+        first = group.members[0]
+        labels = _parameter(graph, first.path)[first.axis]
+        owner |= {int(of[labels[i]]): (group.name, group.size) for i in first.index[:, 0]}
+
+    def length(labels) -> Polynomial:
+        size: Polynomial = collections.Counter()
+        found, counts = np.unique(of[labels], return_counts=True)
+        shares = collections.defaultdict(list)
+        for component, times in zip(found.tolist(), counts.tolist(), strict=True):
+            if component in owner:
+                shares[owner[component]].append(times)
+            else:
+                size[()] += times
+        for (name, n), times in shares.items():
+            if len(times) != n or len(set(times)) > 1:
+                raise ValueError(
+                    f"graph must hold the channels of group {name!r} equally often in every array, "
+                    f"got {len(times)} of {n}"
+                )
+            size[(name,)] += times[0]
+        return dict(size)
+
+    def measure(axes) -> Polynomial:
+        size: Polynomial = {(): 1}
+        for labels in axes:
+            product: Polynomial = collections.Counter()
+            for a, m in size.items():
+                for b, n in length(labels).items():
+                    product[tuple(sorted(a + b))] += m * n
+            size = dict(product)
+        return size
+
+    return measure
+
+
+def _dense_bytes(graph, measure, path, kernel) -> Amount:
+    """Bytes of a parameter, with its scales if it is a kernel: (site, labels of each axis)."""
+    size = measure(_parameter(graph, path))
+    if kernel is None:
+        return _amount(_scaled(size, FLOAT_BITS), unit=8)
+    (site, labels), weight = kernel, ("weight", path)
+    channels = measure([axis for i, axis in enumerate(labels) if i not in site.kernel_in_axes])
+    # A kernel that scans run over is stored once for each run.
+    times = graph.parameters[path].size * 8 * SCALE_BYTES
+    scales = _amount(_scaled(channels, times, max(math.prod(site.kernel_shape), 1)))
+    gated = tuple(_if_quantized(term, weight) for term in scales.terms)
+    return Amount(_amount(size, (weight,)).terms + gated, unit=8)
+
+
+def _masked_bytes(graph, kept, path, kernel) -> Amount:
+    """The same of a parameter of which `kept` entries are not masked, in its smallest layout."""
+    size = graph.parameters[path].size
+    if kernel is None:
+        return _amount({(): packed_bytes(1, size, kept, FLOAT_BITS)})
+    packed = functools.partial(kernel_bytes, kernel[0], size, kept)
+    return Amount((Term((("weight", path),), packed),))
+
+
+def _peak(graph, measure) -> tuple[tuple[Amount, ...], ...] | None:
+    """The rows of what is stored at each time, but for those that hold no more than another."""
+    found = moments(graph, lambda axes: _scaled(measure(axes), 1, graph.batch, up=True))
+    if any(times < 0 for moment in found for times, _ in moment):
+        return None
+    together = sorted({frozenset(v for _, v in moment if v.readers) for moment in found}, key=len)
+    widest = [s for i, s in enumerate(together) if not any(s < other for other in together[i:])]
+    # Sets have no order; the rows have one, so that of equal optima the same is found each time.
+    rows = sorted(sorted(map(_described, values)) for values in widest)
+    return tuple(tuple(_stored(*value) for value in row) for row in rows)
+
+
+def _described(value):
+    """Monomials, whether it is an output, and the sites that read it."""
+    names = tuple(sorted(name for name in value.readers if name is not OUTPUT))
+    return tuple(sorted(value.size.items())), OUTPUT in value.readers, names
+
+
+def _stored(size, is_output, names) -> Amount:
+    size = dict(size)
+    if is_output:
+        return _amount(_scaled(size, FLOAT_BITS), unit=8)
+    decision = ("activation", names[0]) if len(names) == 1 else ("stored", names)
+    return _amount(size, (decision,), unit=8)
+
+
+def _amount(size: Polynomial, bits: tuple[Decision, ...] = (), unit: int = 1) -> Amount:
+    """Multiplies a size by bits, a term for each monomial."""
+    terms = []
+    for groups, factor in size.items():
+        powers = collections.Counter(groups)
+        of = (*(("width", group) for group in powers), *bits)
+        terms.append(Term(of, _product(factor, (*powers.values(), *(1 for _ in bits)))))
+    return Amount(tuple(terms), unit)
+
+
+def _product(factor, powers) -> Callable[..., int]:
+    return lambda *chosen: factor * math.prod(c**p for c, p in zip(chosen, powers, strict=True))
+
+
+def _if_quantized(term: Term, weight: Decision) -> Term:
+    """The term, or nothing at 32 bits."""
+    return Term(
+        (*term.of, weight),
+        lambda *chosen: term.value(*chosen[:-1]) if chosen[-1] < FLOAT_BITS else 0,
+    )
+
+
+def _parameter(graph, path):
+    return graph.arguments[list(graph.parameters).index(path)].labels
+
+
+def _scaled(size: Polynomial, factor: int, divisor: int = 1, up: bool = False) -> Polynomial:
+    """Each coefficient · factor / divisor, whole."""
+    return {
+        groups: -(-n * factor // divisor) if up else n * factor // divisor
+        for groups, n in size.items()
+    }

@@ -1,0 +1,200 @@
+"""Lottery tickets: prune what was trained, rewind what is left, train again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+from hybrid_jax.pruning.allocation import Allocation
+from hybrid_jax.pruning.criteria import magnitude
+from hybrid_jax.pruning.granularity import Granularity
+from hybrid_jax.pruning.masking import apply_masks
+from hybrid_jax.pruning.schedules import iterative
+from hybrid_jax.pruning.scoring import Scoring
+
+Train = Callable[[Any, Any, jax.Array], Any]
+
+
+class Ticket(NamedTuple):
+    """A sparse network before and after its training.
+
+    Attributes:
+      sparsity: () float32, the fraction removed.
+      masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
+      trained: The parameters after training from the rewound ones on these masks.
+    """
+
+    sparsity: jax.Array
+    masks: Any
+    trained: Any
+
+
+def lottery_tickets(
+    train: Train,
+    params: Any,
+    key: jax.Array,
+    rounds: int,
+    fraction: float | jax.Array = 0.2,
+    granularity: Granularity | None = None,
+    allocation: Allocation | None = None,
+    *,
+    criterion: Callable[[Any], Any] = magnitude,
+    exempt: Sequence[str] = (),
+) -> list[Ticket]:
+    """Iterative pruning with rewinding: train, prune, rewind, and so on for some rounds.
+
+    Every training starts from `params`: from the initialization in J. Frankle and M. Carbin, The
+    Lottery Ticket Hypothesis (arXiv 1803.03635), or from the parameters after a few steps of
+    dense training, which larger networks need, in J. Frankle et al., Linear Mode Connectivity and
+    the Lottery Ticket Hypothesis (arXiv 1912.05671).
+
+    K seeds are one `jax.vmap` over `params` and `key`, where `train` allows it; that works with a
+    stack of networks and with a loop on the host alike. Compile `train`, and the rounds share it.
+
+    Args:
+      train: `train(params, masks, key) -> trained`, from where `params` were taken to the end,
+        with what `masks` remove held at zero (as by `hold_masks`); `key` for the data order.
+      params: Pytree of parameters to rewind to.
+      key: A key of `jax.random.key`; every training has its own.
+      rounds: How many times to prune, from 0.
+      fraction: Removed of what remains in each round.
+      granularity: As for `masks`.
+      allocation: As for `masks`. The papers' is `global_()` except for small networks.
+      criterion: `criterion(trained) -> scores`.
+      exempt: As for `masks`.
+
+    Returns:
+      `rounds` + 1 tickets, the first one dense; ticket k has sparsity 1 − (1 − `fraction`)^k.
+      The ticket's own parameters are `apply_masks(params, ticket.masks)`.
+
+    Raises:
+      ValueError: If `rounds` is negative, `fraction` is outside [0, 1], or `granularity` allows
+        less than the last sparsity; what `masks` raises on these parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> train = lambda params, masks, key: {'w': 10 * params['w']}
+      >>> params = {'w': jnp.array([[1.0, -2.0, 3.0, -4.0]])}
+      >>> for ticket in lottery_tickets(train, params, jax.random.key(0), 2, fraction=0.5):
+      ...     print(ticket.sparsity, ticket.trained['w'])
+      0.0 [[ 10. -20.  30. -40.]]
+      0.5 [[  0.   0.  30. -40.]]
+      0.75 [[  0.   0.   0. -40.]]
+    """
+    core.check_integer("rounds", rounds, 0)
+    schedule = iterative(fraction, every=1, rounds=max(rounds, 1))
+    scoring = Scoring(criterion, schedule, granularity, allocation, 1, tuple(exempt), (), None)
+    masks, trained, tickets = scoring.nothing_removed(params), params, []
+    for k, round_key in enumerate(jax.random.split(key, rounds + 1)):
+        sparsity = schedule(k)
+        masks = scoring.masks(trained, [], sparsity, masks)
+        trained = train(apply_masks(params, masks), masks, round_key)
+        core.check_same_structure("the result of train", params, trained)
+        tickets.append(Ticket(sparsity, masks, trained))
+    return tickets
+
+
+def instability(
+    train: Train,
+    error: Callable[[Any], jax.Array],
+    params: Any,
+    masks: Any,
+    key: jax.Array,
+    points: int = 30,
+) -> jax.Array:
+    """The error barrier between two trainings of a ticket that differ in their key alone.
+
+    Below 0.02, with `error` the fraction misclassified, the ticket is called stable. J. Frankle
+    et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis (arXiv 1912.05671).
+
+    Args:
+      train: As for `lottery_tickets`.
+      error: `error(params) -> ()`, of the data to judge on.
+      params: Pytree of parameters to train from.
+      masks: Pytree of bool, of the ticket.
+      key: A key of `jax.random.key`.
+      points: Networks on the path, both ends included, from 2.
+
+    Returns:
+      () `barrier` of the path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> train = lambda params, masks, key: params
+      >>> params = {'w': jnp.ones((1, 2))}
+      >>> masks = {'w': jnp.ones((1, 2), bool)}
+      >>> float(instability(train, lambda p: p['w'].sum(), params, masks, jax.random.key(0)))
+      0.0
+    """
+    start = apply_masks(params, masks)
+    one, other = (train(start, masks, k) for k in jax.random.split(key))
+    return barrier(errors_between(error, one, other, points))
+
+
+def errors_between(
+    error: Callable[[Any], jax.Array], one: Any, other: Any, points: int = 30
+) -> jax.Array:
+    """The error of networks evenly spaced on the straight line from `one` to `other`.
+
+    Args:
+      error: `error(params) -> ()`.
+      one: Pytree of parameters.
+      other: Pytree like `one`.
+      points: How many, both ends included, from 2.
+
+    Returns:
+      (points,) errors, one network in memory at a time.
+
+    Raises:
+      ValueError: If `points` is below 2, or the pytrees differ in structure, shapes or dtypes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> errors_between(lambda w: jnp.abs(w), jnp.float32(-1.0), jnp.float32(3.0), points=5)
+      Array([1., 0., 1., 2., 3.], dtype=float32)
+    """
+    core.check_integer("points", points, 2)
+    core.check_same_structure("other", one, other)
+    return jax.lax.map(lambda t: error(interpolate(one, other, t)), jnp.linspace(0.0, 1.0, points))
+
+
+def interpolate(one: Any, other: Any, t: float | jax.Array) -> Any:
+    """(1 − t) `one` + t `other`, leaf by leaf; leaves that are not floating are those of `one`.
+
+    What both masks remove stays exactly zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> interpolate({'w': jnp.array([0.0, 2.0])}, {'w': jnp.array([0.0, 4.0])}, 0.25)
+      {'w': Array([0. , 2.5], dtype=float32)}
+    """
+
+    def between(a, b):
+        if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
+            return a
+        share = jnp.asarray(t, a.dtype)
+        return (1 - share) * a + share * b
+
+    return jax.tree.map(between, one, other)
+
+
+def barrier(errors: jax.Array) -> jax.Array:
+    """How far the largest error on a path exceeds the mean error of its two ends.
+
+    Never negative; on a path that rises all the way it is half the difference of the ends. J.
+    Frankle et al. (arXiv 1912.05671) call it linear interpolation instability.
+
+    Args:
+      errors: (..., points) errors along paths, as `errors_between` gives them.
+
+    Returns:
+      (...) floats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(barrier(jnp.array([0.25, 0.75, 0.5, 0.25])))
+      0.5
+    """
+    return jnp.max(errors, axis=-1) - (errors[..., 0] + errors[..., -1]) / 2

@@ -1,0 +1,125 @@
+"""Pruning in rounds, each of which removes channels for good and trains on with what is left.
+
+Right after a removal the plain criteria leave a network at chance. Training on is part of the
+method, and so is the re-estimation of BatchNorm's statistics (`training.reestimate_batchnorm`),
+which brings back most of what a removal takes before the first step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.pruning.channels import keep_channels
+
+Fns = Sequence[Callable[..., Any]]
+Scores = Mapping[str, Any]
+
+
+def prune_in_rounds(
+    fns: Fns,
+    params: Any,
+    tree: Any,
+    graph: core.Graph,
+    sparsities: Sequence[float],
+    score: Callable[[Fns, Any, Sequence[core.Group]], Scores],
+    train: Callable[[Fns, Any], Any],
+    choose: Callable[[Scores, float], Mapping[str, Any]] = keep_channels,
+) -> tuple[list[Callable[..., Any]], Any, dict[str, np.ndarray]]:
+    """Alternates score → remove → train, once for each of `sparsities`.
+
+    A removal narrows the functions and slices everything in `tree` together, so that training goes
+    on at once: parameters, BatchNorm's statistics, moments, averages, held masks. Sparsities are
+    fractions of the first widths, and the counts after a round are those of its sparsity, exactly,
+    however many rounds came before. A schedule gives them: `[float(cubic(0.5, 0, n)(r)) for r in
+    range(1, n + 1)]`.
+
+    Args:
+      fns: Functions fn(params, *inputs) of the parameters, for inference and for training.
+      params: The parameters that `graph` was traced with (in Linen the whole variables dict), or
+        their shapes.
+      tree: Pytree of all that is laid out like `params`, such as a train state: a leaf belongs to
+        the parameter whose path ends its own.
+      graph: Of the first of `fns`, before any removal.
+      sparsities: The sparsity of each round, not falling.
+      score: score(fns, tree, groups) -> {group name: (n,) scores} of the network as it is now, such
+        as `group_scores` of a criterion.
+      train: train(fns, tree) -> tree. It compiles anew: shapes have changed.
+      choose: choose(scores, sparsity) -> {group name: (n,) bool}, with scores at the first widths,
+        lowest where removed. `keep_channels` with other arguments; or with `to_target`, and
+        targets in the place of sparsities.
+
+    Returns:
+      (small_fns, tree, keep): what the last round left, and the channels kept of the first widths.
+
+    Raises:
+      ValueError: If there is no round, a round would bring back a channel that is removed, or what
+        `choose` and `core.slice_tree` raise.
+
+    Example:
+      >>> import jax
+      >>> from hybrid_jax.pruning import group_scores, magnitude
+      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
+      >>> params = {'a': jnp.arange(24.0).reshape(3, 8), 'b': jnp.ones((8, 2))}
+      >>> (small_fn,), small, keep = prune_in_rounds(
+      ...     [fn], params, params, core.trace(fn, params, jnp.ones((1, 3))), (0.25, 0.5),
+      ...     score=lambda fns, params, groups: group_scores(magnitude(params), groups),
+      ...     train=lambda fns, params: params)
+      >>> small['a'].shape, keep['a'].tolist()
+      ((3, 4), [False, False, False, False, True, True, True, True])
+    """
+    if not len(sparsities):
+        raise ValueError("sparsities must hold the sparsity of a round, got none")
+    keep = {group.name: np.ones(group.size, bool) for group in graph.groups}
+    kept = core.keep_indices(keep, graph.groups, params)
+    small = list(fns)
+    for sparsity in sparsities:
+        scores = score(small, tree, core.narrow_graph(graph, keep).groups)
+        keep = _chosen(choose(_at_first_widths(scores, keep), sparsity), keep)
+        before, kept = kept, core.keep_indices(keep, graph.groups, params)
+        tree = core.slice_tree(tree, _relative(kept, before))
+        small = [core.narrow(fn, params, kept) for fn in fns]
+        tree = train(small, tree)
+    return small, tree, keep
+
+
+def _at_first_widths(scores: Scores, keep: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Scores of the network as it is now at its first widths, what is removed below all others."""
+    now = {name: np.asarray(s, np.float32) for name, s in scores.items()}
+    core.check_finite("scores", now)
+    everything = np.concatenate([*now.values(), np.zeros(1, np.float32)])
+    lowest = everything.min() - np.abs(everything).max() - 1
+
+    def widen(name, own):
+        core.check_choice("group of scores", name, keep)
+        left = int(keep[name].sum())
+        if own.shape != (left,):
+            raise ValueError(
+                f"scores of group {name!r} must have {left} channels, got shape {own.shape}"
+            )
+        full = np.full(keep[name].shape, lowest, np.float32)
+        full[keep[name]] = own
+        return jnp.asarray(full)
+
+    return {name: widen(name, own) for name, own in now.items()}
+
+
+def _chosen(new: Mapping[str, Any], old: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    chosen = old | {name: np.asarray(kept) for name, kept in new.items()}
+    for name, kept in old.items():
+        if (chosen[name] & ~kept).any():
+            raise ValueError(
+                f"sparsities must not fall, got more channels of group {name!r} than the "
+                f"{kept.sum()} that are left"
+            )
+    return chosen
+
+
+def _relative(kept: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the indices that stay are among those that were left before."""
+    return {
+        path: tuple(np.searchsorted(b, k) for b, k in zip(before[path], kept[path], strict=True))
+        for path in kept
+    }

@@ -1,0 +1,92 @@
+"""Widths that pay: which numbers of channels make a network faster, by a table of latencies."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+from hybrid_jax.pruning.selection import keep_best
+
+
+def paying_widths(
+    table: Mapping[str, Mapping[int, float]], margin: float = 0.0
+) -> dict[str, tuple[int, ...]]:
+    """The widths of each group that are faster than every larger one.
+
+    A kernel of 60 channels may take longer than one of 64: then 60 costs accuracy and buys
+    nothing. Among the widths that are left latency rises with the width.
+
+    Args:
+      table: {group name: {width: latency}}, in any one unit; `deploy.width_latencies` measures it.
+      margin: Fraction by which a width must be faster than the fastest larger one, in [0, 1]; the
+        spread of the measurement.
+
+    Returns:
+      {group name: widths, rising}; the largest of the table is always among them.
+
+    Raises:
+      ValueError: If there is no group or a group no width, a width is not an integer of at least
+        1, a latency is not a finite number above 0, or `margin` is not in [0, 1].
+
+    Example:
+      >>> paying_widths({'conv': {64: 1.0, 60: 1.1, 48: 0.9, 32: 0.6, 30: 0.6}})
+      {'conv': (32, 48, 64)}
+    """
+    core.check_fraction("margin", margin)
+    if not table:
+        raise ValueError("table must hold the latencies of a group, got none")
+
+    def paying(name, latencies):
+        if not latencies:
+            raise ValueError(f"table must hold a width of group {name!r}, got none")
+        best, widths = float("inf"), []
+        for width in sorted(latencies, reverse=True):
+            core.check_integer(f"width of group {name!r}", width, 1)
+            latency = core.check_positive(f"latency of {name!r} at {width}", latencies[width])
+            if not widths or latency < (1 - margin) * best:
+                widths.append(width)
+            best = min(best, latency)
+        return tuple(reversed(widths))
+
+    return {name: paying(name, latencies) for name, latencies in table.items()}
+
+
+def to_widths(
+    keep: Mapping[str, jax.Array],
+    scores: Mapping[str, jax.Array],
+    widths: Mapping[str, Sequence[int]],
+) -> dict[str, jax.Array]:
+    """Moves each group to the nearest width that is allowed, of two as near to the wider one.
+
+    Args:
+      keep: {group name: (n,) bool}, what `keep_channels` chose; maybe traced.
+      scores: {group name: (n,)} scores that it chose by: the best channels stay.
+      widths: {group name: widths that are allowed}; groups left out stay as they are.
+
+    Returns:
+      {group name: (n,) bool}, like `keep`.
+
+    Raises:
+      ValueError: If a group is none of those in `keep`, has no allowed width, or one that is not
+        an integer in [1, n].
+
+    Example:
+      >>> scores = {'a': jnp.arange(8.0)}
+      >>> keep = {'a': jnp.arange(8) > 2}  # 5 channels
+      >>> to_widths(keep, scores, {'a': (2, 4, 8)})['a'].tolist()
+      [False, False, False, False, True, True, True, True]
+    """
+    moved = dict(keep)
+    for name, allowed in widths.items():
+        core.check_choice("group of widths", name, keep)
+        size = len(keep[name])
+        for width in allowed:
+            core.check_integer(f"width of group {name!r}", width, 1, size)
+        if not allowed:
+            raise ValueError(f"widths must allow a width of group {name!r}, got none")
+        falling = jnp.array(sorted(allowed, reverse=True), jnp.int32)
+        count = jnp.sum(jnp.asarray(keep[name]), dtype=jnp.int32)
+        width = falling[jnp.argmin(jnp.abs(falling - count))]
+        moved[name] = keep_best(jnp.asarray(scores[name], jnp.float32), width)
+    return moved

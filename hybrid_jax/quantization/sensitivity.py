@@ -1,0 +1,265 @@
+"""Sensitivity: what each site's bits do to the outputs or to the loss, one tensor at a time.
+
+A sensitivity is {site name: {'weight', 'activation' or both: {bits: damage}}}, as `allocate_bits`
+takes it. `sensitivity` measures it, `hessian_sensitivity` predicts it for kernels.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.quantization import grids, model, specs
+
+Sensitivity = dict[str, dict[str, dict[int, float]]]
+ROLES = ("weight", "activation")
+
+
+def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
+    """Mean over the batch of KL(softmax(reference) ‖ softmax(logits)), in nats.
+
+    Args:
+      logits: (..., N) of the quantized model.
+      reference: (..., N) of the float model.
+
+    Source: Cai et al., ZeroQ: A Novel Zero Shot Quantization Framework, arXiv 2001.00281,
+    where it is the measure of sensitivity.
+
+    Example:
+      >>> even, sure = jnp.zeros((1, 2)), jnp.array([[100.0, 0.0]])
+      >>> print(kl_divergence(even, even), kl_divergence(even, sure))  # 0 and log 2
+      0.0 0.6931472
+    """
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (reference, logits))
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def increase(loss: jax.Array, reference: jax.Array) -> jax.Array:
+    """The quantized model's loss minus the float one's; the damage where `fn` returns a loss.
+
+    Example:
+      >>> print(increase(jnp.float32(0.5), jnp.float32(0.25)))
+      0.25
+    """
+    return loss - reference
+
+
+def sensitivity(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    spec: specs.Spec,
+    ranges: Mapping[int, Any],
+    damage: Callable[[Any, Any], jax.Array] = kl_divergence,
+    *,
+    around: Mapping[str, Mapping[str, int]] | None = None,
+    roles: Sequence[str] = ROLES,
+) -> Sensitivity:
+    """Measures the damage of one tensor's bits, for each tensor and each of several bit-widths.
+
+    The other tensors keep the bits of `around`, which are 32 at first. Damages add up the better
+    the nearer these are to what is then allocated: measured once more around a first allocation,
+    they are those of a step from it. It is one compilation, for bits and ranges are data.
+
+    Args:
+      fn: fn(params, *inputs) -> outputs in evaluation mode; or -> loss, with labels among the
+        inputs, for `damage=increase`.
+      params: Its parameters.
+      batches: Yields tuples of inputs; the damage is the mean over batches.
+      spec: How each site is quantized.
+      ranges: {bits: ranges at these bits}, the bits to try. Ranges that do not depend on bits
+        ('minmax') are given several times: `dict.fromkeys((2, 4, 8), ranges)`.
+      damage: (outputs, outputs of the float model) -> float32 ().
+      around: {site name: {role: bits}} of all sites, 32 or bits that have ranges; as
+        `allocate_bits` returns it.
+      roles: 'weight', 'activation' or both.
+
+    Returns:
+      {site name: {role: {bits: damage}}}.
+
+    Raises:
+      ValueError: If there is no batch, no bits or no role, a role is unknown, a tensor's scheme has
+        not these bits, `around` lacks a site or has bits without ranges, or a damage is not finite.
+
+    Example:
+      >>> from hybrid_jax.quantization import calibration
+      >>> fn = lambda params, x: x @ params['w']
+      >>> params, x = {'w': jnp.array([[1.0, -0.4]])}, jnp.ones((1, 1))
+      >>> whole = specs.Quantizer(8)  # one range for the kernel: steps of 1 at 2 bits
+      >>> spec = specs.spec(core.trace(fn, params, x), rules=[('w', {'weight': whole})])
+      >>> ranges = calibration.calibrate(fn, params, [(x,)], spec)
+      >>> most = lambda y, reference: jnp.max(jnp.abs(y - reference))
+      >>> found = sensitivity(fn, params, [(x,)], spec, {2: ranges}, most, roles=['weight'])
+      >>> round(found['w']['weight'][2], 4)
+      0.4
+    """
+    for role in roles:
+        core.check_choice("roles", role, ROLES)
+    if not roles or not ranges:
+        raise ValueError(f"roles and ranges must not be empty, got {roles} and {list(ranges)}")
+    names = [site.name for site in spec.sites]
+    for name, role, width in itertools.product(names, roles, ranges):
+        _check_bits(width, getattr(spec[name], role))
+    base = {name: dict.fromkeys(ROLES, grids.OFF) for name in names} if around is None else around
+    first = next(iter(ranges.values()))
+    for name in names:
+        core.check_choice("site of around", name, base)
+        for role, width in base[name].items():
+            if width not in (*ranges, grids.OFF):
+                raise ValueError(f"around must have bits of ranges at {name!r}, got {role} {width}")
+    q_fn = model.fake_quantized(fn, spec)
+    reference = jax.jit(fn)
+
+    @jax.jit
+    def one(params, spans, bits, inputs, outputs):
+        return damage(q_fn(params, spans, *inputs, bits=bits), outputs)
+
+    found: dict[tuple[str, str, int], list[jax.Array]] = {
+        key: [] for key in itertools.product(names, roles, ranges)
+    }
+    for batch in batches:
+        outputs = reference(params, *batch)
+        # A compiled call for each, not a loop within: on a CPU a convolution in a loop is slow.
+        for (name, role, width), values in found.items():
+            bits = {**base, name: {**base[name], role: width}}
+            spans = {
+                site: {r: ranges.get(bits[site][r], first)[site][r] for r in known}
+                for site, known in first.items()
+            }
+            values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
+    if not all(found.values()):
+        raise ValueError("batches must hold at least one batch, got none")
+    result: Sensitivity = {name: {role: {} for role in roles} for name in names}
+    for (name, role, width), values in found.items():
+        result[name][role][width] = float(np.mean(np.array(values, np.float64)))
+    core.check_finite("damage", jax.tree.map(np.asarray, result))
+    return result
+
+
+def hessian_trace(
+    loss: Callable[..., jax.Array], params: Any, *inputs: Any, key: jax.Array, probes: int = 32
+) -> dict[str, jax.Array]:
+    """Estimates the trace of the Hessian's diagonal block of each parameter, by Hutchinson.
+
+        tr(H_ℓ) = E[v_ℓ · (H v)_ℓ],    v = ±1 with equal probability
+
+    One Hessian-vector product of the whole network serves all parameters: the blocks off the
+    diagonal have mean zero. It is forward over reverse, the derivative of the gradient along v.
+
+    Args:
+      loss: loss(params, *inputs) -> float32 (), of the float model.
+      params: Its parameters, all of floating point.
+      *inputs: Its inputs.
+      key: Randomness of the probes.
+      probes: How many v are averaged, one after the other.
+
+    Returns:
+      {path of the parameter: float32 ()}.
+
+    Raises:
+      ValueError: If `probes` is below 1.
+
+    Source: Yao et al., PyHessian: Neural Networks Through the Lens of the Hessian, arXiv
+    1912.07145.
+
+    Example:
+      >>> loss = lambda params: params['a'] ** 2 + 3 * params['b'] ** 2
+      >>> trace = hessian_trace(loss, {'a': 1.0, 'b': 1.0}, key=jax.random.key(0), probes=4)
+      >>> print(trace['a'], trace['b'])
+      2.0 6.0
+    """
+    core.check_integer("probes", probes, 1)
+    gradient = jax.grad(loss)
+
+    @jax.jit
+    def probe(params, inputs, key):
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        v = tree.unflatten(
+            [jax.random.rademacher(k, jnp.shape(x), x.dtype) for k, x in zip(keys, leaves)]
+        )
+        _, hv = jax.jvp(lambda p: gradient(p, *inputs), (params,), (v,))
+        return jax.tree.map(lambda a, b: jnp.sum(a * b), v, hv)
+
+    params = jax.tree.map(jnp.asarray, params)
+    traces = [probe(params, inputs, k) for k in jax.random.split(key, probes)]
+    return core.flatten_paths(jax.tree.map(lambda *each: sum(each) / probes, *traces))
+
+
+def hessian_sensitivity(
+    fn: Callable[..., Any],
+    params: Any,
+    inputs: tuple[Any, ...],
+    spec: specs.Spec,
+    ranges: Mapping[int, Any],
+    traces: Mapping[str, jax.Array],
+) -> Sensitivity:
+    """Predicts the damage of quantizing each kernel from the curvature of the loss.
+
+        Ω(site, bits) = tr(H) / n · ‖Q(w) − w‖²,    n the number of weights
+
+    Args:
+      fn: fn(params, *inputs) -> outputs.
+      params: Its parameters.
+      inputs: Its inputs; only their shapes matter.
+      spec: How each site is quantized.
+      ranges: {bits: ranges at these bits}, the bits to try.
+      traces: {path: tr(H)} of all kernels, as `hessian_trace` estimates it.
+
+    Returns:
+      {site name: {'weight': {bits: Ω}}}; sites that share a kernel share its Ω equally. Of
+      activations it says nothing.
+
+    Raises:
+      ValueError: If there are no bits, or some that a kernel's scheme has not, or `traces` lacks a
+        kernel or is not finite.
+
+    Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks,
+    arXiv 1911.03852.
+
+    Example:
+      >>> fn = lambda params, x: x @ params['w']
+      >>> params, x = {'w': jnp.array([[1.0, -0.4]])}, jnp.ones((1, 1))
+      >>> spec = specs.spec(core.trace(fn, params, x), [('w', {'weight': specs.Quantizer(2)})])
+      >>> spans = {'w': {'weight': grids.Range(jnp.float32(-1.0), jnp.float32(1.0))}}
+      >>> omega = hessian_sensitivity(fn, params, (x,), spec, {2: spans}, {'w': jnp.float32(6.0)})
+      >>> round(omega['w']['weight'][2], 4)  # 6 / 2 · 0.4²
+      0.48
+    """
+    if not ranges:
+        raise ValueError("ranges must hold the bits to try, got none")
+    widths = list(ranges)
+    for site, width in itertools.product(spec.sites, widths):
+        _check_bits(width, site.weight)
+    core.check_finite("traces", dict(traces))
+
+    def rule(site, x, kernel, apply):
+        errors = []
+        for bits, spans in ranges.items():
+            quantizer = spec[site.name].weight
+            shape, span = specs.range_shape(site, quantizer), spans[site.name].get("weight")
+            rounded = specs.apply(kernel, quantizer, span, bits, shape, kernel.size)
+            errors.append(jnp.sum(jnp.square(rounded - kernel)))
+        return apply(x, kernel), jnp.stack(errors)
+
+    errors = jax.jit(lambda params: core.at_sites(fn, rule)(params, *inputs)[1])(params)
+    sizes = {path: np.size(leaf) for path, leaf in core.flatten_paths(params).items()}
+    sites = core.trace(fn, params, *inputs).sites
+    uses = collections.Counter(site.path for site in sites)
+    result: Sensitivity = {}
+    for site in sites:
+        core.check_choice("kernel of traces", site.path, traces)
+        curvature = float(traces[site.path]) / sizes[site.path] / uses[site.path]
+        omega = curvature * np.asarray(errors[site.name], np.float64).reshape(-1, len(widths))
+        damages = omega.sum(axis=0).tolist()
+        result[site.name] = {"weight": dict(zip(widths, damages, strict=True))}
+    return result
+
+
+def _check_bits(width, quantizer):
+    quantizer.check_bits("bits of ranges", core.check_integer("bits of ranges", width, 1, 8))

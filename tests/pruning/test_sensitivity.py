@@ -1,0 +1,186 @@
+"""Sensitivity equals separate evaluations, is compiled once, and names bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hybrid_jax import core, pruning
+
+SPARSITIES = (0.0, 0.25, 0.5, 0.8)
+
+
+def two_layers(params, x):
+    return jax.nn.relu(x @ params["a"] + params["bias"][None]) @ params["b"]
+
+
+PARAMS = {
+    "a": jnp.array([[1.0, 2.0, 3.0, 4.0]]),
+    "bias": jnp.zeros(4),
+    "b": jnp.array([[8.0], [7.0], [6.0], [1.0]]),
+}
+X = jnp.ones((1, 1))
+
+
+def output(params, x):
+    return jnp.sum(two_layers(params, x))
+
+
+def test_weights_by_hand():
+    # Dense 1·8 + 2·7 + 3·6 + 4·1 = 44. Of `a` leave 1, then 2, then 3: 36, 22, 4; of `b` leave 1,
+    # then 6, then 7: 40, 22, 8. 0.8 of 4 is 3.
+    losses = pruning.sensitivity(output, PARAMS, pruning.magnitude(PARAMS), SPARSITIES, X)
+    assert {path: own.tolist() for path, own in losses.items()} == {
+        "a": [44.0, 36.0, 22.0, 4.0],
+        "b": [44.0, 40.0, 22.0, 8.0],
+    }
+
+
+def test_channels_by_hand():
+    groups = core.trace(two_layers, PARAMS, X).groups
+    scores = {"a": jnp.array([9.0, 8.0, 14.0, 5.0])}
+    # The unit of 4·1 leaves first, then that of 2·7, then that of 1·8.
+    losses = pruning.channel_sensitivity(output, PARAMS, scores, groups, SPARSITIES, X)
+    assert losses["a"].tolist() == [44.0, 40.0, 26.0, 18.0]
+    # In steps of two, half a step up: 0, 1, 2 and 3 that leave are 0, 0, 2 and 2.
+    losses = pruning.channel_sensitivity(output, PARAMS, scores, groups, SPARSITIES, X, multiple=2)
+    assert losses["a"].tolist() == [44.0, 44.0, 26.0, 26.0]
+
+
+@pytest.fixture(scope="module")
+def loss_of(digits):
+    traces = []
+
+    def loss(params, images, labels):
+        traces.append(None)
+        logits = digits.fn(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss, traces
+
+
+def test_weights_of_a_network_as_separate_evaluations_in_one_compilation(digits, loss_of):
+    loss, traces = loss_of
+    batch = digits.images[:32], digits.labels[:32]
+    scores = pruning.magnitude(digits.params)
+    losses = pruning.sensitivity(loss, digits.params, scores, (0.25, 0.5), *batch)
+    assert len(traces) == 1
+    # Other sparsities, another number of them, other parameters: nothing is compiled anew.
+    other = jax.tree.map(lambda leaf: 1.01 * leaf, digits.params)
+    more = pruning.sensitivity(loss, other, pruning.magnitude(other), (0.9,), *batch)
+    assert len(traces) == 1
+    assert list(losses) == list(more) == [p for p in core.flatten_paths(scores) if "kernel" in p]
+    evaluate = jax.jit(loss)
+    for path, own in losses.items():
+        alone = core.map_with_path(
+            lambda p, s, path=path: s if p == path else optax.MaskedNode(), scores
+        )
+        for sparsity, value in zip((0.25, 0.5), own, strict=True):
+            pruned = pruning.apply_masks(digits.params, pruning.masks(alone, sparsity))
+            np.testing.assert_allclose(value, evaluate(pruned, *batch), rtol=1e-5)
+
+
+def test_channels_of_a_network_as_the_shrunk_ones(digits, loss_of):
+    loss, traces = loss_of
+    batch = digits.images[:32], digits.labels[:32]
+    groups = core.trace(digits.fn, digits.params, batch[0]).groups
+    scores = pruning.group_scores(pruning.magnitude(digits.params), groups)
+    before = len(traces)
+    losses = pruning.channel_sensitivity(loss, digits.params, scores, groups, (0.0, 0.5), *batch)
+    assert len(traces) == before + 1
+    assert list(losses) == [group.name for group in groups]
+    evaluate = jax.jit(loss)
+    for name, own in losses.items():
+        keep = pruning.keep_channels({name: scores[name]}, 0.5)
+        kept = core.keep_indices(keep, groups, digits.params)
+        separate = evaluate(core.mask_removed(digits.params, kept), *batch)
+        np.testing.assert_allclose(own, [evaluate(digits.params, *batch), separate], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+def test_several_at_once_are_the_same(batch_size):
+    scores = pruning.magnitude(PARAMS)
+    groups = core.trace(two_layers, PARAMS, X).groups
+    group_scores = pruning.group_scores(scores, groups)
+    for sweep in (
+        functools.partial(pruning.sensitivity, output, PARAMS, scores),
+        functools.partial(pruning.channel_sensitivity, output, PARAMS, group_scores, groups),
+    ):
+        one, several = (sweep(SPARSITIES, X, batch_size=size) for size in (1, batch_size))
+        jax.tree.map(np.testing.assert_array_equal, one, several)
+
+
+def test_under_jit_with_traced_sparsities_and_blocks():
+    scores = {"a": pruning.magnitude(PARAMS)["a"].T, "b": optax.MaskedNode()}
+    params = {"a": scores["a"], "b": jnp.ones(3)}
+
+    @jax.jit
+    def sweep(sparsities):
+        return pruning.sensitivity(
+            lambda params: jnp.sum(params["a"]),
+            params,
+            scores,
+            sparsities,
+            granularity=pruning.n_m(2, 4),
+        )
+
+    # One block of 1, 2, 3, 4 loses none, 1, and 1 and 2; more than a half it cannot lose.
+    assert sweep(jnp.array([0.0, 0.25, 0.5]))["a"].tolist() == [10.0, 9.0, 7.0]
+
+
+def test_what_is_sensitive_is_exempt():
+    losses = {"a": np.array([0.1, 3.0]), "b#2": np.array([0.1, 0.2]), "c": np.array([2.5, 0.1])}
+    assert pruning.sensitive(losses, 2.0) == ("a", "c")
+    scores = {name: jnp.arange(4.0) for name in losses}
+    keep = pruning.keep_channels(scores, 0.5, exempt=pruning.sensitive(losses, 2.0))
+    assert [int(k.sum()) for k in keep.values()] == [4, 2, 4]
+    exempt = pruning.sensitive({"b#2": np.array([9.0]), "a": np.array([0.0])}, 2.0)
+    assert not pruning.keep_channels(scores, 0.5, exempt=exempt)["a"].all()
+    with pytest.raises(ValueError, match=r"limit must leave a layer .* at least 0.2, got 0.1"):
+        pruning.sensitive(losses, 0.1)
+    with pytest.raises(ValueError, match="losses must hold those of a layer, got none"):
+        pruning.sensitive({}, 0.1)
+
+
+def test_bad_input_is_named():
+    scores = pruning.magnitude(PARAMS)
+
+    def sweep(sparsities=(0.5,), loss=output, params=PARAMS, scores=scores, **options):
+        return pruning.sensitivity(loss, params, scores, sparsities, X, **options)
+
+    with pytest.raises(ValueError, match=r"sparsities must be in \[0, 1\], got 1.5"):
+        sweep((0.5, 1.5))
+    with pytest.raises(ValueError, match=r"sparsities must have shape \(S,\), got \(0,\)"):
+        sweep(())
+    with pytest.raises(ValueError, match=r"sparsities must be in \[0, 0.5\], got 0.75"):
+        sweep((0.75,), granularity=pruning.n_m(2, 4))
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        sweep(batch_size=0)
+    with pytest.raises(ValueError, match="scores must have a leaf to prune, got none"):
+        sweep(scores=jax.tree.map(lambda _: optax.MaskedNode(), PARAMS))
+    with pytest.raises(ValueError, match="scores must be finite"):
+        sweep(scores=scores | {"a": scores["a"] * jnp.nan})
+    with pytest.raises(ValueError, match="scores must have the paths of params, got 'c' in one"):
+        sweep(scores=scores | {"c": scores["a"]})
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar, got shape \(1, 1\)"):
+        sweep(loss=two_layers)
+    with pytest.raises(ValueError, match=r"losses must be finite, got 1 NaN .* at 'a'"):
+        sweep(loss=lambda params, x: output(params, x) / params["a"][0, 0])
+    groups = core.trace(two_layers, PARAMS, X).groups
+
+    def channels(scores, params=PARAMS, groups=groups):
+        return pruning.channel_sensitivity(output, params, scores, groups, (0.5,), X)
+
+    with pytest.raises(ValueError, match="scores must hold a group to prune, got none"):
+        channels({})
+    with pytest.raises(ValueError, match="group of scores must be one of a, got 'b'"):
+        channels({"b": jnp.ones(4)})
+    with pytest.raises(ValueError, match="group of scores must be one of , got 'a'"):
+        channels({"a": jnp.ones(4)}, groups=())
+    with pytest.raises(
+        ValueError, match="params must have the paths of the groups, got none at 'b"
+    ):
+        channels({"a": jnp.ones(4)}, params={"a": PARAMS["a"]})
