@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.scoring import check_statistics, score
+from hybrid_jax.pruning.criteria.leaves import check_statistics, score
+from hybrid_jax.pruning.selection import is_traced
 
 Batches = Iterable[tuple[Any, ...]]
 """Yields the inputs of a model as tuples."""
@@ -55,10 +56,11 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
 
     Returns:
       float32 pytree shaped like `params`, for `wanda`; `optax.MaskedNode()` for what is not the
-      kernel of a site. A site inside a function with a derivative rule of its own adds nothing.
+      kernel of a site.
 
     Raises:
-      ValueError: If there is no batch.
+      ValueError: If there is no batch, or a site lies in a `while` loop or in a function with a
+        derivative rule of its own, out of which nothing is carried back.
       TypeError: If a batch is not a tuple.
 
     Example:
@@ -74,7 +76,7 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
         # Its derivative with respect to a weight is the sum of x² over all that the weight meets.
         return apply(jnp.square(x), kernel)
 
-    total, _ = _accumulate(_at_kernels(fn, squares), fn, params, batches)
+    total, _ = _over_batches(_at_kernels(fn, squares), fn, params, batches)
     return jax.tree.map(jnp.sqrt, total)
 
 
@@ -124,11 +126,10 @@ def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) 
     Returns:
       float32 pytree shaped like `params`, for `chip`: the independence of filter o, spread evenly
       over its weights; summed over the sites where a kernel is used again. `optax.MaskedNode()`
-      for what is not the kernel of a site. A site inside a function with a derivative rule of its
-      own adds nothing.
+      for what is not the kernel of a site.
 
     Raises:
-      ValueError: If there is no batch.
+      ValueError: As for `activation_norms`.
       TypeError: If a batch is not a tuple.
 
     Example:
@@ -142,21 +143,21 @@ def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) 
 
     def shares(site, x, kernel, apply):
         matrix = core.kernel_matrix(site, kernel)  # (G, n, O/G)
-        maps = core.output_matrix(site, apply(x, kernel))  # (G, P, O/G)
-        maps = jnp.moveaxis(maps, 1, 2).reshape(-1, maps.shape[1])
-        each = _independence(maps).reshape(len(matrix), 1, -1) / matrix.shape[1]
-        return matrix * jax.lax.stop_gradient(each).astype(matrix.dtype)
+        maps = core.output_matrix(site, apply(x, jax.lax.stop_gradient(kernel)))  # (G, P, O/G)
+        each = _independence(jnp.moveaxis(maps, 1, 2).reshape(-1, maps.shape[1]))
+        return matrix * (each.reshape(len(matrix), 1, -1) / matrix.shape[1]).astype(matrix.dtype)
 
     of_image = _at_kernels(fn, shares)
 
     def over_images(params, *inputs):
         def add(total, image):
-            one = of_image(params, *jax.tree.map(lambda leaf: leaf[None], image))
-            return jax.tree.map(jnp.add, total, one), None
+            one, weighed = of_image(params, *jax.tree.map(lambda leaf: leaf[None], image))
+            return jax.tree.map(jnp.add, total, one), weighed
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), inputs)[0]
+        total, weighed = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), inputs)
+        return total, jax.tree.map(jnp.sum, weighed)
 
-    total, count = _accumulate(over_images, fn, params, batches)
+    total, count = _over_batches(over_images, fn, params, batches)
     return jax.tree.map(lambda leaf: leaf / count, total)
 
 
@@ -175,7 +176,7 @@ def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Call
 
     `weigh(site, x, kernel, apply)` is linear in the kernel, and its derivative is that array. The
     derivative with respect to the parameters carries it back through transposes, slices and
-    stacks, and adds up the uses of one kernel.
+    stacks, and adds up the uses of one kernel. Returns it, and what was weighed at each site.
     """
 
     def rule(site, x, kernel, apply):
@@ -184,26 +185,42 @@ def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Call
 
     def total(params, *inputs):
         _, records = core.at_sites(fn, rule)(params, *inputs)
-        return sum(jnp.sum(record) for record in records.values())
+        weighed = {name: jnp.sum(record.astype(jnp.float32)) for name, record in records.items()}
+        return sum(weighed.values(), start=jnp.float32(0)), weighed
 
-    return jax.grad(total)
+    return jax.grad(total, has_aux=True)
 
 
-def _accumulate(
+def _over_batches(
     step: Callable[..., Any], fn: Callable[..., Any], params: Any, batches: Batches
 ) -> tuple[Any, int]:
     """Sums `step(params, *batch)` over the batches, for kernels of sites; and counts examples."""
-    step, total, kernels, count = jax.jit(step), None, set(), 0
+    step, total, sites, count = jax.jit(step), None, (), 0
     for batch in batches:
         if not isinstance(batch, tuple):
             raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
-        new = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), step(params, *batch))
+        new, weighed = step(params, *batch)
+        new = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
-        kernels = kernels or {site.path for site in core.trace(fn, params, *batch).sites}
+        sites = sites or core.trace(fn, params, *batch).sites
         count += len(jax.tree.leaves(batch)[0])
     if total is None:
         raise ValueError("batches must hold at least one batch, got none")
+    _check_carried(core.flatten_paths(total), weighed, sites)
+    kernels = {site.path for site in sites}
     of_kernels = core.map_with_path(
         lambda path, leaf: leaf if path in kernels else optax.MaskedNode(), total
     )
     return of_kernels, count
+
+
+def _check_carried(total: dict[str, Any], weighed: dict[str, Any], sites: Any) -> None:
+    """Raises if what was worked out at a site did not reach its kernel."""
+    for site in sites:
+        if site.name not in weighed:
+            raise ValueError(f"fn must use {site.path!r} outside `while`, where nothing is seen")
+        seen = (total[site.path], weighed[site.name])
+        if not is_traced(seen) and jnp.all(seen[0] == 0) and seen[1] != 0:
+            raise ValueError(
+                f"fn must use {site.path!r} outside a function with a derivative rule of its own"
+            )

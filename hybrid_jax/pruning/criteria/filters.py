@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.scoring import score
+from hybrid_jax.pruning.criteria.leaves import score
 
 
 def geometric_median(params: Any) -> Any:

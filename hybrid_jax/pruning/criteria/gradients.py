@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.scoring import check_statistics, prunable, score
+from hybrid_jax.pruning.criteria.leaves import check_statistics, prunable, score
 
 
 def taylor(params: Any, gradients: Any) -> Any:

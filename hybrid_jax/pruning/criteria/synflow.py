@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax.pruning.allocation import global_
-from hybrid_jax.pruning.criteria.scoring import check_statistics, score
+from hybrid_jax.pruning.criteria.leaves import check_statistics, score
 from hybrid_jax.pruning.criteria.weights import magnitude
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.selection import check_sparsity, is_traced

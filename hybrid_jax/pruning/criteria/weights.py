@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.scoring import score
+from hybrid_jax.pruning.criteria.leaves import score
 
 
 def magnitude(params: Any, p: int = 1) -> Any:
