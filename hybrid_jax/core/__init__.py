@@ -7,6 +7,7 @@ from hybrid_jax.core.checks import (
     check_fraction,
     check_integer,
     check_positive,
+    check_same_paths,
     check_same_structure,
 )
 from hybrid_jax.core.fold import fold
@@ -55,6 +56,7 @@ __all__ = [
     "check_grams",
     "check_integer",
     "check_positive",
+    "check_same_paths",
     "check_same_structure",
     "damped_gram",
     "evaluate",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy.sparse import coo_array, csgraph
@@ -22,11 +23,13 @@ class Member:
       path: The parameter's path.
       axis: The axis.
       index: int[n, m]; removing unit u removes the m indices index[u] of this axis.
+      shape: The parameter's shape.
     """
 
     path: str
     axis: int
     index: np.ndarray
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,12 +106,15 @@ def group_channels(
     for unit in units.values():
         kinds[tuple((key, len(unit[key])) for key in sorted(unit))].append(unit)
     rank = {path: i for i, path in enumerate(order)}
+    shapes = {path: tuple(map(len, axes)) for path, axes in parameters.items()}
     groups = []
     for kind, alike in kinds.items():
         keys = [key for key, _ in kind]
         first = min(keys, key=lambda key: (rank.get(key[0], len(rank)), key))
         alike.sort(key=lambda unit: unit[first])
-        members = tuple(Member(*key, np.array([unit[key] for unit in alike])) for key in keys)
+        members = tuple(
+            Member(*key, np.array([unit[key] for unit in alike]), shapes[key[0]]) for key in keys
+        )
         # Of equal names first the one that touches the first axes: so it is after a removal too.
         order = rank.get(first[0], len(rank)), first[0], kind
         groups.append((order, Group(first[0], len(alike), members)))
@@ -127,7 +133,7 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
     """Writes which channels are kept as masks over all the parameters they touch.
 
     Args:
-      keep: {group name: bool[n]}, True where kept; groups left out are kept whole.
+      keep: {group name: bool[n]}, True where kept, maybe traced; groups left out are kept whole.
       groups: The groups of the graph.
       params: The parameters (arrays or `jax.ShapeDtypeStruct`).
 
@@ -136,20 +142,28 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
       parameter that no group in `keep` touches.
 
     Raises:
-      ValueError: If a name is none of the groups', or an array is not bool[n].
+      ValueError: If a name is none of the groups', an array is not bool[n], or a parameter of a
+        group is missing or has another shape.
 
     Example:
-      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]])),))
+      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
       >>> expand({'w': [True, False]}, [group], {'w': np.ones((2, 2))})['w'].tolist()
       [[True, False], [True, False]]
     """
-    masks: dict[str, np.ndarray] = {}
     shapes = {path: np.shape(leaf) for path, leaf in paths.flatten_paths(params).items()}
-    for path, axis, index in removed_indices(keep, groups):
-        mask = masks.setdefault(path, np.ones(shapes[path], bool))
-        np.moveaxis(mask, axis, 0)[index] = False
+    masks: dict[str, Any] = {}
+    for member, kept in kept_along(keep, groups):
+        if shapes.get(member.path) != member.shape:
+            raise ValueError(
+                f"params must have shape {member.shape} at {member.path!r}, "
+                f"got {shapes.get(member.path, 'no leaf')}"
+            )
+        xp = jnp if isinstance(kept, jax.core.Tracer) else np
+        others = [axis for axis in range(len(member.shape)) if axis != member.axis]
+        mask = masks.get(member.path, np.ones(member.shape, bool))
+        masks[member.path] = mask & xp.expand_dims(kept, others)
     return paths.map_with_path(
-        lambda path, leaf: jax.numpy.asarray(masks[path]) if path in masks else optax.MaskedNode(),
+        lambda path, leaf: jnp.asarray(masks[path]) if path in masks else optax.MaskedNode(),
         params,
     )
 
@@ -171,7 +185,7 @@ def keep_indices(
       ValueError: If a name is none of the groups', or an array is not bool[n].
 
     Example:
-      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]])),))
+      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
       >>> keep_indices({'w': [True, False]}, [group], {'w': np.ones((2, 2))})
       {'w': (array([0, 1]), array([0]))}
     """
@@ -179,15 +193,13 @@ def keep_indices(
         path: [np.ones(n, bool) for n in np.shape(leaf)]
         for path, leaf in paths.flatten_paths(params).items()
     }
-    for path, axis, index in removed_indices(keep, groups):
-        stays[path][axis][index] = False
+    for member, kept in kept_along(keep, groups):
+        stays[member.path][member.axis] &= kept
     return {path: tuple(np.flatnonzero(axis) for axis in axes) for path, axes in stays.items()}
 
 
-def removed_indices(
-    keep: Mapping[str, Any], groups: Sequence[Group]
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yields the indices that leave, of each axis that a group in `keep` has: (path, axis, int[m]).
+def kept_along(keep: Mapping[str, Any], groups: Sequence[Group]) -> Iterator[tuple[Member, Any]]:
+    """Yields each member of the groups in `keep`, and which indices of its axis are kept.
 
     Raises:
       ValueError: If a name is none of the groups', or an array is not bool[n].
@@ -195,11 +207,16 @@ def removed_indices(
     by_name = {group.name: group for group in groups}
     for name, kept in keep.items():
         checks.check_choice("keep", name, by_name)
-        group, kept = by_name[name], np.asarray(kept)
+        group = by_name[name]
+        # Concrete masks are made on the host: on the device every shape is compiled anew.
+        xp = jnp if isinstance(kept, jax.core.Tracer) else np
+        kept = xp.asarray(kept)
         if kept.shape != (group.size,) or kept.dtype != bool:
             raise ValueError(
                 f"keep[{name!r}] must be bool[{group.size}], "
                 f"got {kept.dtype}[{','.join(map(str, kept.shape))}]"
             )
         for member in group.members:
-            yield member.path, member.axis, member.index[~kept].reshape(-1)
+            unit = np.full(member.shape[member.axis], group.size)
+            unit[member.index] = np.arange(group.size)[:, None]
+            yield member, xp.append(kept, True)[unit]

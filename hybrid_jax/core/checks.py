@@ -138,6 +138,26 @@ def check_same_structure(name: str, expected: Any, got: Any) -> None:
         )
 
 
+def check_same_paths(name: str, tree: Any, like_name: str, like: Any) -> None:
+    """Raises unless both pytrees have the same paths, `optax.MaskedNode()` counting as a leaf.
+
+    Raises:
+      ValueError: Names the first path that only one of them has.
+
+    Example:
+      >>> check_same_paths('masks', {'a': 1}, 'params', {'a': 1, 'b': 2})
+      Traceback (most recent call last):
+      ...
+      ValueError: masks must have the structure of params, got 'b' in one of them only
+    """
+    ours, theirs = paths.flatten_paths(tree), paths.flatten_paths(like)
+    for path in [*theirs, *ours]:
+        if path not in ours or path not in theirs:
+            raise ValueError(
+                f"{name} must have the structure of {like_name}, got {path!r} in one of them only"
+            )
+
+
 def check_finite(name: str, tree: Any) -> None:
     """Raises if a leaf of a concrete pytree holds NaN or infinity.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_jax.core.analysis import Analysis
-from hybrid_jax.core.channels import components, removed_indices
+from hybrid_jax.core.channels import components, kept_along
 from hybrid_jax.core.derivatives import in_derivative
 from hybrid_jax.core.graph import Graph, from_analysis
 from hybrid_jax.core.labels import Value
@@ -44,8 +44,8 @@ def narrow_graph(graph: Graph, keep: Mapping[str, Any]) -> Graph:
     arguments = dict(zip(graph.parameters, graph.arguments, strict=False))
     of = components(graph.analysis.labels).of
     removed = np.zeros(len(of), bool)
-    for path, axis, index in removed_indices(keep, graph.groups):
-        removed[of[arguments[path].labels[axis][index]]] = True
+    for member, stays in kept_along(keep, graph.groups):
+        removed[of[arguments[member.path].labels[member.axis][~stays]]] = True
     cut = _cutter(~removed[of])
     analysis = _cut_analysis(graph.analysis, cut)
     small = tuple(cut(value) for value in graph.arguments)

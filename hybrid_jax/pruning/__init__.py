@@ -2,7 +2,7 @@
 
 from hybrid_jax.core import expand, narrow, shrink, slice_tree
 from hybrid_jax.pruning.allocation import Allocation, erk, global_, uniform
-from hybrid_jax.pruning.channels import group_scores, keep_channels
+from hybrid_jax.pruning.coupling import channels, group_scores, keep_channels
 from hybrid_jax.pruning.criteria import (
     accumulate_movement,
     activation_norms,
@@ -25,7 +25,7 @@ from hybrid_jax.pruning.criteria import (
     taylor,
     wanda,
 )
-from hybrid_jax.pruning.granularity import Granularity, n_m, unstructured
+from hybrid_jax.pruning.granularity import Granularity, blocks, kernels, n_m, unstructured
 from hybrid_jax.pruning.lottery import (
     Ticket,
     barrier,
@@ -36,6 +36,7 @@ from hybrid_jax.pruning.lottery import (
 )
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.obs import compensate, obs
+from hybrid_jax.pruning.packing import pack_masks, unpack_masks
 from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso, group_shrinkage
 from hybrid_jax.pruning.rewiring import RewireState, rewire, rigl, set_
 from hybrid_jax.pruning.rounds import prune_in_rounds
@@ -75,8 +76,10 @@ __all__ = [
     "barrier",
     "batchnorm_l1",
     "batchnorm_scale",
+    "blocks",
     "channel_independence",
     "channel_sensitivity",
+    "channels",
     "chip",
     "compensate",
     "cubic",
@@ -98,6 +101,7 @@ __all__ = [
     "interpolate",
     "iterative",
     "keep_channels",
+    "kernels",
     "lamp",
     "lottery_tickets",
     "magnitude",
@@ -108,6 +112,7 @@ __all__ = [
     "narrow",
     "obs",
     "one_shot",
+    "pack_masks",
     "paying_widths",
     "prune_by_schedule",
     "prune_in_rounds",
@@ -128,6 +133,7 @@ __all__ = [
     "to_target",
     "to_widths",
     "uniform",
+    "unpack_masks",
     "unstructured",
     "wanda",
 ]

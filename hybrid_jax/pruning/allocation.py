@@ -1,68 +1,87 @@
-"""Allocations: how one sparsity is spread over the leaves of a network.
+"""Allocations: how one sparsity is spread over the rows of units of a network."""
 
-An allocation is a function `(units, shapes, sparsity) -> kept`: `units` {path: (rows, n) scores}
-as a granularity splits the leaves, `shapes` {path: shape of the leaf}, `kept` {path: (rows, n)
-bool}. Counts are exact: `removed_count` of what the allocation counts over.
-"""
-
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.pruning.selection import keep_best, removed_count
+from hybrid_jax.pruning.granularity import Shape, Units
+from hybrid_jax.pruning.selection import in_steps, keep_best, removed_count, whole_steps
 
-Rows = dict[str, jax.Array]
-Allocation = Callable[[Rows, dict[str, tuple[int, ...]], float | jax.Array], Rows]
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """How many units each leaf, or group of channels, loses.
+
+    Counts are exact: `removed_count` of what the allocation counts over. Of equal scores the
+    lower index is kept.
+
+    Attributes:
+      name: How errors call it.
+      allocate: `allocate(units, shapes, sparsity, at_least) -> kept`, where `units` are {name:
+        (rows, n) scores} as a granularity splits them, `shapes` {name: shape of the kernel},
+        `kept` {name: (rows, n) bool}, and a row keeps `at_least` units whatever the sparsity.
+      by_row: Whether every row loses the same fraction. Only this goes with N:M.
+    """
+
+    name: str
+    allocate: Callable[[Units, dict[str, Shape], float | jax.Array, int], Units]
+    by_row: bool = False
 
 
 def uniform() -> Allocation:
-    """Every leaf of n units loses floor(sparsity · n + ½) of them.
+    """Every row of n units loses floor(sparsity · n + ½) of them.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> uniform()({'a': jnp.array([[3.0, 1.0, 2.0, 4.0]])}, {'a': (4,)}, 0.5)
+      >>> from hybrid_jax.pruning import masks
+      >>> masks({'a': jnp.array([[3.0, 1.0, 2.0, 4.0]])}, 0.5, allocation=uniform())
       {'a': Array([[ True, False, False,  True]], dtype=bool)}
     """
 
-    def allocate(units, shapes, sparsity):
+    def allocate(units, shapes, sparsity, at_least):
         del shapes
 
         def keep(rows):
             n = rows.shape[-1]
-            return keep_best(rows, n - removed_count(sparsity, n))
+            return keep_best(rows, jnp.maximum(n - removed_count(sparsity, n), min(at_least, n)))
 
-        return {path: keep(rows) for path, rows in units.items()}
+        return {name: keep(rows) for name, rows in units.items()}
 
-    return allocate
+    return Allocation("uniform", allocate, by_row=True)
 
 
 def global_() -> Allocation:
     """All n units of the network compete, and it loses floor(sparsity · n + ½) of them.
 
-    Scores have to compare between leaves, as those of `taylor`, `fisher` and `lamp` do. Of equal
-    scores the earlier leaf is kept.
-
-    Raises:
-      ValueError: From `masks`, with a granularity of several rows a leaf.
+    Scores have to compare between leaves, as those of `taylor`, `fisher` and `lamp` do: LAMP is
+    `global_()` on the scores of `lamp`. Of equal scores the earlier leaf is kept, or the group of
+    channels first by name. A leaf of low scores may lose every unit, unless its granularity has
+    `at_least=1`; then the others lose more, and the count stays exact as long as it can.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> units = {'a': jnp.array([[3.0, 1.0]]), 'b': jnp.array([[2.0, 4.0]])}
-      >>> global_()(units, {'a': (2,), 'b': (2,)}, 0.25)
-      {'a': Array([[ True, False]], dtype=bool), 'b': Array([[ True,  True]], dtype=bool)}
+      >>> from hybrid_jax.pruning import masks, unstructured
+      >>> scores = {'a': jnp.array([[2.0, 1.0]]), 'b': jnp.array([[3.0, 4.0]])}
+      >>> masks(scores, 0.5, allocation=global_())['a'].tolist()
+      [[False, False]]
+      >>> masks(scores, 0.5, unstructured(at_least=1), global_())['a'].tolist()
+      [[True, False]]
     """
 
-    def allocate(units, shapes, sparsity):
+    def allocate(units, shapes, sparsity, at_least):
         del shapes
-        _check_one_row("global_", units)
-        scores = jnp.concatenate([rows[0] for rows in units.values()])
-        kept = keep_best(scores, scores.size - removed_count(sparsity, scores.size))
-        ends = np.cumsum([rows.size for rows in units.values()])[:-1]
-        return {path: part[None] for path, part in zip(units, jnp.split(kept, ends), strict=True)}
+        sizes = [rows.size for rows in units.values()]
+        scores = jnp.concatenate([_hold(rows, at_least).ravel() for rows in units.values()])
+        least = sum(len(rows) * min(at_least, rows.shape[-1]) for rows in units.values())
+        wanted = jnp.maximum(scores.size - removed_count(sparsity, scores.size), least)
+        parts = jnp.split(keep_best(scores, wanted), np.cumsum(sizes)[:-1])
+        return {
+            name: part.reshape(rows.shape)
+            for (name, rows), part in zip(units.items(), parts, strict=True)
+        }
 
-    return allocate
+    return Allocation("global_", allocate)
 
 
 def erk() -> Allocation:
@@ -71,31 +90,56 @@ def erk() -> Allocation:
     The Erdős–Rényi-Kernel densities of U. Evci et al., Rigging the Lottery (arXiv 1911.11134):
     small leaves stay denser; a leaf that would exceed 1 is dense and the others share what is
     left. The network loses exactly floor(sparsity · n + ½) of its n units, and each leaf keeps
-    its share rounded up or down.
-
-    Raises:
-      ValueError: From `masks`, with a granularity of several rows a leaf.
+    its share rounded up or down. The sizes are those of the leaf, or of the kernel that makes a
+    group of channels, also where a unit is more than a weight.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> units = {'a': jnp.ones((1, 16)), 'b': jnp.ones((1, 64))}  # (4+4)/16 : (8+8)/64 = 2 : 1
-      >>> kept = erk()(units, {'a': (4, 4), 'b': (8, 8)}, 0.7)  # 24 = 8 + 16 are kept
+      >>> from hybrid_jax.pruning import masks
+      >>> scores = {'a': jnp.ones((4, 4)), 'b': jnp.ones((8, 8))}  # (4+4)/16 : (8+8)/64 = 2 : 1
+      >>> kept = masks(scores, 0.7, allocation=erk())  # 24 = 8 + 16 are kept
       >>> [int(mask.sum()) for mask in kept.values()]
       [8, 16]
     """
 
-    def allocate(units, shapes, sparsity):
-        _check_one_row("erk", units)
+    def allocate(units, shapes, sparsity, at_least):
         sizes = np.array([rows.size for rows in units.values()])
-        raw = np.array([sum(shapes[path]) / np.prod(shapes[path]) for path in units])
+        raw = np.array([max(sum(shapes[name]), 1) / np.prod(shapes[name]) for name in units])
         total = int(sizes.sum())
         counts = _erk_counts(raw, sizes, total - removed_count(sparsity, total))
+        counts = _lift(counts, sizes, at_least)
         return {
-            path: keep_best(rows, count)
-            for (path, rows), count in zip(units.items(), counts, strict=True)
+            name: keep_best(rows, count)
+            for (name, rows), count in zip(units.items(), counts, strict=True)
         }
 
-    return allocate
+    return Allocation("erk", allocate)
+
+
+def keep_units(
+    units: Units,
+    shapes: dict[str, Shape],
+    sparsity: float | jax.Array,
+    allocation: Allocation,
+    at_least: int = 0,
+    multiple: int = 1,
+) -> Units:
+    """The units that `allocation` keeps, in whole steps of `multiple`, best units first.
+
+    A step competes with the mean of its scores. A count between two steps goes to the nearest
+    (half a step up); a row always keeps its first step.
+    """
+    if multiple == 1:
+        return allocation.allocate(units, shapes, sparsity, at_least)
+    steps = {name: in_steps(rows, multiple) for name, rows in units.items()}
+    kept = allocation.allocate(steps, shapes, sparsity, max(at_least, multiple))
+    return {name: whole_steps(rows, kept[name], multiple) for name, rows in units.items()}
+
+
+def _hold(rows: jax.Array, at_least: int) -> jax.Array:
+    """Ranks the `at_least` best of each row above all else."""
+    if not at_least:
+        return rows
+    return jnp.where(keep_best(rows, min(at_least, rows.shape[-1])), jnp.inf, rows)
 
 
 def _erk_counts(raw: np.ndarray, sizes: np.ndarray, kept: jax.Array) -> jax.Array:
@@ -125,10 +169,11 @@ def _erk_counts(raw: np.ndarray, sizes: np.ndarray, kept: jax.Array) -> jax.Arra
     return jnp.diff(ends, prepend=0) + jnp.asarray(dense_sizes, jnp.int32)[row]
 
 
-def _check_one_row(name: str, units: Rows) -> None:
-    for path, rows in units.items():
-        if len(rows) > 1:
-            raise ValueError(
-                f"allocation must be uniform() where every block of a leaf loses equally many "
-                f"units, got {name}() with {len(rows)} blocks at {path!r}"
-            )
+def _lift(counts: jax.Array, sizes: np.ndarray, at_least: int) -> jax.Array:
+    """Raises counts to `at_least`; the largest leaves pay for it while they have more."""
+    least = np.minimum(sizes, at_least).astype(np.int32)
+    lifted = jnp.maximum(counts, least)
+    order = np.argsort(-sizes, kind="stable")
+    spare = (lifted - least)[order]
+    owed = jnp.sum(lifted - counts) - (jnp.cumsum(spare) - spare)
+    return lifted.at[order].add(-jnp.clip(owed, 0, spare))

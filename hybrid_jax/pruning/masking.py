@@ -5,42 +5,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning import allocation as allocations
-from hybrid_jax.pruning import granularity as granularities
-from hybrid_jax.pruning.selection import check_sparsity, is_traced
+from hybrid_jax.pruning.allocation import Allocation, keep_units, uniform
+from hybrid_jax.pruning.granularity import Granularity, unstructured
+from hybrid_jax.pruning.selection import check_sparsity, is_traced, rankable
 
 
 def masks(
     scores: Any,
     sparsity: float | jax.Array | None = None,
-    granularity: granularities.Granularity | None = None,
-    allocation: allocations.Allocation | None = None,
+    granularity: Granularity | None = None,
+    allocation: Allocation | None = None,
     exempt: Sequence[str] = (),
+    previous: Any = None,
 ) -> Any:
     """Marks which weights are kept, with exact counts.
 
-    The lowest scores leave; of equal scores the lower index is kept. Compiled and eager masks
-    are the same. `sparsity` may be traced, so that one compilation serves a sweep, or under
-    `jax.vmap` a stack of experts.
+    The units of lowest score leave; of equal scores the lower index is kept, so that equal scores
+    throughout keep the first ones. Compiled and eager masks are the same. `sparsity` may be
+    traced, so that one compilation serves a sweep, or under `jax.vmap` a stack of experts.
 
     Args:
       scores: Pytree of floating scores with `optax.MaskedNode()` where nothing is pruned: what a
-        criterion gives.
-      sparsity: () fraction removed, in [0, 1]; None for the largest that `granularity` allows.
-      granularity: `unstructured()` (default) or `n_m(n, m)`.
+        criterion gives. Traced scores cannot be checked: NaN and −∞ rank lowest, ∞ highest, and
+        counts stay exact.
+      sparsity: () fraction of the units removed, in [0, 1]; None for the largest that
+        `granularity` allows.
+      granularity: `unstructured()` (default), `n_m(n, m)`, `blocks(bc, bo)`, `kernels()` or
+        `channels(groups)`.
       allocation: `uniform()` (default), `erk()` or `global_()`.
-      exempt: Regular expressions on whole paths of leaves to leave alone.
+      exempt: Regular expressions on whole paths of leaves to leave alone, on whole names of groups
+        with `channels`. What is exempt does not count.
+      previous: Masks made before: a unit that they remove ranks below all others.
 
     Returns:
-      Pytree of bool like `scores`, True where kept; `optax.MaskedNode()` where exempt.
+      Pytree of bool like the parameters, True where kept; `optax.MaskedNode()` where nothing is
+      pruned. With `channels`, all the parameters that leave with one are masked, biases too.
 
     Raises:
+      TypeError: If `granularity` or `allocation` is not one.
       ValueError: If there is nothing to prune; if `sparsity` is outside [0, 1] or more than
-        `granularity` allows; if scores are not finite (unless traced); if an exempt pattern
-        matches nothing; if granularity and allocation, or a leaf, do not go together.
+        `granularity` allows; if scores are not floating, or not finite (unless traced); if an
+        exempt pattern matches nothing; if granularity and allocation, or a leaf, do not go
+        together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,29 +58,34 @@ def masks(
       {'w': Array([[ True, False],
              [ True,  True]], dtype=bool)}
     """
-    granularity = granularities.unstructured() if granularity is None else granularity
-    allocation = allocations.uniform() if allocation is None else allocation
+    granularity = unstructured() if granularity is None else granularity
+    allocation = uniform() if allocation is None else allocation
+    _check_kind("granularity", granularity, Granularity, "unstructured()")
+    _check_kind("allocation", allocation, Allocation, "uniform()")
     most = granularity.max_sparsity
+    if most < 1 and not allocation.by_row:
+        raise ValueError(
+            f"allocation must be uniform() with {granularity.name}, of which every row loses "
+            f"equally many, got {allocation.name}()"
+        )
     sparsity = check_sparsity(most if sparsity is None else sparsity, most=most)
     sparsity = jnp.minimum(jnp.asarray(sparsity, jnp.float32), jnp.float32(most))
-    if not is_traced(scores):
-        core.check_finite("scores", scores)
 
-    flat = {p: s for p, s in core.flatten_paths(scores).items() if not core.is_masked_node(s)}
-    left_out = core.match_rules([(p, True) for p in exempt], flat, default=False)
-    flat = {path: leaf for path, leaf in flat.items() if not left_out[path]}
-    if not flat:
+    leaves = _float32(scores)
+    shapes = granularity.shapes(leaves)
+    left_out = core.match_rules([(p, True) for p in exempt], shapes, default=False)
+    shapes = {name: shape for name, shape in shapes.items() if not left_out[name]}
+    if not shapes:
         raise ValueError("scores must have a leaf to prune, got none that is not exempt")
-    flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flat.items()}
-    units = {path: granularity.split(path, leaf) for path, leaf in flat.items()}
-    kept = allocation(units, {path: leaf.shape for path, leaf in flat.items()}, sparsity)
-
-    def mask(path, leaf):
-        if path not in kept:
-            return optax.MaskedNode()
-        return granularity.merge(path, kept[path], leaf.shape)
-
-    return core.map_with_path(mask, scores)
+    units = {name: rankable(rows) for name, rows in granularity.split(leaves, shapes).items()}
+    if previous is not None:
+        alive = granularity.split(_kept_before(previous, leaves), shapes)
+        units = {name: jnp.where(alive[name] > 0, rows, -jnp.inf) for name, rows in units.items()}
+    kept = keep_units(
+        units, shapes, sparsity, allocation, granularity.at_least, granularity.multiple
+    )
+    merged = granularity.merge(kept, leaves)
+    return core.map_with_path(lambda path, _: merged.get(path, optax.MaskedNode()), scores)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -102,13 +117,10 @@ def apply_masks(params: Any, masks: Any) -> Any:
 
 def check_masks(params: Any, masks: Any) -> None:
     """Raises ValueError unless every mask is bool and of its parameter's path and shape."""
-    leaves, flat = core.flatten_paths(params), core.flatten_paths(masks)
-    for path in [*leaves, *flat]:
-        if path not in flat or path not in leaves:
-            raise ValueError(
-                f"masks must have the structure of params, got {path!r} in one of them only"
-            )
-        mask, leaf = flat[path], leaves[path]
+    core.check_same_paths("masks", masks, "params", params)
+    leaves = core.flatten_paths(params)
+    for path, mask in core.flatten_paths(masks).items():
+        leaf = leaves[path]
         if core.is_masked_node(mask):
             continue
         if mask.shape != leaf.shape or mask.dtype != jnp.bool_:
@@ -116,3 +128,40 @@ def check_masks(params: Any, masks: Any) -> None:
                 f"masks must have bool{list(leaf.shape)} at {path!r}, "
                 f"got {mask.dtype}{list(mask.shape)}"
             )
+
+
+def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a pruning.{kind.__name__} such as {example}, got {value}")
+
+
+def _float32(scores: Any) -> dict[str, Any]:
+    """{path: scores in float32, or `MaskedNode`}, checked."""
+    if not is_traced(scores):
+        core.check_finite("scores", scores)
+    leaves = core.flatten_paths(scores)
+    for path, leaf in leaves.items():
+        if core.is_masked_node(leaf):
+            continue
+        dtype, shape = jnp.result_type(leaf), np.shape(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating) or 0 in shape:
+            raise ValueError(
+                f"scores must be floating and not empty, got {dtype}{list(shape)} at {path!r}"
+            )
+        leaves[path] = jnp.asarray(leaf, jnp.float32)
+    return leaves
+
+
+def _kept_before(previous: Any, leaves: dict[str, Any]) -> dict[str, Any]:
+    """{path: 1.0 where kept, or `MaskedNode`}: a unit is removed if it has no 1.0."""
+    core.check_same_paths("previous", previous, "scores", leaves)
+    kept = core.flatten_paths(previous)
+    for path, leaf in leaves.items():
+        mask, scored = kept[path], not core.is_masked_node(leaf)
+        if core.is_masked_node(mask):
+            kept[path] = jnp.ones_like(leaf) if scored else mask
+        elif scored and mask.shape != leaf.shape:
+            raise ValueError(f"previous must have shape {leaf.shape} at {path!r}, got {mask.shape}")
+        else:
+            kept[path] = mask.astype(jnp.float32)
+    return kept

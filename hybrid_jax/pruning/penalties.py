@@ -35,7 +35,8 @@ def group_lasso(params: Any, groups: Sequence[core.Group]) -> jax.Array:
       >>> import numpy as np
       >>> params = {'a': jnp.array([[1.0, 0.0]] * 2), 'b': jnp.array([[1.0, 1.0], [3.0, 4.0]])}
       >>> index = np.array([[0], [1]])
-      >>> hidden = core.Group('a', 2, (core.Member('a', 1, index), core.Member('b', 0, index)))
+      >>> members = core.Member('a', 1, index, (2, 2)), core.Member('b', 0, index, (2, 2))
+      >>> hidden = core.Group('a', 2, members)
       >>> float(group_lasso(params, [hidden]))  # √4 (√(1² + 1² + 1² + 1²) + √(3² + 4²))
       14.0
     """
@@ -69,7 +70,7 @@ def group_shrinkage(params: Any, groups: Sequence[core.Group], alpha: float = 4.
     Example:
       >>> import numpy as np
       >>> index = np.array([[0], [1], [2]])
-      >>> group = core.Group('a', 3, (core.Member('a', 1, index),))
+      >>> group = core.Group('a', 3, (core.Member('a', 1, index, (1, 3)),))
       >>> params = {'a': jnp.array([[1.0, 2.0, 3.0]])}  # I = 1, 4, 9; γ = 2⁴, 2^2.5, 2⁰
       >>> round(float(group_shrinkage(params, [group])) - 4 * 2 ** 2.5, 3)
       25.0

@@ -192,8 +192,7 @@ def _rewiring(
 
     def init(params):
         masks = make_masks(initial(params), sparsity, granularity, allocation, exempt)
-        for path, mask in core.flatten_paths(masks).items():
-            _check_single_weights(path, mask, granularity)
+        _check_single_weights(masks, granularity)
         return RewireState(
             step=jnp.zeros((), jnp.int32),
             # Data, as optimizers around this one cannot select typed keys; copied, to be donated.
@@ -254,27 +253,32 @@ def rewire(
     """
     granularity = unstructured() if granularity is None else granularity
 
-    def leaf(path, mask, weight, score):
+    def rank(path, mask, weight, score):
+        del path
         if core.is_masked_node(mask):
             return mask
         kept = jnp.sum(mask, dtype=jnp.int32)
         strength = jnp.where(mask, jnp.abs(weight), -jnp.inf).ravel()
         left = keep_best(strength, kept - removed_count(drop, kept)).reshape(mask.shape)
         # Finite, so that it stays below what is left.
-        score = jnp.where(left, jnp.inf, jnp.nan_to_num(score))
-        counts = jnp.sum(granularity.split(path, mask), axis=-1, keepdims=True, dtype=jnp.int32)
-        rows = keep_best(granularity.split(path, score), counts)
-        return granularity.merge(path, rows, mask.shape)
+        return jnp.where(left, jnp.inf, jnp.nan_to_num(score))
 
-    return core.map_with_path(leaf, masks, weights, growth)
+    leaves = core.flatten_paths(masks)
+    ranked = core.flatten_paths(core.map_with_path(rank, masks, weights, growth))
+    names = granularity.shapes(leaves)
+    held, rows = granularity.split(leaves, names), granularity.split(ranked, names)
+    counts = {n: jnp.sum(held[n], axis=-1, keepdims=True, dtype=jnp.int32) for n in names}
+    grown = granularity.merge({n: keep_best(rows[n], counts[n]) for n in names}, leaves)
+    return core.map_with_path(lambda path, mask: grown.get(path, mask), masks)
 
 
-def _check_single_weights(path: str, mask: Any, granularity: Granularity) -> None:
-    if core.is_masked_node(mask):
-        return
-    units = jax.eval_shape(functools.partial(granularity.split, path), mask)
-    if units.size != mask.size:
+def _check_single_weights(masks: Any, granularity: Granularity) -> None:
+    leaves = core.flatten_paths(masks)
+    split = jax.eval_shape(lambda: granularity.split(leaves, granularity.shapes(leaves)))
+    units = sum(rows.size for rows in split.values())
+    weights = sum(mask.size for mask in jax.tree.leaves(masks))
+    if units != weights:
         raise ValueError(
             f"granularity must have single weights for units, as unstructured() and n_m(), got "
-            f"{granularity.name} with {units.size} units for {mask.size} weights at {path!r}"
+            f"{granularity.name} with {units} units for {weights} weights"
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.pruning.channels import keep_channels
+from hybrid_jax.pruning.coupling import keep_channels
 
 Fns = Sequence[Callable[..., Any]]
 Scores = Mapping[str, Any]

@@ -78,21 +78,7 @@ class Scoring:
     def masks(self, params: Any, needed: list[Any], sparsity: jax.Array, held: Any = None) -> Any:
         """Masks of `sparsity`; what `held` removes leaves first."""
         scores = self.criterion(params, *needed)
-        if held is not None:
-            scores = removed_last(scores, held)
-        return make_masks(scores, sparsity, self.granularity, self.allocation, self.exempt)
-
-
-def removed_last(scores: Any, masks: Any) -> Any:
-    """Ranks what `masks` remove below everything else, by scores that are finite still."""
-
-    def rank(path, score, mask):
-        del path
-        if core.is_masked_node(mask):
-            return score
-        return jnp.where(mask, score, jnp.finfo(score.dtype).min)
-
-    return core.map_with_path(rank, scores, masks)
+        return make_masks(scores, sparsity, self.granularity, self.allocation, self.exempt, held)
 
 
 def _given(name: str, known: Mapping[str, Any]) -> Any:

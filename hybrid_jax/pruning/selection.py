@@ -1,5 +1,6 @@
 """Exact counts: how many units a sparsity removes, and which are kept."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ def check_sparsity(
     """Returns `sparsity` as a float if it lies in [0, `most`], as it is if it is traced.
 
     Raises:
-      ValueError: If a concrete `sparsity` lies outside.
+      ValueError: If a concrete `sparsity` lies outside, or is not one number.
 
     Example:
       >>> check_sparsity(0.8, most=0.5)
@@ -23,6 +24,8 @@ def check_sparsity(
       ...
       ValueError: sparsity must be in [0, 0.5], got 0.8
     """
+    if np.ndim(sparsity):
+        raise ValueError(f"{name} must be one number, got shape {np.shape(sparsity)}")
     if is_traced(sparsity):
         return sparsity
     # NumPy holds the value where a comparison of jax arrays would be traced, inside `jit`.
@@ -71,7 +74,7 @@ def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
 
     Args:
       scores: (..., n) floats.
-      kept: () integer in [0, n], maybe traced.
+      kept: Integer in [0, n], maybe traced: one, or (..., 1) for each row.
 
     Returns:
       (..., n) bool with exactly `kept` True in each row.
@@ -92,6 +95,69 @@ def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
         lambda x: _count(tied & (index < x)) <= room, ordered.shape, scores.shape[-1].bit_length()
     )
     return above | (tied & (index < end))
+
+
+def rankable(scores: jax.Array) -> jax.Array:
+    """float32 scores that are finite: NaN and −∞ rank lowest, ∞ highest, equals by index.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> keep_best(rankable(jnp.array([jnp.nan, -9.0, jnp.inf])), 2)
+      Array([False,  True,  True], dtype=bool)
+    """
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.nan_to_num(scores.astype(jnp.float32), nan=lowest)
+
+
+@functools.partial(jax.jit, static_argnames="multiple")
+def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
+    """Gives each unit of a row the mean score of its step of `multiple`, best units first.
+
+    Args:
+      scores: (rows, n) floats.
+      multiple: Units to a step; the last one may be smaller.
+
+    Returns:
+      (rows, n) floats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> in_steps(jnp.array([[1.0, 5.0, 4.0, 2.0, 7.0]]), 2)  # 7 and 5, 4 and 2, 1
+      Array([[1., 6., 3., 3., 6.]], dtype=float32)
+    """
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    falling = jnp.take_along_axis(scores, order, axis=-1)
+    starts = np.arange(0, scores.shape[-1], multiple)
+    sizes = np.diff(starts, append=scores.shape[-1])
+    means = jnp.add.reduceat(falling, starts, axis=-1) / jnp.asarray(sizes, scores.dtype)[None]
+    # Rounding must not lift a later step of equal scores above an earlier one.
+    means = jax.lax.cummin(means, axis=means.ndim - 1)
+    rank = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(means, rank // multiple, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="multiple")
+def whole_steps(scores: jax.Array, kept: jax.Array, multiple: int) -> jax.Array:
+    """Rounds what each row keeps to whole steps: the nearest, half a step up.
+
+    Args:
+      scores: (rows, n) floats.
+      kept: (rows, n) bool, of which only the counts matter.
+      multiple: Units to a step; the last one may be smaller.
+
+    Returns:
+      (rows, n) bool, the best of each row.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kept = jnp.array([[True, True, True, False, False]])  # 3 of 5: to 4
+      >>> whole_steps(jnp.array([[1.0, 5.0, 4.0, 2.0, 7.0]]), kept, 2)
+      Array([[False,  True,  True,  True,  True]], dtype=bool)
+    """
+    count = _count(kept)
+    whole = count // multiple * multiple
+    step = jnp.minimum(multiple, scores.shape[-1] - whole)
+    return keep_best(scores, whole + jnp.where(2 * (count - whole) >= step, step, 0))
 
 
 def _count(marked: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.pruning.channels import keep_channels
+from hybrid_jax.pruning.coupling import keep_channels
 from hybrid_jax.pruning.granularity import Granularity
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.selection import check_sparsity, is_traced
@@ -179,7 +179,7 @@ def _remove_channels(loss_fn, groups, multiple, params, scores, args, rows):
         for group, sparsity in zip(groups, row, strict=True):
             own = {group.name: scores[group.name]}
             keep |= keep_channels(own, sparsity, multiple=multiple)
-        return loss_fn(_without(params, groups, keep), *args)
+        return loss_fn(apply_masks(params, core.expand(keep, groups, params)), *args)
 
     return _losses(loss, rows)
 
@@ -221,20 +221,3 @@ def _losses(loss: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Arra
 
     # Without `vmap` a mask that nothing is asked of is not computed.
     return scalar(rows[0])[None] if len(rows) == 1 else jax.vmap(scalar)(rows)
-
-
-def _without(params: Any, groups: Sequence[core.Group], keep: Mapping[str, jax.Array]) -> Any:
-    """Parameters with zeros for all that leaves with the channels that are not kept."""
-    flat = core.flatten_paths(params)
-    for group in groups:
-        for member in group.members:
-            if member.path not in flat:
-                raise ValueError(
-                    f"params must have the paths of the groups, got none at {member.path!r}"
-                )
-            leaf = flat[member.path]
-            stays = jnp.ones(leaf.shape[member.axis], bool)
-            stays = stays.at[member.index].set(keep[group.name][:, None])
-            stays = jnp.expand_dims(stays, [a for a in range(leaf.ndim) if a != member.axis])
-            flat[member.path] = jnp.where(stays, leaf, jnp.zeros_like(leaf))
-    return core.map_with_path(lambda path, leaf: flat[path], params)

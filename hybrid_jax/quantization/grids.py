@@ -200,9 +200,9 @@ def dequantize(q: jax.Array, grid: Grid) -> jax.Array:
 
     Example:
       >>> from hybrid_jax.quantization.schemes import affine
-      >>> grid = affine(Range(jnp.float32(-1.0), jnp.float32(2.0)), bits=4)
+      >>> grid = affine(Range(jnp.float32(-2.5), jnp.float32(5.0)), bits=4)
       >>> print(dequantize(jnp.array([0, 5, 15]), grid))
-      [-1.  0.  2.]
+      [-2.5  0.   5. ]
     """
     grid = spread(grid, q.shape)
     return (q.astype(grid.zero_point.dtype) - grid.zero_point).astype(jnp.float32) * grid.scale

@@ -55,9 +55,9 @@ def affine(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
     Integer-Arithmetic-Only Inference, arXiv 1712.05877, section 2.1.
 
     Example:
-      >>> grid = affine(grids.Range(jnp.float32(-1.0), jnp.float32(2.0)), bits=4)
+      >>> grid = affine(grids.Range(jnp.float32(-2.5), jnp.float32(5.0)), bits=4)
       >>> print(grid.scale, grid.zero_point, grid.low, grid.high)
-      0.2 5 0 15
+      0.5 5 0 15
     """
     most = (jnp.int32(1) << _width(bits)) - 1
     low, high = jnp.minimum(span.low, 0.0), jnp.maximum(span.high, 0.0)

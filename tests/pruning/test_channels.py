@@ -51,8 +51,8 @@ def test_scores_reduce_over_the_whole_group(groups, reduce, expected):
 
 def test_groups_of_another_scale_compare():
     # Ten times the fan-in of equal weights is no reason to keep a channel.
-    wide = core.Group("wide", 2, (core.Member("wide", 1, np.array([[0], [1]])),))
-    thin = core.Group("thin", 2, (core.Member("thin", 1, np.array([[0], [1]])),))
+    wide = core.Group("wide", 2, (core.Member("wide", 1, np.array([[0], [1]]), (10, 2)),))
+    thin = core.Group("thin", 2, (core.Member("thin", 1, np.array([[0], [1]]), (1, 2)),))
     scores = {"wide": jnp.ones((10, 2)), "thin": jnp.ones((1, 2))}
     got = pruning.group_scores(scores, [wide, thin])
     np.testing.assert_array_equal(got["wide"], got["thin"])
@@ -60,7 +60,7 @@ def test_groups_of_another_scale_compare():
 
 def test_units_of_several_indices():
     # A flattened (2 positions, 2 channels): channel 0 owns rows 0 and 2.
-    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]])),))
+    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]]), (4, 1)),))
     scores = {"w": jnp.array([[1.0], [10.0], [2.0], [20.0]])}
     got = pruning.group_scores(scores, [group], normalize="none")
     assert got["w"].tolist() == [3.0, 30.0]
@@ -130,6 +130,21 @@ def test_global_counts_are_exact(values, percent):
     assert got == sorted(expected)
 
 
+@settings(deadline=None, max_examples=60)
+@given(values=several_scores, percent=percents)
+def test_global_widths_come_within_half_a_step(values, percent):
+    scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
+    keep = compiled_keep(scores, percent / 100, allocation="global", multiple=4)
+    counts = [int(k.sum()) for k in keep.values()]
+    assert all(w == n or w % 4 == 0 for w, n in zip(counts, SIZES, strict=True))
+    for s, k in zip(values, keep.values(), strict=True):
+        best = sorted(range(len(s)), key=lambda i, s=s: (-s[i], i))[: int(k.sum())]
+        assert np.flatnonzero(k).tolist() == sorted(best)
+    total = sum(SIZES)
+    wanted = total - int(Fraction(percent, 100) * total + Fraction(1, 2))
+    assert abs(sum(counts) - max(wanted, sum(min(n, 4) for n in SIZES))) <= 2
+
+
 def test_global_widths_move_in_steps():
     scores = {"a": jnp.arange(8.0), "b": 10 + jnp.arange(8.0)}
     keep = pruning.keep_channels(scores, 0.25, "global", multiple=4)
@@ -180,6 +195,120 @@ def test_keep_channels_names_what_is_wrong():
         pruning.keep_channels(scores, 0.5, exempt=["a"])
     with pytest.raises(ValueError, match="scores must be finite"):
         pruning.keep_channels({"a": jnp.array([jnp.nan, 1.0])}, 0.5)
+
+
+def three_layers(params, x):
+    hidden = jax.nn.relu(x @ params["a"] + params["bias"][None])
+    return jax.nn.relu(hidden @ params["c"]) @ params["d"]
+
+
+RNG = np.random.default_rng(0)
+DEEP = {
+    name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    for name, shape in {"a": (3, 8), "bias": (8,), "c": (8, 12), "d": (12, 2)}.items()
+}
+DEEP_GROUPS = core.trace(three_layers, DEEP, jnp.ones((1, 3))).groups
+
+
+def widths(masks):
+    return {"a": int(masks["bias"].sum()), "c": int(masks["d"].any(axis=1).sum())}
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "allocation"), [("uniform", pruning.uniform()), ("global", pruning.global_())]
+)
+def test_masks_of_channels_are_those_of_the_channels_kept(name, allocation, multiple):
+    scores = pruning.magnitude(DEEP)
+    granularity = pruning.channels(DEEP_GROUPS, "l2", "max", multiple)
+    compiled = jax.jit(lambda s: pruning.masks(scores, s, granularity, allocation))
+    group_scores = pruning.group_scores(scores, DEEP_GROUPS, "l2", "max")
+    sparsities = [0.0, 0.3, 0.5, 0.9, 1.0]
+    stacked = jax.vmap(compiled)(jnp.array(sparsities))
+    for i, sparsity in enumerate(sparsities):
+        keep = pruning.keep_channels(group_scores, sparsity, name, multiple)
+        expected = pruning.expand(keep, DEEP_GROUPS, DEEP)
+        masks = compiled(jnp.float32(sparsity))
+        jax.tree.map(np.testing.assert_array_equal, masks, expected)
+        jax.tree.map(lambda s, e, i=i: np.testing.assert_array_equal(s[i], e), stacked, expected)
+    assert compiled._cache_size() == 1
+
+
+def test_erk_of_channels_has_the_densities_of_their_kernels():
+    # Raw densities (3+8)/24 and (8+12)/96 of 8 and 12 channels: shares 3.67 : 2.5 of the
+    # 20 − floor(0.5 · 20 + ½) = 10 that stay, 5.95 and 4.05; totals are rounded down to 5, 10.
+    masks = pruning.masks(
+        pruning.magnitude(DEEP), 0.5, pruning.channels(DEEP_GROUPS), pruning.erk()
+    )
+    assert widths(masks) == {"a": 5, "c": 5}
+
+
+def test_exempt_channels_are_named_by_their_group():
+    scores = pruning.magnitude(DEEP)
+    masks = pruning.masks(scores, 0.5, pruning.channels(DEEP_GROUPS), exempt=["a"])
+    # The rows of "c" are channels of "a": all of them stay.
+    assert masks["a"] == masks["bias"] == optax.MaskedNode()
+    assert (masks["c"] == masks["d"].any(axis=1)[None]).all()
+    assert widths({**masks, "bias": jnp.ones(8)})["c"] == 6
+    with pytest.raises(
+        ValueError, match="rule 'd' must match at least one path, got none of: a, c"
+    ):
+        pruning.masks(scores, 0.5, pruning.channels(DEEP_GROUPS), exempt=["d"])
+
+
+def test_a_group_keeps_its_last_channel():
+    scores = pruning.magnitude(DEEP)
+    kept = pruning.masks(scores, 1.0, pruning.channels(DEEP_GROUPS))
+    assert widths(kept) == {"a": 1, "c": 1}
+    kept = pruning.masks(scores, 1.0, pruning.channels(DEEP_GROUPS, at_least=0))
+    assert widths(kept) == {"a": 0, "c": 0}
+
+
+def test_a_channel_of_nan_leaves_first():
+    scores = pruning.magnitude(DEEP)
+    scores["a"] = scores["a"].at[0, 5].set(jnp.nan)
+    granularity = pruning.channels(DEEP_GROUPS)
+    masks = jax.jit(lambda s: pruning.masks(s, 0.05, granularity, pruning.global_()))(scores)
+    # floor(0.05 · 20 + ½) = 1 of 20.
+    assert np.flatnonzero(~np.asarray(masks["bias"])).tolist() == [5]
+    assert widths(masks) == {"a": 7, "c": 12}
+
+
+def test_a_scheduled_channel_that_left_stays_away():
+    # The second scores are the inverse of the first, so that what left would rank best; and the
+    # channels of "a" have weights in "c" that left with those of "c", and yet stay.
+    granularity = pruning.channels(DEEP_GROUPS)
+    first = pruning.masks(pruning.magnitude(DEEP), 0.5, granularity, pruning.global_())
+    other = jax.tree.map(lambda w: 1 / (1e-3 + jnp.abs(w)), DEEP)
+    second = pruning.masks(
+        pruning.magnitude(other), 0.6, granularity, pruning.global_(), previous=first
+    )
+    for name in DEEP:
+        assert (np.asarray(second[name]) <= np.asarray(first[name])).all()
+    assert sum(widths(first).values()) == 10
+    assert sum(widths(second).values()) == 8
+    # And all that belongs to them can be removed for good.
+    _, small, certificate = pruning.shrink(three_layers, DEEP, second, jnp.ones((2, 3)))
+    assert small["bias"].shape == (widths(second)["a"],)
+    assert small["d"].shape == (widths(second)["c"], 2)
+    assert certificate.difference <= 1e-5
+
+
+def test_channels_name_what_is_wrong():
+    scores = pruning.magnitude(DEEP)
+    granularity = pruning.channels(DEEP_GROUPS)
+    with pytest.raises(ValueError, match="groups must hold a coupled group"):
+        pruning.channels([])
+    with pytest.raises(ValueError, match="multiple must be an integer of at least 1"):
+        pruning.channels(DEEP_GROUPS, multiple=0)
+    with pytest.raises(ValueError, match="at_least must be an integer of at least 0"):
+        pruning.channels(DEEP_GROUPS, at_least=-1)
+    with pytest.raises(ValueError, match="scores must have the paths of the groups, got none at"):
+        pruning.masks({"params": scores}, 0.5, granularity)
+    with pytest.raises(ValueError, match=r"scores must have shape \(8, 12\) at 'c', got \(8, 9\)"):
+        pruning.masks({**scores, "c": jnp.ones((8, 9))}, 0.5, granularity)
+    with pytest.raises(ValueError, match="scores must cover a member of group 'a'"):
+        pruning.masks(dict.fromkeys(DEEP, optax.MaskedNode()), 0.5, granularity)
 
 
 def test_masked_equals_shrunk(groups, key):

@@ -1,4 +1,5 @@
 import functools
+import math
 from fractions import Fraction
 
 import jax
@@ -56,33 +57,6 @@ def test_equal_scores_leave_from_the_end():
     assert pruning.masks({"w": jnp.ones((2, 2))}, 0.5)["w"].tolist() == [[True, True], [False] * 2]
 
 
-def test_n_m_runs_along_the_contracted_axis():
-    # Kernel (C = 4, O = 2): the best two of each column of four.
-    scores = jnp.array([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
-    expected = [[False, True], [False, True], [True, False], [True, False]]
-    assert pruning.masks({"w": scores}, 0.5, pruning.n_m(2, 4))["w"].tolist() == expected
-    # By default as many as 1:2 allows; equal scores within a pair keep the first.
-    tied = jnp.array([[1.0, 2.0], [1.0, 3.0], [0.0, 9.0], [5.0, 9.0]])
-    expected = [[True, False], [False, True], [False, True], [True, False]]
-    assert pruning.masks({"w": tied}, granularity=pruning.n_m(1, 2))["w"].tolist() == expected
-
-
-def test_n_m_of_a_convolution_and_of_another_layout(key):
-    scores = jax.random.uniform(key, (3, 3, 8, 5))
-    mask = pruning.masks({"w": scores}, 0.5, pruning.n_m(2, 4))["w"]
-    assert (mask.reshape(3, 3, 2, 4, 5).sum(3) == 2).all()
-    turned = pruning.masks(
-        {"w": jnp.moveaxis(scores, 2, 0)}, 0.5, pruning.n_m(2, 4, axis={"w": 0})
-    )["w"]
-    np.testing.assert_array_equal(jnp.moveaxis(turned, 0, 2), mask)
-
-
-def test_n_m_on_its_way_there():
-    # 2:4 at sparsity 0.25 loses floor(0.25 · 4 + ½) = 1 of each four.
-    mask = pruning.masks({"w": jnp.arange(8.0).reshape(8, 1)}, 0.25, pruning.n_m(2, 4))["w"]
-    assert mask[:, 0].tolist() == [False, True, True, True] * 2
-
-
 def test_erk_densities():
     # raw density: (3+3+4+8)/(3·3·4·8) = 18/288 = 1/16 and (8+6)/48 = 14/48, (2+2)/4 = 1, of
     # 288 + 48 + 4 = 340 weights. Sparsity 0.7 keeps 340 − 238 = 102 = ε (18 + 14 + 4), ε = 17/6:
@@ -104,9 +78,9 @@ def test_global_compares_leaves():
 
 
 SHAPES = ((1, 1), (2, 9), (3, 3, 2, 4), (7, 5))
-few_values = [
-    st.lists(st.integers(0, 4), min_size=(n := int(np.prod(shape))), max_size=n) for shape in SHAPES
-]
+few_values = st.tuples(
+    *(st.lists(st.integers(0, 4), min_size=n, max_size=n) for n in map(math.prod, SHAPES))
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,7 +89,7 @@ def compiled_masks(allocation, scores, sparsity):
 
 
 @settings(deadline=None, max_examples=40)
-@given(values=st.tuples(*few_values), percent=st.integers(0, 100))
+@given(values=few_values, percent=st.integers(0, 100))
 def test_counts_are_exact_for_any_scores(values, percent):
     sparsity = percent / 100
     scores = {
@@ -186,31 +160,126 @@ def test_exempt_leaves_are_left_alone():
     assert kept["b"].sum() == 2
 
 
+def test_a_leaf_keeps_at_least_what_its_granularity_says():
+    scores = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0, 4.0], [5.0, 6.0]])}
+
+    def kept(sparsity, allocation, at_least):
+        masks = pruning.masks(scores, sparsity, pruning.unstructured(at_least), allocation)
+        return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
+
+    # Of 6 weights floor(0.5 · 6 + ½) = 3 are lost, and "a" has the lowest.
+    assert kept(0.5, pruning.global_(), 0) == {"a": [], "b": [1, 2, 3]}
+    assert kept(0.5, pruning.global_(), 1) == {"a": [1], "b": [2, 3]}
+    # One is to stay, but each leaf has one; a leaf cannot keep more than it has.
+    assert kept(0.8, pruning.global_(), 1) == {"a": [1], "b": [3]}
+    assert kept(1.0, pruning.global_(), 3) == {"a": [0, 1], "b": [1, 2, 3]}
+    # floor(0.75 · 2 + ½) = 2 and floor(0.75 · 4 + ½) = 3.
+    assert kept(0.75, pruning.uniform(), 0) == {"a": [], "b": [3]}
+    assert kept(0.75, pruning.uniform(), 1) == {"a": [1], "b": [3]}
+
+
+@settings(deadline=None, max_examples=40)
+@given(values=few_values, percent=st.integers(0, 100))
+def test_the_others_pay_for_what_a_leaf_keeps(values, percent):
+    scores = {
+        str(i): jnp.array(value, jnp.float32).reshape(shape)
+        for i, (value, shape) in enumerate(zip(values, SHAPES, strict=True))
+    }
+    sizes = np.array([s.size for s in scores.values()])
+    least = np.minimum(sizes, 3)
+    total = int(sizes.sum())
+    wanted = max(total - exact_count(percent / 100, total), least.sum())
+    for allocation in (pruning.global_, pruning.erk):
+        kept = compiled_least_three(allocation, scores, jnp.float32(percent / 100))
+        counts = np.array([int(mask.sum()) for mask in kept.values()])
+        assert counts.sum() == wanted
+        assert (counts >= least).all()
+        assert (counts <= sizes).all()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_least_three(allocation, scores, sparsity):
+    return pruning.masks(scores, sparsity, pruning.unstructured(at_least=3), allocation())
+
+
+def test_lamp_is_global_on_its_scores():
+    # Squares 1, 4 and 100, 400: LAMP gives 1/5, 1 and 1/5, 1, so that both leaves lose half,
+    # where the weights themselves would empty "a".
+    params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[10.0, 20.0]])}
+    kept = pruning.masks(pruning.lamp(params), 0.5, allocation=pruning.global_())
+    assert kept["a"].tolist() == kept["b"].tolist() == [[False, True]]
+    kept = pruning.masks(pruning.magnitude(params), 0.5, allocation=pruning.global_())
+    assert not kept["a"].any()
+
+
+not_finite = st.sampled_from([jnp.nan, jnp.inf, -jnp.inf, -1.0, 0.0, 2.0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(values=st.lists(not_finite, min_size=18, max_size=18), percent=st.integers(0, 100))
+def test_traced_scores_that_are_not_finite_keep_the_counts(values, percent):
+    scores = {"w": jnp.array(values, jnp.float32).reshape(2, 9)}
+    mask = compiled_masks(pruning.global_, scores, jnp.float32(percent / 100))["w"]
+    # NaN and −∞ leave first, of equal ones the last; ∞ leaves last.
+    rank = [-math.inf if math.isnan(value) else value for value in values]
+    order = sorted(range(18), key=lambda i: (-rank[i], i))
+    assert np.flatnonzero(mask).tolist() == sorted(order[: 18 - exact_count(percent / 100, 18)])
+
+
+def test_what_was_removed_ranks_below_all():
+    scores = {"w": jnp.array([[9.0, 8.0, 1.0, 2.0]]), "bias": optax.MaskedNode()}
+    previous = {"w": jnp.array([[False, True, True, True]]), "bias": optax.MaskedNode()}
+    assert pruning.masks(scores, 0.5, previous=previous)["w"].tolist() == [[0, 1, 0, 1]]
+    # It comes back only where too few others are left.
+    assert pruning.masks(scores, 0.0, previous=previous)["w"].all()
+    # Even NaN, which ranks last of the others, stays before it.
+    scores = {"w": jnp.array([[9.0, jnp.nan, 1.0, 2.0]]), "bias": optax.MaskedNode()}
+    masks = jax.jit(lambda s: pruning.masks(s, 0.25, previous=previous))(scores)
+    assert masks["w"].tolist() == [[False, True, True, True]]
+
+
 def test_bad_input_is_named():
     scores = {"w": jnp.ones((6, 4))}
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got 1.3"):
         pruning.masks(scores, 1.3)
-    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 0.5\], got 0.8"):
-        pruning.masks(scores, 0.8, pruning.n_m(2, 4))
-    with pytest.raises(
-        ValueError, match=r"m must divide axis -2 of 'w' with shape \(6, 4\), got 4"
-    ):
-        pruning.masks(scores, 0.5, pruning.n_m(2, 4))
-    with pytest.raises(ValueError, match="contracted axis of 'w' with shape"):
-        pruning.masks(scores, 0.5, pruning.n_m(2, 4, axis={"other": 0}))
-    with pytest.raises(ValueError, match="contracted axis of 'w' with shape"):
-        pruning.masks({"w": jnp.ones(4)}, 0.5, pruning.n_m(2, 4))
-    with pytest.raises(ValueError, match=r"allocation must be uniform\(\).*got erk\(\) with 12"):
-        pruning.masks(scores, 0.5, pruning.n_m(1, 2), pruning.erk())
-    with pytest.raises(ValueError, match=r"n must be an integer in \[1, 4\], got 5"):
-        pruning.n_m(5, 4)
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got nan"):
+        pruning.masks(scores, jnp.nan)
+    with pytest.raises(ValueError, match=r"sparsity must be one number, got shape \(2,\)"):
+        pruning.masks(scores, jnp.array([0.5, 0.6]))
     with pytest.raises(ValueError, match="rule 'head' must match"):
         pruning.masks(scores, 0.5, exempt=["head"])
+    for nothing in ({"w": optax.MaskedNode()}, {}):
+        with pytest.raises(ValueError, match="scores must have a leaf to prune"):
+            pruning.masks(nothing, 0.5)
     with pytest.raises(ValueError, match="scores must have a leaf to prune"):
         pruning.masks(scores, 0.5, exempt=["w"])
     for bad in (jnp.nan, jnp.inf):
         with pytest.raises(ValueError, match="scores must be finite, got 1 NaN or infinite value"):
             pruning.masks({"w": jnp.ones((2, 2)).at[0, 1].set(bad)}, 0.5)
+    with pytest.raises(ValueError, match=r"scores must be floating .* got int32\[\] at 'step'"):
+        pruning.masks({**scores, "step": jnp.int32(3)}, 0.5)
+    with pytest.raises(ValueError, match=r"not empty, got float32\[0, 3\] at 'gone'"):
+        pruning.masks({**scores, "gone": jnp.ones((0, 3))}, 0.5)
+    with pytest.raises(TypeError, match=r"granularity must be a pruning.Granularity such as"):
+        pruning.masks(scores, 0.5, pruning.unstructured)
+    with pytest.raises(TypeError, match=r"allocation must be a pruning.Allocation .* lamp"):
+        pruning.masks(scores, 0.5, allocation=pruning.lamp)
+    with pytest.raises(ValueError, match="previous must have the structure of scores, got 'w'"):
+        pruning.masks(scores, 0.5, previous={})
+    with pytest.raises(ValueError, match=r"previous must have shape \(6, 4\) at 'w'"):
+        pruning.masks(scores, 0.5, previous={"w": jnp.ones(4, bool)})
+
+
+def test_scalars_and_vectors_are_pruned_where_they_are_scored():
+    scores = {"scalar": jnp.array(2.0), "vector": jnp.array([1.0, 3.0])}
+    kept = pruning.masks(scores, 0.5)
+    # floor(0.5 · 1 + ½) = 1 of one.
+    assert not kept["scalar"]
+    assert kept["vector"].tolist() == [False, True]
+    # The raw density of both is 1: the two of three that stay are shared as 2/3 and 4/3, whose
+    # totals are rounded down to 0 and 2.
+    kept = pruning.masks(scores, 0.34, allocation=pruning.erk())
+    assert [int(mask.sum()) for mask in kept.values()] == [0, 2]
 
 
 def test_apply_masks_zeroes_even_what_is_not_finite():

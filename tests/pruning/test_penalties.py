@@ -58,7 +58,7 @@ def test_group_shrinkage_by_hand(groups):
 
 def test_units_of_several_indices():
     # A flattened (2 positions, 2 channels): channel 0 owns rows 0 and 2, two weights each.
-    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]])),))
+    group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]]), (4, 2)),))
     w = jnp.array([[1.0, 1.0], [3.0, 0.0], [1.0, 1.0], [0.0, 4.0]])
     # √4 (√4 + √25)
     np.testing.assert_allclose(pruning.group_lasso({"w": w}, [group]), 14, rtol=1e-6)
@@ -68,8 +68,10 @@ def test_what_is_not_trained_is_not_penalized(groups):
     statistics = core.Group(
         "k",
         1,
-        (core.Member("params/k", 1, np.array([[0]])),)
-        + tuple(core.Member(f"batch_stats/{name}", 0, np.array([[0]])) for name in ("mean", "var")),
+        (core.Member("params/k", 1, np.array([[0]]), (1, 1)),)
+        + tuple(
+            core.Member(f"batch_stats/{name}", 0, np.array([[0]]), (1,)) for name in ("mean", "var")
+        ),
     )
     variables = {"params": {"k": jnp.array([[2.0]])}, "batch_stats": {"mean": 9.0 * jnp.ones(1)}}
     assert float(pruning.group_lasso(variables, [statistics])) == 2.0

@@ -210,13 +210,8 @@ def test_bad_input_is_named():
             method(0.1, 0.5, KEY, 10)
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 0.5\], got 0.8"):
         pruning.rigl(sgd, 0.8, KEY, 10, pruning.n_m(2, 4)).init({"w": jnp.ones((4, 4))})
-    filters = pruning.Granularity(
-        "filters",
-        split=lambda path, leaf: leaf.sum(axis=0)[None],
-        merge=lambda path, rows, shape: jnp.broadcast_to(rows, shape),
-    )
-    with pytest.raises(ValueError, match=r"single weights.*filters with 4 units for 12 weights"):
-        pruning.rigl(sgd, 0.5, KEY, 10, filters).init({"w": jnp.ones((3, 4))})
+    with pytest.raises(ValueError, match=r"single weights.*kernels with 3 units for 12 weights"):
+        pruning.rigl(sgd, 0.5, KEY, 10, pruning.kernels()).init({"w": jnp.ones((2, 2, 1, 3))})
 
 
 def test_an_init_that_looks_into_the_parameters_is_named():

@@ -205,11 +205,6 @@ CRITERIA = {
 SCHEDULES = {"one_shot": pruning.one_shot(0.5, 1), "cubic": pruning.cubic(0.5, 0, 4)}
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def compiled_masks(scores, sparsity, granularity, allocation):
-    return pruning.masks(scores, sparsity, granularity, allocation())
-
-
 COMBINATIONS = [
     (pruning.unstructured(), pruning.uniform),
     (pruning.unstructured(), pruning.erk),
@@ -282,20 +277,6 @@ def check_contract(tx, step, schedule, granularity, allocation):
     if granularity.name != "unstructured":
         blocks = np.asarray(masks["Conv_0"]["kernel"])
         assert (blocks.sum(axis=2) == 2).all()
-
-
-@pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
-@pytest.mark.parametrize(
-    ("granularity", "allocation"),
-    COMBINATIONS,
-    ids=lambda x: getattr(x, "name", None) or x.__name__,
-)
-def test_masks_compiled_and_eager_are_the_same(criterion, granularity, allocation):
-    score, needs = criterion
-    scores = score(PARAMS, *[PARAMS for _ in needs])
-    eager = pruning.masks(scores, 0.37, granularity, allocation())
-    compiled = compiled_masks(scores, 0.37, granularity, allocation)
-    jax.tree.map(np.testing.assert_array_equal, eager, compiled)
 
 
 def test_updates_of_another_precision_land_on_zero():

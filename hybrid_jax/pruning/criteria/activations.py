@@ -19,10 +19,11 @@ def wanda(params: Any, norms: Any) -> Any:
     """Scores a weight by |w| · ‖x‖₂, with x all that it is ever multiplied by.
 
     A small weight on a large input counts as much as a large weight on a small one. M. Sun et al.,
-    A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695). The paper
-    lets the inputs of one output compete with each other: a granularity with one row for each
-    output channel, uniformly allocated. It prunes a layer at a time, each seeing what the pruned
-    ones before it compute; for that, work out `norms` anew with the masked parameters.
+    A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695). The
+    paper lets the inputs of one output compete with each other, and not the outputs: `uniform` with
+    `n_m(n, C)` of a layer with C inputs does that, `n_m` with smaller blocks is its N:M form, and
+    `unstructured` compares the whole layer. It prunes a layer at a time, each seeing what the
+    pruned ones before it compute; for that, work out `norms` anew with the masked parameters.
 
     Args:
       params: Pytree of parameters.

@@ -130,10 +130,10 @@ def synflow_masks(
     def prune(k, carry):
         kept, flows = carry
         masked = apply_masks(params, kept)
-        # What is removed has score 0, the lowest.
         scores = synflow(masked, synaptic_flow(fn, masked, *inputs, scale=scale))
         total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(scores))
-        kept = masks(scores, 1.0 - left ** ((k + 1) / rounds), None, global_(), exempt)
+        reached = 1.0 - left ** ((k + 1) / rounds)
+        kept = masks(scores, reached, allocation=global_(), exempt=exempt, previous=kept)
         return kept, flows & jnp.isfinite(total) & ((total > 0) | (k > 0))
 
     everything = masks(magnitude(params), 0.0, exempt=exempt)

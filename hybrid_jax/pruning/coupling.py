@@ -1,0 +1,224 @@
+"""Channels: scores of whole coupled groups, and which channels are kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.pruning.allocation import global_, keep_units, uniform
+from hybrid_jax.pruning.granularity import REDUCTIONS, Granularity
+from hybrid_jax.pruning.selection import check_sparsity, is_traced, rankable
+
+_NORMALIZATIONS = {
+    "none": lambda scores, finite: jnp.ones((), scores.dtype),
+    "mean": lambda scores, finite: jnp.mean(scores, where=finite),
+    "max": lambda scores, finite: jnp.max(scores, where=finite, initial=0.0),
+}
+_ALLOCATIONS = {"uniform": uniform(), "global": global_()}
+
+
+def channels(
+    groups: Sequence[core.Group],
+    reduce: str = "sum",
+    normalize: str = "mean",
+    multiple: int = 1,
+    at_least: int = 1,
+) -> Granularity:
+    """Coupled channels leave as a whole, with every parameter that they touch.
+
+    `masks(scores, sparsity, channels(groups), global_())` is
+    `expand(keep_channels(group_scores(scores, groups), sparsity, 'global'), groups, params)`, for
+    any allocation, and in `prune_by_schedule`. `sparsity` is a fraction of the channels.
+
+    Args:
+      groups: The coupled groups, `core.trace(...).groups`, of a function of the parameters that
+        are scored. Each is a row, by its name.
+      reduce: As for `group_scores`.
+      normalize: As for `group_scores`.
+      multiple: As for `keep_channels`. Above 1 counts are the nearest that it allows.
+      at_least: Channels that each group keeps whatever the sparsity. A group that loses all of
+        them cuts the network in two.
+
+    Raises:
+      ValueError: If an argument is outside its bounds, or there is no group. From `masks`, what
+        `group_scores` raises.
+
+    Example:
+      >>> from hybrid_jax import pruning
+      >>> fn = lambda params, x: jax.nn.relu(x @ params['a'] + params['b'][None]) @ params['c']
+      >>> params = {'a': jnp.array([[1.0, 2.0]]), 'b': jnp.ones(2), 'c': jnp.ones((2, 3))}
+      >>> groups = core.trace(fn, params, jnp.ones((1, 1))).groups
+      >>> masks = pruning.masks(pruning.magnitude(params), 0.5, channels(groups))
+      >>> masks['a'].tolist(), masks['b'].tolist(), masks['c'].sum(axis=1).tolist()
+      ([[False, True]], [False, True], [0, 3])
+    """
+    _check_scoring(groups, reduce, normalize)
+    core.check_integer("multiple", multiple, 1)
+    core.check_integer("at_least", at_least, 0)
+    # By name, as in `keep_channels`: equal scores fall alike in both.
+    by_name = {group.name: group for group in sorted(groups, key=lambda group: group.name)}
+
+    def split(leaves, names):
+        found = _group_scores(leaves, [by_name[name] for name in names], reduce, normalize)
+        return {name: scores[None] for name, scores in found.items()}
+
+    def merge(kept, leaves):
+        del leaves
+        keep = {name: rows[0] for name, rows in kept.items()}
+        touched = {m.path: m.shape for name in keep for m in by_name[name].members}
+        params = {p: jax.ShapeDtypeStruct(shape, jnp.float32) for p, shape in touched.items()}
+        return core.expand(keep, groups, params)
+
+    return Granularity(
+        "channels",
+        lambda leaves: {name: _maker(group).shape for name, group in by_name.items()},
+        split,
+        merge,
+        at_least=at_least,
+        multiple=multiple,
+    )
+
+
+def group_scores(
+    scores: Any, groups: Sequence[Any], reduce: str = "sum", normalize: str = "mean"
+) -> dict[str, jax.Array]:
+    """Scores each channel by all the weights that leave with it.
+
+    For a unit of a coupled group these are, in every member, the entries at its indices on the
+    member's axis: the filters that make it, the normalization that scales it, the weights that
+    read it. Members without scores (biases, say) do not count. The group's scores are divided by
+    their mean, so that groups of different fan-in and size compare under global allocation. G.
+    Fang et al., DepGraph: Towards Any Structural Pruning (arXiv 2301.12900).
+
+    Args:
+      scores: Pytree of scores that a criterion gives.
+      groups: The coupled groups, `core.trace(...).groups`.
+      reduce: 'sum', 'mean', 'max' or 'l2' over the entries of a unit.
+      normalize: 'mean' or 'max' of the group's n scores to divide by, or 'none'.
+
+    Returns:
+      {group name: (n,) float32}.
+
+    Raises:
+      ValueError: If there is no group, a group has no member with scores, a member's path is not
+        in `scores`, `reduce` or `normalize` is unknown, or scores are not finite (unless traced).
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from hybrid_jax import core
+      >>> params = {'a': jnp.ones((1, 2)), 'b': jnp.array([[1.0], [5.0]])}
+      >>> index = np.array([[0], [1]])
+      >>> members = core.Member('a', 1, index, (1, 2)), core.Member('b', 0, index, (2, 1))
+      >>> hidden = core.Group('a', 2, members)
+      >>> group_scores(params, [hidden])  # (1 + 1, 1 + 5) / 4
+      {'a': Array([0.5, 1.5], dtype=float32)}
+    """
+    _check_scoring(groups, reduce, normalize)
+    if not is_traced(scores):
+        core.check_finite("scores", scores)
+    return _group_scores(core.flatten_paths(scores), groups, reduce, normalize)
+
+
+def keep_channels(
+    scores: dict[str, jax.Array],
+    sparsity: float | jax.Array,
+    allocation: str = "uniform",
+    multiple: int = 1,
+    exempt: Sequence[str] = (),
+) -> dict[str, jax.Array]:
+    """Chooses the channels to keep, with exact counts.
+
+    The choice that `masks` makes with `channels`, from scores of groups made by other means. With
+    `allocation='uniform'` a group of n channels loses floor(sparsity · n + ½), with
+    'global' all groups together lose that of all their channels. The highest scores stay; of
+    equal scores the lower index, and the group first by name. Widths are whole multiples of
+    `multiple`, or n itself; a group is kept or removed in such steps, best channels first, to
+    the nearest count (half a step up), and always keeps its first step. Uniform widths depend on
+    no score: experts cut by different criteria have equal shapes, and stack.
+
+    Args:
+      scores: {group name: (n,) scores}, of `group_scores`.
+      sparsity: () fraction of channels removed, in [0, 1], maybe traced.
+      allocation: 'uniform' or 'global'.
+      multiple: Step of the widths, from 1.
+      exempt: Regular expressions on whole group names; those groups keep every channel, and do
+        not count.
+
+    Returns:
+      {group name: (n,) bool}, True where kept.
+
+    Raises:
+      ValueError: If an argument is outside its bounds, an exempt pattern matches nothing, no
+        group is left, or scores are not finite (unless traced).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = {'a': jnp.array([1.0, 3.0, 2.0, 4.0]), 'b': jnp.array([9.0, 8.0])}
+      >>> {name: keep.tolist() for name, keep in keep_channels(scores, 0.5).items()}
+      {'a': [False, True, False, True], 'b': [True, False]}
+      >>> {name: int(keep.sum()) for name, keep in keep_channels(scores, 0.5, 'global').items()}
+      {'a': 1, 'b': 2}
+    """
+    check_sparsity(sparsity)
+    core.check_choice("allocation", allocation, _ALLOCATIONS)
+    core.check_integer("multiple", multiple, 1)
+    if not is_traced(scores):
+        core.check_finite("scores", scores)
+    left_out = core.match_rules([(pattern, True) for pattern in exempt], scores, default=False)
+    # By name, the order in which `jit` hands a dict on: equal scores fall alike in both.
+    units = {n: rankable(jnp.asarray(scores[n]))[None] for n in sorted(scores) if not left_out[n]}
+    if not units:
+        raise ValueError("scores must hold a group to prune, got none that is not exempt")
+    kept = keep_units(units, {}, sparsity, _ALLOCATIONS[allocation], 1, multiple)
+    return {n: kept[n][0] if n in kept else jnp.ones(np.shape(s), bool) for n, s in scores.items()}
+
+
+def _check_scoring(groups: Sequence[core.Group], reduce: str, normalize: str) -> None:
+    core.check_choice("reduce", reduce, REDUCTIONS)
+    core.check_choice("normalize", normalize, _NORMALIZATIONS)
+    if not groups:
+        raise ValueError("groups must hold a coupled group to prune, got none")
+
+
+def _group_scores(
+    leaves: dict[str, Any], groups: Sequence[core.Group], reduce: str, normalize: str
+) -> dict[str, jax.Array]:
+    """{group name: (n,)} scores from {path: scores}."""
+
+    def score(group):
+        entries = [_unit_entries(leaves, member) for member in group.members]
+        entries = [entry for entry in entries if entry is not None]
+        if not entries:
+            raise ValueError(
+                f"scores must cover a member of group {group.name!r}, got none of: "
+                f"{', '.join(member.path for member in group.members)}"
+            )
+        reduced = REDUCTIONS[reduce](jnp.concatenate(entries, axis=1))
+        size = _NORMALIZATIONS[normalize](reduced, jnp.isfinite(reduced))
+        return reduced / jnp.where(size > 0, size, 1.0)
+
+    return {group.name: score(group) for group in groups}
+
+
+def _unit_entries(leaves: dict[str, Any], member: core.Member) -> jax.Array | None:
+    """Scores of each unit in one member as (n, entries), or None where it has none."""
+    if member.path not in leaves:
+        raise ValueError(f"scores must have the paths of the groups, got none at {member.path!r}")
+    scores = leaves[member.path]
+    if core.is_masked_node(scores):
+        return None
+    if scores.shape != member.shape:
+        raise ValueError(
+            f"scores must have shape {member.shape} at {member.path!r}, got {scores.shape}"
+        )
+    units = jnp.moveaxis(jnp.asarray(scores, jnp.float32), member.axis, 0)[member.index]
+    return units.reshape(len(member.index), -1)
+
+
+def _maker(group: core.Group) -> core.Member:
+    """The member that the group is named after: the kernel that makes its channels."""
+    named = (m for m in group.members if f"{group.name}#".startswith(f"{m.path}#"))
+    return next(named, group.members[0])
