@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, data
+from hybrid_jax import core, data, models
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,6 +28,20 @@ jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 STEPS = 250
+
+# Whole models where they compile quickly; of the deep ones, every kind of block once or twice.
+SIZES = {
+    "resnet8": {},
+    "resnet20": {"blocks": [2, 2, 1]},
+    "resnet32": {"blocks": [1, 2, 1], "shortcut": "project"},
+    "resnet56": {"blocks": [3, 1, 1]},
+    "resnet18": {"blocks": [2, 1, 1, 1], "stem": "cifar", "widths": [8, 8, 16, 16]},
+    "resnet50": {"blocks": [2, 1, 1, 1], "widths": [8, 8, 16, 16], "stem": "cifar"},
+    "vgg16_bn": {"widths": [[8, 8], [16, 16], [16, 16, 16], [24, 24, 24], [24, 24, 24]]},
+    "mobilenet_v2": {"stages": [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 1, 2]], "stem": "cifar"},
+    "densenet": {"blocks": [2, 2, 1]},
+    "densenet40": {"blocks": [2, 1, 1]},
+}
 
 
 class Trained(NamedTuple):
@@ -131,3 +145,40 @@ def layer_errors(digits):
         return found
 
     return errors
+
+
+class Small(NamedTuple):
+    """A small version of a model that we ship, for 5 classes; the fields are those of `Trained`."""
+
+    fn: Callable[[Any, jax.Array], jax.Array]
+    train: Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+    params: Any
+    images: jax.Array
+
+
+@functools.cache
+def _small_model(name):
+    module = models.create(name, 5, **SIZES[name])
+    side, rng = 32 if name == "vgg16_bn" else 16, np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((4, side, side, 3)), jnp.float32)
+
+    def draw(path, leaf):
+        """As after training: no layer explodes, no statistic is at its initial 0 or 1."""
+        x = rng.standard_normal(leaf.shape)
+        if path.endswith("kernel"):
+            x = x * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        else:
+            x = 0.3 * np.tanh(x) + path.endswith(("scale", "var"))
+        return jnp.asarray(x, jnp.float32)
+
+    def train(params, images):
+        return module.apply(params, images, True, mutable=["batch_stats"])
+
+    params = core.map_with_path(draw, jax.eval_shape(module.init, jax.random.key(0), images))
+    return Small(lambda params, images: module.apply(params, images), train, params, images)
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A function from the name of a model that we ship to a `Small` version of it."""
+    return _small_model

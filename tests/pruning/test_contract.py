@@ -43,13 +43,19 @@ GRAMS = core.input_grams(network, PARAMS, [(IMAGES,)])
 # {name in `pruning`: its scores of some parameters}.
 CRITERIA = {
     "batchnorm_scale": pruning.batchnorm_scale,
+    "chip": lambda p: pruning.chip(p, p),
     "fisher": lambda p: pruning.fisher(p, p),
     "geometric_median": pruning.geometric_median,
+    "grasp": lambda p: pruning.grasp(p, p),
     "lamp": pruning.lamp,
     "magnitude": pruning.magnitude,
+    "movement": lambda p: pruning.movement(p, p),
     "obs": lambda p: pruning.obs(p, GRAMS),
     "random": lambda p: pruning.random(p, jax.random.key(0)),
+    "snip": lambda p: pruning.snip(p, p),
+    "synflow": lambda p: pruning.synflow(p, p),
     "taylor": lambda p: pruning.taylor(p, p),
+    "wanda": lambda p: pruning.wanda(p, p),
 }
 # {name: (granularity, f(indices of a leaf's axes, its shape) -> (row, unit) of each weight)}.
 GRANULARITIES = {
@@ -82,6 +88,8 @@ SCHEDULES = {
 }
 # Functions that stand next to these and are none; modules that hold none.
 HELPERS = {"compensate", "group_scores", "keep_channels", "mean_squared_gradients"}
+HELPERS |= {"accumulate_movement", "activation_norms", "channel_independence"}
+HELPERS |= {"hessian_gradient", "synaptic_flow", "synflow_masks"}
 WITHOUT = {"core", "masking", "packing", "transforms"}
 WITHOUT |= {"lottery", "renewal", "rewiring", "scoring", "straight_through"}
 WITHOUT |= {"penalties", "rounds", "sensitivity", "targets", "widths"}

@@ -13,15 +13,25 @@ NET = {
     "Dense_0": {"kernel": FIRST, "bias": jnp.array([9.0, 9.0])},
     "Dense_1": {"kernel": SECOND, "bias": jnp.array([9.0, 9.0])},
 }
-ALL = {
+ALONE = {
     "magnitude": lambda p: pruning.magnitude(p),
     "squared": lambda p: pruning.magnitude(p, p=2),
     "random": lambda p: pruning.random(p, jax.random.key(0)),
-    "taylor": lambda p: pruning.taylor(p, p),
-    "fisher": lambda p: pruning.fisher(p, p),
     "lamp": pruning.lamp,
     "geometric_median": pruning.geometric_median,
 }
+# criterion(params, statistics)
+WITH_STATISTICS = {
+    "taylor": pruning.taylor,
+    "snip": pruning.snip,
+    "grasp": pruning.grasp,
+    "fisher": pruning.fisher,
+    "movement": pruning.movement,
+    "synflow": pruning.synflow,
+    "wanda": pruning.wanda,
+    "chip": pruning.chip,
+}
+ALL = ALONE | {name: lambda p, c=c: c(p, p) for name, c in WITH_STATISTICS.items()}
 
 
 def check(scores, first, second):
@@ -35,15 +45,103 @@ def test_magnitude():
     check(pruning.magnitude(NET, p=2), [[1, 4], [0, 4], [9, 0.25]], [[1, 16], [4, 1]])
 
 
-def test_taylor():
-    def loss(params):
-        # dL/dw = x_i · (row sums of the second kernel)_j = x_i · (3, 3) in the first layer,
-        # and (x W1)_i in the second, x W1 = (1 + 3·3, −2 + 2·2 + 3·0.5) = (10, 3.5).
-        x = jnp.array([[1.0, 2.0, 3.0]])
-        return jnp.sum(x @ params["Dense_0"]["kernel"] @ params["Dense_1"]["kernel"])
+def linear_loss(params):
+    # dL/dw = x_i · (row sums of the second kernel)_j = x_i · (3, 3) in the first layer,
+    # and (x W1)_i in the second, x W1 = (1 + 3·3, −2 + 2·2 + 3·0.5) = (10, 3.5).
+    x = jnp.array([[1.0, 2.0, 3.0]])
+    return jnp.sum(x @ params["Dense_0"]["kernel"] @ params["Dense_1"]["kernel"])
 
-    scores = pruning.taylor(NET, jax.grad(loss)(NET))
+
+def test_taylor():
+    scores = pruning.taylor(NET, jax.grad(linear_loss)(NET))
     check(scores, [[3, 6], [0, 12], [27, 4.5]], [[10, 40], [7, 3.5]])
+
+
+def test_snip_is_the_share_of_the_whole_network():
+    # The scores of taylor add up to 52.5 in the first layer and 60.5 in the second.
+    scores = pruning.snip(NET, jax.grad(linear_loss)(NET))
+    first = np.array([[3, 6], [0, 12], [27, 4.5]])
+    check(scores, first / 113, np.array([[10, 40], [7, 3.5]]) / 113)
+    tenfold = jax.grad(lambda p: 10 * linear_loss(p))(NET)
+    jax.tree.map(np.testing.assert_allclose, pruning.snip(NET, tenfold), scores)
+
+
+def test_snip_of_no_sensitivity_is_zero():
+    check(pruning.snip(NET, jax.tree.map(jnp.zeros_like, NET)), 0, 0)
+
+
+def test_grasp():
+    def loss(params):  # ½ (a b)²
+        return 0.5 * jnp.sum(params["a"] @ params["b"]) ** 2
+
+    # g = (a b², a² b), H = [[b², 2 a b], [2 a b, a²]]. At a = 1, b = 2: g = (4, 2),
+    # H g = (4·4 + 4·2, 4·4 + 1·2) = (24, 18).
+    params = {"a": jnp.full((1, 1), 1.0), "b": jnp.full((1, 1), 2.0)}
+    product = pruning.hessian_gradient(loss, params)
+    assert (product["a"].item(), product["b"].item()) == (24.0, 18.0)
+    scores = pruning.grasp(params, product)
+    assert (scores["a"].item(), scores["b"].item()) == (24.0, 36.0)
+
+
+def test_grasp_keeps_what_carries_gradient_flow():
+    # ½ (w − t)² with w = 1: g = 1 − t, H = 1. Without the first weight |g| rises from 2 to 3,
+    # without the second it falls from 4 to 3: the first one leaves.
+    params, target = {"w": jnp.ones((1, 2))}, jnp.array([[3.0, -3.0]])
+
+    def loss(params):
+        return 0.5 * jnp.sum((params["w"] - target) ** 2)
+
+    scores = pruning.grasp(params, pruning.hessian_gradient(loss, params))
+    np.testing.assert_array_equal(scores["w"], [[-2.0, 4.0]])
+    assert pruning.masks(scores, 0.5)["w"].tolist() == [[False, True]]
+
+
+def test_the_gradients_of_biases_are_no_flow():
+    # ½ (w + c)²: H is all ones, g = (4, 4), and over the kernel alone H g = 4.
+    params = {"w": jnp.full((1, 1), 1.0), "bias": jnp.full((1,), 3.0)}
+    product = pruning.hessian_gradient(
+        lambda p: 0.5 * jnp.sum(p["w"] + p["bias"][None]) ** 2, params
+    )
+    assert product["w"].item() == 4.0
+
+
+def test_movement_adds_up_over_steps():
+    params = {"w": jnp.array([[1.0, -2.0, 0.5]]), "bias": jnp.ones(3)}
+    gradients = {"w": jnp.array([[-1.0, -2.0, 0.0]]), "bias": jnp.ones(3)}
+    moved = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):
+        moved = pruning.accumulate_movement(moved, params, gradients)
+        params = jax.tree.map(lambda w, g: w - 0.5 * g, params, gradients)
+    # −w g: 1, −4, 0 at w = (1, −2, 0.5), then 1.5, −2, 0 at w = (1.5, −1, 0.5).
+    np.testing.assert_array_equal(pruning.movement(params, moved)["w"], [[2.5, -6.0, 0.0]])
+    # What grew stays although what shrank is larger than the one that did not move.
+    assert pruning.masks(pruning.movement(params, moved), 1 / 3)["w"].tolist() == [
+        [True, False, True]
+    ]
+    np.testing.assert_array_equal(moved["bias"], jnp.zeros(3))
+
+
+def test_movement_accumulates_in_the_precision_given():
+    params = {"w": jnp.ones((1, 2), jnp.bfloat16), "step": jnp.ones((), jnp.int32)}
+    start = {"w": jnp.full((1, 2), 256.0), "step": optax.MaskedNode()}
+    moved = pruning.accumulate_movement(start, params, params)
+    assert moved["w"].tolist() == [[255.0, 255.0]]
+    assert moved["w"].dtype == jnp.float32
+    assert moved["step"] == optax.MaskedNode()
+
+
+def test_movement_grows_where_weights_do(key):
+    target = jax.random.normal(key, (4, 5))
+    params = {"w": jnp.full((4, 5), 0.5)}
+    moved = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(50):
+        gradients = {"w": params["w"] - target}
+        moved = pruning.accumulate_movement(moved, params, gradients)
+        params = {"w": params["w"] - 0.01 * gradients["w"]}
+    # The sum of −2 η w g is what w² grew by, but for the second order in η.
+    grown = params["w"] ** 2 - 0.25
+    np.testing.assert_allclose(0.02 * moved["w"], grown, atol=0.02)
+    assert np.array_equal(moved["w"] > 0, grown > 0)
 
 
 def test_fisher_is_half_of_the_mean_square_per_example():
@@ -138,8 +236,51 @@ def test_a_stack_of_experts_is_vmapped(criterion, key):
     np.testing.assert_allclose(stacked[1], alone, rtol=1e-5)
 
 
-def test_gradients_of_another_structure_are_named():
-    with pytest.raises(ValueError, match="gradients must have float32"):
-        pruning.taylor(NET, {**NET, "Dense_1": {"kernel": SECOND}})
+@pytest.mark.parametrize("criterion", ALL.values(), ids=ALL)
+def test_compiled_eager_and_abstract_agree(criterion):
+    eager, compiled = criterion(NET), jax.jit(criterion)(NET)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), eager, compiled)
+    shapes = jax.eval_shape(criterion, NET)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), eager) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "random"])
+def test_of_equal_weights_the_first_are_kept(name):
+    masks = pruning.masks(ALL[name]({"kernel": jnp.ones((2, 4))}), 0.5)
+    assert masks["kernel"].tolist() == [[True] * 4, [False] * 4]
+
+
+@pytest.mark.parametrize("criterion", WITH_STATISTICS.values(), ids=WITH_STATISTICS)
+def test_statistics_that_are_not_finite_reach_masks(criterion):
+    broken = {**NET, "Dense_1": {**NET["Dense_1"], "kernel": SECOND.at[0, 1].set(jnp.nan)}}
+    with pytest.raises(ValueError, match=r"scores must be finite, got .* NaN .* at 'Dense_"):
+        pruning.masks(criterion(NET, broken), 0.5)
+
+
+@pytest.mark.parametrize("criterion", WITH_STATISTICS.values(), ids=WITH_STATISTICS)
+def test_statistics_of_another_structure_are_named(criterion):
+    with pytest.raises(ValueError, match=r"\w+ must have the paths of params, got 'Dense_1/bias'"):
+        criterion(NET, {**NET, "Dense_1": {"kernel": SECOND}})
+    with pytest.raises(ValueError, match=r"must have shape \(3, 2\) at 'Dense_0/kernel', got \(2,"):
+        criterion(NET, {**NET, "Dense_0": NET["Dense_1"]})
+
+
+@pytest.mark.parametrize("criterion", WITH_STATISTICS.values(), ids=WITH_STATISTICS)
+def test_where_there_is_no_statistic_there_is_no_score(criterion):
+    statistics = {**NET, "Dense_1": {"kernel": optax.MaskedNode(), "bias": optax.MaskedNode()}}
+    scores = criterion(NET, statistics)
+    assert scores["Dense_1"]["kernel"] == optax.MaskedNode()
+    assert scores["Dense_0"]["kernel"].shape == (3, 2)
+
+
+def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="p must be an integer in"):
         pruning.magnitude(NET, p=3)
+    with pytest.raises(ValueError, match="examples must hold at least one example"):
+        pruning.mean_squared_gradients(lambda p, x: jnp.sum(p["w"] * x), {"w": FIRST}, FIRST[:0])
+    with pytest.raises(ValueError, match="accumulated must have the paths of params"):
+        pruning.accumulate_movement({}, NET, NET)
+    with pytest.raises(ValueError, match="gradients must have the paths of params"):
+        pruning.accumulate_movement(NET, NET, {})

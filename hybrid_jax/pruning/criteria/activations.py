@@ -1,0 +1,227 @@
+"""Criteria of what a network computes on data: the norms of inputs, the independence of outputs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hybrid_jax import core
+from hybrid_jax.pruning.criteria.leaves import check_statistics, score
+from hybrid_jax.pruning.selection import is_traced
+
+Batches = Iterable[tuple[Any, ...]]
+"""Yields the inputs of a model as tuples."""
+
+
+def wanda(params: Any, norms: Any) -> Any:
+    """Scores a weight by |w| · ‖x‖₂, with x all that it is ever multiplied by.
+
+    A small weight on a large input counts as much as a large weight on a small one. M. Sun et al.,
+    A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695). The
+    paper lets the inputs of one output compete with each other, and not the outputs: `uniform` with
+    `n_m(n, C)` of a layer with C inputs does that, `n_m` with smaller blocks is its N:M form, and
+    `unstructured` compares the whole layer. It prunes a layer at a time, each seeing what the
+    pruned ones before it compute; for that, work out `norms` anew with the masked parameters.
+
+    Args:
+      params: Pytree of parameters.
+      norms: ‖x‖₂ for each weight, shaped like `params`: what `activation_norms` gives.
+
+    Returns:
+      float32 scores shaped like `params`; `optax.MaskedNode()` where `norms` has it.
+
+    Raises:
+      ValueError: If `norms` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> wanda({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[5.0, 5.0]])})
+      {'w': Array([[ 5., 10.]], dtype=float32)}
+    """
+    check_statistics("norms", params, norms)
+    return score(lambda w, norm: jnp.abs(w) * norm, params, norms)
+
+
+def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> Any:
+    """‖x‖₂ for each weight: the root of the sum of squares of all that it is multiplied by.
+
+    The sum runs over all batches, positions and uses of the weight; each tap of a convolution has
+    a norm of its own, padding counts as zero. Batches are not kept.
+
+    Args:
+      fn: fn(params, *inputs) -> outputs, in evaluation mode.
+      params: Its parameters.
+      batches: Yields tuples of inputs.
+
+    Returns:
+      float32 pytree shaped like `params`, for `wanda`; `optax.MaskedNode()` for what is not the
+      kernel of a site.
+
+    Raises:
+      ValueError: If there is no batch, or a site lies in a `while` loop or in a function with a
+        derivative rule of its own, out of which nothing is carried back.
+      TypeError: If a batch is not a tuple.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn = lambda params, x: x @ params['w']
+      >>> x = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # columns of norms 5 and 1
+      >>> activation_norms(fn, {'w': jnp.ones((2, 1))}, [(x,)])
+      {'w': Array([[5.],
+             [1.]], dtype=float32)}
+    """
+
+    def squares(site, x, kernel, apply):
+        # Its derivative with respect to a weight is the sum of x² over all that the weight meets.
+        return apply(jnp.square(x), kernel)
+
+    total, _ = _over_batches(_at_kernels(fn, squares), fn, params, batches)
+    return jax.tree.map(jnp.sqrt, total)
+
+
+def chip(params: Any, independence: Any) -> Any:
+    """Scores a filter by the independence of its feature map from the layer's other ones (CHIP).
+
+    A feature map that the others nearly span carries little of its own, however large it is. Y.
+    Sui et al., CHIP: CHannel Independence-based Pruning for Compact Neural Networks (arXiv
+    2110.13981). The scores of a filter's weights add up to its independence: reduced with `sum`
+    over a coupled group, the filters that make a channel count, and those that read it add the
+    same to all channels.
+
+    Args:
+      params: Pytree of parameters.
+      independence: What `channel_independence` gives, shaped like `params`.
+
+    Returns:
+      float32 scores shaped like `params`; `optax.MaskedNode()` where `independence` has it.
+
+    Raises:
+      ValueError: If `independence` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn = lambda params, x: x @ params['w']
+      >>> params, x = {'w': jnp.eye(2)}, jnp.array([[3.0, 4.0]])
+      >>> chip(params, channel_independence(fn, params, [(x,)]))['w'].sum(0)  # 5 − 4, 5 − 3
+      Array([1., 2.], dtype=float32)
+    """
+    check_statistics("independence", params, independence)
+    return score(lambda w, shares: shares, params, independence)
+
+
+def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) -> Any:
+    """‖A‖_* − ‖A without row o‖_*, averaged over images, for the output A (O, H·W) of each site.
+
+    ‖·‖_* is the nuclear norm, the sum of the singular values. A is what the convolution itself
+    computes, before any normalization (the authors take the map after the activation). A layer
+    without positions has one column. Costs O singular value decompositions of (O, min(O, H·W))
+    for each image and site, one image in memory at a time; a few hundred images are enough.
+
+    Args:
+      fn: fn(params, *inputs) -> outputs, in evaluation mode.
+      params: Its parameters.
+      batches: Yields tuples of inputs, each with a leading axis B.
+
+    Returns:
+      float32 pytree shaped like `params`, for `chip`: the independence of filter o, spread evenly
+      over its weights; summed over the sites where a kernel is used again. `optax.MaskedNode()`
+      for what is not the kernel of a site.
+
+    Raises:
+      ValueError: As for `activation_norms`.
+      TypeError: If a batch is not a tuple.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn = lambda params, x: x @ params['w']
+      >>> x = jnp.array([[3.0, 4.0]])
+      >>> channel_independence(fn, {'w': jnp.eye(2)}, [(x,)])
+      {'w': Array([[0.5, 1. ],
+             [0.5, 1. ]], dtype=float32)}
+    """
+
+    def shares(site, x, kernel, apply):
+        matrix = core.kernel_matrix(site, kernel)  # (G, n, O/G)
+        maps = core.output_matrix(site, apply(x, jax.lax.stop_gradient(kernel)))  # (G, P, O/G)
+        each = _independence(jnp.moveaxis(maps, 1, 2).reshape(-1, maps.shape[1]))
+        return matrix * (each.reshape(len(matrix), 1, -1) / matrix.shape[1]).astype(matrix.dtype)
+
+    of_image = _at_kernels(fn, shares)
+
+    def over_images(params, *inputs):
+        def add(total, image):
+            one, weighed = of_image(params, *jax.tree.map(lambda leaf: leaf[None], image))
+            return jax.tree.map(jnp.add, total, one), weighed
+
+        total, weighed = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), inputs)
+        return total, jax.tree.map(jnp.sum, weighed)
+
+    total, count = _over_batches(over_images, fn, params, batches)
+    return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def _independence(maps: jax.Array) -> jax.Array:
+    """(O,): by how much the nuclear norm of `maps` (O, P) falls when a row is set to zero."""
+    # The norm does not see a rotation of the columns: R (min(O, P), O) stands for the maps.
+    columns = jnp.linalg.qr(maps.T.astype(jnp.float32), mode="r")
+    without = jax.lax.map(
+        lambda o: jnp.linalg.norm(columns.at[:, o].set(0.0), "nuc"), jnp.arange(len(maps))
+    )
+    return jnp.linalg.norm(columns, "nuc") - without
+
+
+def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Works out an array for the kernel of each site, and adds it up where the kernel is kept.
+
+    `weigh(site, x, kernel, apply)` is linear in the kernel, and its derivative is that array. The
+    derivative with respect to the parameters carries it back through transposes, slices and
+    stacks, and adds up the uses of one kernel. Returns it, and what was weighed at each site.
+    """
+
+    def rule(site, x, kernel, apply):
+        x = jax.lax.stop_gradient(x)
+        return jax.lax.stop_gradient(apply(x, kernel)), jnp.sum(weigh(site, x, kernel, apply))
+
+    def total(params, *inputs):
+        _, records = core.at_sites(fn, rule)(params, *inputs)
+        weighed = {name: jnp.sum(record.astype(jnp.float32)) for name, record in records.items()}
+        return sum(weighed.values(), start=jnp.float32(0)), weighed
+
+    return jax.grad(total, has_aux=True)
+
+
+def _over_batches(
+    step: Callable[..., Any], fn: Callable[..., Any], params: Any, batches: Batches
+) -> tuple[Any, int]:
+    """Sums `step(params, *batch)` over the batches, for kernels of sites; and counts examples."""
+    step, total, sites, count = jax.jit(step), None, (), 0
+    for batch in batches:
+        if not isinstance(batch, tuple):
+            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
+        new, weighed = step(params, *batch)
+        new = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new)
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+        sites = sites or core.trace(fn, params, *batch).sites
+        count += len(jax.tree.leaves(batch)[0])
+    if total is None:
+        raise ValueError("batches must hold at least one batch, got none")
+    _check_carried(core.flatten_paths(total), weighed, sites)
+    kernels = {site.path for site in sites}
+    of_kernels = core.map_with_path(
+        lambda path, leaf: leaf if path in kernels else optax.MaskedNode(), total
+    )
+    return of_kernels, count
+
+
+def _check_carried(total: dict[str, Any], weighed: dict[str, Any], sites: Any) -> None:
+    """Raises if what was worked out at a site did not reach its kernel."""
+    for site in sites:
+        if site.name not in weighed:
+            raise ValueError(f"fn must use {site.path!r} outside `while`, where nothing is seen")
+        seen = (total[site.path], weighed[site.name])
+        if not is_traced(seen) and jnp.all(seen[0] == 0) and seen[1] != 0:
+            raise ValueError(
+                f"fn must use {site.path!r} outside a function with a derivative rule of its own"
+            )

@@ -1,0 +1,237 @@
+"""Criteria of the loss's derivatives, and the pure functions that work these out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+from hybrid_jax.pruning.criteria.leaves import check_statistics, prunable, score
+
+
+def taylor(params: Any, gradients: Any) -> Any:
+    """Scores a weight by |w · g|, the first-order change of the loss when it is set to zero.
+
+    P. Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.10771).
+
+    Args:
+      params: Pytree of parameters.
+      gradients: Gradients of the loss, shaped like `params`.
+
+    Returns:
+      float32 scores shaped like `params`.
+
+    Raises:
+      ValueError: If `gradients` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> taylor({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
+      {'w': Array([[3., 1.]], dtype=float32)}
+    """
+    check_statistics("gradients", params, gradients)
+    return score(lambda w, g: jnp.abs(w * g), params, gradients)
+
+
+def snip(params: Any, gradients: Any) -> Any:
+    """Scores a weight by |w · g| / Σ |w · g|, its share of the network's connection sensitivity.
+
+    The sum runs over all kernels, so that the scores add up to 1. In one network they rank as
+    those of `taylor`; they differ in that shares compare, and average, between batches, seeds and
+    losses of another size. Meant for the parameters at initialization. N. Lee, T. Ajanthan, P.
+    Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity (arXiv 1810.02340).
+
+    Args:
+      params: Pytree of parameters.
+      gradients: Gradients of the loss, shaped like `params`.
+
+    Returns:
+      float32 scores shaped like `params`, of sum 1; all 0 where every |w · g| is.
+
+    Raises:
+      ValueError: If `gradients` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> snip({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
+      {'w': Array([[0.75, 0.25]], dtype=float32)}
+    """
+    sensitivity = taylor(params, gradients)
+    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sensitivity))
+    return jax.tree.map(lambda leaf: leaf / jnp.where(total > 0, total, 1.0), sensitivity)
+
+
+def grasp(params: Any, hessian_gradient: Any) -> Any:
+    """Scores a weight by w · (H g): how much of the gradient's norm removing it would cost.
+
+    To set w to zero changes gᵀg by −2 w (H g) in the first order. A weight with w · (H g) > 0
+    carries gradient flow and stays; one with w · (H g) < 0 holds it up and leaves first. This is
+    what C. Wang, G. Zhang, R. Grosse, Picking Winning Tickets Before Training by Preserving
+    Gradient Flow (GraSP, arXiv 2002.07376) write as removing the largest −θ ⊙ H g. Meant for the
+    parameters at initialization. Scores have signs: over a coupled group reduce them by 'sum' or
+    'mean' and without normalization.
+
+    Args:
+      params: Pytree of parameters.
+      hessian_gradient: H g, shaped like `params`: what the function of this name gives.
+
+    Returns:
+      float32 scores of either sign, shaped like `params`.
+
+    Raises:
+      ValueError: If `hessian_gradient` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grasp({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
+      {'w': Array([[ 3., -1.]], dtype=float32)}
+    """
+    check_statistics("hessian_gradient", params, hessian_gradient)
+    return score(lambda w, hg: w * hg, params, hessian_gradient)
+
+
+def hessian_gradient(loss_fn: Callable[..., jax.Array], params: Any, *inputs: Any) -> Any:
+    """H g: the loss's Hessian times its gradient, both over the kernels only, for `grasp`.
+
+    Costs about two gradients; the Hessian is never formed. The authors divide the logits by a
+    temperature of 200 before the loss, which `loss_fn` may do.
+
+    Args:
+      loss_fn: `loss_fn(params, *inputs) -> ()`.
+      params: Pytree of floating parameters.
+      *inputs: What else `loss_fn` takes: a batch.
+
+    Returns:
+      Pytree shaped like `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda params: jnp.sum(params['w'] ** 3)  # g = 3 w², H = 6 w on the diagonal
+      >>> hessian_gradient(loss, {'w': jnp.array([[1.0, -1.0]])})
+      {'w': Array([[ 18., -18.]], dtype=float32)}
+    """
+    gradients, hessian = jax.linearize(lambda p: jax.grad(loss_fn)(p, *inputs), params)
+    # Biases and statistics are not pruned: theirs is not the flow that is to be kept.
+    return hessian(jax.tree.map(lambda g: g if prunable(g) else jnp.zeros_like(g), gradients))
+
+
+def fisher(params: Any, squared_gradients: Any) -> Any:
+    """Scores a weight by ½ F w², with F the diagonal of the empirical Fisher information.
+
+    The second-order change of the loss, the Hessian of Y. LeCun, J. Denker, S. Solla, Optimal
+    Brain Damage (1990), replaced by the Fisher information as in L. Theis et al., Faster gaze
+    prediction with dense networks and Fisher pruning (arXiv 1801.05787).
+
+    Args:
+      params: Pytree of parameters.
+      squared_gradients: F, the mean over examples of the squared gradient of each example's
+        loss, shaped like `params`: what `mean_squared_gradients` gives.
+
+    Returns:
+      float32 scores shaped like `params`.
+
+    Raises:
+      ValueError: If `squared_gradients` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fisher({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[4.0, 1.0]])})
+      {'w': Array([[2., 2.]], dtype=float32)}
+    """
+    check_statistics("squared_gradients", params, squared_gradients)
+    return score(lambda w, f: 0.5 * f * jnp.square(w), params, squared_gradients)
+
+
+def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examples: Any) -> Any:
+    """Mean over examples of each example's squared gradient, one example in memory at a time.
+
+    Args:
+      loss_fn: `loss_fn(params, example) -> ()`, the loss of one example without a batch axis.
+      params: Pytree of floating parameters.
+      examples: Pytree of arrays with a leading axis B.
+
+    Returns:
+      Pytree shaped like `params`, for `fisher`.
+
+    Raises:
+      ValueError: If B is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda params, x: jnp.sum(params['w'] * x)
+      >>> x = jnp.array([[[1.0, 2.0]], [[3.0, 0.0]]])  # B = 2
+      >>> mean_squared_gradients(loss, {'w': jnp.ones((1, 2))}, x)
+      {'w': Array([[5., 2.]], dtype=float32)}
+    """
+    count = jax.tree.leaves(examples)[0].shape[0]
+    if not count:
+        raise ValueError("examples must hold at least one example, got none")
+
+    def add(total, example):
+        gradients = jax.grad(loss_fn)(params, example)
+        return jax.tree.map(lambda t, g: t + jnp.square(g), total, gradients), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), examples)
+    return jax.tree.map(lambda t: t / count, total)
+
+
+def movement(params: Any, accumulated: Any) -> Any:
+    """Scores a weight by −Σ w · g over the steps of training: how far it moved away from zero.
+
+    A gradient step changes w² by −2 η w g in the first order, so that what grows stays, however
+    small it is, and what shrinks leaves. V. Sanh, T. Wolf, A. Rush, Movement Pruning: Adaptive
+    Sparsity by Fine-Tuning (arXiv 2005.07683). Scores have signs: over a coupled group reduce them
+    by 'sum' or 'mean' and without normalization.
+
+    Args:
+      params: Pytree of parameters.
+      accumulated: −Σ w · g, shaped like `params`: what `accumulate_movement` adds up.
+
+    Returns:
+      float32 scores of either sign, shaped like `params`.
+
+    Raises:
+      ValueError: If `accumulated` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> movement({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[-3.0, 1.0]])})
+      {'w': Array([[-3.,  1.]], dtype=float32)}
+    """
+    check_statistics("accumulated", params, accumulated)
+    return score(lambda w, moved: moved, params, accumulated)
+
+
+def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
+    """Adds −w · g of one step, for `movement`.
+
+    Args:
+      accumulated: The sum so far, shaped like `params`; at first zeros. May hold
+        `optax.MaskedNode()` where nothing is pruned.
+      params: Parameters w that the gradients were taken at.
+      gradients: Gradients g of the loss, shaped like `params`.
+
+    Returns:
+      The new sum, with the dtypes of `accumulated`. What is no kernel is returned as it was.
+
+    Raises:
+      ValueError: If `accumulated` or `gradients` has another structure than `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params, gradients = {'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])}
+      >>> accumulate_movement({'w': jnp.zeros((1, 2))}, params, gradients)
+      {'w': Array([[-3.,  1.]], dtype=float32)}
+    """
+    check_statistics("accumulated", params, accumulated)
+    check_statistics("gradients", params, gradients)
+
+    def add(path, moved, w, g):
+        del path
+        if not prunable(w) or core.is_masked_node(moved):
+            return moved
+        step = w.astype(jnp.float32) * g.astype(jnp.float32)
+        return moved - step.astype(moved.dtype)
+
+    return core.map_with_path(add, accumulated, params, gradients)

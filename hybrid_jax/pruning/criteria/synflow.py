@@ -1,0 +1,146 @@
+"""SynFlow: the criterion, the flow that it needs, and its rounds of pruning, without any data."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core
+from hybrid_jax.pruning.allocation import global_
+from hybrid_jax.pruning.criteria.leaves import check_statistics, score
+from hybrid_jax.pruning.criteria.weights import magnitude
+from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.selection import check_sparsity, is_traced
+
+
+def synflow(params: Any, flow: Any) -> Any:
+    """Scores a weight by |w| · ∂R/∂|w|: all that flows through it from inputs to outputs.
+
+    R is the sum of the outputs of the network of absolute values on inputs of ones: a score is the
+    sum, over all paths through the weight, of the products of the |w| on them. Scored once, whole
+    layers may leave; `synflow_masks` scores anew after each of many small removals, as H. Tanaka et
+    al., Pruning neural networks without any data by iteratively conserving synaptic flow (arXiv
+    2006.05467) do.
+
+    Args:
+      params: Pytree of parameters.
+      flow: ∂R/∂|w|, shaped like `params`: what `synaptic_flow` gives.
+
+    Returns:
+      float32 scores shaped like `params`. In a chain of layers without biases those of each layer
+      add up to R.
+
+    Raises:
+      ValueError: If `flow` has another structure, or `params` has nothing to prune.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> synflow({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
+      {'w': Array([[3., 1.]], dtype=float32)}
+    """
+    check_statistics("flow", params, flow)
+    return score(lambda w, f: jnp.abs(w) * f, params, flow)
+
+
+def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: float = 1.0) -> Any:
+    """∂R/∂|w|, with R the sum of `fn`'s outputs at |params| on inputs of ones, for `synflow`.
+
+    R grows by a factor with every layer. Inputs of `scale` instead of ones, and `scale` times the
+    outputs, make no difference to the ranking where there are no biases, and keep float32 from
+    overflow (a ResNet-56 takes 1e-30) and a ReLU6 from its bound.
+
+    Args:
+      fn: fn(params, *inputs) -> outputs, in evaluation mode.
+      params: Pytree of floating parameters; statistics count as parameters, by absolute value.
+      *inputs: Arrays or `jax.ShapeDtypeStruct`; the values of floating ones do not matter, and a
+        batch of one is enough.
+      scale: What the inputs are filled with, and the outputs multiplied by; above 0.
+
+    Returns:
+      Pytree shaped like `params`.
+
+    Raises:
+      ValueError: If `scale` is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn = lambda params, x: x @ params['a'] @ params['b']
+      >>> params = {'a': jnp.array([[1.0, -2.0]]), 'b': jnp.array([[-3.0], [4.0]])}
+      >>> synaptic_flow(fn, params, jnp.ones((1, 1)))
+      {'a': Array([[3., 4.]], dtype=float32), 'b': Array([[1.],
+             [2.]], dtype=float32)}
+    """
+    core.check_positive("scale", scale)
+
+    def filled(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.full(leaf.shape, scale, leaf.dtype) if floating else leaf
+
+    def flow(absolute):
+        outputs = jax.tree.leaves(fn(absolute, *jax.tree.map(filled, inputs)))
+        return sum(scale * jnp.sum(leaf.astype(jnp.float32)) for leaf in outputs)
+
+    return jax.grad(flow)(jax.tree.map(jnp.abs, params))
+
+
+def synflow_masks(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    sparsity: float | jax.Array,
+    rounds: int = 100,
+    exempt: Sequence[str] = (),
+    scale: float = 1.0,
+) -> Any:
+    """Prunes by `synflow` in rounds, the fraction that is left falling by the same factor in each.
+
+    After round k of n the sparsity is 1 − (1 − s)^(k/n), over all kernels together, and the flow is
+    worked out anew with what is removed at zero: a layer about to lose its last weights has the
+    largest scores, and keeps them. One compilation holds all rounds.
+
+    Args:
+      fn: As for `synaptic_flow`.
+      params: Pytree of floating parameters.
+      *inputs: As for `synaptic_flow`.
+      sparsity: () fraction removed in the end, in [0, 1], maybe traced.
+      rounds: n, from 1; the authors take 100.
+      exempt: As for `masks`.
+      scale: As for `synaptic_flow`.
+
+    Returns:
+      Pytree of bool like `params`, as of `masks`, with exactly what `global_()` keeps.
+
+    Raises:
+      ValueError: If an argument is outside its bounds, what `masks` raises, or (unless traced) the
+        flow is not finite or zero everywhere: then another `scale` is needed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn = lambda params, x: x @ params['a'] @ params['b']
+      >>> params = {'a': jnp.array([[1.0, -2.0]]), 'b': jnp.array([[-3.0], [4.0]])}
+      >>> synflow_masks(fn, params, jnp.ones((1, 1)), sparsity=0.5)
+      {'a': Array([[False,  True]], dtype=bool), 'b': Array([[False],
+             [ True]], dtype=bool)}
+    """
+    check_sparsity(sparsity)
+    core.check_integer("rounds", rounds, 1)
+    left = 1.0 - jnp.asarray(sparsity, jnp.float32)
+
+    def prune(k, carry):
+        kept, flows = carry
+        masked = apply_masks(params, kept)
+        scores = synflow(masked, synaptic_flow(fn, masked, *inputs, scale=scale))
+        total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(scores))
+        reached = 1.0 - left ** ((k + 1) / rounds)
+        kept = masks(scores, reached, allocation=global_(), exempt=exempt, previous=kept)
+        return kept, flows & jnp.isfinite(total) & ((total > 0) | (k > 0))
+
+    everything = masks(magnitude(params), 0.0, exempt=exempt)
+    kept, flows = jax.lax.fori_loop(0, rounds, prune, (everything, jnp.array(True)))
+    if not is_traced(flows) and not flows:
+        raise ValueError(
+            "params must have a synaptic flow that is finite and not zero everywhere, got one "
+            f"that is not with scale {scale:g}; take a smaller scale"
+        )
+    return kept
