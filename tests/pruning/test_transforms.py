@@ -66,14 +66,6 @@ OPTIMIZERS = {
 }
 
 
-def movement(params, accumulated):
-    return jax.tree.map(lambda w, a: a if w.ndim >= 2 else optax.MaskedNode(), params, accumulated)
-
-
-def accumulate_movement(accumulated, params, gradients):
-    return jax.tree.map(lambda a, w, g: a - w * g, accumulated, params, gradients)
-
-
 # Each takes an inner optimizer, a sparsity and a key, maybe traced, to a sparse optimizer.
 METHODS = {
     "hold_masks": lambda inner, sparsity, key: optax.chain(
@@ -85,12 +77,12 @@ METHODS = {
         pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(sparsity, 2, 20), every=3),
     ),
     "movement": lambda inner, sparsity, key: pruning.prune_by_schedule(
-        movement,
+        pruning.movement,
         pruning.exponential(sparsity, 0, 15),
         inner=inner,
         allocation=pruning.global_(),
         needs=("accumulated",),
-        accumulate=accumulate_movement,
+        accumulate=pruning.accumulate_movement,
     ),
     "ac_dc": lambda inner, sparsity, key: pruning.prune_by_schedule(
         pruning.magnitude, pruning.cyclic(pruning.one_shot(sparsity, 3), 9, 3), inner=inner
@@ -335,10 +327,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"must be called with squared_gradients=..., got none"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     # A link of a chain has no gradients but those it is given.
-    needy = {"needs": ("accumulated",), "accumulate": accumulate_movement}
+    needy = {"needs": ("accumulated",), "accumulate": pruning.accumulate_movement}
     for link in (
         pruning.prune_by_schedule(pruning.taylor, pruning.one_shot(0.5), needs=("gradients",)),
-        pruning.prune_by_schedule(movement, pruning.one_shot(0.5), **needy),
+        pruning.prune_by_schedule(pruning.movement, pruning.one_shot(0.5), **needy),
     ):
         state = link.init(PARAMS)
         with pytest.raises(ValueError, match=r"must be called with gradients=..., got none"):
@@ -356,9 +348,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="inner must be an optax transformation, got <function"):
         pruning.prune_by_schedule(pruning.magnitude, pruning.one_shot(0.5), inner=pruning.magnitude)
     with pytest.raises(ValueError, match="if and only if accumulate is given, got needs=\\(\\)"):
-        by_schedule(movement, pruning.one_shot(0.5), accumulate=accumulate_movement)
+        by_schedule(pruning.movement, pruning.one_shot(0.5), accumulate=pruning.accumulate_movement)
     with pytest.raises(ValueError, match=r"if and only if accumulate is given.*accumulate=None"):
-        by_schedule(movement, pruning.one_shot(0.5), needs=("accumulated",))
+        by_schedule(pruning.movement, pruning.one_shot(0.5), needs=("accumulated",))
 
 
 def recording(optimizer):
