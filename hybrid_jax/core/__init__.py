@@ -2,10 +2,12 @@
 
 from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
+    check_batches,
     check_choice,
     check_finite,
     check_fraction,
     check_integer,
+    check_masks,
     check_positive,
     check_same_paths,
     check_same_structure,
@@ -50,11 +52,13 @@ __all__ = [
     "Member",
     "Site",
     "at_sites",
+    "check_batches",
     "check_choice",
     "check_finite",
     "check_fraction",
     "check_grams",
     "check_integer",
+    "check_masks",
     "check_positive",
     "check_same_paths",
     "check_same_structure",

@@ -4,13 +4,44 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from hybrid_jax.core import paths
+
+
+def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> Iterator[Any]:
+    """Yields the batches one by one, each checked as it comes.
+
+    Args:
+      batches: Tuples of inputs.
+      alike: Whether all of them must have the shapes and dtypes of the first.
+
+    Raises:
+      ValueError: If there is none, or they differ and must be `alike`.
+      TypeError: If one is not a tuple.
+
+    Example:
+      >>> list(check_batches([(1, 2), (3, 4)]))
+      [(1, 2), (3, 4)]
+      >>> list(check_batches([]))
+      Traceback (most recent call last):
+      ...
+      ValueError: batches must hold at least one batch, got none
+    """
+    count, first = 0, None
+    for count, batch in enumerate(batches, 1):
+        if not isinstance(batch, tuple):
+            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
+        if alike:
+            first = batch if count == 1 else first
+            check_same_structure("every batch", first, batch)
+        yield batch
+    if not count:
+        raise ValueError("batches must hold at least one batch, got none")
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -156,6 +187,32 @@ def check_same_paths(name: str, tree: Any, like_name: str, like: Any) -> None:
             raise ValueError(
                 f"{name} must have the structure of {like_name}, got {path!r} in one of them only"
             )
+
+
+def check_masks(params: Any, masks: Any) -> None:
+    """Raises unless every mask is bool and of its parameter's path and shape.
+
+    Args:
+      params: Pytree of parameters.
+      masks: Pytree of masks, with `optax.MaskedNode()` where nothing is pruned.
+
+    Raises:
+      ValueError: Names the first path at which that is not so.
+
+    Example:
+      >>> check_masks({'w': np.ones(2)}, {'w': np.ones(2)})
+      Traceback (most recent call last):
+      ...
+      ValueError: masks must have bool[2] at 'w', got float64[2]
+    """
+    check_same_paths("masks", masks, "params", params)
+    leaves = paths.flatten_paths(params)
+    for path, mask in paths.flatten_paths(masks).items():
+        if paths.is_masked_node(mask):
+            continue
+        expected = _describe(jax.ShapeDtypeStruct(np.shape(leaves[path]), np.bool_))
+        if _describe(mask) != expected:
+            raise ValueError(f"masks must have {expected} at {path!r}, got {_describe(mask)}")
 
 
 def check_finite(name: str, tree: Any) -> None:

@@ -75,9 +75,7 @@ def input_grams(
     """
     checks.check_finite("params", params)
     total = step = sites = None
-    for batch in batches:
-        if not isinstance(batch, tuple):
-            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
+    for batch in checks.check_batches(batches):
         if step is None:
             one = jax.eval_shape(
                 lambda p: jax.tree.map(lambda x: x[0], p) if stacked else p, params
@@ -87,8 +85,6 @@ def input_grams(
             step = jax.jit(jax.vmap(see, (0, *(None for _ in batch))) if stacked else see)
         new = step(params, *batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
-    if total is None:
-        raise ValueError("batches must hold at least one batch, got none")
     for path in sites:
         if path not in total:
             raise ValueError(f"fn must use {path!r} outside `while`, or it must be exempt")

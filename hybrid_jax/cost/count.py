@@ -79,6 +79,7 @@ def count(
     masks: Any = None,
     weight_bits: Mapping[str, int] | None = None,
     activation_bits: Mapping[str, int] | None = None,
+    scales: Mapping[str, int] | None = None,
 ) -> Cost:
     """Counts what a model costs.
 
@@ -91,12 +92,15 @@ def count(
       masks: Pytree like the parameters of True where kept, `MaskedNode` (or whole subtrees
         missing) where nothing is pruned; None prunes nothing.
       weight_bits: {site name: bits} of its kernel; 32 where missing. A kernel of several sites is
-        stored at the largest. Below 32 a kernel also stores a 4-byte scale per output channel.
+        stored at the largest. Below 32 a kernel also stores scales of 4 bytes.
       activation_bits: {site name: bits} of the activation that enters; 32 where missing.
+      scales: {site name: how many scales its kernel stores below 32 bits}, as
+        `quantization.scale_counts` finds them; one per output channel where missing. A kernel of
+        several sites stores the most of theirs.
 
     Raises:
-      ValueError: If a mask has no parameter of its path or another shape, a site is unknown, or
-        bits are not in [1, 32].
+      ValueError: If a mask has no parameter of its path or another shape, a site is unknown, bits
+        are not in [1, 32], or a number of scales is none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,6 +116,8 @@ def count(
       (20, 1280, 30)
       >>> cost.bytes == (5 + 20) + 10 * 4 + 10 * 4
       True
+      >>> count(graph, masks, {'kernel': 8}, {'kernel': 8}, {'kernel': 1}).bytes  # per tensor
+      69
     """
     kept = kept_counts(graph, masks)
     names = [site.name for site in graph.sites]
@@ -121,15 +127,17 @@ def count(
     for site in graph.sites:
         bits = weight_bits[site.name]
         kernel_bits[site.path] = max(bits, kernel_bits.get(site.path, bits))
+    fixed_scales = scales_of_kernels(graph, scales)
     rows, stored = [], {}
     for site in graph.sites:
         size = graph.parameters[site.path].size
         # Every weight of a kernel takes part in equally many MACs.
         macs = site.macs * kept[site.path] // max(size, 1)
         owned = site.path not in stored
-        stored.setdefault(
-            site.path, kernel_bytes(site, size, kept[site.path], kernel_bits[site.path])
+        packed = kernel_bytes(
+            site, size, kept[site.path], fixed_scales.get(site.path), kernel_bits[site.path]
         )
+        stored.setdefault(site.path, packed)
         rows.append(
             SiteCost(
                 name=site.name,
@@ -193,12 +201,39 @@ def all_bits(name: str, sites: Iterable[str], bits: Mapping[str, int] | None) ->
     return found
 
 
-def kernel_bytes(site: core.Site, size: int, kept: int, bits: int) -> int:
-    """Packed bytes of a kernel of `size` weights, `kept` of them, with its scales."""
+def scales_of_kernels(graph: core.Graph, scales: Mapping[str, int] | None) -> dict[str, int]:
+    """{path: scales} of the kernels that store another number than one per output channel.
+
+    Raises:
+      ValueError: If a site is unknown, or a number of scales is no integer of at least 0.
+    """
+    paths = {site.name: site.path for site in graph.sites}
+    given: dict[str, int] = {}
+    for name, value in (scales or {}).items():
+        path = paths[core.check_choice("site of scales", name, paths)]
+        value = core.check_integer(f"scales of {name!r}", value, 0)
+        given[path] = max(value, given.get(path, 0))
+    channels: dict[str, int] = {}
+    for site in graph.sites:  # A kernel is stored with the channels that its first site has.
+        channels.setdefault(site.path, _rows(site, graph.parameters[site.path].size)[0])
+    return {path: n for path, n in given.items() if n != channels[path]}
+
+
+def kernel_bytes(site: core.Site, size: int, kept: int, scales: int | None, bits: int) -> int:
+    """Packed bytes of a kernel of `size` weights, `kept` of them, and below 32 bits its scales.
+
+    There is one for each output channel where `scales` is None.
+    """
+    channels, columns = _rows(site, size)
+    scales = channels if scales is None else scales
+    packed = packed_bytes(channels, columns, kept, bits)
+    return packed + (SCALE_BYTES * scales if bits < FLOAT_BITS else 0)
+
+
+def _rows(site: core.Site, size: int) -> tuple[int, int]:
+    """Output channels of `size` weights, and the weights of each."""
     columns = max(_size(site.kernel_shape, site.kernel_in_axes), 1)
-    channels = -(-size // columns)
-    scales = SCALE_BYTES * channels if bits < FLOAT_BITS else 0
-    return packed_bytes(channels, columns, kept, bits) + scales
+    return -(-size // columns), columns
 
 
 def _size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:

@@ -11,7 +11,14 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.core.channels import components
-from hybrid_jax.cost.count import FLOAT_BITS, SCALE_BYTES, all_bits, kept_counts, kernel_bytes
+from hybrid_jax.cost.count import (
+    FLOAT_BITS,
+    SCALE_BYTES,
+    all_bits,
+    kept_counts,
+    kernel_bytes,
+    scales_of_kernels,
+)
 from hybrid_jax.cost.memory import OUTPUT, moments
 from hybrid_jax.cost.packing import packed_bytes
 
@@ -101,23 +108,28 @@ class Formula:
         }
 
 
-def formula(graph: core.Graph, masks: Any = None) -> Formula:
+def formula(
+    graph: core.Graph, masks: Any = None, scales: Mapping[str, int] | None = None
+) -> Formula:
     """Finds what a model costs as a function of the widths of its groups and the bits of its sites.
 
-    `formula(graph, masks).count(None, weight_bits, activation_bits)` is what
-    `count(graph, masks, weight_bits, activation_bits)` finds, and with widths it is what `count`
-    finds on the network that `core.shrink` makes with so many channels kept in each group.
+    `formula(graph, masks, scales).count(None, weight_bits, activation_bits)` is what
+    `count(graph, masks, weight_bits, activation_bits, scales)` finds, and with widths it is what
+    `count` finds on the network that `core.shrink` makes with so many channels kept in each group.
 
     Args:
       graph: A traced model.
       masks: As `count` takes them. With masks widths cannot be chosen: shrink first.
+      scales: As `count` takes them. One scale per output channel goes with the channels, and one
+        per tensor stays one; with other numbers, as of groups, widths cannot be chosen.
 
     Returns:
       The formula. It has no widths either where two activations are multiplied with each other.
 
     Raises:
-      ValueError: If a mask has no parameter of its path or another shape, or an array holds the
-        channels of a group unequally often, so that its size does not depend on their number alone.
+      ValueError: If a mask has no parameter of its path or another shape, a site of `scales` is
+        unknown or their number none, or an array holds the channels of a group unequally often, so
+        that its size does not depend on their number alone.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -131,14 +143,16 @@ def formula(graph: core.Graph, masks: Any = None) -> Formula:
     """
     kept = kept_counts(graph, masks)
     between = graph.macs - sum(site.macs for site in graph.sites)
-    groups = graph.groups if masks is None and not between else ()
+    fixed_scales = scales_of_kernels(graph, scales)
+    free = masks is None and not between and all(n <= 1 for n in fixed_scales.values())
+    groups = graph.groups if free else ()
     measure = _measure(graph, groups)
     macs, bops, kernels = [], [], {}
     for where, site in graph.site_at.items():
         if not any(site is other for other in graph.sites):  # One of a derivative rule.
             continue
         labels = graph.analysis.equations[where][0][site.kernel_operand].labels
-        kernels.setdefault(site.path, (site, labels))
+        kernels.setdefault(site.path, (site, labels, fixed_scales.get(site.path)))
         if masks is None:
             work = _scaled(measure(labels), site.macs, max(math.prod(site.kernel_shape), 1))
         else:
@@ -204,16 +218,19 @@ def _measure(graph, groups) -> Callable[[Any], Polynomial]:
 
 
 def _dense_bytes(graph, measure, path, kernel) -> Amount:
-    """Bytes of a parameter, with its scales if it is a kernel: (site, labels of each axis)."""
+    """Bytes of a parameter; of a kernel with its scales: (site, labels of each axis, scales)."""
     size = measure(_parameter(graph, path))
     if kernel is None:
         return _amount(_scaled(size, FLOAT_BITS), unit=8)
-    (site, labels), weight = kernel, ("weight", path)
-    channels = measure([axis for i, axis in enumerate(labels) if i not in site.kernel_in_axes])
-    # A kernel that scans run over is stored once for each run.
-    times = graph.parameters[path].size * 8 * SCALE_BYTES
-    scales = _amount(_scaled(channels, times, max(math.prod(site.kernel_shape), 1)))
-    gated = tuple(_if_quantized(term, weight) for term in scales.terms)
+    (site, labels, scales), weight = kernel, ("weight", path)
+    if scales is None:
+        channels = measure([axis for i, axis in enumerate(labels) if i not in site.kernel_in_axes])
+        # A kernel that scans run over is stored once for each run.
+        times = graph.parameters[path].size * 8 * SCALE_BYTES
+        scale_bits = _scaled(channels, times, max(math.prod(site.kernel_shape), 1))
+    else:
+        scale_bits = {(): scales * 8 * SCALE_BYTES}
+    gated = tuple(_if_quantized(term, weight) for term in _amount(scale_bits).terms)
     return Amount(_amount(size, (weight,)).terms + gated, unit=8)
 
 
@@ -222,7 +239,8 @@ def _masked_bytes(graph, kept, path, kernel) -> Amount:
     size = graph.parameters[path].size
     if kernel is None:
         return _amount({(): packed_bytes(1, size, kept, FLOAT_BITS)})
-    packed = functools.partial(kernel_bytes, kernel[0], size, kept)
+    site, _, scales = kernel
+    packed = functools.partial(kernel_bytes, site, size, kept, scales)
     return Amount((Term((("weight", path),), packed),))
 
 

@@ -106,28 +106,13 @@ def apply_masks(params: Any, masks: Any) -> Any:
       >>> apply_masks({'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([True, False])})
       {'w': Array([1., 0.], dtype=float32)}
     """
-    check_masks(params, masks)
+    core.check_masks(params, masks)
 
     def apply(path, mask, leaf):
         del path
         return leaf if core.is_masked_node(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
     return core.map_with_path(apply, masks, params)
-
-
-def check_masks(params: Any, masks: Any) -> None:
-    """Raises ValueError unless every mask is bool and of its parameter's path and shape."""
-    core.check_same_paths("masks", masks, "params", params)
-    leaves = core.flatten_paths(params)
-    for path, mask in core.flatten_paths(masks).items():
-        leaf = leaves[path]
-        if core.is_masked_node(mask):
-            continue
-        if mask.shape != leaf.shape or mask.dtype != jnp.bool_:
-            raise ValueError(
-                f"masks must have bool{list(leaf.shape)} at {path!r}, "
-                f"got {mask.dtype}{list(mask.shape)}"
-            )
 
 
 def _check_kind(name: str, value: Any, kind: type, example: str) -> None:

@@ -22,7 +22,6 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from hybrid_jax import core
-from hybrid_jax.pruning.masking import check_masks
 
 # Columns are solved together as long as their matrices hold no more than this many numbers.
 _MOST = 1 << 22
@@ -108,7 +107,7 @@ def compensate(
       [[5.0], [0.0]]
     """
     core.check_positive("damping", damping)
-    check_masks(params, masks)
+    core.check_masks(params, masks)
     core.check_grams(params, grams)
 
     def move(path, mask, leaf):

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hybrid_jax import core
 from hybrid_jax.pruning import renewal
 from hybrid_jax.pruning.allocation import Allocation
 from hybrid_jax.pruning.granularity import Granularity
-from hybrid_jax.pruning.masking import apply_masks, check_masks
+from hybrid_jax.pruning.masking import apply_masks
 from hybrid_jax.pruning.schedules import Schedule
 from hybrid_jax.pruning.scoring import Accumulate, Scoring
 
@@ -75,7 +76,7 @@ def hold_masks(masks: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params):
-        check_masks(params, masks)
+        core.check_masks(params, masks)
         # Copied, so that a training step may donate its state.
         return HoldMasksState(jax.tree.map(jnp.array, masks))
 

@@ -13,7 +13,8 @@ calibration, and then `adaround` (or `gptq`) and `correct_biases`, whose paramet
 Each site its own bits, within budgets (with `widths`, how many channels each group keeps, too):
 
     damage = quantization.sensitivity(fn, params, batches, spec, {2: ranges, 4: ranges, 8: ranges})
-    found = quantization.allocate_bits(damage, cost.formula(graph), spec, {'bytes': 20_000})
+    formula = cost.formula(graph, scales=quantization.scale_counts(graph, spec))
+    found = quantization.allocate_bits(damage, formula, spec, {'bytes': 20_000})
     spec = quantization.with_bits(spec, found.bits)   # or q_fn(..., bits=found.bits)
 """
 
@@ -34,7 +35,7 @@ from hybrid_jax.quantization.grids import (
     quantize,
     spread,
 )
-from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels
+from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels, scale_counts
 from hybrid_jax.quantization.observers import (
     Observer,
     entropy,
@@ -103,6 +104,7 @@ __all__ = [
     "quantize",
     "range_shape",
     "round_bits",
+    "scale_counts",
     "sensitivity",
     "spec",
     "spread",

@@ -47,7 +47,9 @@ def allocate_bits(
     Args:
       sensitivity: {site name: {'weight', 'activation' or both: {bits: damage}}}; the bits listed
         are the choices. The damages of sites that share a kernel are added, they get the same bits.
-      formula: `cost.formula(graph)`: how the costs depend on what is chosen.
+      formula: `cost.formula(graph, scales=scale_counts(graph, spec))`: how the costs depend on what
+        is chosen. Without `scales` every kernel below 32 bits is counted with one scale for each
+        output channel, which is right for the quantizers that `spec` has by default only.
       spec: How each site is quantized; its bits are those of what is not chosen.
       budgets: {name of a cost in the formula: the most it may be}: 'bytes', 'bops', 'macs' and
         'peak_activation_bytes'.

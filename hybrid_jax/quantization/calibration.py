@@ -98,15 +98,11 @@ def calibrate(
         return jax.jit(jax.vmap(f, axes) if stacked else f)
 
     step = later_step = seen = None
-    for batch in batches:
-        if not isinstance(batch, tuple):
-            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
+    for batch in core.check_batches(batches):
         step = step or over_experts(see, (0, *(None for _ in batch)))
         later_step = later_step or over_experts(later, (0, 0))
         new = step(params, *batch)
         seen = new if seen is None else later_step(seen, new)
-    if seen is None:
-        raise ValueError("batches must hold at least one batch, got none")
     missed = [site.name for site in spec.sites if site.name not in seen]
     if missed:
         raise ValueError(f"fn must run every site of spec outside `while`, got no {missed[0]!r}")

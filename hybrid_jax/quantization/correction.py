@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, model, specs
-from hybrid_jax.quantization.reconstruction import check_batches
 
 
 def correct_biases(
@@ -59,7 +58,7 @@ def correct_biases(
       >>> print(f"{new['w/bias'][0]:.3f}")  # 1.3 becomes 1: of the mean 2.6, 0.6 is lost.
       0.600
     """
-    batches = check_batches(batches)
+    batches = list(core.check_batches(batches, alike=True))
     flat = core.flatten_paths(params)
     names = [
         site.name

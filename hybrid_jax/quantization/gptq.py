@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.quantization import grids, specs
+from hybrid_jax.quantization import grids, model, specs
 
 ORDERS = ("activation", "natural")
 
@@ -82,7 +82,7 @@ def gptq(
     core.check_choice("order", order, ORDERS)
     core.check_grams(params, grams)
     masks = jax.tree.map(lambda _: optax.MaskedNode(), params) if masks is None else masks
-    _check_masks(params, masks)
+    core.check_masks(params, masks)
     widths = {site.name: _width(site, bits) for site in spec.sites}
     swept = [site.name for gram in grams.values() for site in gram.sites]
     for name, width in widths.items():
@@ -107,17 +107,6 @@ def gptq(
     return core.map_with_path(move, masks, params)
 
 
-def _check_masks(params, masks):
-    flat = core.flatten_paths(masks)
-    expected = {
-        path: flat[path]
-        if core.is_masked_node(flat.get(path))
-        else jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.bool_)
-        for path, leaf in core.flatten_paths(params).items()
-    }
-    core.check_same_structure("masks", expected, flat)
-
-
 def _no_gram(name, grams):
     return (
         f"grams must have every kernel to be quantized or pruned, got none for {name!r} among: "
@@ -128,19 +117,12 @@ def _no_gram(name, grams):
 def _width(site, bits):
     if bits is None:
         return site.weight.bits
-    return site.weight.check_bits(f"bits of {site.name!r}", _entry("bits", bits, site.name))
+    width = model.entry("bits", bits, site.name, "weight")
+    return site.weight.check_bits(f"bits of {site.name!r}", width)
 
 
 def _is_off(width):
     return isinstance(width, int) and width == grids.OFF
-
-
-def _entry(argument, tree, name):
-    if "weight" not in tree.get(name, {}):
-        raise ValueError(
-            f"{argument} must have [{name!r}]['weight'], got {', '.join(tree) or 'nothing'}"
-        )
-    return tree[name]["weight"]
 
 
 def _span(gram, quantizer, ranges):
@@ -149,7 +131,7 @@ def _span(gram, quantizer, ranges):
         raise ValueError(
             f"the kernel at {gram.site.name!r} must have a range of its own, got learning 'dynamic'"
         )
-    first, *others = [_entry("ranges", ranges, site.name) for site in gram.sites]
+    first, *others = [model.entry("ranges", ranges, site.name, "weight") for site in gram.sites]
     for site, span in zip(gram.sites[1:], others, strict=True):
         traced = any(isinstance(end, jax.core.Tracer) for end in (*first, *span))
         if not traced and not all(map(np.array_equal, first, span)):

@@ -1,7 +1,8 @@
 """Quantizing a whole model at its sites: as floats to train with, and as integers to store."""
 
+import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,8 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
       kernel and activation is rounded stochastically, by a key of its own (the iterations of a scan
       share theirs). q_fn is differentiable in `params` and `ranges`; pruned weights stay exactly
       zero, but at a site that is 'binary'. A site in a custom derivative keeps the gradient that
-      the rule states, in which its ranges are not: they cannot be trained.
+      the rule states, in which its ranges are not: they cannot be trained, and to train the others
+      `lax.stop_gradient` must be applied to them before they are given; if it is not, JAX raises.
 
     Raises:
       ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, or concrete bits are
@@ -135,20 +137,61 @@ def integer_kernels(
     return integers
 
 
+def scale_counts(graph: core.Graph, spec: specs.Spec) -> dict[str, int]:
+    """How many scales each kernel stores when it is quantized, as `cost.count` takes them.
+
+    It is one for each entry of the kernel's range: one per tensor, one for each output channel, or
+    so many for each as there are groups in it. A kernel used at several sites, or in a `scan`, has
+    its scales once; a parameter that sites take different parts of has those of all parts. Bits do
+    not matter, so that the counts hold for all that `allocate_bits` may choose; at 32 bits `count`
+    counts no scale.
+
+    Args:
+      graph: The traced model.
+      spec: How each site is quantized.
+
+    Returns:
+      {site name: scales stored with the parameter that its kernel is taken from}.
+
+    Raises:
+      ValueError: If `spec` lacks a site, or a group does not divide a kernel.
+
+    Example:
+      >>> params = {name: jnp.ones((8, 8)) for name in 'abc'}
+      >>> fn = lambda params, x: x @ params['a'] @ params['b'] @ params['c']
+      >>> graph = core.trace(fn, params, jnp.ones((1, 8)))
+      >>> groups = specs.Quantizer(4, per_channel=True, group=4)
+      >>> rules = [('a', {'weight': specs.Quantizer(4)}), ('b', {'weight': groups})]
+      >>> scale_counts(graph, specs.spec(graph, rules))
+      {'a': 1, 'b': 16, 'c': 8}
+    """
+    stored: dict[str, int] = collections.Counter()
+    for site in graph.sites:
+        own = math.prod(specs.range_shape(site, spec[site.name].weight))
+        whole = math.prod(site.kernel_shape) == graph.parameters[site.path].size
+        stored[site.path] = own if whole else stored[site.path] + own
+    return {site.name: stored[site.path] for site in graph.sites}
+
+
 def _choose(spec, ranges, bits, site):
     """For the kernel and for the activation of a site: its quantizer, range and bits."""
     chosen = []
     for role in ("weight", "activation"):
         quantizer, span = getattr(spec[site.name], role), None
-        width = quantizer.bits if bits is None else _entry("bits", bits, site.name, role)
+        width = quantizer.bits if bits is None else entry("bits", bits, site.name, role)
         width = quantizer.check_bits(f"bits of {site.name!r}", width)
         if quantizer.learning != "dynamic" and not (isinstance(width, int) and width == grids.OFF):
-            span = _entry("ranges", ranges, site.name, role)
+            span = entry("ranges", ranges, site.name, role)
         chosen.append((quantizer, span, width))
     return chosen
 
 
-def _entry(argument, tree, name, role):
+def entry(argument: str, tree: Mapping[str, Mapping[str, Any]], name: str, role: str) -> Any:
+    """tree[name][role], of the argument of that name.
+
+    Raises:
+      ValueError: If there is no such entry.
+    """
     try:
         return tree[name][role]
     except KeyError:

@@ -228,15 +228,17 @@ def ternary() -> Observer:
     return Observer(histogram, _neutral(histograms.merge), value)
 
 
-METHODS = {
+METHODS_OF_ANY_BITS = {
     "minmax": minmax,
     "ema": moving_average,
     "percentile": percentile,
     "mse": mse,
     "entropy": entropy,
-    "mean_abs": mean_abs,
-    "ternary": ternary,
 }
+"""What finds ranges for kernels and activations at every bit-width."""
+
+METHODS = METHODS_OF_ANY_BITS | {"mean_abs": mean_abs, "ternary": ternary}
+"""All of them: the last two are for kernels of two and of three values."""
 
 
 def observer(method: str | Observer) -> Observer:

@@ -99,7 +99,7 @@ def adaround(
       >>> print(new['w'].sum())  # Of 0.4 + 0.45 rounding to nearest makes 0, this 1; and 7.
       8.0
     """
-    batches = check_batches(batches)
+    batches = list(core.check_batches(batches, alike=True))
     core.check_integer("steps", steps, 1)
     core.check_positive("learning_rate", learning_rate)
     core.check_positive("regularization", regularization)
@@ -256,20 +256,3 @@ def _groups(graph, quantized, patterns):
             raise ValueError(f"blocks must not part the sites of kernel {sites[name]!r}")
         groups.setdefault(label, {})[name] = sites[name]
     return [(tuple(group), tuple(dict.fromkeys(group.values()))) for group in groups.values()]
-
-
-def check_batches(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Returns the batches as a list.
-
-    Raises:
-      ValueError: If there is none, or their shapes differ.
-      TypeError: If one is not a tuple.
-    """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches must hold at least one batch, got none")
-    for batch in batches:
-        if not isinstance(batch, tuple):
-            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
-        core.check_same_structure("every batch", batches[0], batch)
-    return batches

@@ -85,6 +85,7 @@ def sensitivity(
     Raises:
       ValueError: If there is no batch, no bits or no role, a role is unknown, a tensor's scheme has
         not these bits, `around` lacks a site or has bits without ranges, or a damage is not finite.
+      TypeError: If a batch is not a tuple.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -122,7 +123,7 @@ def sensitivity(
     found: dict[tuple[str, str, int], list[jax.Array]] = {
         key: [] for key in itertools.product(names, roles, ranges)
     }
-    for batch in batches:
+    for batch in core.check_batches(batches):
         outputs = reference(params, *batch)
         # A compiled call for each, not a loop within: on a CPU a convolution in a loop is slow.
         for (name, role, width), values in found.items():
@@ -132,8 +133,6 @@ def sensitivity(
                 for site, known in first.items()
             }
             values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
-    if not all(found.values()):
-        raise ValueError("batches must hold at least one batch, got none")
     result: Sensitivity = {name: {role: {} for role in roles} for name in names}
     for (name, role, width), values in found.items():
         result[name][role][width] = float(np.mean(np.array(values, np.float64)))

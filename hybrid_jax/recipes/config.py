@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybrid_jax import core, models
+from hybrid_jax.quantization.observers import METHODS_OF_ANY_BITS
 
 CRITERIA = ("magnitude_l1", "magnitude_l2", "batchnorm_scale", "taylor", "geometric_median")
 DIVERSITY = ("criterion", "seed", "cluster", "bits")
@@ -221,7 +222,7 @@ def check_config(config: ConfigDict) -> None:
         core.check_choice("config.deploy.platforms", platform, ("cpu", "cuda", "rocm", "tpu"))
     each(core.check_choice, "gate.routing", ROUTINGS)
     each(core.check_choice, "experts.method", ("auto", "vmap", "map", "unroll"))
-    each(core.check_choice, "experts.calibration", ("minmax", "ema", "percentile", "mse"))
+    each(core.check_choice, "experts.calibration", METHODS_OF_ANY_BITS)
     parse_granularity(config.experts.granularity)
     if config.gate.k > config.experts.count:
         raise ValueError(

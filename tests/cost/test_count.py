@@ -44,6 +44,22 @@ def test_masks_and_bits_by_hand():
     assert (found.parameters, found.nonzero) == (96, 75)
 
 
+def test_scales_by_hand():
+    bits = {"conv": 4, "head": 8}
+    # conv: 72 weights of 4 bits, 36 bytes; head: 20 bytes; bias: 16. Scales of 4 bytes: conv one
+    # per tensor; head has 5 channels, and in groups of 2 of its 4 inputs 5·2.
+    for scales, stored in [
+        (None, (36 + 4 * 4, 20 + 5 * 4)),
+        ({"conv": 1}, (36 + 4, 20 + 5 * 4)),
+        ({"conv": 1, "head": 10}, (36 + 4, 20 + 10 * 4)),
+    ]:
+        found = cost.count(GRAPH, None, bits, scales=scales)
+        assert tuple(site.bytes for site in found.sites) == stored
+        assert found.bytes == sum(stored) + 16
+    # A kernel of floats has none.
+    assert cost.count(GRAPH, scales={"conv": 1, "head": 10}) == cost.count(GRAPH)
+
+
 def test_no_masks_in_any_form_is_dense():
     dense = cost.count(GRAPH)
     masked_nodes = jax.tree.map(lambda _: optax.MaskedNode(), PARAMS)
@@ -94,6 +110,9 @@ def test_a_kernel_of_two_sites_is_stored_once_at_its_largest_width():
     found = cost.count(graph, weight_bits={"w": 4, "w#2": 8})
     # 16 weights of 8 bits and four scales of 4 bytes.
     assert found.bytes == 16 + 16
+    # The most that a site has: eight.
+    scales = {"w": 1, "w#2": 8}
+    assert cost.count(graph, weight_bits={"w": 4, "w#2": 8}, scales=scales).bytes == 16 + 8 * 4
     assert found.bops == 16 * 4 * 32 + 16 * 8 * 32
 
 
@@ -113,6 +132,8 @@ def test_batch_statistics_are_stored_but_no_parameters():
         ({"weight_bits": {"conv": 0}}, r"weight_bits of 'conv' must be .*\[1, 32\], got 0"),
         ({"activation_bits": {"conv": 4.0}}, "activation_bits of 'conv' must be .*, got 4.0"),
         ({"weight_bits": {"cnv": 8}}, "site of weight_bits must .* did you mean conv"),
+        ({"scales": {"cnv": 1}}, "site of scales must .* did you mean conv"),
+        ({"scales": {"conv": -1}}, "scales of 'conv' must be an integer of at least 0, got -1"),
         ({"masks": {"cnv": np.ones(2, bool)}}, "path of masks must .* did you mean conv"),
         ({"masks": {"bias": np.ones(5, bool)}}, r"masks must have shape \(4,\) at 'bias', got"),
     ],

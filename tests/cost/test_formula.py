@@ -85,6 +85,38 @@ def test_masks_are_counted_and_fix_the_widths():
         formula.count({"a": 3})
 
 
+def test_scales_by_hand():
+    graph = core.trace(mlp, MLP, jnp.ones((1, 3)))
+    bits, floats = {"a": 8, "b": 8}, 4 * 10
+    # One scale for a; one for each of the 2 channels of b, or 2 for each in groups of 5.
+    tensor = cost.formula(graph, scales={"a": 1})
+    groups = cost.formula(graph, scales={"a": 1, "b": 4})
+    assert tensor.count(None, bits)["bytes"] == 30 + 4 + floats + 20 + 2 * 4
+    assert groups.count(None, bits)["bytes"] == 30 + 4 + floats + 20 + 4 * 4
+    assert groups.count() == cost.formula(graph).count()
+    # One per tensor stays one at every width; of groups it is not known.
+    assert tensor.count({"a": 5}, bits)["bytes"] == 15 + 4 + 4 * 5 + 10 + 2 * 4
+    assert groups.widths == {}
+    with pytest.raises(ValueError, match="group of widths must be one of"):
+        groups.count({"a": 5})
+    # One for each of a's ten channels goes with them.
+    channels = cost.formula(graph, scales={"a": 10, "b": 2})
+    assert channels.count({"a": 5}, bits) == cost.formula(graph).count({"a": 5}, bits)
+    with pytest.raises(ValueError, match="site of scales must be one of a, b, got 'c'"):
+        cost.formula(graph, scales={"c": 1})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scales_are_counted_as_count_does(masked):
+    graph = core.trace(mlp, MLP, jnp.ones((1, 3)))
+    masks = {"a": jnp.arange(30).reshape(3, 10) % 5 == 0} if masked else None
+    for scales in ({"a": 1}, {"a": 30, "b": 0}):
+        formula = cost.formula(graph, masks, scales)
+        for bits in (2, 8, 32):
+            found = cost.count(graph, masks, {"a": bits}, scales=scales)
+            assert formula.count(None, {"a": bits})["bytes"] == found.bytes
+
+
 def test_a_shared_kernel_is_stored_once():
     def fn(params, x):
         return jnp.tanh(x @ params["w"]) @ params["w"]

@@ -291,7 +291,7 @@ def test_apply_masks_zeroes_even_what_is_not_finite():
 
 def test_apply_masks_names_a_mask_that_does_not_fit():
     params = {"w": jnp.ones((2, 2))}
-    with pytest.raises(ValueError, match=r"masks must have bool\[2, 2\] at 'w', got bool\[2\]"):
+    with pytest.raises(ValueError, match=r"masks must have bool\[2,2\] at 'w', got bool\[2\]"):
         pruning.apply_masks(params, {"w": jnp.ones(2, bool)})
     with pytest.raises(ValueError, match="got 'v' in one of them only"):
         pruning.apply_masks(params, {"w": jnp.ones((2, 2), bool), "v": jnp.ones(2, bool)})

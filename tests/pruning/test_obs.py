@@ -218,5 +218,5 @@ def test_bad_input():
         pruning.obs(params, grams, damping=0.0)
     with pytest.raises(ValueError, match="every kernel with a mask, got none for 'w' among: noth"):
         pruning.compensate(params, masks, {})
-    with pytest.raises(ValueError, match=r"masks must have bool\[2, 1\] at 'w'"):
+    with pytest.raises(ValueError, match=r"masks must have bool\[2,1\] at 'w'"):
         pruning.compensate(params, {"w": jnp.array([True, False])}, grams)

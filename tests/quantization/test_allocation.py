@@ -33,11 +33,11 @@ def weights_only(*damages):
     }
 
 
-def counted(bits):
+def counted(bits, scales=None):
     weight, activation = (
         {site: bits[site][role] for site in SITES} for role in ("weight", "activation")
     )
-    return cost.count(GRAPH, None, weight, activation)
+    return cost.count(GRAPH, None, weight, activation, scales)
 
 
 @settings(deadline=None, max_examples=40)
@@ -86,6 +86,19 @@ def test_by_hand():
     both = q.allocate_bits(sensitivity, FORMULA, SPEC, {"bytes": 100, "bops": 21 * 64 + 45 * 16})
     assert [both.bits[site]["weight"] for site in SITES] == [8, 2, 2]
     assert both.costs["bops"] == counted(both.bits).bops == 21 * 64 + 45 * 16
+
+
+def test_bytes_are_those_of_the_quantizers_scales():
+    # As by hand above, but one scale for each kernel: 3 · 4 bytes in place of 14 · 4.
+    sensitivity = weights_only((9.0, 2.0, 0.0), (5.0, 4.0, 0.0), (1.0, 0.5, 0.0))
+    spec = q.spec(GRAPH, [(".*", {"weight": q.Quantizer(8)})])
+    scales = q.scale_counts(GRAPH, spec)
+    assert scales == dict.fromkeys(SITES, 1)
+    formula = cost.formula(GRAPH, scales=scales)
+    found = q.allocate_bits(sensitivity, formula, spec, {"bytes": 44 + 12})
+    assert [found.bits[site]["weight"] for site in SITES] == [8, 3, 3]
+    assert found.costs["bytes"] == 21 + 14 + 4 + 12
+    assert counted(found.bits, scales).bytes == found.costs["bytes"]
 
 
 def test_budget_below_the_least_says_the_least():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hybrid_jax import core
+from hybrid_jax import core, cost
 from hybrid_jax import quantization as q
 
 STEM, DEPTHWISE, HEAD = (f"params/{name}/kernel" for name in ("stem", "depthwise", "head"))
@@ -333,6 +333,83 @@ def test_a_site_in_a_custom_derivative_is_quantized():
     value, slope = jax.value_and_grad(lambda p: q_fn(p, ranges, x).sum())(params)
     assert float(value) == 6.0
     np.testing.assert_allclose(slope["w"], [[3 * 5.2]], rtol=1e-6)
+
+
+def test_ranges_beside_a_custom_derivative_train_where_its_own_are_stopped():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda s, g: (g @ s[1].T, s[0].T @ g))
+
+    def fn(params, x):
+        return product(x @ params["v"], params["w"])
+
+    params, x = {"v": jnp.array([[1.2]]), "w": jnp.array([[2.0]])}, jnp.ones((1, 1))
+    rule = {"weight": q.Quantizer(4), "activation": 32}
+    spec = q.spec(core.trace(fn, params, x), [(".*", rule)])
+    # Steps of 1; 1.2 becomes 1. LSQ: the slope of v̂ in the step is 1 − 1.2, scaled by 1/√7, times
+    # w = 2. The ends follow the step: they are 7 and −7 of it.
+    ranges = {name: {"weight": q.Range(jnp.float32(-7.0), jnp.float32(7.0))} for name in params}
+    q_fn = q.fake_quantized(fn, spec)
+
+    @jax.jit
+    @jax.grad
+    def slope(ranges):
+        return q_fn(params, ranges | {"w": jax.lax.stop_gradient(ranges["w"])}, x).sum()
+
+    found = slope(ranges)
+    assert np.all(np.array(found["w"]["weight"]) == 0)
+    low, high = found["v"]["weight"]
+    np.testing.assert_allclose([low, high], np.array([-7, 7]) * -0.2 * 2 / np.sqrt(7), rtol=1e-5)
+
+
+def test_scales_are_those_of_the_range(model):
+    # The depthwise kernel takes 3·3·1 weights to each channel; in groups of 3, three ranges each.
+    graph = core.trace(model.fn, model.params, model.x)
+    rules = [
+        (STEM, {"weight": q.Quantizer(4)}),
+        (DEPTHWISE, {"weight": q.Quantizer(4, per_channel=True, group=3)}),
+    ]
+    widths = {site.name: site.kernel_shape[-1] for site in graph.sites}
+    spec = q.spec(graph, rules)
+    assert q.scale_counts(graph, spec) == widths | {STEM: 1, DEPTHWISE: 3 * widths[DEPTHWISE]}
+    assert q.scale_counts(graph, q.spec(graph)) == widths
+    ranges = q.calibrate(model.fn, model.params, [(model.x,)], spec)
+    for name, scales in q.scale_counts(graph, spec).items():
+        assert ranges[name]["weight"].low.size == scales
+    # 4 bytes of each scale are all that the quantizers change.
+    bits = {"weight_bits": spec.weight_bits}
+    saved = widths[STEM] - 1 - 2 * widths[DEPTHWISE]
+    plain, found = (
+        cost.count(graph, **bits, scales=scales).bytes
+        for scales in (None, q.scale_counts(graph, spec))
+    )
+    assert plain - found == 4 * saved
+
+
+def test_scales_of_a_kernel_used_more_than_once():
+    def fn(params, x):
+        x = lax.scan(lambda x, w: (x @ w, None), x, params["scan"])[0]
+        x = x @ params["shared"] @ params["shared"]
+        return x @ params["parts"][0] @ params["parts"][1]
+
+    params = {
+        "scan": jnp.ones((5, 3, 3)),
+        "shared": jnp.ones((3, 3)),
+        "parts": jnp.ones((2, 3, 3)),
+    }
+    graph = core.trace(fn, params, jnp.ones((1, 3)))
+    found = q.scale_counts(graph, q.spec(graph))
+    # A scan has one range for all of its iterations. Shared: once. Parts: three for each.
+    by_path = {site.path: found[site.name] for site in graph.sites}
+    assert by_path == {"scan": 3, "shared": 3, "parts": 6}
+    # 45, 9 and 18 weights of one byte, and the scales.
+    bits = dict.fromkeys(found, 8)
+    assert cost.count(graph, None, bits, scales=found).bytes == 72 + (3 + 3 + 6) * 4
+    whole = q.spec(graph, [(".*", {"weight": q.Quantizer(8)})])
+    found = q.scale_counts(graph, whole)
+    assert cost.count(graph, None, bits, scales=found).bytes == 72 + (1 + 1 + 2) * 4
 
 
 def test_bad_arguments(model, spec, ranges):

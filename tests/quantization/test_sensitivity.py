@@ -93,6 +93,8 @@ def test_sensitivity_names_what_is_wrong(model, spec, ranges):
     def measure(batches=((model.x,),), ranges=ranges, **kwargs):
         return q.sensitivity(model.fn, model.params, batches, spec, ranges, **kwargs)
 
+    with pytest.raises(TypeError, match="batches must yield tuples of inputs, got ArrayImpl"):
+        measure(batches=[jnp.ones((1, 1))])
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         measure(batches=[])
     with pytest.raises(ValueError, match="roles and ranges must not be empty"):

@@ -19,6 +19,19 @@ def test_shipped_configs_are_valid(name):
     recipes.check_config(module.get_config())
 
 
+@pytest.mark.parametrize("method", ["minmax", "ema", "percentile", "mse", "entropy"])
+def test_calibration_takes_what_finds_ranges_at_all_bits(config, method):
+    config.experts.calibration = method
+    recipes.check_config(config)
+
+
+@pytest.mark.parametrize("method", ["mean_abs", "ternary", "entrpy"])
+def test_calibration_refuses_what_is_of_few_values_or_unknown(config, method):
+    config.experts.calibration = method
+    with pytest.raises(ValueError, match=f"config.experts.calibration must .* got '{method}'"):
+        recipes.check_config(config)
+
+
 def test_unknown_and_missing_keys(config):
     with config.unlocked():
         config.gate.widht = 3
