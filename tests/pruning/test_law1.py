@@ -130,7 +130,7 @@ def test_masked_equals_shrunk_after_twenty_more_steps(name, small_model):
 
     step, small_step = stepper(train), stepper(core.narrow(train, params, kept))
     batches = [jnp.roll(images, shift, axis=2) for shift in range(3)]
-    # Momentum from before the pruning, which is to be sliced with the rest.
+    # One step before the removal, so that there is momentum to be sliced with the rest.
     state = tx.init({"params": params["params"]})
     masked, state = step(pruning.apply_masks(params, masks), state, batches[0])
     small, small_state = core.slice_tree(masked, kept), core.slice_tree(state, kept)

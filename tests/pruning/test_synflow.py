@@ -41,6 +41,10 @@ def deep(params, x):
     return x @ params["0"] @ params["1"] @ params["2"]
 
 
+def bounded(params, x):
+    return jax.nn.relu6(x @ params["0"] @ params["1"]) @ params["2"]
+
+
 @pytest.fixture
 def deep_params(key):
     shapes = {"0": (2, 50), "1": (50, 50), "2": (50, 2)}
@@ -102,12 +106,16 @@ def test_flow_of_a_batchnorm_network_at_initialization():
 def test_bad_flow_is_named(deep_params):
     x = jnp.ones((1, 2))
     huge = jax.tree.map(lambda leaf: leaf * 1e15, deep_params)
-    with pytest.raises(ValueError, match="params must have a synaptic flow that is finite"):
+    with pytest.raises(
+        ValueError, match=r"a flow that is finite .* got none through '.' at scale 1"
+    ):
         pruning.synflow_masks(deep, huge, x, sparsity=0.5, rounds=2)
     pruning.synflow_masks(deep, huge, x, sparsity=0.5, rounds=2, scale=1e-10)
     dead = deep_params | {"1": jnp.zeros((50, 50))}
-    with pytest.raises(ValueError, match="not zero everywhere"):
+    with pytest.raises(ValueError, match="got none through '0' at scale 1"):
         pruning.synflow_masks(deep, dead, x, sparsity=0.5, rounds=2)
+    with pytest.raises(ValueError, match="got none through '0'"):
+        pruning.synflow_masks(bounded, deep_params, x, sparsity=0.5, rounds=2)
     with pytest.raises(ValueError, match="rounds must be an integer of at least 1"):
         pruning.synflow_masks(deep, deep_params, x, sparsity=0.5, rounds=0)
     with pytest.raises(ValueError, match="sparsity must be in"):
