@@ -1,4 +1,28 @@
-"""Pruning: criteria → allocation → masks → schedule → optax transform; channels and shrink."""
+"""Pruning: which weights or channels leave, when, and what is left.
+
+Weights, a criterion → granularity and allocation → masks; or along a schedule, in any optimizer:
+
+    scores = pruning.magnitude(params)
+    masks = pruning.masks(scores, 0.5, pruning.unstructured(), pruning.erk())
+    prune = pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(0.5, begin=0, end=1000))
+    tx = optax.chain(optax.adam(1e-3), prune)
+
+Channels, with all that leaves with each, down to a target and out of the network:
+
+    of_groups = pruning.group_scores(scores, graph.groups)
+    found = pruning.to_target(
+        lambda sparsity: pruning.keep_channels(of_groups, sparsity),
+        lambda keep: cost.count(core.narrow_graph(graph, keep)).macs,
+        target)
+    masks = pruning.expand(found.choice, graph.groups, params)
+    small_fn, small, certificate = pruning.shrink(fn, params, masks, x)
+
+What each layer, or group of channels, bears alone, and which to leave out:
+
+    each = pruning.channels(graph.groups)
+    losses = pruning.sensitivity(loss_fn, params, scores, (0.25, 0.5), x, granularity=each)
+    masks = pruning.masks(scores, 0.5, each, exempt=pruning.sensitive(losses, limit))
+"""
 
 from hybrid_jax.core import expand, narrow, shrink, slice_tree
 from hybrid_jax.pruning.allocation import Allocation, erk, global_, uniform
@@ -48,7 +72,7 @@ from hybrid_jax.pruning.schedules import (
     iterative,
     one_shot,
 )
-from hybrid_jax.pruning.sensitivity import channel_sensitivity, sensitive, sensitivity
+from hybrid_jax.pruning.sensitivity import sensitive, sensitivity
 from hybrid_jax.pruning.straight_through import StraightThroughState, straight_through
 from hybrid_jax.pruning.targets import Reached, to_target
 from hybrid_jax.pruning.transforms import (
@@ -78,7 +102,6 @@ __all__ = [
     "batchnorm_scale",
     "blocks",
     "channel_independence",
-    "channel_sensitivity",
     "channels",
     "chip",
     "compensate",

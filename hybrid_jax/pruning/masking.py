@@ -60,8 +60,8 @@ def masks(
     """
     granularity = unstructured() if granularity is None else granularity
     allocation = uniform() if allocation is None else allocation
-    _check_kind("granularity", granularity, Granularity, "unstructured()")
-    _check_kind("allocation", allocation, Allocation, "uniform()")
+    check_kind("granularity", granularity, Granularity, "unstructured()")
+    check_kind("allocation", allocation, Allocation, "uniform()")
     most = granularity.max_sparsity
     if most < 1 and not allocation.by_row:
         raise ValueError(
@@ -71,7 +71,7 @@ def masks(
     sparsity = check_sparsity(most if sparsity is None else sparsity, most=most)
     sparsity = jnp.minimum(jnp.asarray(sparsity, jnp.float32), jnp.float32(most))
 
-    leaves = _float32(scores)
+    leaves = check_scores(scores)
     shapes = granularity.shapes(leaves)
     left_out = core.match_rules([(p, True) for p in exempt], shapes, default=False)
     shapes = {name: shape for name, shape in shapes.items() if not left_out[name]}
@@ -115,13 +115,18 @@ def apply_masks(params: Any, masks: Any) -> Any:
     return core.map_with_path(apply, masks, params)
 
 
-def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Raises TypeError unless `value` is a `kind`, of which `example` is one."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a pruning.{kind.__name__} such as {example}, got {value}")
 
 
-def _float32(scores: Any) -> dict[str, Any]:
-    """{path: scores in float32, or `MaskedNode`}, checked."""
+def check_scores(scores: Any) -> dict[str, Any]:
+    """Returns {path: scores in float32, or `MaskedNode`}.
+
+    Raises:
+      ValueError: If scores are not floating, are empty, or are not finite (unless traced).
+    """
     if not is_traced(scores):
         core.check_finite("scores", scores)
     leaves = core.flatten_paths(scores)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
+from hybrid_jax.pruning import renewal
 from hybrid_jax.pruning.criteria import batchnorm_scale
 
 
@@ -53,13 +54,13 @@ def group_shrinkage(params: Any, groups: Sequence[core.Group], alpha: float = 4.
     """Σ_g Σ_k γ_g,k ‖θ_g[k]‖₂²: weight decay that is stronger the smaller the channel.
 
     γ_g,k = 2^(α (I_max − I_g,k) / (I_max − I_min)) with I_g,k = ‖θ_g[k]‖₂² lies in [1, 2^α], is 1
-    where a group's units are all alike, and counts as a constant in the gradient. G. Fang et al.,
-    DepGraph: Towards Any Structural Pruning (arXiv 2301.12900), section 3.3.
+    where a group's units are all alike, and counts as a constant in the gradient. After G. Fang
+    et al., DepGraph: Towards Any Structural Pruning (arXiv 2301.12900).
 
     Args:
       params: As for `group_lasso`.
       groups: As for `group_lasso`.
-      alpha: α, a finite number from 0; 4 in the paper.
+      alpha: α, a finite number from 0.
 
     Returns:
       () float32.
@@ -134,8 +135,7 @@ def add_penalty(
     """
 
     def update(updates, params):
-        if params is None:
-            raise ValueError("update must be called with params, got None")
+        renewal.check_params(params)
         gradients = jax.grad(lambda params: strength * penalty(params))(params)
         return jax.tree.map(lambda u, g: u + g.astype(u.dtype), updates, gradients)
 

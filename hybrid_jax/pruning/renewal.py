@@ -73,7 +73,6 @@ def renew(
     Returns:
       (updates that land on the masks, masks, state of `inner`).
     """
-    check_params(params)
 
     def renewed():
         candidate = apply_masks(optax.apply_updates(params, updates), masks)

@@ -41,13 +41,18 @@ def test_weights_by_hand():
 
 def test_channels_by_hand():
     groups = core.trace(two_layers, PARAMS, X).groups
-    scores = {"a": jnp.array([9.0, 8.0, 14.0, 5.0])}
+    # With those of `b`, 8, 7, 6 and 1, the units score 9, 8, 14 and 5.
+    scores = pruning.magnitude(PARAMS) | {"a": jnp.array([[1.0, 1.0, 8.0, 4.0]])}
+
+    def losses(multiple):
+        granularity = pruning.channels(groups, multiple=multiple)
+        found = pruning.sensitivity(output, PARAMS, scores, SPARSITIES, X, granularity=granularity)
+        return {name: own.tolist() for name, own in found.items()}
+
     # The unit of 4·1 leaves first, then that of 2·7, then that of 1·8.
-    losses = pruning.channel_sensitivity(output, PARAMS, scores, groups, SPARSITIES, X)
-    assert losses["a"].tolist() == [44.0, 40.0, 26.0, 18.0]
+    assert losses(multiple=1) == {"a": [44.0, 40.0, 26.0, 18.0]}
     # In steps of two, half a step up: 0, 1, 2 and 3 that leave are 0, 0, 2 and 2.
-    losses = pruning.channel_sensitivity(output, PARAMS, scores, groups, SPARSITIES, X, multiple=2)
-    assert losses["a"].tolist() == [44.0, 44.0, 26.0, 26.0]
+    assert losses(multiple=2) == {"a": [44.0, 44.0, 26.0, 26.0]}
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +92,17 @@ def test_channels_of_a_network_as_the_shrunk_ones(digits, loss_of):
     loss, traces = loss_of
     batch = digits.images[:32], digits.labels[:32]
     groups = core.trace(digits.fn, digits.params, batch[0]).groups
-    scores = pruning.group_scores(pruning.magnitude(digits.params), groups)
+    weight_scores = pruning.magnitude(digits.params)
+    sweep = functools.partial(pruning.sensitivity, loss, granularity=pruning.channels(groups))
     before = len(traces)
-    losses = pruning.channel_sensitivity(loss, digits.params, scores, groups, (0.0, 0.5), *batch)
+    losses = sweep(digits.params, weight_scores, (0.0, 0.5), *batch)
     assert len(traces) == before + 1
-    assert list(losses) == [group.name for group in groups]
+    # Other sparsities and parameters: nothing is compiled anew.
+    other = jax.tree.map(lambda leaf: 1.01 * leaf, digits.params)
+    sweep(other, pruning.magnitude(other), (0.9,), *batch)
+    assert len(traces) == before + 1
+    assert list(losses) == sorted(group.name for group in groups)
+    scores = pruning.group_scores(weight_scores, groups)
     evaluate = jax.jit(loss)
     for name, own in losses.items():
         keep = pruning.keep_channels({name: scores[name]}, 0.5)
@@ -104,12 +115,11 @@ def test_channels_of_a_network_as_the_shrunk_ones(digits, loss_of):
 def test_several_at_once_are_the_same(batch_size):
     scores = pruning.magnitude(PARAMS)
     groups = core.trace(two_layers, PARAMS, X).groups
-    group_scores = pruning.group_scores(scores, groups)
-    for sweep in (
-        functools.partial(pruning.sensitivity, output, PARAMS, scores),
-        functools.partial(pruning.channel_sensitivity, output, PARAMS, group_scores, groups),
-    ):
-        one, several = (sweep(SPARSITIES, X, batch_size=size) for size in (1, batch_size))
+    for granularity in (None, pruning.channels(groups)):
+        sweep = functools.partial(
+            pruning.sensitivity, output, PARAMS, scores, SPARSITIES, X, granularity=granularity
+        )
+        one, several = (sweep(batch_size=size) for size in (1, batch_size))
         jax.tree.map(np.testing.assert_array_equal, one, several)
 
 
@@ -163,22 +173,27 @@ def test_bad_input_is_named():
         sweep(scores=jax.tree.map(lambda _: optax.MaskedNode(), PARAMS))
     with pytest.raises(ValueError, match="scores must be finite"):
         sweep(scores=scores | {"a": scores["a"] * jnp.nan})
-    with pytest.raises(ValueError, match="scores must have the paths of params, got 'c' in one"):
+    with pytest.raises(
+        ValueError, match="scores must have the structure of params, got 'c' in one"
+    ):
         sweep(scores=scores | {"c": scores["a"]})
     with pytest.raises(ValueError, match=r"loss_fn must return a scalar, got shape \(1, 1\)"):
         sweep(loss=two_layers)
     with pytest.raises(ValueError, match=r"losses must be finite, got 1 NaN .* at 'a'"):
         sweep(loss=lambda params, x: output(params, x) / params["a"][0, 0])
-    groups = core.trace(two_layers, PARAMS, X).groups
-
-    def channels(scores, params=PARAMS, groups=groups):
-        return pruning.channel_sensitivity(output, params, scores, groups, (0.5,), X)
-
-    with pytest.raises(ValueError, match="scores must hold a group to prune, got none"):
-        channels({})
-    with pytest.raises(ValueError, match="group of scores must be one of a, got 'b'"):
-        channels({"b": jnp.ones(4)})
-    with pytest.raises(ValueError, match="group of scores must be one of , got 'a'"):
-        channels({"a": jnp.ones(4)}, groups=())
-    with pytest.raises(ValueError, match=r"params must have shape .* at 'b', got no leaf"):
-        channels({"a": jnp.ones(4)}, params={"a": PARAMS["a"]})
+    with pytest.raises(
+        ValueError, match=r"scores must be floating and not empty, got int32\[1, 4\]"
+    ):
+        sweep(scores=scores | {"a": jnp.ones((1, 4), jnp.int32)})
+    with pytest.raises(TypeError, match=r"granularity must be a pruning\.Granularity such as"):
+        sweep(granularity=pruning.channels)
+    channels = pruning.channels(core.trace(two_layers, PARAMS, X).groups)
+    less = {"a": PARAMS["a"], "bias": PARAMS["bias"]}
+    with pytest.raises(ValueError, match="scores must cover a member of group 'a', got none of"):
+        sweep(scores=jax.tree.map(lambda _: optax.MaskedNode(), PARAMS), granularity=channels)
+    with pytest.raises(
+        ValueError, match="scores must have the structure of params, got 'b' in one"
+    ):
+        sweep(params=less, granularity=channels)
+    with pytest.raises(ValueError, match=r"scores must have the paths of the groups, .* at 'b'"):
+        sweep(params=less, scores=pruning.magnitude(less), granularity=channels)

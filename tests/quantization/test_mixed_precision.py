@@ -100,7 +100,7 @@ def test_mixed_precision_beats_uniform_of_the_same_operations(measured, judge, w
 def widths(digits, measured):
     """What it costs to keep three quarters of the channels of each group, or all; the scores."""
     groups = measured.graph.groups
-    scores = pruning.group_scores(pruning.magnitude(digits.params), groups)
+    scores = pruning.magnitude(digits.params)
     expected = digits.fn(digits.params, measured.images)
 
     def divergence(params, images):
@@ -108,8 +108,13 @@ def widths(digits, measured):
 
     kept = (0.75, 1.0)
     removed = [1 - part for part in kept]
-    found = pruning.channel_sensitivity(
-        divergence, digits.params, scores, groups, removed, measured.images
+    found = pruning.sensitivity(
+        divergence,
+        digits.params,
+        scores,
+        removed,
+        measured.images,
+        granularity=pruning.channels(groups),
     )
     damage = {
         group.name: {
@@ -118,7 +123,7 @@ def widths(digits, measured):
         }
         for group in groups
     }
-    return damage, scores
+    return damage, pruning.group_scores(scores, groups)
 
 
 def test_bits_and_widths_fit_a_device(digits, measured, widths):
