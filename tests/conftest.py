@@ -42,6 +42,8 @@ SIZES = {
     "densenet": {"blocks": [2, 2, 1]},
     "densenet40": {"blocks": [2, 1, 1]},
 }
+# Of the same kinds of blocks as another: their tests are of the long run.
+ALIKE = {"resnet20", "resnet32", "resnet56", "densenet"}
 
 
 class Trained(NamedTuple):
@@ -74,6 +76,14 @@ class DigitsNet(nn.Module):
         x = norm_relu(conv(8, (3, 3), 2, feature_group_count=8, name="depthwise")(x))
         x = norm_relu(conv(16, (1, 1), name="pointwise")(x))
         return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        takes_model = "small_model" in getattr(item, "fixturenames", ())
+        if takes_model and item.callspec.params["name"] in ALIKE:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
