@@ -43,7 +43,7 @@ SIZES = {
     "densenet40": {"blocks": [2, 1, 1]},
 }
 # Of the same kinds of blocks as another: their tests are of the long run.
-ALIKE = {"resnet20", "resnet32", "resnet56", "densenet"}
+ALIKE = {"resnet18", "resnet20", "resnet32", "resnet56", "densenet"}
 
 
 class Trained(NamedTuple):

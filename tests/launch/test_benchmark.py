@@ -55,7 +55,13 @@ def names(what):
 
 
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # by Qwix
-@pytest.mark.parametrize("what", benchmarks.BENCHMARKS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(what, marks=pytest.mark.slow) if what == "quantization" else what
+        for what in benchmarks.BENCHMARKS
+    ],
+)
 def test_every_row_is_there_and_finite(what):
     results = benchmark.main(what, "small")
     assert [row["name"] for row in results["rows"]] == names(what)

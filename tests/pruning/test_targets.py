@@ -161,6 +161,7 @@ def test_bad_arguments_of_a_search_are_named():
         pruning.to_target(identity, lambda s: 1 - s, 0.5, most=0.5, sparsities=[0.9])
 
 
+@pytest.mark.slow
 def test_a_search_on_resnet50_takes_seconds():
     module = models.create("resnet50", 1000)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)

@@ -90,7 +90,7 @@ def test_uncorrelated_inputs_are_rounded():
     np.testing.assert_array_equal(swept["w"], jnp.clip(jnp.round(w), -3, 3))
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_better_than_rounding_in_every_layer(digits, digits_grams, layer_errors, bits):
     # Stem, plain, strided depthwise and pointwise convolutions, and the dense head.
     spec, ranges = quantize_at(digits, bits)
@@ -158,7 +158,7 @@ def test_traced_bits_lie_on_their_grids_to_the_bit(model):
     np.testing.assert_array_equal(fake, jax.jit(model.fn)(swept, model.x))
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_jointly_better_than_pruned_and_then_rounded(digits, digits_grams, layer_errors, bits):
     masks = pruning.masks(pruning.magnitude(digits.params), 0.5)
     masked = pruning.apply_masks(digits.params, masks)

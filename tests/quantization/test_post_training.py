@@ -20,6 +20,7 @@ def per_tensor(fn, params, x, bits):
     return q.spec(core.trace(fn, params, x), [(".*", quantizers)])
 
 
+@pytest.mark.slow
 def test_all_together_beat_rounding(digits, batches):
     fn, refold = core.fold(digits.fn, digits.params, digits.images[:1])
     params = refold(digits.params)

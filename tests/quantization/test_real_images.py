@@ -85,6 +85,7 @@ def fit(forward, digits, trained, steps, rate):
     return trained
 
 
+@pytest.mark.slow
 def test_training_quantized_beats_calibration(digits, graph):
     """2-bit weights and activations, annealed from floats over 8 bits."""
     spec = low_bits(graph, 2, 2)

@@ -63,7 +63,7 @@ def case(digits):
     return at
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_adaround_beats_rounding_at_every_layer(digits, case, bits):
     here = case(bits)
     nearest, learned = here.errors(digits.params), here.errors(here.learned())
@@ -72,6 +72,7 @@ def test_adaround_beats_rounding_at_every_layer(digits, case, bits):
         assert learned[1][name] < nearest[1][name], name
 
 
+@pytest.mark.slow
 def test_blocks_beat_layers_at_the_end_of_the_network(digits, case):
     here = case(2)
     blocks = ("params/(expand|project)/kernel", "params/(depthwise|pointwise|head)/kernel")
@@ -102,6 +103,7 @@ def adaround(model, spec, params=None, key=KEY, **options):
     return q.adaround(model.fn, params, batches, spec, ranges, key, **{"steps": 30} | options)
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_rounding(model):
     spec = specify(model.fn, model.params, model.x, 3)
     once, again = (adaround(model, spec) for _ in range(2))

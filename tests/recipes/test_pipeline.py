@@ -10,6 +10,8 @@ import pytest
 from hybrid_jax import core, experts, recipes, training
 from hybrid_jax.recipes import controls, deployment
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(**changes):
     """A run of seconds: two small experts, a few steps each."""
