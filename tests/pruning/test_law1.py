@@ -37,8 +37,8 @@ CRITERION = dict(zip(models.names(), itertools.cycle(CRITERIA)))
 
 def first(names):
     """Of the ordinary run are these; the other models are of the long one."""
-    slow = [pytest.param(name, marks=pytest.mark.slow) for name in models.names()]
-    return [name.values[0] if name.values[0] in names else name for name in slow]
+    slow = pytest.mark.slow
+    return [n if n in names else pytest.param(n, marks=slow) for n in models.names()]
 
 
 @functools.cache
