@@ -62,9 +62,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Measures the damage of one tensor's bits, for each tensor and each of several bit-widths.
 
-    The other tensors keep the bits of `around`, which are 32 at first. Damages add up the better
-    the nearer these are to what is then allocated: measured once more around a first allocation,
-    they are those of a step from it. It is one compilation, for bits and ranges are data.
+    The other tensors keep the bits of `around`, which are 32 at first. Measured once more around a
+    first allocation, damages are those of a step from it. It is one compilation, for bits and
+    ranges are data.
 
     Args:
       fn: fn(params, *inputs) -> outputs in evaluation mode; or -> loss, with labels among the
