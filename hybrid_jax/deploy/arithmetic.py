@@ -1,0 +1,114 @@
+"""The integer arithmetic that every target shares: accumulate in int32, requantize once.
+
+    q = clip(round(float32(accumulator) · multiplier), low − z, high − z) + z
+
+with rounding to the nearest even and one float32 product: what ONNX Runtime's and XNNPACK's kernels
+compute, what C99 computes without contraction, and what XLA cannot fuse into anything else. The
+accumulators are
+
+* convolution, dense:  Σ (x − z_x) · w + bias, with bias in steps of s_x · s_w
+* addition:            (a − z_a) · A + (b − z_b) · B, with A, B at most 2^20 in the ratio of scales
+* multiplication:      (a − z_a) · (b − z_b)
+* mean, average pool:  Σ (x − z_x) over the window
+* conversion, concatenation: x − z_x
+
+and nothing overflows: `check_accumulator` holds the sums of a kernel below 2^31.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrid_jax.deploy.program import Encoding, Weights
+
+_ADD_BITS = 20
+
+
+def multiplier(*scales: float | np.ndarray, output: Encoding, count: int = 1) -> np.ndarray:
+    """float32 product of the scales, divided by that of the output and by `count`.
+
+    Example:
+      >>> multiplier(0.5, np.float32([0.5, 0.25]), output=Encoding(0.125))
+      array([2., 1.], dtype=float32)
+    """
+    product = np.float32(1)
+    for scale in scales:
+        product = product * np.float32(scale)
+    return product / (np.float32(output.scale) * np.float32(count))
+
+
+def integer_bias(weights: Weights, x: Encoding) -> np.ndarray:
+    """The bias in steps of the accumulator, int32 (O,): round(bias / (s_x · s_w)).
+
+    Raises:
+      ValueError: If a sum of the kernel's products with this bias may leave int32.
+
+    Example:
+      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> integer_bias(weights, Encoding(0.25))
+      array([8], dtype=int32)
+    """
+    step = np.float32(x.scale) * weights.scale
+    bias = np.rint(weights.bias.astype(np.float64) / step)
+    axes = tuple(range(weights.values.ndim - 1))
+    reach = np.abs(weights.values.astype(np.int64)).sum(axes) * 255 + np.abs(bias)
+    if not (reach < 2**31).all():
+        raise ValueError(
+            f"weights must keep the accumulator below 2^31, got up to {reach.max():.3g} "
+            "steps; the scale of the input or of a channel is too small for its bias"
+        )
+    return bias.astype(np.int32)
+
+
+class Sum(NamedTuple):
+    """Integer factors of the two terms of an addition, and the multiplier of their sum."""
+
+    first: int
+    second: int
+    multiplier: np.float32
+
+
+def addition(a: Encoding, b: Encoding, output: Encoding) -> Sum:
+    """The constants of `a + b`.
+
+    Example:
+      >>> addition(Encoding(0.5), Encoding(0.25), Encoding(1.0))
+      Sum(first=1048576, second=524288, multiplier=np.float32(4.7683716e-07))
+    """
+    most = max(a.scale, b.scale)
+    first, second = (round(e.scale / most * 2**_ADD_BITS) for e in (a, b))
+    return Sum(first, second, np.float32(most / 2**_ADD_BITS / output.scale))
+
+
+def bounds(encoding: Encoding, clip: tuple[float, float]) -> tuple[int, int]:
+    """The least and the greatest integer of a result clipped to values in `clip`.
+
+    Example:
+      >>> bounds(Encoding(0.5, zero_point=10), (0.0, 6.0))
+      (10, 22)
+    """
+    low, high = (
+        float(np.clip(np.rint(end / encoding.scale) + encoding.zero_point, *ends))
+        for end, ends in zip(clip, [(encoding.low, encoding.high)] * 2, strict=True)
+    )
+    return int(low), int(high)
+
+
+def table(function: str, x: Encoding, y: Encoding) -> np.ndarray:
+    """The integer that each of 256 integers becomes under a function of `FUNCTIONS`, uint8 (256,).
+
+    Example:
+      >>> table('tanh', Encoding(0.1, 128), Encoding(1 / 128, 128))[[0, 128, 255]]
+      array([  0, 128, 255], dtype=uint8)
+    """
+    values = (np.arange(256) - x.zero_point) * np.float64(x.scale)
+    steps = np.rint(FUNCTIONS[function](values) / y.scale) + y.zero_point
+    return np.clip(steps, y.low, y.high).astype(np.uint8)
+
+
+FUNCTIONS = {
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "exp": np.exp,
+}
+"""The functions of a `Lookup`, in float64."""
