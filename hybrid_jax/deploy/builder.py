@@ -152,8 +152,11 @@ class Builder:
         there = [axis for axis in wanted if axis is not None]
         permutation = [*there, *(i for i in range(len(node.shape) + 1) if i not in there)]
         node = self.made(node)
-        name, shape = node.result, [node.shape[axis - 1] for axis in permutation[1:]]
-        if permutation != sorted(permutation):
+        name, shape = node.result, list(node.shape)
+        # Axes of length 1 need not move: a reshape puts them where they belong.
+        long = [axis for axis in permutation[1:] if node.shape[axis - 1] != 1]
+        if long != sorted(long):
+            shape = [node.shape[axis - 1] for axis in permutation[1:]]
             swap = Transpose((name,), "", tuple(axis - 1 for axis in permutation[1:]))
             name = self.add(swap, shape)
         if shape != sizes[1:]:

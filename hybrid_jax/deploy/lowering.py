@@ -54,9 +54,8 @@ def lower(
     Example:
       >>> import jax.numpy as jnp
       >>> def fn(params, x):
-      ...     return jax.nn.relu((x @ params['a']) * params['scale'] + params['bias']) @ params['b']
-      >>> params = {'a': jnp.ones((3, 4)), 'scale': jnp.full(4, 2.0), 'bias': jnp.ones(4),
-      ...           'b': jnp.ones((4, 2))}
+      ...     return jax.nn.relu((x @ params['a']) * params['scale'] + 1.0) @ params['b']
+      >>> params = {'a': jnp.ones((3, 4)), 'scale': jnp.ones((1, 4)), 'b': jnp.ones((4, 2))}
       >>> program = lower(fn, params, None, None, jnp.ones((1, 3)))
       >>> for op in program.operations:
       ...     print(type(op).__name__, op.inputs, op.output, op.clip)

@@ -1,0 +1,404 @@
+"""Lowering: the graph computes what the function does, whoever wrote it, with the same integers."""
+
+import collections
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from hybrid_jax import core, deploy, models, quantization
+from hybrid_jax.deploy import reference
+from hybrid_jax.deploy.program import (
+    Add,
+    AveragePool,
+    Clip,
+    Conv,
+    Convert,
+    Dense,
+    MaxPool,
+    Mean,
+    Multiply,
+    Pad,
+    Reshape,
+    Softmax,
+    Transpose,
+)
+
+
+def kinds(program):
+    return collections.Counter(type(op) for op in program.operations)
+
+
+def in_floats(fn, params, x):
+    """The graph of a function, after a check that it computes the same."""
+    program = deploy.lower(fn, params, None, None, x)
+    expected = jax.jit(fn)(params, x)
+    got = jax.jit(deploy.run(program))(x)
+    tolerance = 1e-5 * max(1.0, float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, atol=tolerance)
+    return program
+
+
+def draw(*shape):
+    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_model_that_we_ship(small_model, name):
+    model = small_model(name)
+    program = in_floats(model.fn, model.params, model.images)
+    # BatchNorm, ReLU and padding are part of other operations, but for what normalizes a sum or a
+    # concatenation, of which it makes a 1×1 depthwise convolution.
+    assert not {Clip, Transpose} & set(kinds(program))
+    sites = {site.name for site in core.trace(model.fn, model.params, model.images).sites}
+    extra = {op.name for op in program.weighted} - sites
+    assert sites <= {op.name for op in program.weighted}
+    assert not extra or name.startswith("densenet")
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_integers_of_every_model_that_we_ship(small_model, name):
+    model = small_model(name)
+    graph = core.trace(model.fn, model.params, model.images)
+    spec = quantization.spec(graph, weight_bits=4)
+    ranges = quantization.calibrate(model.fn, model.params, [(model.images,)], spec)
+    program = deploy.lower(model.fn, model.params, spec, ranges, model.images)
+    kernels = quantization.integer_kernels(model.fn, spec, model.params, ranges, model.images)
+    weights = {op.name: op.weights for op in program.weighted}
+    for site, stored in kernels.items():
+        # Up to the sign of a BatchNorm's scale the integers are those of fake-quantization.
+        ours = np.abs(weights[site].values.astype(int)).ravel()
+        assert weights[site].bits == spec[site].weight.bits
+        np.testing.assert_array_equal(ours, np.abs(np.asarray(stored.values, int)).ravel())
+    # Between the input and the logits nothing is a float.
+    floats = {name for name, t in program.tensors.items() if t.encoding is None}
+    assert floats == {program.input, program.output}
+    fake = jax.jit(quantization.fake_quantized(model.fn, spec))(model.params, ranges, model.images)
+    got = jax.jit(deploy.run(program))(model.images)
+    # What enters no site is rounded to 8 bits by the graph alone.
+    assert float(jnp.abs(got - fake).max()) < 0.06 * float(jnp.abs(fake).max())
+
+
+def test_digits_agree_with_fake_quantization(digits):
+    graph = core.trace(digits.fn, digits.params, digits.images[:1])
+    spec = quantization.spec(graph)
+    ranges = quantization.calibrate(digits.fn, digits.params, [(digits.images,)], spec)
+    program = deploy.lower(digits.fn, digits.params, spec, ranges, digits.images[:256])
+    fake = jax.jit(quantization.fake_quantized(digits.fn, spec))
+    images = jnp.concatenate([digits.images, digits.held_out_images])
+    expected = fake(digits.params, ranges, images)
+    got = jax.jit(deploy.run(program))(images)
+    agreement = float((got.argmax(-1) == expected.argmax(-1)).mean(dtype=jnp.float32))
+    assert agreement >= 0.999
+
+
+def test_a_chain_of_sites_is_fake_quantization_to_rounding(digits):
+    # Without a residual sum every tensor is read by one site: the graph rounds nowhere else.
+    rng = np.random.default_rng(0)
+    params = {n: jnp.asarray(rng.standard_normal((64, 64)) / 8, jnp.float32) for n in "abc"}
+    params["scale"] = jnp.asarray(rng.standard_normal(64), jnp.float32)
+
+    def fn(params, x):
+        x = jax.nn.relu((x.reshape(x.shape[0], -1) @ params["a"]) * params["scale"][None] + 0.25)
+        return jax.nn.relu6(x @ params["b"]) @ params["c"]
+
+    x = digits.images
+    spec = quantization.spec(core.trace(fn, params, x), weight_bits=3, activation_bits=4)
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x[:1])
+    assert kinds(program) == {Convert: 1, Reshape: 1, Dense: 3}
+    expected = jax.jit(quantization.fake_quantized(fn, spec))(params, ranges, x)
+    got = jax.jit(deploy.run(program))(x)
+    # Where the float sum lies next to half a step, the integer sum may fall on the other side.
+    close = np.isclose(got, expected, atol=1e-4).all(-1)
+    assert close.mean() > 0.97
+    agreement = (got.argmax(-1) == expected.argmax(-1)).mean(dtype=jnp.float32)
+    assert float(agreement) >= 0.999
+
+
+class Squeeze(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.swish(nn.Conv(8, (3, 3))(x))
+        gate = nn.relu(nn.Dense(4)(x.mean((1, 2), keepdims=True)))
+        x = x * nn.sigmoid(nn.Dense(8)(gate))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        # Not nn.avg_pool, which divides by a NumPy integer: an error under strict promotion.
+        means = nn.pool(x, 0.0, lax.add, (3, 3), (1, 1), "SAME") / 9.0
+        x = jnp.concatenate([x, means], -1)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.Dropout(0.5, deterministic=True)(x)
+        return nn.softmax(nn.Dense(5)(x.reshape(x.shape[0], -1)))
+
+
+@pytest.fixture(scope="module")
+def squeeze():
+    net, x = Squeeze(), draw(4, 8, 8, 3)
+    params = net.init(jax.random.key(0), x)
+    return (lambda params, x: net.apply(params, x)), params, x
+
+
+def test_squeeze_and_excite_pools_and_softmax(squeeze):
+    program = in_floats(*squeeze)
+    assert kinds(program)[Softmax] == kinds(program)[MaxPool] == kinds(program)[AveragePool] == 1
+    assert kinds(program)[Mean] == 1
+    assert kinds(program)[Multiply] == 2
+
+
+def test_squeeze_and_excite_in_integers(squeeze):
+    fn, params, x = squeeze
+    spec = quantization.spec(core.trace(fn, params, x))
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x)
+    got, expected = jax.jit(deploy.run(program))(x), fn(params, x)
+    assert float(jnp.abs(got - expected).max()) < 0.03
+
+
+def test_nnx():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs, use_running_average=True)
+            self.dense = nnx.Dense(4 * 16, 5, rngs=rngs) if hasattr(nnx, "Dense") else None
+            self.head = nnx.Linear(4 * 16, 5, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.norm(self.conv(x)))
+            return self.head(x.reshape(x.shape[0], -1))
+
+    graphdef, state = nnx.split(Net(nnx.Rngs(0)))
+
+    def fn(params, x):
+        return nnx.merge(graphdef, params)(x)
+
+    program = in_floats(fn, state, draw(2, 8, 8, 3))
+    assert kinds(program) == {Conv: 1, Reshape: 1, Dense: 1}
+
+
+def test_channels_first():
+    params = {"a": draw(4, 3, 3, 3), "b": draw(4, 4, 1, 1), "w": draw(4 * 16, 5)}
+
+    def conv(x, kernel, stride):
+        numbers = ("NCHW", "OIHW", "NCHW")
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=numbers
+        )
+
+    def fn(params, x):
+        x = jax.nn.relu(conv(x, params["a"], 2))
+        x = x + conv(x, params["b"], 1)
+        return x.reshape(x.shape[0], -1) @ params["w"]
+
+    program = in_floats(fn, params, draw(2, 3, 8, 8))
+    # One for the images, one for the order in which the dense layer reads.
+    assert kinds(program)[Transpose] == 2
+
+
+def test_padding_becomes_part_of_the_convolution():
+    def fn(params, x):
+        x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, params, (2, 2), "VALID", dimension_numbers=numbers)
+        return x.sum((1, 2))
+
+    program = in_floats(fn, draw(3, 3, 3, 4), draw(2, 8, 8, 3))
+    assert Pad not in kinds(program)
+    assert next(program.weighted).padding == ((1, 2), (1, 2))
+
+
+def test_what_two_read_is_computed_once():
+    def fn(params, x):
+        y = x @ params["a"]
+        return (jax.nn.relu(y) + y) @ params["b"]
+
+    program = in_floats(fn, {"a": draw(3, 4), "b": draw(4, 2)}, draw(5, 3))
+    assert kinds(program) == {Dense: 2, Clip: 1, Add: 1}
+
+
+def test_signs_constants_and_bounds():
+    def fn(params, x):
+        y = jnp.minimum(1.5 - (x @ params["a"]) / 2.0, 1.0)
+        y = jnp.clip(-y, -0.5, 3.0)
+        return (2.0 * y - x @ params["a2"]) @ params["b"]
+
+    in_floats(fn, {"a": draw(3, 4), "a2": draw(3, 4), "b": draw(4, 2)}, draw(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "then"),
+    [(0.0, 6.0, (-1.0, 2.0)), (0.0, 1.0, (2.0, 3.0)), (-1.0, 1.0, (-3.0, -2.0))],
+)
+def test_bounds_of_bounds(low, high, then):
+    def fn(params, x):
+        return jnp.minimum(jnp.maximum(jnp.clip(x @ params, low, high), then[0]), then[1])
+
+    in_floats(fn, 5 * draw(3, 4), draw(6, 3))
+
+
+def test_dense_layers_at_each_place():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"]).max((1, 2)) @ params["b"]
+
+    program = in_floats(fn, {"a": draw(3, 4), "b": draw(4, 2)}, draw(2, 5, 5, 3))
+    assert kinds(program)[Conv] == 1
+
+
+def test_a_removed_model_lowers(digits):
+    graph = core.trace(digits.fn, digits.params, digits.images[:2])
+    keep = {g.name: np.arange(g.size) % 2 == 0 for g in graph.groups}
+    masks = core.expand(keep, graph.groups, digits.params)
+    fn, params, _ = core.shrink(digits.fn, digits.params, masks, digits.images[:2])
+    in_floats(fn, params, digits.images[:8])
+
+
+def test_fewer_bits_before_a_site_than_a_sum_needs():
+    # The residual sum is read by a site of 3 bits and by the next sum: it is stored at 8 bits.
+    def fn(params, x):
+        y = jax.nn.relu(x @ params["a"])
+        y = jax.nn.relu(y + y @ params["b"])
+        return y @ params["c"]
+
+    params, x = {"a": draw(6, 6), "b": draw(6, 6), "c": draw(6, 2)}, draw(64, 6)
+    graph = core.trace(fn, params, x)
+    spec = quantization.spec(graph, activation_bits=3, first_last_bits=2)
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x)
+    assert program.encoding("a").high == 255
+    # One before each site that reads a tensor of other bits, and one for the input.
+    assert kinds(program)[Convert] == 2
+    assert {program.encoding(op.inputs[0]).high for op in program.weighted} == {7}
+
+
+def test_floats_where_a_site_has_32_bits():
+    def fn(params, x):
+        return jax.nn.relu(jax.nn.relu(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    params, x = {"a": draw(6, 6), "b": draw(6, 6), "c": draw(6, 2)}, draw(16, 6)
+    rules = [("b", {"weight": 32, "activation": 32}), ("c", {"activation": 32}), (".*", {})]
+    spec = quantization.spec(core.trace(fn, params, x), rules)
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x)
+    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
+    np.testing.assert_allclose(jax.jit(deploy.run(program))(x), expected, atol=1e-4)
+
+
+def test_gradients_of_a_scale_of_zero():
+    def fn(params, x):
+        return jax.nn.relu((x @ params["a"]) * params["scale"] + 1.0) @ params["b"]
+
+    params = {"a": draw(3, 4), "scale": jnp.float32([[1.0, 0.0, -2.0, 0.5]]), "b": draw(4, 2)}
+    x = draw(64, 3)
+    spec = quantization.spec(core.trace(fn, params, x))
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x)
+    first = next(program.weighted).weights
+    assert (first.scale > 0).all()
+    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
+    np.testing.assert_allclose(deploy.run(program)(x), expected, atol=0.05)
+
+
+BAD = {
+    "none of": lambda params, x: jnp.sort(x) @ params,
+    "come from parameters alone": lambda params, x: x @ params @ (x @ params).T,
+    "between channels only": lambda params, x: (x + jnp.arange(8.0).reshape(2, 4)) @ params,
+    "over H and W": lambda params, x: (x - x.mean(0, keepdims=True)) @ params,
+    "one array": lambda params, x: (x @ params, x),
+    "constant": lambda params, x: params,
+    "divided": lambda params, x: 1.0 / (x @ params),
+    "as a whole": lambda params, x: jnp.exp(x - x.max(-1, keepdims=True)) @ params,
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_be_lowered_is_named(message):
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=message):
+        deploy.lower(BAD[message], draw(4, 4), None, None, draw(2, 4))
+
+
+def test_a_missing_range_is_named():
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": draw(3, 2)}, draw(4, 3)
+    spec = quantization.spec(core.trace(fn, params, x))
+    with pytest.raises(ValueError, match=r"ranges must have \['w'\]"):
+        deploy.lower(fn, params, spec, {}, x)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "message"),
+    [
+        (quantization.Quantizer(8, "affine"), "symmetric or binary"),
+        (quantization.Quantizer(4, per_channel=True, group=2), "one scale for each"),
+        (quantization.Quantizer(8, "e4m3"), "symmetric or binary"),
+        (quantization.Quantizer(8, learning="dynamic"), "dynamic"),
+    ],
+)
+def test_a_kernel_without_integers_is_named(quantizer, message):
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": draw(4, 2)}, draw(4, 4)
+    spec = quantization.spec(core.trace(fn, params, x), [("w", {"weight": quantizer})])
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    with pytest.raises(ValueError, match=message):
+        deploy.lower(fn, params, spec, ranges, x)
+
+
+def test_binary_kernels_and_symmetric_activations():
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": draw(16, 4)}, draw(32, 16)
+    sides = {
+        "weight": quantization.Quantizer(1, "binary", per_channel=True, learning="fixed"),
+        "activation": quantization.Quantizer(6, "symmetric"),
+    }
+    spec = quantization.spec(core.trace(fn, params, x), [("w", sides)])
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x)
+    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
+    np.testing.assert_allclose(deploy.run(program)(x), expected, atol=1e-4)
+    assert set(np.unique(next(program.weighted).weights.values)) == {-1, 1}
+
+
+def test_calibration_that_is_not_finite():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"] + x) @ params["b"]
+
+    params, x = {"a": draw(3, 3), "b": draw(3, 2)}, draw(4, 3)
+    spec = quantization.spec(core.trace(fn, params, x))
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    with pytest.raises(ValueError, match="values that tensors take"):
+        deploy.lower(fn, params, spec, ranges, x.at[0, 0].set(jnp.nan))
+
+
+def test_an_accumulator_that_may_overflow():
+    weights = deploy.Weights(
+        np.full((1, 1), 127, np.int8), np.float32([1e-20]), np.float32([1.0]), 8
+    )
+    program = deploy.Program(
+        "x",
+        "y",
+        {
+            "x": deploy.Tensor((1,)),
+            "q": deploy.Tensor((1,), deploy.Encoding(1.0)),
+            "y": deploy.Tensor((1,)),
+        },
+        (Convert(("x",), "q"), Dense(("q",), "y", "dense", weights)),
+    )
+    with pytest.raises(ValueError, match="accumulator below"):
+        deploy.run(program)(jnp.ones((1, 1)))
+
+
+def test_every_tensor_has_the_shape_that_the_graph_says(squeeze):
+    fn, params, x = squeeze
+    program = deploy.lower(fn, params, None, None, x)
+    for name, value in reference.trace_tensors(program, x).items():
+        assert value.shape[1:] == program.tensors[name].shape, name
+    assert dataclasses.is_dataclass(program)
