@@ -53,38 +53,66 @@ def encode(
       ranges: {site name: {'weight': Range, 'activation': Range}}.
       x: float32 (B, …), for the ranges of what enters no site.
     """
+    kernels, grids = _on_grids(sources, spec, ranges)
     weights = {
-        op.name: _integers(op, sources[op.name], spec, ranges)
+        op.name: _integers(op, sources[op.name], spec, kernels.get(op.name))
         if op.name in sources
         else _signs(op.weights)
         for op in program.weighted
     }
-    wanted = {name: _activation(name, spec, ranges) for name in sources}
+    wanted = {name: _activation(spec[name].activation, grids.get(name)) for name in sources}
     spans = _spans(program, weights, wanted, x)
     encodings = _choose(program, wanted, spans)
     return _rebuild(program, weights, wanted, encodings)
 
 
-def _integers(op, source, spec, ranges) -> Weights:
+def _on_grids(sources, spec, ranges):
+    """{site: (integers, scale)} of kernels, and {site: Grid} of activations, those that have any.
+
+    All are computed at once: one by one, compiling them takes longer than all else.
+    """
+    spans: dict[str, dict[str, Any]] = {"weight": {}, "activation": {}}
+    for name in sources:
+        for role, schemes in _SCHEMES.items():
+            quantizer = getattr(spec[name], role)
+            if quantizer.bits == quantization.OFF:
+                continue
+            if quantizer.scheme not in schemes:
+                raise ValueError(
+                    f"{role} of {name!r} must be {' or '.join(schemes)} to be integers, "
+                    f"got {quantizer.scheme}"
+                )
+            if quantizer.group is not None:
+                raise ValueError(
+                    f"{role} of {name!r} must have one scale for each output channel, "
+                    f"got groups of {quantizer.group}"
+                )
+            spans[role][name] = _span(name, role, quantizer, ranges)
+
+    def compute(spans, kernels):
+        made = {}
+        for name, span in spans["weight"].items():
+            grid = spec[name].weight.grid(span)
+            made[name] = quantization.quantize(kernels[name], grid), grid.scale
+        grids = {name: spec[name].activation.grid(s) for name, s in spans["activation"].items()}
+        return made, grids
+
+    kernels = {name: source.kernel for name, source in sources.items()}
+    return jax.device_get(jax.jit(compute)(spans, kernels))
+
+
+_SCHEMES = {"weight": ("symmetric", "binary"), "activation": ("affine", "symmetric")}
+
+
+def _integers(op, source, spec, made) -> Weights:
     """The integers of a site's kernel, with what follows it in their scales."""
-    name, quantizer = op.name, spec[op.name].weight
-    if quantizer.bits == quantization.OFF:
+    if made is None:
         return op.weights
-    grid = _grid(name, "weight", quantizer, ranges)
-    if quantizer.scheme not in ("symmetric", "binary"):
-        raise ValueError(
-            f"weight of {name!r} must be symmetric or binary for an integer kernel, "
-            f"got {quantizer.scheme}"
-        )
-    values = source.arrange(np.asarray(quantization.quantize(jnp.asarray(source.kernel), grid)))
-    scale = np.asarray(grid.scale, np.float32)
+    values, scale = made
+    quantizer = spec[op.name].weight
+    values = source.arrange(values)
     if quantizer.scheme == "binary":
-        values, scale = 2 * values.astype(np.int32) - 1, scale / 2
-    if quantizer.group is not None:
-        raise ValueError(
-            f"weight of {name!r} must have one scale for each output channel, "
-            f"got groups of {quantizer.group}"
-        )
+        values, scale = 2 * values.astype(np.int32) - 1, scale / np.float32(2)
     outputs = source.arrange(scale).reshape(-1, source.shape[-1])[0] * source.scale
     sign = np.sign(outputs).astype(np.int8)
     used = np.where(sign == 0, 1, np.abs(outputs)).astype(np.float32)
@@ -99,21 +127,15 @@ def _signs(weights: Weights) -> Weights:
     return Weights(127 * signs, scale, weights.bias, 8)
 
 
-def _activation(name, spec, ranges) -> Encoding | None:
-    quantizer = spec[name].activation
-    if quantizer.bits == quantization.OFF:
+def _activation(quantizer, grid) -> Encoding | None:
+    if grid is None:
         return None
-    if quantizer.scheme not in ("affine", "symmetric"):
-        raise ValueError(
-            f"activation of {name!r} must be affine or symmetric, got {quantizer.scheme}"
-        )
-    grid = _grid(name, "activation", quantizer, ranges)
     shift = 128 if quantizer.scheme == "symmetric" else 0
     ends = (int(end) + shift for end in (grid.zero_point, grid.low, grid.high))
     return Encoding(float(grid.scale), *ends)
 
 
-def _grid(name, role, quantizer, ranges):
+def _span(name, role, quantizer, ranges):
     if quantizer.learning == "dynamic":
         raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
     try:
@@ -123,7 +145,7 @@ def _grid(name, role, quantizer, ranges):
             f"ranges must have [{name!r}][{role!r}], got {', '.join(ranges) or 'nothing'}"
         ) from None
     core.check_finite(f"ranges of {name!r}", span)
-    return quantizer.grid(span)
+    return span
 
 
 def _spans(program, weights, wanted, x) -> dict[str, tuple[float, float]]:
