@@ -95,17 +95,18 @@ def budget_update(
 ) -> BudgetState:
     """One step of projected dual ascent: multiplier + rate · (cost - budget), at least 0.
 
-    Two ways to pay the price: `cost_aware(routing, costs, state.multiplier)`, which needs no
-    training, or the loss term `state.multiplier * (expected_cost(logits, costs) - budget)`, from
-    which the gate learns; the gradient is that of the gate's parameters alone. While the mean cost
-    is not at the budget the price moves, so that where the steps settle the budget is kept. A
+    Two ways to pay the price, not to be joined: `cost_aware(routing, costs, state.multiplier)`,
+    which needs no training, or a loss term `state.multiplier * (expected_cost(logits, costs) -
+    budget)`, from which the gate learns (differentiate by its parameters alone). While the mean
+    cost is not at the budget the price moves, so that where the steps settle the budget is kept. A
     `budget` below the cheapest expert's cost cannot be kept: the price grows without end. A cost of
     NaN makes the price NaN. Source: gradient descent-ascent on the Lagrangian, as Gallego-Posada et
-    al., Controlled Sparsity via Constrained Optimization, arXiv 2208.04425, section 3.
+    al., Controlled Sparsity via Constrained Optimization, arXiv 2208.04425.
 
     Args:
       state: The price so far.
-      cost: float (), the mean cost of a batch: `expected_cost`.
+      cost: float (), the mean cost of a batch: `expected_cost`, or with one-hot weights what the
+        routing really takes, `(weights @ costs).mean()`.
       budget: float (), in the same unit; may be traced.
       rate: Step in price per unit of cost above the budget; above 0. Too large, the price swings.
 

@@ -88,6 +88,23 @@ def test_the_price_settles_where_the_budget_is_kept():
     assert step._cache_size() == 1
 
 
+def test_the_price_settles_for_a_hard_choice_too(key):
+    """What top-1 really takes, on many inputs, which the expected cost would not tell."""
+    logits, costs = 3 * jax.random.normal(key, (2000, 3)), jnp.array([1.0, 2.0, 4.0])
+
+    @jax.jit
+    def step(state):
+        weights = experts.cost_aware(experts.top_k(1), costs, state.multiplier)(logits).weights
+        cost = (weights @ costs).mean()
+        return experts.budget_update(state, cost, 1.6, rate=0.2), cost
+
+    state, first = step(experts.budget_init())
+    for _ in range(100):
+        state, cost = step(state)
+    np.testing.assert_allclose(first, 7 / 3, atol=0.1)  # without a price, an even choice
+    np.testing.assert_allclose(cost, 1.6, atol=0.01)
+
+
 @pytest.mark.parametrize(("budget", "share", "price"), [(2.0, 0.5, 0.25), (2.8, 0.75, 0.0)])
 def test_a_gate_learns_to_keep_the_budget(budget, share, price):
     """Gradient descent on the gate, ascent on the price."""

@@ -119,6 +119,14 @@ def test_an_input_that_no_expert_picks_has_no_weight():
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
+def test_an_expert_does_not_pick_what_is_ruled_out():
+    # One place each. Experts 0 and 2 pick inputs 1 and 2, whose probability is 1; for expert 1 all
+    # is ruled out, and the tie would go to input 0.
+    logits = jnp.array([[0.0, -jnp.inf, 0.0], [0.0, -jnp.inf, -jnp.inf], [-jnp.inf, -jnp.inf, 0.0]])
+    got = weights(experts.expert_choice(1), logits)
+    np.testing.assert_array_equal(got, [[0, 0, 0], [1, 0, 0], [0, 0, 1]])
+
+
 @hypothesis.settings(deadline=None, max_examples=20)
 @hypothesis.given(
     logits=hypothesis.extra.numpy.arrays(
