@@ -1,10 +1,29 @@
 """Experts: stacked, mapped, routed and mixed.
 
-`stack` puts experts of equal shape in one pytree, `map_experts` runs a function over them,
-`mixture` runs and weighs them all (for training and as a reference), and `one_of` runs the gate and
-one expert (for the edge). Routings and losses are pure functions of the gate's logits.
+`stack` puts experts of equal shape in one pytree and `map_experts` runs a function over them. A
+routing is a pure function from the gate's logits to weights. Three dispatches give the same
+numbers: `mixture` runs and weighs all experts (for training and as a reference), `gathered` runs
+each on the inputs gathered for it (for large batches), and `one_of` runs the gate and one expert
+(for the edge). A `cascade` needs no gate: a cheap expert hands on what it is unsure of. Losses
+balance the gate, and `budget_update` keeps its cost.
 """
 
+from hybrid_jax.experts.budget import (
+    BudgetState,
+    budget_init,
+    budget_update,
+    cost_aware,
+    expected_cost,
+)
+from hybrid_jax.experts.capacity import capacity
+from hybrid_jax.experts.cascade import (
+    Cascaded,
+    cascade,
+    cascade_cost,
+    cascade_edge,
+    margin,
+    max_probability,
+)
 from hybrid_jax.experts.diagnostics import (
     collapsed,
     disagreement,
@@ -13,10 +32,10 @@ from hybrid_jax.experts.diagnostics import (
     usage_entropy,
     usage_per_class,
 )
+from hybrid_jax.experts.dispatch import gathered
 from hybrid_jax.experts.gates import gate_cnn, gate_linear
 from hybrid_jax.experts.losses import (
     entropy,
-    expected_cost,
     importance,
     load,
     switch_balance,
@@ -27,6 +46,7 @@ from hybrid_jax.experts.mixture import Aux, combine, mixture, one_of
 from hybrid_jax.experts.routing import (
     Routed,
     Routing,
+    expert_choice,
     noisy_top_k,
     oracle,
     random,
@@ -39,20 +59,33 @@ from hybrid_jax.experts.stacking import count, stack, unstack
 
 __all__ = [
     "Aux",
+    "BudgetState",
+    "Cascaded",
     "Routed",
     "Routing",
+    "budget_init",
+    "budget_update",
+    "capacity",
+    "cascade",
+    "cascade_cost",
+    "cascade_edge",
     "collapsed",
     "combine",
+    "cost_aware",
     "count",
     "disagreement",
     "entropy",
     "expected_cost",
+    "expert_choice",
     "fastest",
     "gate_cnn",
     "gate_linear",
+    "gathered",
     "importance",
     "load",
     "map_experts",
+    "margin",
+    "max_probability",
     "mixture",
     "noisy_top_k",
     "one_of",

@@ -1,6 +1,7 @@
 """Auxiliary losses of a gate: scalars to add, each with its own small factor, to the task loss.
 
-Functions of the gate logits `(B, E)` or the weights `(B, E)` of one batch.
+Functions of the gate logits `(B, E)` or the weights `(B, E)` of one batch. NaN among those makes
+the loss NaN. What the experts cost is in `budget`.
 """
 
 import jax
@@ -37,13 +38,14 @@ def load(logits: jax.Array, scores: jax.Array, k: int, noise: float = 1.0) -> ja
       noise: The deviation that was used; above 0.
 
     Raises:
-      ValueError: If `k` is not from 1 to E - 1 or `noise` not above 0.
+      ValueError: If there is but one expert, `k` is not from 1 to E - 1 or `noise` not above 0.
 
     Example:
       >>> load(jnp.zeros((1, 2)), jnp.zeros((1, 2)), k=1)
       Array(0., dtype=float32)
     """
-    core.check_integer("k", k, 1, logits.shape[-1] - 1)
+    num_experts = core.check_integer("the number of experts", logits.shape[-1], 2)
+    core.check_integer("k", k, 1, num_experts - 1)
     core.check_positive("noise", noise)
     top, _ = jax.lax.top_k(scores, k + 1)
     # The k-th largest score of the *other* experts: what this one has to beat to be chosen.
@@ -96,20 +98,6 @@ def z_loss(logits: jax.Array) -> jax.Array:
       Array(0., dtype=float32)
     """
     return jnp.square(jax.nn.logsumexp(logits, -1)).mean()
-
-
-def expected_cost(logits: jax.Array, costs: jax.Array) -> jax.Array:
-    """Mean over inputs of the cost of one expert drawn with the gate's probabilities.
-
-    Args:
-      logits: float `(B, E)`.
-      costs: float `(E,)`, as MACs or BOPs of each expert, in any unit.
-
-    Example:
-      >>> expected_cost(jnp.zeros((5, 2)), jnp.array([1.0, 3.0]))
-      Array(2., dtype=float32)
-    """
-    return (jax.nn.softmax(logits) * costs[None]).sum(-1).mean()
 
 
 def _squared_variation(x):

@@ -1,5 +1,6 @@
 """The mixture of experts: all of them run and weighed, or the gate and the one that it chose."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.experts.mapping import map_experts
-from hybrid_jax.experts.routing import Routing, top_k
+from hybrid_jax.experts.routing import Routed, Routing, top_k
 
 ExpertFn = Callable[[Any, jax.Array], jax.Array]  # (params, x (B, ...)) -> logits (B, N)
 GateFn = Callable[[Any, jax.Array], jax.Array]  # (gate_params, x (B, ...)) -> gate logits (B, E)
@@ -19,14 +20,20 @@ class Aux(NamedTuple):
     Attributes:
       gate_logits: float `(B, E)`.
       scores: float `(B, E)`, the logits that the routing went by (with their noise, if any).
-      weights: float `(B, E)`.
-      expert_logits: float `(E, B, N)`.
+      weights: float `(B, E)`, those that the outputs were weighed by.
+      expert_logits: float `(E, B, N)`; zero where an expert did not run (`gathered`).
+      dropped: int32 `(E,)`, inputs routed to an expert that had no place left (`gathered`).
+      unrouted: int32 (), inputs without any weight, whose output is zero.
+      nan_gates: int32 (), inputs with NaN among their gate logits, whose output is NaN.
     """
 
     gate_logits: jax.Array
     scores: jax.Array
     weights: jax.Array
     expert_logits: jax.Array
+    dropped: jax.Array
+    unrouted: jax.Array
+    nan_gates: jax.Array
 
 
 def mixture(
@@ -44,7 +51,7 @@ def mixture(
     Returns:
       `moe(stack, gate_params, x, key=None)` -> (logits `(B, N)`, `Aux`), with axis E leading in
       `stack`. It raises ValueError if the gate's outputs are not `(B, E)`. NaN gate logits of an
-      input make its logits NaN.
+      input make its logits NaN, and are counted in `Aux.nan_gates`.
 
     Example:
       >>> expert_fn = lambda params, x: x @ params
@@ -60,10 +67,10 @@ def mixture(
     def moe(stack, gate_params, x, key=None):
         expert_logits = experts(stack, x)
         gate_logits = gate_fn(gate_params, x)
-        _check_gate(gate_logits, x, len(expert_logits))
+        check_gate(gate_logits, x, len(expert_logits))
         routed = routing(gate_logits, key)
-        aux = Aux(gate_logits, routed.scores, routed.weights, expert_logits)
-        return combine(expert_logits, routed.weights), aux
+        none_dropped = jnp.zeros(len(expert_logits), jnp.int32)
+        return weigh(gate_logits, routed, expert_logits, none_dropped)
 
     return moe
 
@@ -89,6 +96,18 @@ def combine(expert_logits: jax.Array, weights: jax.Array) -> jax.Array:
     return (weights.T[:, :, None] * expert_logits).sum(0)
 
 
+def weigh(
+    gate_logits: jax.Array, routed: Routed, expert_logits: jax.Array, dropped: jax.Array
+) -> tuple[jax.Array, Aux]:
+    """The weighted sum and the `Aux` of a mixture, with its counts."""
+    unrouted = (routed.weights == 0).all(-1).sum()
+    nan_gates = jnp.isnan(gate_logits).any(-1).sum()
+    aux = Aux(
+        gate_logits, routed.scores, routed.weights, expert_logits, dropped, unrouted, nan_gates
+    )
+    return combine(expert_logits, routed.weights), aux
+
+
 def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax.Array]:
     """Makes the mixture for the edge, which runs the gate and one expert for each image.
 
@@ -101,8 +120,8 @@ def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax
 
     Returns:
       `edge(params_list, gate_params, x)` -> logits `(B, N)`, with one params pytree for each
-      expert. It raises ValueError if the numbers of functions, parameters and gate outputs differ.
-      NaN gate logits of an image make its logits NaN.
+      expert. It raises ValueError if the numbers of functions, parameters and gate outputs differ,
+      or the experts' outputs do. NaN gate logits of an image make its logits NaN.
 
     Raises:
       ValueError: If there is no expert.
@@ -113,19 +132,14 @@ def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax
       Array([[3. , 0. ],
              [0.5, 1.5]], dtype=float32)
     """
-    expert_fns = list(expert_fns)
-    if not expert_fns:
-        raise ValueError("expert_fns must hold at least 1 function, got 0")
+    expert_fns = listed(expert_fns)
 
     def edge(params_list, gate_params, x):
-        if len(params_list) != len(expert_fns):
-            raise ValueError(
-                f"params_list must hold {len(expert_fns)} pytrees, got {len(params_list)}"
-            )
+        check_experts(expert_fns, params_list, x)
 
         def one(x):
             gate_logits = gate_fn(gate_params, x)
-            _check_gate(gate_logits, x, len(expert_fns))
+            check_gate(gate_logits, x, len(expert_fns))
             branches = [
                 lambda params, x, e=e, fn=fn: fn(params[e], x) for e, fn in enumerate(expert_fns)
             ]
@@ -133,14 +147,40 @@ def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax
             logits = jax.lax.switch(chosen, branches, list(params_list), x)
             return jnp.where(jnp.isnan(gate_logits).any(), jnp.nan, logits)
 
-        if x.shape[0] == 1:
-            return one(x)
-        return jax.lax.map(lambda image: one(image[None])[0], x)
+        return one_by_one(one, x)
 
     return edge
 
 
-def _check_gate(gate_logits, x, num_experts):
+def one_by_one(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """`fn` of batches of one image, for each of x `(B, ...)`: what it skips is really skipped."""
+    if x.shape[0] == 1:
+        return fn(x)
+    first = operator.itemgetter(0)
+    return jax.lax.map(lambda image: jax.tree.map(first, fn(image[None])), x)
+
+
+def listed(expert_fns: Sequence[ExpertFn]) -> list[ExpertFn]:
+    """The functions as a list; raises ValueError if there is none."""
+    if not (fns := list(expert_fns)):
+        raise ValueError("expert_fns must hold at least 1 function, got 0")
+    return fns
+
+
+def check_experts(expert_fns: list[ExpertFn], params_list: Sequence[Any], x: jax.Array) -> None:
+    """Raises ValueError unless there are parameters for each, and all outputs are of one shape."""
+    if len(params_list) != len(expert_fns):
+        raise ValueError(f"params_list must hold {len(expert_fns)} pytrees, got {len(params_list)}")
+    image = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    outputs = [jax.eval_shape(*pair, image) for pair in zip(expert_fns, params_list, strict=True)]
+    first, *others = (f"{output.dtype}{list(output.shape)}" for output in outputs)
+    for e, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(f"expert_fns[{e}] must return {first} as the first does, got {other}")
+
+
+def check_gate(gate_logits: jax.Array, x: jax.Array, num_experts: int) -> None:
+    """Raises ValueError unless the gate's outputs are `(B, E)`."""
     if gate_logits.shape != (x.shape[0], num_experts):
         raise ValueError(
             f"gate_fn must return shape {(x.shape[0], num_experts)}, got {gate_logits.shape}"

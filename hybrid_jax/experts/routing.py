@@ -1,7 +1,8 @@
 """Routings: pure functions from gate logits `(B, E)` to the weight `(B, E)` of each expert.
 
 A routing is `routing(logits, key) -> Routed`. NaN in an input's gate logits gives NaN weights for
-that input, and so a NaN output: it is never routed in silence. Ties go to the lowest index.
+that input, and so a NaN output: it is never routed in silence. Ties go to the lowest index. A
+routing that goes by costs is `cost_aware`, in `budget`.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
+from hybrid_jax.experts.capacity import best_inputs, capacity
 
 
 class Routed(NamedTuple):
@@ -79,11 +81,8 @@ def top_k(k: int, *, normalize: bool = True) -> Routing:
         num_experts = logits.shape[-1]
         core.check_integer("k", k, 1, num_experts)
         _, chosen = jax.lax.top_k(logits, k)
-        kept = jax.nn.one_hot(chosen, num_experts, dtype=logits.dtype).sum(-2)
-        weights = jax.nn.softmax(logits) * kept
-        if normalize:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return Routed(weights, logits)
+        kept = jax.nn.one_hot(chosen, num_experts, dtype=bool).any(-2)
+        return Routed(_softmax_of(logits, kept, normalize), logits)
 
     return route
 
@@ -131,6 +130,46 @@ def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routin
     return route
 
 
+def expert_choice(k: int, capacity_factor: float = 1.0, *, normalize: bool = True) -> Routing:
+    """Each expert picks the inputs that the gate most gives it, as many as its `capacity`.
+
+    The load is even by construction, at the price that an input may have several experts or none:
+    then its weights and its output are zero, and it counts in `Aux.unrouted`. The choice depends on
+    the whole batch, so it is one for training; at inference an input alone goes by `top_k`. An
+    expert does not pick what has probability 0. Source: Zhou et al., Mixture-of-Experts with Expert
+    Choice Routing, arXiv 2202.09368, whose capacity factor is `k * capacity_factor`.
+
+    Args:
+      k: K, from 1 to E: how many experts an input has on average, at a factor of 1.
+      capacity_factor: Above 0.
+      normalize: True: the softmax runs over the experts that picked the input, and the weights of
+        an input with any sum to one. False: the softmax over all experts, as in the source.
+
+    Raises:
+      ValueError: If `k` is not an integer from 1 to E or the factor not above 0.
+
+    Example:
+      >>> logits = jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+      >>> expert_choice(1)(logits).weights
+      Array([[1., 0.],
+             [1., 0.],
+             [0., 1.],
+             [0., 1.]], dtype=float32)
+    """
+    core.check_integer("k", k, 1)
+    core.check_positive("capacity_factor", capacity_factor)
+
+    def route(logits, key=None):
+        del key
+        # Ranked by logarithms, where small probabilities do not vanish and tie.
+        scores = jax.nn.log_softmax(logits)
+        _, held = best_inputs(scores, capacity(*logits.shape, k, capacity_factor))
+        kept = held & ~jnp.isneginf(scores)
+        return Routed(_softmax_of(logits, kept, normalize), logits)
+
+    return route
+
+
 def straight_through(routing: Routing) -> Routing:
     """Weights of `routing`, gradient of the full softmax over its scores.
 
@@ -157,7 +196,7 @@ def straight_through(routing: Routing) -> Routing:
 
 
 def random() -> Routing:
-    """One expert at random, whatever the gate says: a control for evaluation.
+    """One expert at random, whatever the gate says (but NaN stays NaN): a control for evaluation.
 
     Raises:
       ValueError: If called without a key.
@@ -171,7 +210,8 @@ def random() -> Routing:
         if key is None:
             raise ValueError("key must be a jax.random.key for random routing, got None")
         scores = jax.random.gumbel(key, logits.shape, logits.dtype)
-        return Routed(_one_hot_argmax(scores), scores)
+        bad = jnp.isnan(logits).any(-1, keepdims=True)
+        return Routed(jnp.where(bad, jnp.nan, _one_hot_argmax(scores)), scores)
 
     return route
 
@@ -196,6 +236,18 @@ def oracle(expert_logits: jax.Array, labels: jax.Array) -> jax.Array:
     labelled = jax.nn.one_hot(labels, expert_logits.shape[-1], dtype=expert_logits.dtype)
     probability = (jax.nn.softmax(expert_logits) * labelled[None]).sum(-1)
     return _one_hot_argmax((right.astype(probability.dtype) + probability).T)
+
+
+def _softmax_of(logits, kept, normalize):
+    """Softmax over the kept experts (or over all, then cut to those); a row of none is zero."""
+    scores = jax.nn.log_softmax(logits)
+    # A row with NaN is NaN all along, and stays so. It would not, if it were multiplied by a mask:
+    # compiled, that may become a select.
+    kept = kept | jnp.isnan(scores)
+    if normalize:
+        none = ~kept.any(-1, keepdims=True)
+        scores = jnp.where(kept | none, scores, -jnp.inf)
+    return jnp.where(kept, jax.nn.softmax(scores), 0)
 
 
 def _one_hot_argmax(scores):

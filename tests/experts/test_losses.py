@@ -55,6 +55,11 @@ def test_load_bad_k(k):
         experts.load(jnp.zeros((1, 3)), jnp.zeros((1, 3)), k)
 
 
+def test_load_of_one_expert():
+    with pytest.raises(ValueError, match=r"the number of experts must be .* at least 2, got 1"):
+        experts.load(jnp.zeros((3, 1)), jnp.zeros((3, 1)), 1)
+
+
 def test_switch_balance():
     # Probabilities (3/4, 1/4) for three inputs and (1/4, 3/4) for one. Shares of inputs (3/4, 1/4),
     # mean probabilities (10/16, 6/16): 2 (3/4 * 10/16 + 1/4 * 6/16) = 2 * 36/64 = 9/8.
@@ -79,7 +84,24 @@ def test_z_loss():
     np.testing.assert_allclose(experts.z_loss(logits), 2.5 * np.log(2) ** 2, rtol=1e-6)
 
 
-def test_expected_cost():
-    # (3/4, 1/4) and (1/2, 1/2) of costs 8 and 4: 7 and 6.
-    logits = jnp.array([[jnp.log(3.0), 0.0], [0.0, 0.0]])
-    np.testing.assert_allclose(experts.expected_cost(logits, jnp.array([8.0, 4.0])), 6.5)
+@pytest.mark.parametrize("loss", [experts.switch_balance, experts.entropy, experts.z_loss])
+def test_of_one_expert(loss):
+    # One expert: balanced (1), sure (0), and logsumexp(z) = z: the mean of 4 and 0.
+    want = {experts.switch_balance: 1, experts.entropy: 0, experts.z_loss: 2}[loss]
+    np.testing.assert_allclose(loss(jnp.array([[2.0], [0.0]])), want, atol=1e-6)
+    np.testing.assert_array_equal(experts.importance(jnp.ones((2, 1))), 0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        experts.importance,
+        experts.entropy,
+        experts.z_loss,
+        experts.switch_balance,
+        lambda logits: experts.load(logits, logits, 1),
+        lambda logits: experts.expected_cost(logits, [1.0, 2.0, 3.0]),
+    ],
+)
+def test_nan_is_not_hidden(loss):
+    assert np.isnan(loss(jnp.zeros((4, 3)).at[1, 2].set(jnp.nan)))

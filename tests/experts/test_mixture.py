@@ -178,6 +178,10 @@ def test_bad_arguments(parameters, images):
         edge(parameters, {}, images)
     with pytest.raises(ValueError, match="params_list must hold 3 pytrees, got 2"):
         edge(parameters[:2], {}, images)
+    edge = experts.one_of([lambda p, x: x, lambda p, x: x[:, :2]], lambda g, x: g)
+    message = r"expert_fns\[1\] must return float32\[1, 3\] as the first does, got float32\[1, 2\]"
+    with pytest.raises(ValueError, match=message):
+        edge([0, 0], jnp.zeros((1, 2)), jnp.zeros((1, 3)))
     with pytest.raises(ValueError, match="expert_fns must hold at least 1 function, got 0"):
         experts.one_of([], GATE.apply)
 

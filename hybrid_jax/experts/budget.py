@@ -1,0 +1,146 @@
+"""What the chosen experts cost: the expected cost, a price on it, and a budget that sets the price.
+
+The price is a Lagrange multiplier: at a price w per unit of cost, the softmax of `logits - w costs`
+is what maximizes expected logit + entropy - w expected cost. Dual ascent raises it while the cost
+is above the budget, and lowers it, down to zero, while it is below.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.experts.routing import Routing
+
+
+class BudgetState(NamedTuple):
+    """The price of a unit of cost, float32 (), at least 0."""
+
+    multiplier: jax.Array
+
+
+def expected_cost(logits: jax.Array, costs: Sequence[float] | jax.Array) -> jax.Array:
+    """Mean over inputs of the cost of one expert drawn with the gate's probabilities.
+
+    Args:
+      logits: float `(B, E)`; of `cost_aware`, the `Routed.scores`.
+      costs: `(E,)`, as MACs or BOPs of each expert, in any unit.
+
+    Raises:
+      ValueError: If `costs` is not of that shape.
+
+    Example:
+      >>> expected_cost(jnp.zeros((5, 2)), jnp.array([1.0, 3.0]))
+      Array(2., dtype=float32)
+    """
+    costs = check_costs(costs, logits.shape[-1], logits.dtype)
+    return (jax.nn.softmax(logits) * costs[None]).sum(-1).mean()
+
+
+def cost_aware(
+    routing: Routing, costs: Sequence[float] | jax.Array, weight: float | jax.Array
+) -> Routing:
+    """`routing` by the logits less weight · cost, so that a dear expert must be that much better.
+
+    For the edge the same shift goes into the gate: `one_of(fns, lambda g, x: gate(g, x) - weight *
+    costs)`.
+
+    Args:
+      routing: What then chooses, as `top_k(1)`.
+      costs: `(E,)`, as MACs or BOPs of each expert. Shares of the parent's keep `weight` of the
+        order of the logits.
+      weight: Logits per unit of cost, at least 0; may be traced, as `BudgetState.multiplier` is.
+
+    Raises:
+      ValueError: If `weight` is a known number and not finite and at least 0, or (when called)
+        `costs` is not of that shape.
+
+    Example:
+      >>> from hybrid_jax.experts import top_k
+      >>> logits = jnp.array([[0.0, 1.0], [0.0, 3.0]])
+      >>> cost_aware(top_k(1), costs=[1.0, 3.0], weight=1.0)(logits).weights
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    if not isinstance(weight, jax.core.Tracer) and not 0 <= float(weight) < float("inf"):
+        raise ValueError(f"weight must be a finite number of at least 0, got {weight}")
+
+    def route(logits, key=None):
+        price = jnp.asarray(weight, logits.dtype) * check_costs(
+            costs, logits.shape[-1], logits.dtype
+        )
+        return routing(logits - price[None], key)
+
+    return route
+
+
+def budget_init() -> BudgetState:
+    """A price of 0: cost does not count until it is above the budget.
+
+    Example:
+      >>> budget_init().multiplier
+      Array(0., dtype=float32)
+    """
+    return BudgetState(jnp.zeros(()))
+
+
+def budget_update(
+    state: BudgetState,
+    cost: float | jax.Array,
+    budget: float | jax.Array,
+    rate: float = 0.1,
+) -> BudgetState:
+    """One step of projected dual ascent: multiplier + rate · (cost - budget), at least 0.
+
+    Two ways to pay the price, not to be joined: `cost_aware(routing, costs, state.multiplier)`,
+    which needs no training, or a loss term `state.multiplier * (expected_cost(logits, costs) -
+    budget)`, from which the gate learns (differentiate by its parameters alone). While the mean
+    cost is not at the budget the price moves, so that where the steps settle the budget is kept. A
+    `budget` below the cheapest expert's cost cannot be kept: the price grows without end. A cost of
+    NaN makes the price NaN. Source: gradient descent-ascent on the Lagrangian, as Gallego-Posada et
+    al., Controlled Sparsity via Constrained Optimization, arXiv 2208.04425.
+
+    Args:
+      state: The price so far.
+      cost: float (), the mean cost of a batch: `expected_cost`, or with one-hot weights what the
+        routing really takes, `(weights @ costs).mean()`.
+      budget: float (), in the same unit; may be traced.
+      rate: Step in price per unit of cost above the budget; above 0. Too large, the price swings.
+
+    Raises:
+      ValueError: If `rate` is not above 0.
+
+    Example:
+      >>> state = budget_update(budget_init(), cost=2.0, budget=1.5, rate=0.5)
+      >>> state.multiplier
+      Array(0.25, dtype=float32)
+      >>> budget_update(state, cost=0.5, budget=1.5, rate=0.5).multiplier
+      Array(0., dtype=float32)
+    """
+    rate = core.check_positive("rate", rate)
+    excess = jnp.asarray(cost, jnp.float32) - jnp.asarray(budget, jnp.float32)
+    return BudgetState(jnp.maximum(state.multiplier + rate * excess, 0.0))
+
+
+def check_costs(
+    costs: Sequence[float] | jax.Array, num_experts: int, dtype: jnp.dtype
+) -> jax.Array:
+    """Returns the costs as an array of that dtype.
+
+    Raises:
+      ValueError: If they are not `(E,)`.
+
+    Example:
+      >>> check_costs([1.0, 3.0], 3, jnp.float32)
+      Traceback (most recent call last):
+      ...
+      ValueError: costs must have shape (3,), one for each expert, got (2,)
+    """
+    if np.shape(costs) != (num_experts,):
+        raise ValueError(
+            f"costs must have shape {(num_experts,)}, one for each expert, got {np.shape(costs)}"
+        )
+    return jnp.asarray(costs, dtype)

@@ -1,0 +1,183 @@
+"""Cascades: the cheap expert answers if it is sure, and else hands on to the next, dearer one.
+
+No gate is needed: an expert's own confidence in its answer decides, after it has run. A confidence
+is a function from logits `(..., N)` to `(...)` in [0, 1]. Sources: Wang et al., IDK Cascades: Fast
+Deep Learning by Learning not to Overthink, arXiv 1706.00885; Wang et al., Wisdom of Committees,
+arXiv 2012.01988.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.experts.budget import check_costs
+from hybrid_jax.experts.mixture import ExpertFn, check_experts, listed, one_by_one
+
+Confidence = Callable[[jax.Array], jax.Array]
+Threshold = float | Sequence[float] | jax.Array
+
+
+class Cascaded(NamedTuple):
+    """What a cascade answers, and how far each input went.
+
+    Attributes:
+      logits: float `(B, N)`, of the expert that answered.
+      stage: int32 `(B,)`, its index: the last of the experts 0, 1, ... that the input needed.
+      went_on: int32 `(E - 1,)`, how many inputs each expert but the last handed on.
+    """
+
+    logits: jax.Array
+    stage: jax.Array
+    went_on: jax.Array
+
+
+def max_probability(logits: jax.Array) -> jax.Array:
+    """The largest softmax probability (Hendrycks and Gimpel, arXiv 1610.02136).
+
+    Args:
+      logits: float `(..., N)`.
+
+    Example:
+      >>> print(f'{max_probability(jnp.log(jnp.array([6.0, 3.0, 1.0]))):.4f}')
+      0.6000
+    """
+    return jax.nn.softmax(logits).max(-1)
+
+
+def margin(logits: jax.Array) -> jax.Array:
+    """The largest softmax probability less the second.
+
+    Args:
+      logits: float `(..., N)`, N at least 2.
+
+    Raises:
+      ValueError: If there is but one class.
+
+    Example:
+      >>> print(f'{margin(jnp.log(jnp.array([6.0, 3.0, 1.0]))):.4f}')
+      0.3000
+    """
+    core.check_integer("the number of classes", logits.shape[-1], 2)
+    top, _ = jax.lax.top_k(jax.nn.softmax(logits), 2)
+    return top[..., 0] - top[..., 1]
+
+
+def cascade(
+    expert_logits: jax.Array, threshold: Threshold, confidence: Confidence = max_probability
+) -> Cascaded:
+    """The answers of a cascade on a batch, from the logits of all experts: to set the thresholds.
+
+    An expert whose logits are NaN does not hand on: NaN is the answer.
+
+    Args:
+      expert_logits: float `(E, B, N)`, the cheapest expert first.
+      threshold: In [0, 1], one or one for each expert but the last: it hands on what it is less
+        confident of. 0: never; 1: unless it is certain. May be traced.
+      confidence: `max_probability` or `margin`.
+
+    Raises:
+      ValueError: If `threshold` is neither a number nor `(E - 1,)`, or known and not in [0, 1].
+
+    Example:
+      >>> logits = jnp.array([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 2.0], [2.0, 0.0]]])
+      >>> logits, stage, went_on = cascade(logits, threshold=0.9)
+      >>> logits
+      Array([[3., 0.],
+             [2., 0.]], dtype=float32)
+      >>> stage.tolist(), went_on.tolist()
+      ([0, 1], [1])
+    """
+    thresholds = _thresholds(threshold, len(expert_logits), expert_logits.dtype)
+    unsure = confidence(expert_logits[:-1]) < thresholds[:, None]
+    went_on = jnp.cumprod(unsure.astype(jnp.int32), 0)
+    stage = went_on.sum(0)
+    answers = jnp.take_along_axis(expert_logits, stage[None, :, None], 0)[0]
+    return Cascaded(answers, stage, went_on.sum(1))
+
+
+def cascade_edge(
+    expert_fns: Sequence[ExpertFn], threshold: Threshold, confidence: Confidence = max_probability
+) -> Callable[..., Cascaded]:
+    """Makes the cascade for the edge, which runs for each image only the experts that it needs.
+
+    The experts' shapes may differ. A batch goes through image by image; `jax.vmap` of this would
+    run every expert.
+
+    Args:
+      expert_fns: E functions `expert_fn(params, x)` -> logits `(B, N)`, the cheapest first.
+      threshold: As for `cascade`.
+      confidence: As for `cascade`.
+
+    Returns:
+      `edge(params_list, x)` -> `Cascaded`, with one params pytree for each expert. It raises
+      ValueError if the numbers of functions and parameters, or the experts' outputs, differ.
+
+    Raises:
+      ValueError: If there is no expert, or for `threshold` as `cascade`.
+
+    Example:
+      >>> edge = cascade_edge([lambda w, x: x * w, lambda w, x: x + w], threshold=0.9)
+      >>> answer = edge([1.0, 5.0], jnp.array([[3.0, 0.0], [0.0, 0.1]]))
+      >>> answer.logits
+      Array([[3. , 0. ],
+             [5. , 5.1]], dtype=float32)
+      >>> answer.stage.tolist()
+      [0, 1]
+    """
+    expert_fns = listed(expert_fns)
+    last = len(expert_fns) - 1
+    _thresholds(threshold, len(expert_fns), jnp.float32)
+
+    def edge(params_list, x):
+        check_experts(expert_fns, params_list, x)
+
+        def answer(e, x):
+            logits = expert_fns[e](params_list[e], x)
+            here = logits, jnp.full(1, e, jnp.int32)
+            if e == last:
+                return here
+            unsure = confidence(logits)[0] < _thresholds(threshold, last + 1, logits.dtype)[e]
+            return jax.lax.cond(unsure, lambda: answer(e + 1, x), lambda: here)
+
+        logits, stage = one_by_one(lambda x: answer(0, x), x)
+        return Cascaded(logits, stage, (stage[None] > jnp.arange(last)[:, None]).sum(1))
+
+    return edge
+
+
+def cascade_cost(cascaded: Cascaded, costs: Sequence[float] | jax.Array) -> jax.Array:
+    """Mean over inputs of the cost of every expert that ran: those up to the one that answered.
+
+    Args:
+      cascaded: From `cascade` or `cascade_edge`.
+      costs: `(E,)`, as MACs or BOPs of each expert, in any unit.
+
+    Raises:
+      ValueError: If `costs` is not of that shape.
+
+    Example:
+      >>> stage = jnp.array([0, 0, 0, 1])
+      >>> one_went_on = Cascaded(jnp.zeros((4, 2)), stage, went_on=jnp.array([1]))
+      >>> cascade_cost(one_went_on, costs=[1.0, 4.0])  # 1 + 4 * 1/4
+      Array(2., dtype=float32)
+    """
+    costs = check_costs(costs, len(cascaded.went_on) + 1, jnp.float32)
+    ran = jnp.append(len(cascaded.stage), cascaded.went_on)
+    return (costs * ran.astype(jnp.float32)).sum() / len(cascaded.stage)
+
+
+def _thresholds(threshold: Any, num_experts: int, dtype: Any) -> jax.Array:
+    if np.shape(threshold) not in ((), (num_experts - 1,)):
+        raise ValueError(
+            f"threshold must be a number or have shape {(num_experts - 1,)}, one for each expert "
+            f"but the last, got shape {np.shape(threshold)}"
+        )
+    if not isinstance(threshold, jax.core.Tracer):
+        known = np.asarray(threshold)
+        if not ((known >= 0) & (known <= 1)).all():
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    return jnp.broadcast_to(jnp.asarray(threshold, dtype), (num_experts - 1,))
