@@ -7,6 +7,7 @@ process against the model, and `latency` times one function against another, `se
 `width_latencies` the widths that channels may be cut to.
 """
 
+from hybrid_jax.deploy import packed
 from hybrid_jax.deploy.lowering import lower
 from hybrid_jax.deploy.program import Encoding, Mixture, Program, Tensor, Weights
 from hybrid_jax.deploy.reference import run
@@ -26,6 +27,7 @@ __all__ = [
     "latency",
     "load",
     "lower",
+    "packed",
     "run",
     "seconds",
     "verify",
