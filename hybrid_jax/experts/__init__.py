@@ -13,6 +13,7 @@ from hybrid_jax.experts.diagnostics import (
     usage_entropy,
     usage_per_class,
 )
+from hybrid_jax.experts.fingerprint import check_fitted, fingerprint
 from hybrid_jax.experts.gates import gate_cnn, gate_linear
 from hybrid_jax.experts.losses import (
     entropy,
@@ -41,6 +42,7 @@ __all__ = [
     "Aux",
     "Routed",
     "Routing",
+    "check_fitted",
     "collapsed",
     "combine",
     "count",
@@ -48,6 +50,7 @@ __all__ = [
     "entropy",
     "expected_cost",
     "fastest",
+    "fingerprint",
     "gate_cnn",
     "gate_linear",
     "importance",
