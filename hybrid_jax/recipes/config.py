@@ -11,7 +11,8 @@ from hybrid_jax import core, models
 from hybrid_jax.quantization.observers import METHODS_OF_ANY_BITS
 
 CRITERIA = ("magnitude_l1", "magnitude_l2", "batchnorm_scale", "taylor", "geometric_median")
-DIVERSITY = ("criterion", "seed", "cluster", "bits")
+DIVERSITY = ("criterion", "seed", "bits", "width", "cluster", "classes", "bootstrap")
+IMAGES = ("cluster", "classes", "bootstrap")  # of these, what tells the images of experts apart
 ROUTINGS = ("soft", "top_1", "top_k", "noisy_top_1", "noisy_top_k")
 
 
@@ -58,8 +59,9 @@ def default_config() -> ConfigDict:
             diversity="criterion+cluster",  # sources joined by +; "" makes identical experts
             criteria=CRITERIA[:4],  # expert e takes criteria[e % len]; the first for all without
             jitter=0.3,  # seed: spread of the log-normal factor on channel scores
-            others_weight=0.2,  # cluster: weight of images outside the expert's own cluster
+            others_weight=0.2,  # cluster, classes: weight of images that are not the expert's own
             bits=(4, 8),  # bits: expert e takes bits[e % len] for weights and activations
+            sparsities=(0.75, 0.5),  # width: expert e takes sparsities[e % len], cheap and dear
             sparsity=0.5,  # fraction of channels removed
             multiple=1,  # widths kept are rounded to multiples of this
             granularity="unstructured",  # or n:m as "2:4", of the weights that are left
@@ -89,7 +91,17 @@ def default_config() -> ConfigDict:
             learning_rate=0.01,
         )
     )
-    config.joint = ConfigDict(dict(steps=100, batch_size=64, learning_rate=0.0005))
+    config.joint = ConfigDict(
+        dict(
+            steps=100,
+            batch_size=64,
+            learning_rate=0.0005,
+            refit=False,  # train the gate alone once more, over the experts that came out
+        )
+    )
+    config.collapse = ConfigDict(  # the mixture distilled into one network of an expert's shape
+        dict(steps=0, batch_size=64, learning_rate=0.001, routing="soft")  # steps=0: not made
+    )
     config.controls = ConfigDict(dict(same_bytes=True, same_bops=True))
     config.deploy = ConfigDict(dict(platforms=("cpu", "cuda", "tpu")))
     config.evaluation = ConfigDict(dict(batch_size=256, latency_calls=50))
@@ -103,7 +115,7 @@ class ExpertSpec:
     Attributes:
       criterion: Importance criterion of its channels.
       jitter: Spread of a random log-normal factor on the channel scores; 0 for none.
-      cluster: Index of the cluster of the data it concentrates on, or None.
+      images: Index of the training images that it prefers, or None where all are alike to it.
       sparsity: Fraction of channels removed.
       multiple: Widths kept are multiples of this.
       granularity: "unstructured" or "n:m", of the weights that are left.
@@ -115,7 +127,7 @@ class ExpertSpec:
 
     criterion: str
     jitter: float
-    cluster: int | None
+    images: int | None
     sparsity: float
     multiple: int
     granularity: str
@@ -139,12 +151,13 @@ def expert_specs(config: ConfigDict) -> tuple[ExpertSpec, ...]:
     specs = []
     for i in range(e.count):
         bits = e.bits[i % len(e.bits)] if "bits" in sources else None
+        width = e.sparsities[i % len(e.sparsities)] if "width" in sources else e.sparsity
         specs.append(
             ExpertSpec(
                 criterion=e.criteria[i % len(e.criteria) if "criterion" in sources else 0],
                 jitter=e.jitter if "seed" in sources else 0.0,
-                cluster=i if "cluster" in sources else None,
-                sparsity=e.sparsity,
+                images=i if set(IMAGES) & set(sources) else None,
+                sparsity=width,
                 multiple=e.multiple,
                 granularity=e.granularity,
                 weight_sparsity=e.weight_sparsity,
@@ -192,12 +205,13 @@ def check_config(config: ConfigDict) -> None:
         "checkpoint_every parent.steps experts.steps gate.steps experts.multiple",
         1,
     )
-    each(core.check_integer, "joint.steps gate.k gate.width", 0)
+    each(core.check_integer, "joint.steps collapse.steps", 0)
     each(core.check_integer, "gate.width gate.k evaluation.latency_calls", 1)
-    for stage in ("parent", "experts", "gate", "joint", "evaluation"):
+    for stage in ("parent", "experts", "gate", "joint", "collapse", "evaluation"):
         each(core.check_integer, f"{stage}.batch_size", 1)
-    for stage in ("parent", "experts", "gate", "joint"):
+    for stage in ("parent", "experts", "gate", "joint", "collapse"):
         each(core.check_positive, f"{stage}.learning_rate")
+    each(_check_bool, "data.flip joint.refit controls.same_bytes controls.same_bops")
     each(core.check_positive, "distillation.temperature")
     each(core.check_fraction, "distillation.alpha parent.label_smoothing experts.others_weight")
     each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
@@ -208,9 +222,11 @@ def check_config(config: ConfigDict) -> None:
     each(core.check_integer, "experts.count", 2)
     each(core.check_integer, "experts.first_last_bits gate.bits", 2, 8)
     each(core.check_integer, "experts.weight_bits experts.activation_bits", 2, 8)
-    each(_check_entries, "experts.bits experts.criteria deploy.platforms")
+    each(_check_entries, "experts.bits experts.criteria experts.sparsities deploy.platforms")
     for bits in config.experts.bits:
         core.check_integer("config.experts.bits", bits, 2, 8)
+    for sparsity in config.experts.sparsities:
+        _check_below_one("config.experts.sparsities", sparsity)
     core.check_choice("config.model.name", config.model.name, models.names())
     for width in config.model.widths:
         core.check_integer("config.model.widths", width, 1)
@@ -218,9 +234,11 @@ def check_config(config: ConfigDict) -> None:
         core.check_choice("config.experts.criteria", criterion, CRITERIA)
     for source in diversity_sources(config):
         core.check_choice("config.experts.diversity", source, DIVERSITY)
+        _check_source(config, source)
     for platform in config.deploy.platforms:
         core.check_choice("config.deploy.platforms", platform, ("cpu", "cuda", "rocm", "tpu"))
     each(core.check_choice, "gate.routing", ROUTINGS)
+    each(core.check_choice, "collapse.routing", ("soft", "top_1"))
     each(core.check_choice, "experts.method", ("auto", "vmap", "map", "unroll"))
     each(core.check_choice, "experts.calibration", METHODS_OF_ANY_BITS)
     parse_granularity(config.experts.granularity)
@@ -293,9 +311,33 @@ def _check_keys(config):
             raise ValueError(f"config.{key} must be given, got no such key")
 
 
+def _check_source(config, source):
+    """A source of diversity that would make no difference is an error, not a silent nothing."""
+    lists = {"criterion": "criteria", "bits": "bits", "width": "sparsities"}
+    nothing = {"seed": ("jitter", 0), "cluster": ("others_weight", 1)}
+    nothing["classes"] = nothing["cluster"]
+    if key := lists.get(source):
+        if len(set(config.experts[key])) < 2:
+            raise ValueError(
+                f"config.experts.{key} must hold at least two different values with diversity "
+                f"{source!r}, got {config.experts[key]!r}"
+            )
+    elif source in nothing and config.experts[nothing[source][0]] == nothing[source][1]:
+        key, value = nothing[source]
+        raise ValueError(
+            f"config.experts.{key} must not be {value} with diversity {source!r}, which would "
+            "then make no difference"
+        )
+
+
 def _check_below_one(name, value):
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def _check_bool(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 def _check_not_negative(name, value):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.cluster import KMeans
 
 from hybrid_jax import core, experts, pruning, quantization, training
 from hybrid_jax.recipes import config as configuration
@@ -19,33 +18,50 @@ CALIBRATION_BATCHES = 8
 BATCHNORM_BATCHES = 20
 
 
+class Own(NamedTuple):
+    """What is an expert's own of a stack that is wider.
+
+    Attributes:
+      predict: (its variables, images (B, H, W, C)) -> logits (B, N), in floats.
+      graph: Its sites.
+      kept: Indices of the stack's parameters that are its own.
+    """
+
+    predict: Callable[[Any, jax.Array], jax.Array]
+    graph: core.Graph
+    kept: dict[str, tuple[np.ndarray, ...]]
+
+
 class Cut(NamedTuple):
-    """A network with channels physically removed.
+    """A network with channels physically removed, as wide as the widest of its stack.
 
     Attributes:
       network: The small network.
       variables: Its variables.
-      certificate: How far it is from the masked parent, and the costs before and after.
+      certificate: How far the expert at its own widths is from the masked parent, and the costs
+        before and after.
+      own: What of it is the expert's own; None for all.
     """
 
     network: Network
     variables: Any
-    certificate: Any
+    certificate: core.Certificate
+    own: Own | None
 
 
 class Experts(NamedTuple):
-    """E experts of equal shape.
+    """E experts in one stack, of equal shape or narrower ones with masked channels.
 
     Attributes:
-      network: Any of them, in floats.
+      network: Any of them, in floats, as wide as the stack.
       predict: (expert, images (B, H, W, C)) -> logits (B, N), quantized.
       stack: {'params', 'batch_stats', 'ranges', 'bits'} with a leading axis E on every leaf; an
         expert is one slice of it.
       masks: For each expert which weights are kept: bool pytree like its 'params'.
       specs: What each was made by.
       quantizers: How the sites of each are quantized.
-      certificates: Of the removal of each one's channels.
-      graph: The sites of any of them.
+      cuts: How the channels of each were removed.
+      graph: The sites of any of them, as wide as the stack.
       method: How the experts are mapped, see `experts.map_experts`.
     """
 
@@ -55,9 +71,29 @@ class Experts(NamedTuple):
     masks: list[Any]
     specs: tuple[ExpertSpec, ...]
     quantizers: list[quantization.Spec]
-    certificates: list[Any]
+    cuts: list[Cut]
     graph: core.Graph
     method: str
+
+
+class Alone(NamedTuple):
+    """One expert out of its stack, at its own widths.
+
+    Attributes:
+      predict: (variables, images (B, H, W, C)) -> logits (B, N), in floats.
+      variables: {'params', 'batch_stats'}.
+      ranges: Of its sites.
+      masks: Which weights are kept, like 'params'.
+      graph: Its sites.
+      quantizer: How these are quantized.
+    """
+
+    predict: Callable[[Any, jax.Array], jax.Array]
+    variables: Any
+    ranges: Any
+    masks: Any
+    graph: core.Graph
+    quantizer: quantization.Spec
 
 
 def compress(
@@ -71,11 +107,14 @@ def compress(
 ) -> Experts:
     """Makes one expert per spec: cut, quantized, trained by distillation, all under one `jit`.
 
+    Specs of different sparsity share a stack of the widest one's shape, in which the channels of
+    the others are masked; `alone` removes them, and gives the expert as it is deployed.
+
     Args:
       job: The run.
       dense: The parent.
       variables: The parent's variables.
-      specs: One per expert; they remove equally many channels.
+      specs: One per expert.
       name: Of the stage.
       steps: Of training.
       weights: (E, n) weight of each training image for each expert; None weighs all alike.
@@ -84,14 +123,12 @@ def compress(
       FloatingPointError: If a loss is not finite.
     """
     settings, key = job.config.experts, job.key(name)
-    cuts = [
-        cut(job, dense, variables, spec, jax.random.fold_in(key, i)) for i, spec in enumerate(specs)
-    ]
+    cuts = cut_all(job, dense, variables, specs, key)
     small = cuts[0].network
     stack = experts.stack([c.variables for c in cuts])
     graph = core.trace(small.predict, cuts[0].variables, job.images)
     method = _method(job, name, small.predict, stack)
-    masks = [weight_masks(c.variables["params"], spec) for c, spec in zip(cuts, specs, strict=True)]
+    masks = [stack_masks(c, spec) for c, spec in zip(cuts, specs, strict=True)]
     params = pruning.apply_masks(stack["params"], experts.stack(masks))
     stack = stack | {"params": params}
 
@@ -159,23 +196,63 @@ def compress(
         masks,
         tuple(specs),
         quantizers,
-        [c.certificate for c in cuts],
+        cuts,
         graph,
         method,
     )
 
 
-def cut(job: Job, dense: Network, variables: Any, spec: ExpertSpec, key: jax.Array) -> Cut:
-    """Physically removes the channels that are least important by the criterion of `spec`.
+def cut_all(
+    job: Job, dense: Network, variables: Any, specs: Sequence[ExpertSpec], key: jax.Array
+) -> list[Cut]:
+    """Physically removes the channels that are least important by the criterion of each spec.
 
     Args:
       job: The run.
       dense: The parent.
       variables: The parent's variables.
-      spec: By which criterion, and how many.
+      specs: By which criterion, and how many.
       key: Random key of the jitter.
     """
     graph = core.trace(dense.predict, variables, job.images)
+    probe = job.normalize(job.splits.validation.images[:4])
+    widest = min(spec.sparsity for spec in specs)
+    alike = all(spec.sparsity == widest for spec in specs)
+
+    def cut(spec, key):
+        scores = channel_scores(job, dense, variables, graph, spec, key)
+
+        def shrink(sparsity):
+            keep = keep_channels(scores, sparsity, multiple=spec.multiple)
+            masks = core.expand(keep, graph.groups, variables)
+            return core.shrink(dense.predict, variables, masks, probe)
+
+        predict, small, certificate = shrink(widest)
+        network = Network(predict, core.narrow(dense.train, variables, certificate.kept))
+        if alike:
+            return Cut(network, small, certificate, None)
+        narrower = certificate if spec.sparsity == widest else shrink(spec.sparsity)[2]
+        # The same scores keep ever fewer channels: the own ones are among the stack's.
+        kept = {
+            path: tuple(map(np.searchsorted, certificate.kept[path], indices))
+            for path, indices in narrower.kept.items()
+        }
+        own = core.narrow(predict, small, kept)
+        sites = core.trace(own, core.slice_tree(small, kept), job.images)
+        return Cut(network, small, narrower, Own(own, sites, kept))
+
+    return [cut(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(specs)]
+
+
+def channel_scores(
+    job: Job,
+    dense: Network,
+    variables: Any,
+    graph: core.Graph,
+    spec: ExpertSpec,
+    key: jax.Array,
+) -> dict[str, jax.Array]:
+    """Returns the importance of the parent's coupled channels, jittered as `spec` says."""
 
     @jax.jit
     def score(variables):
@@ -187,12 +264,7 @@ def cut(job: Job, dense: Network, variables: Any, spec: ExpertSpec, key: jax.Arr
         for i, name in enumerate(scores):
             noise = jax.random.normal(jax.random.fold_in(key, i), scores[name].shape)
             scores[name] = scores[name] * jnp.exp(spec.jitter * noise)
-    keep = keep_channels(scores, spec.sparsity, multiple=spec.multiple)
-    masks = core.expand(keep, graph.groups, variables)
-    probe = job.normalize(job.splits.validation.images[:4])
-    predict, small, certificate = core.shrink(dense.predict, variables, masks, probe)
-    train = core.narrow(dense.train, variables, certificate.kept)
-    return Cut(Network(predict, train), small, certificate)
+    return scores
 
 
 keep_channels = jax.jit(pruning.keep_channels, static_argnames="multiple")
@@ -243,6 +315,74 @@ def weight_masks(params: Any, spec: ExpertSpec) -> Any:
     return pruning.masks(scores, max(sparsities), granularity)
 
 
+def stack_masks(made: Cut, spec: ExpertSpec) -> Any:
+    """Returns `weight_masks` of an expert's own channels, with all others of the stack masked."""
+    params = made.variables["params"]
+    if made.own is None:
+        return weight_masks(params, spec)
+    kept = made.own.kept
+    own = core.flatten_paths(
+        weight_masks(core.slice_tree({"params": params}, kept)["params"], spec)
+    )
+
+    def widen(path, leaf):
+        mask = np.zeros(leaf.shape, bool)
+        inside = True if core.is_masked_node(own[path]) else own[path]
+        mask[np.ix_(*kept[f"params/{path}"])] = inside
+        return jnp.asarray(mask)
+
+    return core.map_with_path(widen, params)
+
+
+def select(made: Experts, index: int) -> Experts:
+    """Returns the stack of the one expert `index`."""
+    return made._replace(
+        stack=jax.tree.map(lambda leaf: leaf[index : index + 1], made.stack),
+        masks=[made.masks[index]],
+        specs=(made.specs[index],),
+        quantizers=[made.quantizers[index]],
+        cuts=[made.cuts[index]],
+        method="unroll",
+    )
+
+
+def alone(made: Experts) -> list[Alone]:
+    """Returns each expert at its own widths: its masked channels are physically removed."""
+
+    def take(expert, masks, cut, quantizer):
+        variables = {name: expert[name] for name in ("params", "batch_stats")}
+        if cut.own is None:
+            ranges, predict = expert["ranges"], made.network.predict
+            return Alone(predict, variables, ranges, masks, made.graph, quantizer)
+        predict, graph, kept = cut.own
+        return Alone(
+            predict,
+            core.slice_tree(variables, kept),
+            own_ranges(expert["ranges"], graph, kept),
+            core.slice_tree({"params": masks}, kept)["params"],
+            graph,
+            quantizer,
+        )
+
+    parts = zip(experts.unstack(made.stack), made.masks, made.cuts, made.quantizers, strict=True)
+    return [take(*part) for part in parts]
+
+
+def own_ranges(ranges: Any, graph: core.Graph, kept: dict[str, tuple[np.ndarray, ...]]) -> Any:
+    """Returns the ranges of the channels that are kept; those of a tensor are of all of them."""
+
+    def take(leaf, indices):
+        if not leaf.ndim:
+            return leaf
+        axes = zip(indices, leaf.shape, strict=True)
+        return leaf[np.ix_(*([0] if size == 1 else own for own, size in axes))]
+
+    return {
+        site.name: jax.tree.map(lambda leaf, i=kept[site.path]: take(leaf, i), ranges[site.name])
+        for site in graph.sites
+    }
+
+
 def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
     """Returns how the sites of a cut network are quantized."""
     return quantization.spec(
@@ -251,21 +391,6 @@ def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
         activation_bits=spec.activation_bits,
         first_last_bits=spec.first_last_bits,
     )
-
-
-def cluster_weights(job: Job, dense: Network, variables: Any) -> np.ndarray | None:
-    """Returns (E, n) weights of the training images: expert e prefers cluster e of the data.
-
-    The clusters are those of k-means on the parent's logits. None where the configuration does not
-    name this source of diversity.
-    """
-    settings = job.config.experts
-    if "cluster" not in configuration.diversity_sources(job.config):
-        return None
-    logits = job.logits(dense.predict, variables, job.splits.train)
-    means = KMeans(settings.count, n_init=4, random_state=job.config.seed)
-    own = means.fit_predict(logits)[None] == np.arange(settings.count)[:, None]
-    return np.where(own, 1.0, settings.others_weight).astype(np.float32)
 
 
 def _first_images(job, count=256):
