@@ -36,8 +36,11 @@ class Comparison(NamedTuple):
 
     @property
     def significant(self) -> bool:
-        """Whether the test was made and rejects equality at the 5 % level."""
-        return self.test is not None and self.test.p_value < SIGNIFICANCE
+        """Whether the test was made and rejects equality at the 5 % level, on this side."""
+        if self.test is None or self.test.p_value >= SIGNIFICANCE:
+            return False
+        # Pooled over runs, few large leads and many small ones can point to different sides.
+        return (self.test.only_a - self.test.only_b) * self.difference > 0
 
     @property
     def beaten(self) -> bool:

@@ -151,7 +151,8 @@ def _comparison_section(table) -> Section:
         "Mixture minus rival in percentage points, paired by seed; p is McNemar's exact two-sided "
         "test in each run, and beaten counts the runs in which the mixture is ahead with p < 0.05. "
         "Pooled over the runs each test image counts once, for the one that is right on it in more "
-        "of them; the verdict is that of the pooled test."
+        "of them; the verdict is that of the pooled test. No p is corrected for the number of "
+        "rivals."
     )
     return Section("The mixture against each control", text, Table(header, rows))
 

@@ -98,6 +98,12 @@ def test_a_control_is_beaten_only_beyond_chance():
     )
 
 
+def test_a_test_that_points_to_the_other_side_is_no_evidence():
+    for difference, verdict in ((0.01, "beaten"), (-0.01, "behind, within chance")):
+        test = comparison.McNemar(9, 0, 2 / 2**9)
+        assert comparison.Comparison("net", 0.9, difference, test).verdict == verdict
+
+
 def test_without_correctness_nothing_is_claimed(make_results):
     results = make_results()
     for row in results["rows"]:
