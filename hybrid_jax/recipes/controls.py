@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, cost, experts
-from hybrid_jax.recipes import phase1, phase2
+from hybrid_jax.recipes import cutting, phase1, phase2
 from hybrid_jax.recipes.config import ExpertSpec, expert_specs
 from hybrid_jax.recipes.job import Job, Network
 
@@ -128,7 +128,7 @@ def planned_graph(
     """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
     graph = core.trace(dense.predict, variables, job.images)
     alike = {group.name: jnp.zeros(group.size) for group in graph.groups}
-    keep = phase1.keep_channels(alike, sparsity, multiple=multiple)
+    keep = cutting.keep_channels(alike, sparsity, multiple=multiple)
     masks = core.expand(keep, graph.groups, variables)
     predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
     return core.trace(predict, small, job.images)
@@ -147,7 +147,7 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
 
 
 def _planned_mask(leaf, spec):
-    """A mask of the count that `phase1.weight_masks` will have: costs depend on counts alone."""
-    sparsity = phase1.kernel_sparsity(leaf.shape, spec)
+    """A mask of the count that `cutting.weight_masks` will have: costs depend on counts alone."""
+    sparsity = cutting.kernel_sparsity(leaf.shape, spec)
     removed = math.floor(sparsity * leaf.size + 0.5)
     return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

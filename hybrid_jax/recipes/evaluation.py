@@ -49,7 +49,11 @@ def evaluate(job: Job, models: Models) -> dict:
     Args:
       job: The run.
       models: What it has made.
+
+    Raises:
+      ValueError: If the gate was fitted to other experts.
     """
+    experts.check_fitted(models.gate.fitted_to, models.made.stack)
     test, count = job.splits.test, len(models.made.specs)
     labels = jnp.asarray(test.labels)
     expert_logits = jnp.asarray(logits(job, models.made, test))
@@ -58,7 +62,6 @@ def evaluate(job: Job, models: Models) -> dict:
     gate_price = _price(controls.gate_cost(models.gate))
     nothing = Price(0, 0, 0, 0, 0)
     times = _latencies(job, models)
-    experts.check_fitted(models.gate.fitted_to, models.made.stack)
     rows: list[dict] = []
 
     def add(name, kind, logits, price, time=None, note=""):

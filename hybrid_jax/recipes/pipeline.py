@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from hybrid_jax import core, data, report, training
 from hybrid_jax.recipes import config as configuration
 from hybrid_jax.recipes import controls, deployment, diversity, evaluation, phase1, phase2, workdir
+from hybrid_jax.recipes.checks import check_config
 from hybrid_jax.recipes.collapse import collapsed_mixture
 from hybrid_jax.recipes.evaluation import Models
 from hybrid_jax.recipes.job import Job
@@ -30,7 +31,7 @@ def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> 
     Raises:
       ValueError: Names what does not fit; nothing was written then.
     """
-    configuration.check_config(config)
+    check_config(config)
     splits = _load(config.data)
     job = Job(config, pathlib.Path(path), splits, command)
     _check_model(job)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hybrid_jax import recipes
-from hybrid_jax.recipes import controls, phase1, workdir
+from hybrid_jax.recipes import controls, cutting, workdir
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_a_source_that_makes_no_difference_is_refused(config, source, key, value
 def test_kernel_sparsity(config):
     config.experts.granularity = "2:4"
     (spec, *_) = recipes.expert_specs(config)
-    assert phase1.kernel_sparsity((3, 3, 8, 16), spec) == 0.5
-    assert phase1.kernel_sparsity((3, 3, 1, 16), spec) == 0.0  # 4 does not divide 1
-    assert phase1.kernel_sparsity((16,), spec) == 0.0
+    assert cutting.kernel_sparsity((3, 3, 8, 16), spec) == 0.5
+    assert cutting.kernel_sparsity((3, 3, 1, 16), spec) == 0.0  # 4 does not divide 1
+    assert cutting.kernel_sparsity((16,), spec) == 0.0
 
 
 def test_claim_takes_up_the_same_config_only(config, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import core, experts, pruning, quantization, recipes
-from hybrid_jax.recipes import phase1
+from hybrid_jax.recipes import cutting, phase1
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def cut(keep):
     kept = core.keep_indices({group.name: np.array(keep)}, graph.groups, variables)
     small = core.narrow(fn, variables, kept)
     sites = core.trace(small, core.slice_tree(variables, kept), jnp.ones((1, 3)))
-    return variables, graph, phase1.Cut(None, variables, None, phase1.Own(small, sites, kept))
+    return variables, graph, cutting.Cut(None, variables, None, cutting.Own(small, sites, kept))
 
 
 def test_all_but_the_own_channels_are_masked(spec):
     _, _, made = cut([True, False, True, False])
-    masks = phase1.stack_masks(made, spec)
+    masks = cutting.stack_masks(made, spec)
     assert masks["a"]["kernel"].tolist() == [[True, False, True, False]] * 3
     assert masks["a"]["bias"].tolist() == [True, False, True, False]
     assert masks["b"]["kernel"].tolist() == [[True] * 2, [False] * 2] * 2
@@ -51,7 +51,7 @@ def test_all_but_the_own_channels_are_masked(spec):
 def test_weights_are_thinned_among_the_own_channels(spec):
     variables, _, made = cut([True, False, True, False])
     half = dataclasses.replace(spec, weight_sparsity=0.5)
-    mask = np.asarray(phase1.stack_masks(made, half)["a"]["kernel"])
+    mask = np.asarray(cutting.stack_masks(made, half)["a"]["kernel"])
     # Of the 6 weights of the own channels the 3 largest stay.
     own = np.abs(np.asarray(variables["params"]["a"]["kernel"]))[:, [0, 2]]
     np.testing.assert_array_equal(mask[:, [0, 2]], own >= np.sort(own.ravel())[3])
@@ -60,7 +60,7 @@ def test_weights_are_thinned_among_the_own_channels(spec):
 
 def test_a_stack_of_one_width_has_no_masks(spec):
     _, _, made = cut([True] * 4)
-    masks = phase1.stack_masks(made._replace(own=None), spec)
+    masks = cutting.stack_masks(made._replace(own=None), spec)
     assert all(core.is_masked_node(m) for m in core.flatten_paths(masks).values())
 
 
@@ -71,7 +71,7 @@ def test_an_expert_alone_computes_what_it_does_in_the_stack(spec):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3)), jnp.float32)
     stack, masks = [], []
     for made in (narrow, wide):
-        mask = phase1.stack_masks(made, spec)
+        mask = cutting.stack_masks(made, spec)
         masked = variables | {"params": pruning.apply_masks(variables["params"], mask)}
         ranges = quantization.calibrate(fn, masked, [(x,)], quantizer)
         stack.append({**masked, "ranges": ranges, "bits": quantizer.bits()})
