@@ -33,6 +33,7 @@ from hybrid_jax.experts.diagnostics import (
     usage_per_class,
 )
 from hybrid_jax.experts.dispatch import gathered
+from hybrid_jax.experts.fingerprint import check_fitted, fingerprint
 from hybrid_jax.experts.gates import gate_cnn, gate_linear
 from hybrid_jax.experts.losses import (
     entropy,
@@ -69,6 +70,7 @@ __all__ = [
     "cascade",
     "cascade_cost",
     "cascade_edge",
+    "check_fitted",
     "collapsed",
     "combine",
     "cost_aware",
@@ -78,6 +80,7 @@ __all__ = [
     "expected_cost",
     "expert_choice",
     "fastest",
+    "fingerprint",
     "gate_cnn",
     "gate_linear",
     "gathered",

@@ -4,9 +4,10 @@ job = recipes.prepare(config, workdir)   # checks everything, writes nothing but
 results = recipes.run(job)               # resumes, and leaves the report in the work directory
 """
 
+from hybrid_jax.recipes.checks import check_config
+from hybrid_jax.recipes.collapse import collapse
 from hybrid_jax.recipes.config import (
     ExpertSpec,
-    check_config,
     default_config,
     expert_specs,
     flatten,
@@ -27,6 +28,7 @@ __all__ = [
     "Models",
     "Network",
     "check_config",
+    "collapse",
     "compress",
     "default_config",
     "evaluate",

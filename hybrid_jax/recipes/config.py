@@ -1,4 +1,4 @@
-"""The configuration of the whole method: its defaults, its checks, and each expert's spec."""
+"""The configuration of the whole method: its defaults, its keys, and each expert's spec."""
 
 import dataclasses
 import difflib
@@ -7,11 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_jax import core, models
-from hybrid_jax.quantization.observers import METHODS_OF_ANY_BITS
-
 CRITERIA = ("magnitude_l1", "magnitude_l2", "batchnorm_scale", "taylor", "geometric_median")
-DIVERSITY = ("criterion", "seed", "cluster", "bits")
+DIVERSITY = ("criterion", "seed", "bits", "width", "cluster", "classes", "bootstrap")
+IMAGES = ("cluster", "classes", "bootstrap")  # of these, what tells the images of experts apart
 ROUTINGS = ("soft", "top_1", "top_k", "noisy_top_1", "noisy_top_k")
 
 
@@ -58,8 +56,9 @@ def default_config() -> ConfigDict:
             diversity="criterion+cluster",  # sources joined by +; "" makes identical experts
             criteria=CRITERIA[:4],  # expert e takes criteria[e % len]; the first for all without
             jitter=0.3,  # seed: spread of the log-normal factor on channel scores
-            others_weight=0.2,  # cluster: weight of images outside the expert's own cluster
+            others_weight=0.2,  # cluster, classes: weight of images that are not the expert's own
             bits=(4, 8),  # bits: expert e takes bits[e % len] for weights and activations
+            sparsities=(0.75, 0.5),  # width: expert e takes sparsities[e % len], cheap and dear
             sparsity=0.5,  # fraction of channels removed
             multiple=1,  # widths kept are rounded to multiples of this
             granularity="unstructured",  # or n:m as "2:4", of the weights that are left
@@ -89,7 +88,17 @@ def default_config() -> ConfigDict:
             learning_rate=0.01,
         )
     )
-    config.joint = ConfigDict(dict(steps=100, batch_size=64, learning_rate=0.0005))
+    config.joint = ConfigDict(
+        dict(
+            steps=100,
+            batch_size=64,
+            learning_rate=0.0005,
+            refit=False,  # train the gate alone once more, over the experts that came out
+        )
+    )
+    config.collapse = ConfigDict(  # the mixture distilled into one network of an expert's shape
+        dict(steps=0, batch_size=64, learning_rate=0.001, routing="soft")  # steps=0: not made
+    )
     config.controls = ConfigDict(dict(same_bytes=True, same_bops=True))
     config.deploy = ConfigDict(dict(platforms=("cpu", "cuda", "tpu")))
     config.evaluation = ConfigDict(dict(batch_size=256, latency_calls=50))
@@ -103,7 +112,7 @@ class ExpertSpec:
     Attributes:
       criterion: Importance criterion of its channels.
       jitter: Spread of a random log-normal factor on the channel scores; 0 for none.
-      cluster: Index of the cluster of the data it concentrates on, or None.
+      images: Index of the training images that it prefers, or None where all are alike to it.
       sparsity: Fraction of channels removed.
       multiple: Widths kept are multiples of this.
       granularity: "unstructured" or "n:m", of the weights that are left.
@@ -115,7 +124,7 @@ class ExpertSpec:
 
     criterion: str
     jitter: float
-    cluster: int | None
+    images: int | None
     sparsity: float
     multiple: int
     granularity: str
@@ -139,12 +148,13 @@ def expert_specs(config: ConfigDict) -> tuple[ExpertSpec, ...]:
     specs = []
     for i in range(e.count):
         bits = e.bits[i % len(e.bits)] if "bits" in sources else None
+        width = e.sparsities[i % len(e.sparsities)] if "width" in sources else e.sparsity
         specs.append(
             ExpertSpec(
                 criterion=e.criteria[i % len(e.criteria) if "criterion" in sources else 0],
                 jitter=e.jitter if "seed" in sources else 0.0,
-                cluster=i if "cluster" in sources else None,
-                sparsity=e.sparsity,
+                images=i if set(IMAGES) & set(sources) else None,
+                sparsity=width,
                 multiple=e.multiple,
                 granularity=e.granularity,
                 weight_sparsity=e.weight_sparsity,
@@ -159,76 +169,6 @@ def expert_specs(config: ConfigDict) -> tuple[ExpertSpec, ...]:
 def diversity_sources(config: ConfigDict) -> tuple[str, ...]:
     """Returns the sources that `config.experts.diversity` joins by `+`."""
     return tuple(s for s in config.experts.diversity.split("+") if s)
-
-
-def check_config(config: ConfigDict) -> None:
-    """Checks every key and value; reads no file and writes none.
-
-    Args:
-      config: A configuration with the keys of `default_config`.
-
-    Raises:
-      ValueError: Names the key, what it got and what was expected, and the nearest key if the
-        key is unknown.
-
-    Example:
-      >>> config = default_config()
-      >>> config.experts.sparsity = 1.3
-      >>> check_config(config)
-      Traceback (most recent call last):
-      ...
-      ValueError: config.experts.sparsity must be in [0, 1), got 1.3
-    """
-    _check_keys(config)
-    values = flatten(config)
-
-    def each(check, keys, *args):
-        for key in keys.split():
-            check(f"config.{key}", values[key], *args)
-
-    each(core.check_integer, "seed data.seed data.train_size data.padding", 0)
-    each(
-        core.check_integer,
-        "checkpoint_every parent.steps experts.steps gate.steps experts.multiple",
-        1,
-    )
-    each(core.check_integer, "joint.steps gate.k gate.width", 0)
-    each(core.check_integer, "gate.width gate.k evaluation.latency_calls", 1)
-    for stage in ("parent", "experts", "gate", "joint", "evaluation"):
-        each(core.check_integer, f"{stage}.batch_size", 1)
-    for stage in ("parent", "experts", "gate", "joint"):
-        each(core.check_positive, f"{stage}.learning_rate")
-    each(core.check_positive, "distillation.temperature")
-    each(core.check_fraction, "distillation.alpha parent.label_smoothing experts.others_weight")
-    each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
-    each(
-        _check_not_negative,
-        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise",
-    )
-    each(core.check_integer, "experts.count", 2)
-    each(core.check_integer, "experts.first_last_bits gate.bits", 2, 8)
-    each(core.check_integer, "experts.weight_bits experts.activation_bits", 2, 8)
-    each(_check_entries, "experts.bits experts.criteria deploy.platforms")
-    for bits in config.experts.bits:
-        core.check_integer("config.experts.bits", bits, 2, 8)
-    core.check_choice("config.model.name", config.model.name, models.names())
-    for width in config.model.widths:
-        core.check_integer("config.model.widths", width, 1)
-    for criterion in config.experts.criteria:
-        core.check_choice("config.experts.criteria", criterion, CRITERIA)
-    for source in diversity_sources(config):
-        core.check_choice("config.experts.diversity", source, DIVERSITY)
-    for platform in config.deploy.platforms:
-        core.check_choice("config.deploy.platforms", platform, ("cpu", "cuda", "rocm", "tpu"))
-    each(core.check_choice, "gate.routing", ROUTINGS)
-    each(core.check_choice, "experts.method", ("auto", "vmap", "map", "unroll"))
-    each(core.check_choice, "experts.calibration", METHODS_OF_ANY_BITS)
-    parse_granularity(config.experts.granularity)
-    if config.gate.k > config.experts.count:
-        raise ValueError(
-            f"config.gate.k must be at most config.experts.count = {config.experts.count}, "
-            f"got {config.gate.k}"
-        )
 
 
 def parse_granularity(granularity: str) -> tuple[int, int] | None:
@@ -281,28 +221,3 @@ def nearest_key(key: str) -> str:
     """
     close = difflib.get_close_matches(key, flatten(default_config()), n=1, cutoff=0.5)
     return f"; the nearest valid key is config.{close[0]}" if close else ""
-
-
-def _check_keys(config):
-    valid, got = flatten(default_config()), flatten(config)
-    for key in got:
-        if key not in valid:
-            raise ValueError(f"config.{key} is no key of the configuration{nearest_key(key)}")
-    for key in valid:
-        if key not in got:
-            raise ValueError(f"config.{key} must be given, got no such key")
-
-
-def _check_below_one(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-
-
-def _check_not_negative(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def _check_entries(name, value):
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{name} must be a tuple with at least one entry, got {value!r}")

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core, cost
-from hybrid_jax.recipes import phase1, phase2
+from hybrid_jax import core, cost, experts
+from hybrid_jax.recipes import cutting, phase1, phase2
 from hybrid_jax.recipes.config import ExpertSpec, expert_specs
 from hybrid_jax.recipes.job import Job, Network
 
@@ -24,8 +24,9 @@ def singles(
 ) -> dict[str, phase1.Experts]:
     """Returns {name: one compressed network} as dear as the mixture, trained as long as an expert.
 
-    "Equal bytes" matches all experts and the gate, "equal BOPs" the gate and the dearest expert.
-    Their steps are those of an expert: the ones of phase 1 and of joint fine-tuning.
+    "Equal bytes" matches all experts and the gate; "equal BOPs" the gate and, as often as it takes
+    each of them for a validation image, the experts. Their steps are those of an expert: the ones
+    of phase 1 and of joint fine-tuning.
 
     Args:
       job: The run.
@@ -42,13 +43,14 @@ def singles(
     if job.config.controls.same_bytes:
         targets["equal bytes"] = ("bytes", sum(price.bytes for price in prices) + own.bytes)
     if job.config.controls.same_bops:
-        targets["equal BOPs"] = ("bops", max(price.bops for price in prices) + own.bops)
+        targets["equal BOPs"] = ("bops", _expected_bops(job, gate, prices) + own.bops)
     settings = job.config.experts
     steps = settings.steps + job.config.joint.steps
     first = dataclasses.replace(
         expert_specs(job.config)[0],
-        cluster=None,
+        images=None,
         jitter=0.0,
+        sparsity=settings.sparsity,
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
     )
@@ -65,6 +67,15 @@ def singles(
     return trained
 
 
+def _expected_bops(job, gate, prices):
+    """BOPs of the expert that the gate takes, on average over the validation images."""
+    bops = np.array([price.bops for price in prices])
+    if np.ptp(bops) == 0:
+        return bops[0]
+    gate_logits = job.logits(gate.predict, gate.params, job.splits.validation)
+    return np.dot(experts.usage(jnp.asarray(gate_logits)), bops)
+
+
 def gate_cost(gate: phase2.Gate) -> cost.Cost:
     """Returns what the gate costs."""
     return cost.count(gate.graph, None, gate.quantizer.weight_bits, gate.quantizer.activation_bits)
@@ -73,8 +84,10 @@ def gate_cost(gate: phase2.Gate) -> cost.Cost:
 def costs(made: phase1.Experts) -> list[cost.Cost]:
     """Returns what each expert costs."""
     return [
-        cost.count(made.graph, {"params": mask}, q.weight_bits, q.activation_bits)
-        for mask, q in zip(made.masks, made.quantizers, strict=True)
+        cost.count(
+            e.graph, {"params": e.masks}, e.quantizer.weight_bits, e.quantizer.activation_bits
+        )
+        for e in phase1.alone(made)
     ]
 
 
@@ -115,7 +128,7 @@ def planned_graph(
     """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
     graph = core.trace(dense.predict, variables, job.images)
     alike = {group.name: jnp.zeros(group.size) for group in graph.groups}
-    keep = phase1.keep_channels(alike, sparsity, multiple=multiple)
+    keep = cutting.keep_channels(alike, sparsity, multiple=multiple)
     masks = core.expand(keep, graph.groups, variables)
     predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
     return core.trace(predict, small, job.images)
@@ -134,7 +147,7 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
 
 
 def _planned_mask(leaf, spec):
-    """A mask of the count that `phase1.weight_masks` will have: costs depend on counts alone."""
-    sparsity = phase1.kernel_sparsity(leaf.shape, spec)
+    """A mask of the count that `cutting.weight_masks` will have: costs depend on counts alone."""
+    sparsity = cutting.kernel_sparsity(leaf.shape, spec)
     removed = math.floor(sparsity * leaf.size + 0.5)
     return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

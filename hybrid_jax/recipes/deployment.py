@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core, deploy, experts, quantization
+from hybrid_jax.recipes import phase1
 from hybrid_jax.recipes.job import Job
 from hybrid_jax.recipes.phase1 import Experts
 from hybrid_jax.recipes.phase2 import Gate
@@ -62,15 +63,8 @@ def integers(
 def deployed_experts(job: Job, made: Experts) -> list[Deployed]:
     """Returns each expert as it is deployed."""
     return [
-        integers(
-            made.network.predict,
-            made.graph,
-            quantizer,
-            {name: expert[name] for name in ("params", "batch_stats")},
-            expert["ranges"],
-            job.images,
-        )
-        for expert, quantizer in zip(experts.unstack(made.stack), made.quantizers, strict=True)
+        integers(e.predict, e.graph, e.quantizer, e.variables, e.ranges, job.images)
+        for e in phase1.alone(made)
     ]
 
 
@@ -87,7 +81,12 @@ def deployed_gate(job: Job, gate: Gate) -> Deployed:
 
 
 def deployed_mixture(job: Job, made: Experts, gate: Gate) -> Deployed:
-    """Returns the top-1 mixture for the edge, which runs the gate and one expert."""
+    """Returns the top-1 mixture for the edge, which runs the gate and one expert.
+
+    Raises:
+      ValueError: If the gate was fitted to other experts.
+    """
+    experts.check_fitted(gate.fitted_to, made.stack)
     fns, params = zip(*deployed_experts(job, made), strict=True)
     gate_fn, gate_params = deployed_gate(job, gate)
     edge = experts.one_of(fns, gate_fn)

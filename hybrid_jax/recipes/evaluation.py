@@ -49,7 +49,11 @@ def evaluate(job: Job, models: Models) -> dict:
     Args:
       job: The run.
       models: What it has made.
+
+    Raises:
+      ValueError: If the gate was fitted to other experts.
     """
+    experts.check_fitted(models.gate.fitted_to, models.made.stack)
     test, count = job.splits.test, len(models.made.specs)
     labels = jnp.asarray(test.labels)
     expert_logits = jnp.asarray(logits(job, models.made, test))
@@ -75,7 +79,7 @@ def evaluate(job: Job, models: Models) -> dict:
     add("dense parent", "dense", dense_logits, _price(cost.count(dense_graph)), "dense")
     for e, spec in enumerate(models.made.specs):
         note = f"{spec.criterion}, {spec.weight_bits}-bit weights"
-        add(f"expert {e}", "expert", expert_logits[e], prices[e], "expert", note)
+        add(f"expert {e}", "expert", expert_logits[e], prices[e], spec.sparsity, note)
     for k in dict.fromkeys((1, job.config.gate.k)):
         weights = experts.top_k(k)(gate_logits).weights
         time, note = ("top-1", "") if k == 1 else ("all", "timed with all experts run")
@@ -88,13 +92,14 @@ def evaluate(job: Job, models: Models) -> dict:
     note = (
         f"expert {best} {'after' if stage == 'joint' else 'before'} joint training, by validation"
     )
-    add("best single expert", "control", best_logits, prices[best], "expert", note)
+    width = models.made.specs[best].sparsity
+    add("best single expert", "control", best_logits, prices[best], width, note)
     even = jnp.full(gate_logits.shape, 1 / count)
     add_mixture(
         "average of all experts", "control", even, nothing, "all", "of logits; timed with the gate"
     )
     drawn = experts.random()(gate_logits, job.key("random gate")).weights
-    add_mixture("random gate", "control", drawn, nothing, "expert", "not deployable: a bound")
+    add_mixture("random gate", "control", drawn, nothing, "random", "not deployable: a bound")
     known = experts.oracle(expert_logits, labels)
     add_mixture("oracle gate", "control", known, nothing, None, "not deployable: reads the label")
     for name, single in models.singles.items():
@@ -102,15 +107,35 @@ def evaluate(job: Job, models: Models) -> dict:
         note = f"{spec.sparsity:.0%} of channels removed, {spec.weight_bits}-bit weights"
         add(name, "control", logits(job, single, test)[0], price, name, note)
 
-    chosen = experts.top_k(1)(gate_logits).weights
     return {
         "rows": rows,
-        "gate": {
-            "usage": experts.usage_per_class(chosen, labels, job.splits.num_classes).tolist(),
-            "entropy": float(experts.usage_entropy(experts.usage(chosen))),
-        },
+        "gate": gate_use(gate_logits, labels, job.splits.num_classes),
         "disagreement": experts.disagreement(expert_logits).tolist(),
         "layers": _layers(models, dense_graph),
+    }
+
+
+def gate_use(gate_logits: jax.Array, labels: jax.Array, num_classes: int) -> dict:
+    """Returns how the top-1 mixture uses its experts, and whether the gate has collapsed.
+
+    Args:
+      gate_logits: (n, E).
+      labels: (n,) integers.
+      num_classes: N.
+
+    Example:
+      >>> use = gate_use(jnp.array([[2.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1]), num_classes=2)
+      >>> use['share'], use['entropy'], use['collapsed'], use['unused']
+      ([1.0, 0.0], 0.0, True, [1])
+    """
+    chosen = experts.top_k(1)(gate_logits).weights
+    share = experts.usage(chosen)
+    return {
+        "usage": experts.usage_per_class(chosen, labels, num_classes).tolist(),
+        "share": share.tolist(),
+        "entropy": float(experts.usage_entropy(share)),
+        "collapsed": bool(experts.collapsed(share)),
+        "unused": np.flatnonzero(experts.unused(share)).tolist(),
     }
 
 
@@ -190,16 +215,19 @@ def _latencies(job, models):
 
     run = {
         "dense": runner(models.dense.predict, models.variables),
-        "expert": runner(*each[0]),
         "top-1": runner(*deployment.deployed_mixture(job, models.made, models.gate)),
         "all": runner(every, (gate[1], [params for _, params in each])),
     }
+    # One of each width: experts of equal shape take equally long.
+    widths = [spec.sparsity for spec in models.made.specs]
+    run |= {width: runner(*expert) for width, expert in zip(widths, each, strict=True)}
     for name, single in models.singles.items():
         run[name] = runner(*deployment.deployed_experts(job, single)[0])
     calls = job.config.evaluation.latency_calls
-    return {
+    times = {
         name: deploy.latency(fn, run["dense"], image, pairs=calls).ratio for name, fn in run.items()
     }
+    return times | {"random": float(np.mean([times[width] for width in widths]))}
 
 
 def _layers(models, dense_graph):

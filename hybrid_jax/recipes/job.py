@@ -99,6 +99,20 @@ class Job:
         Raises:
           FloatingPointError: If the loss is not finite.
         """
+        return training.fit(
+            step,
+            state,
+            self.batches(name, batch_size, weights),
+            steps=steps,
+            name=name,
+            **self.bookkeeping(name),
+            **options,
+        )
+
+    def batches(
+        self, name: str, batch_size: int, weights: np.ndarray | None = None
+    ) -> Callable[[int], Iterator[dict]]:
+        """Returns the batches of the stage `name` from a first step on; arguments as of `fit`."""
         train = self.splits.train
         size = min(batch_size, len(train.labels))
 
@@ -107,17 +121,15 @@ class Job:
                 own = {} if weights is None else {"weight": weights[:, batch["index"]]}
                 yield batch | own
 
-        return training.fit(
-            step,
-            state,
-            batches,
-            steps=steps,
-            name=name,
-            checkpoint=training.Checkpoints(self.workdir / "checkpoints" / name),
-            records=self.workdir / "records.jsonl",
-            every=self.config.checkpoint_every,
-            **options,
-        )
+        return batches
+
+    def bookkeeping(self, name: str) -> dict[str, Any]:
+        """Returns where `training.fit` keeps the checkpoints and records of the stage `name`."""
+        return {
+            "checkpoint": training.Checkpoints(self.workdir / "checkpoints" / name),
+            "records": self.workdir / "records.jsonl",
+            "every": self.config.checkpoint_every,
+        }
 
     def sample(self, batch_size: int, count: int) -> Iterator[jax.Array]:
         """Yields `count` batches of training images, normalized, not augmented, always the same."""

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.cluster import KMeans
 
 from hybrid_jax import core, experts, pruning, quantization, training
-from hybrid_jax.recipes import config as configuration
-from hybrid_jax.recipes import workdir
+from hybrid_jax.recipes import cutting, workdir
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.job import Job, Network, optimizer
 
@@ -19,33 +17,19 @@ CALIBRATION_BATCHES = 8
 BATCHNORM_BATCHES = 20
 
 
-class Cut(NamedTuple):
-    """A network with channels physically removed.
-
-    Attributes:
-      network: The small network.
-      variables: Its variables.
-      certificate: How far it is from the masked parent, and the costs before and after.
-    """
-
-    network: Network
-    variables: Any
-    certificate: Any
-
-
 class Experts(NamedTuple):
-    """E experts of equal shape.
+    """E experts in one stack, of equal shape or narrower ones with masked channels.
 
     Attributes:
-      network: Any of them, in floats.
+      network: Any of them, in floats, as wide as the stack.
       predict: (expert, images (B, H, W, C)) -> logits (B, N), quantized.
       stack: {'params', 'batch_stats', 'ranges', 'bits'} with a leading axis E on every leaf; an
         expert is one slice of it.
       masks: For each expert which weights are kept: bool pytree like its 'params'.
       specs: What each was made by.
       quantizers: How the sites of each are quantized.
-      certificates: Of the removal of each one's channels.
-      graph: The sites of any of them.
+      cuts: How the channels of each were removed.
+      graph: The sites of any of them, as wide as the stack.
       method: How the experts are mapped, see `experts.map_experts`.
     """
 
@@ -55,9 +39,29 @@ class Experts(NamedTuple):
     masks: list[Any]
     specs: tuple[ExpertSpec, ...]
     quantizers: list[quantization.Spec]
-    certificates: list[Any]
+    cuts: list[cutting.Cut]
     graph: core.Graph
     method: str
+
+
+class Alone(NamedTuple):
+    """One expert out of its stack, at its own widths.
+
+    Attributes:
+      predict: (variables, images (B, H, W, C)) -> logits (B, N), in floats.
+      variables: {'params', 'batch_stats'}.
+      ranges: Of its sites.
+      masks: Which weights are kept, like 'params'.
+      graph: Its sites.
+      quantizer: How these are quantized.
+    """
+
+    predict: Callable[[Any, jax.Array], jax.Array]
+    variables: Any
+    ranges: Any
+    masks: Any
+    graph: core.Graph
+    quantizer: quantization.Spec
 
 
 def compress(
@@ -71,11 +75,14 @@ def compress(
 ) -> Experts:
     """Makes one expert per spec: cut, quantized, trained by distillation, all under one `jit`.
 
+    Specs of different sparsity share a stack of the widest one's shape, in which the channels of
+    the others are masked; `alone` removes them, and gives the expert as it is deployed.
+
     Args:
       job: The run.
       dense: The parent.
       variables: The parent's variables.
-      specs: One per expert; they remove equally many channels.
+      specs: One per expert.
       name: Of the stage.
       steps: Of training.
       weights: (E, n) weight of each training image for each expert; None weighs all alike.
@@ -84,14 +91,12 @@ def compress(
       FloatingPointError: If a loss is not finite.
     """
     settings, key = job.config.experts, job.key(name)
-    cuts = [
-        cut(job, dense, variables, spec, jax.random.fold_in(key, i)) for i, spec in enumerate(specs)
-    ]
+    cuts = cutting.cut_all(job, dense, variables, specs, key)
     small = cuts[0].network
     stack = experts.stack([c.variables for c in cuts])
     graph = core.trace(small.predict, cuts[0].variables, job.images)
     method = _method(job, name, small.predict, stack)
-    masks = [weight_masks(c.variables["params"], spec) for c, spec in zip(cuts, specs, strict=True)]
+    masks = [cutting.stack_masks(c, spec) for c, spec in zip(cuts, specs, strict=True)]
     params = pruning.apply_masks(stack["params"], experts.stack(masks))
     stack = stack | {"params": params}
 
@@ -159,88 +164,59 @@ def compress(
         masks,
         tuple(specs),
         quantizers,
-        [c.certificate for c in cuts],
+        cuts,
         graph,
         method,
     )
 
 
-def cut(job: Job, dense: Network, variables: Any, spec: ExpertSpec, key: jax.Array) -> Cut:
-    """Physically removes the channels that are least important by the criterion of `spec`.
-
-    Args:
-      job: The run.
-      dense: The parent.
-      variables: The parent's variables.
-      spec: By which criterion, and how many.
-      key: Random key of the jitter.
-    """
-    graph = core.trace(dense.predict, variables, job.images)
-
-    @jax.jit
-    def score(variables):
-        scores = criterion(job, dense, variables, spec.criterion)
-        return pruning.group_scores(scores, graph.groups)
-
-    scores = score(variables)
-    if spec.jitter:
-        for i, name in enumerate(scores):
-            noise = jax.random.normal(jax.random.fold_in(key, i), scores[name].shape)
-            scores[name] = scores[name] * jnp.exp(spec.jitter * noise)
-    keep = keep_channels(scores, spec.sparsity, multiple=spec.multiple)
-    masks = core.expand(keep, graph.groups, variables)
-    probe = job.normalize(job.splits.validation.images[:4])
-    predict, small, certificate = core.shrink(dense.predict, variables, masks, probe)
-    train = core.narrow(dense.train, variables, certificate.kept)
-    return Cut(Network(predict, train), small, certificate)
-
-
-keep_channels = jax.jit(pruning.keep_channels, static_argnames="multiple")
-
-
-def criterion(job: Job, dense: Network, variables: Any, name: str) -> Any:
-    """Returns the scores of the parent's weights by one of `config.CRITERIA`."""
-    if name == "taylor":
-        images, labels = _first_images(job)
-
-        def loss(variables):
-            return training.cross_entropy(dense.predict(variables, images), labels)
-
-        return pruning.taylor(variables, jax.grad(loss)(variables))
-    return {
-        "magnitude_l1": lambda: pruning.magnitude(variables, p=1),
-        "magnitude_l2": lambda: pruning.magnitude(variables, p=2),
-        "batchnorm_scale": lambda: pruning.batchnorm_scale(variables),
-        "geometric_median": lambda: pruning.geometric_median(variables),
-    }[name]()
-
-
-def kernel_sparsity(shape: tuple[int, ...], spec: ExpertSpec) -> float:
-    """Returns the fraction of a parameter's weights that `spec` sets to zero.
-
-    Vectors have none, nor has a kernel whose input channels are no multiple of the M of N:M.
-    """
-    n_m = configuration.parse_granularity(spec.granularity)
-    if len(shape) < 2:
-        return 0.0
-    if n_m is None:
-        return spec.weight_sparsity
-    return 0.0 if shape[-2] % n_m[1] else 1 - n_m[0] / n_m[1]
-
-
-def weight_masks(params: Any, spec: ExpertSpec) -> Any:
-    """Returns which weights of a cut network are kept: bool like `params`, or `MaskedNode`."""
-    n_m = configuration.parse_granularity(spec.granularity)
-    granularity = pruning.n_m(*n_m) if n_m else pruning.unstructured()
-    sparsities = {kernel_sparsity(leaf.shape, spec) for leaf in jax.tree.leaves(params)} - {0.0}
-    if not sparsities:
-        return jax.tree.map(lambda _: optax.MaskedNode(), params)
-    scores = jax.tree.map(
-        lambda leaf, score: score if kernel_sparsity(leaf.shape, spec) else optax.MaskedNode(),
-        params,
-        pruning.magnitude(params),
+def select(made: Experts, index: int) -> Experts:
+    """Returns the stack of the one expert `index`."""
+    return made._replace(
+        stack=jax.tree.map(lambda leaf: leaf[index : index + 1], made.stack),
+        masks=[made.masks[index]],
+        specs=(made.specs[index],),
+        quantizers=[made.quantizers[index]],
+        cuts=[made.cuts[index]],
+        method="unroll",
     )
-    return pruning.masks(scores, max(sparsities), granularity)
+
+
+def alone(made: Experts) -> list[Alone]:
+    """Returns each expert at its own widths: its masked channels are physically removed."""
+
+    def take(expert, masks, cut, quantizer):
+        variables = {name: expert[name] for name in ("params", "batch_stats")}
+        if cut.own is None:
+            ranges, predict = expert["ranges"], made.network.predict
+            return Alone(predict, variables, ranges, masks, made.graph, quantizer)
+        predict, graph, kept = cut.own
+        return Alone(
+            predict,
+            core.slice_tree(variables, kept),
+            own_ranges(expert["ranges"], graph, kept),
+            core.slice_tree({"params": masks}, kept)["params"],
+            graph,
+            quantizer,
+        )
+
+    parts = zip(experts.unstack(made.stack), made.masks, made.cuts, made.quantizers, strict=True)
+    return [take(*part) for part in parts]
+
+
+def own_ranges(ranges: Any, graph: core.Graph, kept: dict[str, tuple[np.ndarray, ...]]) -> Any:
+    """Returns the ranges of the channels that are kept; those of a tensor are of all of them."""
+
+    def take(leaf, indices):
+        if not leaf.ndim:
+            return leaf
+        axes = zip(indices, leaf.shape, strict=True)
+        return leaf[np.ix_(*([0] if size == 1 else own for own, size in axes))]
+
+    return {
+        site.name: jax.tree.map(lambda leaf, i=kept[site.path]: take(leaf, i), ranges[site.name])
+        for site in graph.sites
+    }
 
 
 def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
@@ -251,26 +227,6 @@ def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
         activation_bits=spec.activation_bits,
         first_last_bits=spec.first_last_bits,
     )
-
-
-def cluster_weights(job: Job, dense: Network, variables: Any) -> np.ndarray | None:
-    """Returns (E, n) weights of the training images: expert e prefers cluster e of the data.
-
-    The clusters are those of k-means on the parent's logits. None where the configuration does not
-    name this source of diversity.
-    """
-    settings = job.config.experts
-    if "cluster" not in configuration.diversity_sources(job.config):
-        return None
-    logits = job.logits(dense.predict, variables, job.splits.train)
-    means = KMeans(settings.count, n_init=4, random_state=job.config.seed)
-    own = means.fit_predict(logits)[None] == np.arange(settings.count)[:, None]
-    return np.where(own, 1.0, settings.others_weight).astype(np.float32)
-
-
-def _first_images(job, count=256):
-    train = job.splits.train
-    return job.normalize(train.images[:count]), jnp.asarray(train.labels[:count])
 
 
 def _method(job, name, predict, stack):

@@ -21,6 +21,7 @@ class Gate(NamedTuple):
       params: {'variables', 'ranges'}.
       graph: Its sites.
       quantizer: How these are quantized.
+      fitted_to: `experts.fingerprint` of the stack of experts that it chooses from.
     """
 
     float_predict: Callable[[Any, jax.Array], jax.Array]
@@ -28,6 +29,7 @@ class Gate(NamedTuple):
     params: Any
     graph: core.Graph
     quantizer: quantization.Spec
+    fitted_to: str
 
 
 def routing(job: Job) -> Callable[..., experts.Routed]:
@@ -45,7 +47,14 @@ def routing(job: Job) -> Callable[..., experts.Routed]:
     return experts.straight_through(experts.top_k(k))
 
 
-def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
+def learn_gate(
+    job: Job,
+    dense: Network,
+    variables: Any,
+    made: Experts,
+    name: str = "gate",
+    start: Any = None,
+) -> Gate:
     """Trains a gate over the experts as they are, then quantizes it.
 
     Args:
@@ -53,21 +62,30 @@ def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
       dense: The parent, which the mixture is distilled from.
       variables: The parent's variables.
       made: The experts.
+      name: Of the stage.
+      start: Variables to start from, as `params['variables']` of a gate over experts that have
+        changed since; None starts anew.
 
     Raises:
       FloatingPointError: If the loss is not finite.
     """
-    settings, key = job.config.gate, job.key("gate")
+    settings, key = job.config.gate, job.key(name)
     module = experts.gate_cnn(len(made.specs), (settings.width, 2 * settings.width))
-    start = job.init(module, "gate")
+    start = job.init(module, "gate") if start is None else start
     loss_fn = _loss(
         job, made, module.apply, lambda params, state: (state["experts"], {"params": params})
     )
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
     step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
-    epoch = max(1, len(job.splits.train.labels) // settings.batch_size)
-    state = job.fit("gate", step, state, settings.steps, settings.batch_size, record_every=epoch)
+    state = job.fit(
+        name,
+        step,
+        state,
+        settings.steps,
+        settings.batch_size,
+        record_every=epoch_steps(job, "gate"),
+    )
     trained = {"params": state.params}
     graph = core.trace(module.apply, trained, job.images)
     quantizer = quantization.spec(
@@ -85,6 +103,8 @@ def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
         {"variables": trained, "ranges": ranges},
         graph,
         quantizer,
+        # Those of the state: a gate from a checkpoint is fitted to the experts that it saw.
+        experts.fingerprint(state.state["experts"]),
     )
 
 
@@ -96,9 +116,11 @@ def fine_tune(
     Returns both as they came where `config.joint.steps` is 0.
 
     Raises:
+      ValueError: If the gate was fitted to other experts.
       FloatingPointError: If the loss is not finite.
     """
     settings = job.config.joint
+    experts.check_fitted(gate.fitted_to, made.stack)
     if not settings.steps:
         return made, gate
     fixed = {name: made.stack[name] for name in ("batch_stats", "bits")}
@@ -114,11 +136,25 @@ def fine_tune(
     )
     step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
     state = training.create_state(params, fixed, tx, job.key("joint"))
-    state = job.fit("joint", step, state, settings.steps, settings.batch_size)
-    return (
-        made._replace(stack=state.params["experts"] | state.state),
-        gate._replace(params=state.params["gate"]),
+    state = job.fit(
+        "joint",
+        step,
+        state,
+        settings.steps,
+        settings.batch_size,
+        record_every=epoch_steps(job, "joint"),
     )
+    stack = state.params["experts"] | state.state
+    fitted_to = experts.fingerprint(stack)
+    return (
+        made._replace(stack=stack),
+        gate._replace(params=state.params["gate"], fitted_to=fitted_to),
+    )
+
+
+def epoch_steps(job: Job, stage: str) -> int:
+    """Returns how many steps of a stage are one pass over the training images."""
+    return max(1, len(job.splits.train.labels) // job.config[stage].batch_size)
 
 
 def _loss(job, made, gate_fn, take):

@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from hybrid_jax import core, data, report, training
 from hybrid_jax.recipes import config as configuration
-from hybrid_jax.recipes import controls, deployment, evaluation, phase1, phase2, workdir
+from hybrid_jax.recipes import controls, deployment, diversity, evaluation, phase1, phase2, workdir
+from hybrid_jax.recipes.checks import check_config
+from hybrid_jax.recipes.collapse import collapsed_mixture
 from hybrid_jax.recipes.evaluation import Models
 from hybrid_jax.recipes.job import Job
 from hybrid_jax.recipes.parent import network, parent
@@ -29,7 +31,7 @@ def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> 
     Raises:
       ValueError: Names what does not fit; nothing was written then.
     """
-    configuration.check_config(config)
+    check_config(config)
     splits = _load(config.data)
     job = Job(config, pathlib.Path(path), splits, command)
     _check_model(job)
@@ -65,7 +67,7 @@ def make(job: Job) -> Models:
     with workdir.stage(job.workdir, "parent"):
         dense, variables = parent(job)
     with workdir.stage(job.workdir, "experts"):
-        weights = phase1.cluster_weights(job, dense, variables)
+        weights = diversity.image_weights(job, dense, variables)
         specs = configuration.expert_specs(config)
         steps = config.experts.steps
         before = phase1.compress(job, dense, variables, specs, "experts", steps, weights)
@@ -73,8 +75,15 @@ def make(job: Job) -> Models:
         gate = phase2.learn_gate(job, dense, variables, before)
     with workdir.stage(job.workdir, "joint"):
         made, gate = phase2.fine_tune(job, dense, variables, before, gate)
+    if config.joint.refit:
+        with workdir.stage(job.workdir, "refit"):
+            before_refit = gate.params["variables"]
+            gate = phase2.learn_gate(job, dense, variables, made, "refit", before_refit)
     with workdir.stage(job.workdir, "controls"):
         singles = controls.singles(job, dense, variables, made, gate)
+    if config.collapse.steps:
+        with workdir.stage(job.workdir, "collapse"):
+            singles["collapsed mixture"] = collapsed_mixture(job, made, gate)
     return Models(dense, variables, made, before, gate, singles)
 
 
@@ -87,7 +96,11 @@ def _results(job: Job) -> dict:
         deployed = deployment.deploy_mixture(job, models.made, models.gate, expected)
     records = training.read_records(job.workdir / "records.jsonl")
     names = list(dict.fromkeys(record["name"] for record in records))
-    results["gate"]["per_epoch"] = [r["entropy"] for r in records if r["name"] == "gate"]
+    results["gate"]["per_epoch"] = [
+        entropy
+        for name, batches in (("gate", "gate"), ("joint", "joint"), ("refit", "gate"))
+        for entropy in entropy_per_epoch(records, name, phase2.epoch_steps(job, batches))
+    ]
     return {
         "config": configuration.flatten(config),
         "dataset": {
@@ -102,7 +115,7 @@ def _results(job: Job) -> dict:
         **results,
         "certificates": [
             {"difference": c.difference, "macs": c.macs, "parameters": c.parameters}
-            for c in models.made.certificates
+            for c in (cut.certificate for cut in models.made.cuts)
         ],
         "deploy": [deployed],
         "history": {name: [r for r in records if r["name"] == name] for name in names},
@@ -116,6 +129,26 @@ def _results(job: Job) -> dict:
         "command": job.command,
         "seconds": workdir.seconds(job.workdir),
     }
+
+
+def entropy_per_epoch(records: list[dict], name: str, epoch: int) -> list[float]:
+    """Returns the gate's usage entropy in nats, as the mean over the steps of each epoch.
+
+    Args:
+      records: Of a run; there is one for every checkpoint too, of fewer steps than an epoch.
+      name: Of the stage.
+      epoch: Steps of an epoch.
+
+    Example:
+      >>> records = [{"name": "gate", "step": s, "entropy": e} for s, e in [(2, 0.9), (3, 0.6)]]
+      >>> entropy_per_epoch(records, "gate", epoch=3)  # (0.9 + 0.9 + 0.6) / 3
+      [0.8]
+    """
+    own = [record for record in records if record["name"] == name]
+    steps = np.diff([0, *(record["step"] for record in own)])
+    entropies = np.repeat([record["entropy"] for record in own], steps)
+    starts = range(0, len(entropies), epoch)
+    return [round(float(entropies[first : first + epoch].mean()), 6) for first in starts]
 
 
 def _load(settings: Any) -> data.Splits:

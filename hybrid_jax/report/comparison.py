@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from hybrid_jax import experts
 from hybrid_jax.report import formatting
 
 SIGNIFICANCE = 0.05
@@ -12,8 +13,6 @@ SIGNIFICANCE = 0.05
 # so a routed mixture that gains more should be checked.
 SUSPICIOUS_GAIN = 0.01
 ORACLE_GAP = 0.01
-COLLAPSED_SHARE = 0.9
-UNUSED_SHARE = 0.01
 ALIKE = 0.005
 AGREEMENT = 0.999
 UNEQUAL = 0.05
@@ -22,7 +21,7 @@ UNEQUAL = 0.05
 class McNemar(NamedTuple):
     """Outcome of McNemar's test between models a and b on the same examples."""
 
-    only_a: int  # examples that a alone classifies correctly
+    only_a: int  # examples that a alone, or in more of the runs, classifies correctly
     only_b: int
     p_value: float
 
@@ -37,8 +36,11 @@ class Comparison(NamedTuple):
 
     @property
     def significant(self) -> bool:
-        """Whether the test was made and rejects equality at the 5 % level."""
-        return self.test is not None and self.test.p_value < SIGNIFICANCE
+        """Whether the test was made and rejects equality at the 5 % level, on this side."""
+        if self.test is None or self.test.p_value >= SIGNIFICANCE:
+            return False
+        # Pooled over runs, few large leads and many small ones can point to different sides.
+        return (self.test.only_a - self.test.only_b) * self.difference > 0
 
     @property
     def beaten(self) -> bool:
@@ -65,26 +67,34 @@ def mcnemar(correct_a, correct_b) -> McNemar:
     coin toss, so the count is Binomial(only_a + only_b, 1/2). Q. McNemar, "Note on the sampling
     error of the difference between correlated proportions or percentages", Psychometrika 1947.
 
+    Several runs on the same examples are pooled by example: each counts once, for the one that is
+    right on it in more of the runs. Its outcomes in several runs are no independent tosses.
+
     Args:
-        correct_a: (n,) booleans, or zeros and ones: whether a is right on each example.
-        correct_b: (n,) the same for b, on the same examples in the same order.
+        correct_a: (n,) or (runs, n) booleans, or zeros and ones: whether a is right on each
+            example.
+        correct_b: The same for b, on the same examples in the same order.
 
     Returns:
         The two discordant counts and the p-value (1.0 where the two never differ).
 
     Raises:
-        ValueError: If the two are not vectors of one length.
+        ValueError: If the two are not of one such shape.
 
     Example:
         >>> mcnemar([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1])
         McNemar(only_a=5, only_b=1, p_value=0.21875)
+        >>> mcnemar([[1, 1], [1, 0]], [[0, 1], [0, 1]])  # two runs
+        McNemar(only_a=1, only_b=1, p_value=1.0)
     """
     a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
-    if a.ndim != 1 or a.shape != b.shape:
+    if a.ndim not in (1, 2) or a.shape != b.shape:
         raise ValueError(
-            f"correct_b must be a vector as long as correct_a, got shapes {a.shape} and {b.shape}"
+            f"correct_b must be of the shape (n,) or (runs, n) of correct_a, "
+            f"got shapes {a.shape} and {b.shape}"
         )
-    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+    lead = np.atleast_2d(a).sum(0, dtype=int) - np.atleast_2d(b).sum(0, dtype=int)
+    only_a, only_b = int(np.sum(lead > 0)), int(np.sum(lead < 0))
     tosses = only_a + only_b
     p = float(stats.binomtest(only_a, tosses, 0.5).pvalue) if tosses else 1.0
     return McNemar(only_a, only_b, p)
@@ -152,12 +162,42 @@ def summary(results: dict) -> list[str]:
     against_dense = [c for c in comparisons if c.rival == dense_name]
     others = [c for c in comparisons if c.rival != dense_name]
     sentences = [_headline_sentence(results, mixture, against_dense)]
-    if ahead := [c for c in others if c.beaten]:
-        sentences.append(f"It beats {formatting.listing([_gain(c) for c in ahead])}.")
-    if rest := [c for c in others if not c.beaten]:
-        sentences.append(f"It does NOT beat {formatting.listing([_gain(c) for c in rest])}.")
+    sentences += outcomes(others, _gain)
     if gap := _gate_skill(results, mixture):
         sentences.append(gap)
+    return sentences
+
+
+def outcomes(comparisons: list[Comparison], describe) -> list[str]:
+    """Which rivals the mixture beats and which it does not, in plain sentences.
+
+    Args:
+        comparisons: With every rival.
+        describe: (comparison) -> its rival in words.
+
+    Example:
+        >>> tie, loss = McNemar(3, 2, 1.0), McNemar(0, 9, 0.004)
+        >>> both = [Comparison("a", 0.9, 0.01, tie), Comparison("b", 0.9, -0.09, loss)]
+        >>> outcomes(both, lambda c: c.rival)
+        ['It does NOT beat a: within chance.', 'It does NOT beat b: significantly behind.']
+    """
+    sentences = []
+    for start, end, chosen in (
+        ("It beats", "", [c for c in comparisons if c.beaten]),
+        ("It does NOT beat", ": not tested", [c for c in comparisons if c.test is None]),
+        (
+            "It does NOT beat",
+            ": within chance",
+            [c for c in comparisons if c.test is not None and not c.significant],
+        ),
+        (
+            "It does NOT beat",
+            ": significantly behind",
+            [c for c in comparisons if c.significant and not c.beaten],
+        ),
+    ):
+        if chosen:
+            sentences.append(f"{start} {formatting.listing(list(map(describe, chosen)))}{end}.")
     return sentences
 
 
@@ -172,20 +212,33 @@ def warnings(results: dict) -> list[str]:
     ]
 
 
-def effective_experts(usage) -> float:
-    """How many experts a gate uses: exp of the entropy of the usage averaged over classes.
+def usage_share(gate: dict) -> np.ndarray | None:
+    """The share of images that each expert gets, (E,): as recorded, or the mean over classes.
+
+    Example:
+        >>> usage_share({"usage": [[1.0, 0.0], [0.0, 1.0]]}).tolist(), usage_share({})
+        ([0.5, 0.5], None)
+    """
+    if gate.get("share"):
+        return np.asarray(gate["share"], float)
+    usage = gate.get("usage")
+    return np.nanmean(np.asarray(usage, float), axis=0) if usage else None
+
+
+def effective_experts(share) -> float:
+    """How many experts a gate uses: exp of the entropy of its usage.
 
     Args:
-        usage: (N, E) fraction of class n routed to expert e.
+        share: (E,) fraction of the images routed to each expert.
 
     Returns:
         A number from 1 (all images to one expert) to E (all experts alike).
 
     Example:
-        >>> effective_experts([[1.0, 0.0], [0.0, 1.0]])
+        >>> effective_experts([0.5, 0.5])
         2.0
     """
-    share = np.nanmean(np.asarray(usage, float), axis=0)
+    share = np.asarray(share, float)
     share = share[share > 0] / np.sum(share)
     return round(float(np.exp(-np.sum(share * np.log(share)))), 12)
 
@@ -201,10 +254,8 @@ def _test(a: dict, b: dict) -> McNemar | None:
 
 
 def _gain(comparison: Comparison) -> str:
-    evidence = "not tested"
-    if comparison.test is not None:
-        evidence = formatting.p_value(comparison.test.p_value)
-    return f"{comparison.rival} ({formatting.points(comparison.difference)} points, {evidence})"
+    evidence = f", {formatting.p_value(comparison.test.p_value)}" if comparison.test else ""
+    return f"{comparison.rival} ({formatting.points(comparison.difference)} points{evidence})"
 
 
 def _headline_sentence(results, mixture, against_dense) -> str:
@@ -271,16 +322,19 @@ def _unequal_controls(results):
 
 
 def _gate_warnings(results):
-    usage = (results.get("gate") or {}).get("usage")
-    if usage:
-        share = np.nanmean(np.asarray(usage, float), axis=0)
-        if share.max() > COLLAPSED_SHARE:
+    share = usage_share(results.get("gate") or {})
+    if share is not None:
+        idle = [str(e) for e in np.flatnonzero(experts.unused(share))]
+        if experts.collapsed(share):
             yield (
                 f"The gate collapsed: expert {share.argmax()} gets "
                 f"{formatting.percent(share.max())} of the images"
             )
-        elif idle := [str(e) for e in np.flatnonzero(share < UNUSED_SHARE)]:
-            yield f"The gate hardly ever uses expert {formatting.listing(idle)} (under 1 %)"
+        elif idle:
+            yield (
+                f"The gate hardly ever uses expert {formatting.listing(idle)} "
+                "(less than a tenth of an even share)"
+            )
     mixture, oracle = headline(results), _named(of_kind(results, "control"), "oracle")
     if mixture and oracle and oracle["accuracy"] - mixture["accuracy"] > ORACLE_GAP:
         gap = 100 * (oracle["accuracy"] - mixture["accuracy"])

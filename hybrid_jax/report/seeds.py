@@ -7,7 +7,7 @@ import numpy as np
 
 from hybrid_jax.report import comparison
 from hybrid_jax.report.document import Document, Section, Table, publish, write_atomically
-from hybrid_jax.report.formatting import MISSING, finite, listing, percent, points
+from hybrid_jax.report.formatting import MISSING, finite, listing, p_value, percent, points
 from hybrid_jax.report.single import GLOSSARY, results_table, title, tradeoff_plots
 
 FIELDS = (
@@ -48,8 +48,9 @@ def aggregate(results: list[dict]) -> dict:
         number as a mean with its sample standard deviation (ddof = 1) next to it under
         `<field>_std`; both None where a run lacks it, the deviation also for a single run) and
         `comparisons` (the mixture minus each rival, paired by run: `difference`,
-        `difference_std`, `ahead` and `beaten` as numbers of runs, `tested` as the number of runs
-        that carry McNemar's test).
+        `difference_std`, `ahead` and `beaten` as numbers of runs; McNemar's test of each run as
+        `p_values`, and of all runs pooled by image as `only_mixture`, `only_rival` and `p_value`,
+        see `mcnemar`; None where a run does not say which images are right; `verdict` in words).
 
     Raises:
         ValueError: If there is no run, if configs differ in more than the seed (names the keys),
@@ -74,7 +75,7 @@ def aggregate(results: list[dict]) -> dict:
         "runs": len(results),
         "seeds": [(run.get("config") or {}).get("seed") for run in results],
         "rows": [_mean_row(rows) for rows in zip(*(run["rows"] for run in results), strict=True)],
-        "comparisons": _mean_comparisons([comparison.compare(run) for run in results]),
+        "comparisons": _mean_comparisons(results),
     }
 
 
@@ -115,6 +116,8 @@ def _describe(results, table) -> Document:
     sections = [Section("Results", text, results_table(rows), tradeoff_plots(rows))]
     if table["comparisons"]:
         sections.append(_comparison_section(table))
+    if any(run.get("gate") for run in results):
+        sections.append(_gate_section(results, table["seeds"]))
     return Document(
         title=f"{title(results[0])}, {_runs(runs)}",
         summary=_summary(table),
@@ -130,16 +133,51 @@ def _comparison_section(table) -> Section:
             c["rival"],
             points(c["difference"], c["difference_std"]),
             f"{c['ahead']} of {runs}",
-            f"{c['beaten']} of {c['tested']}" if c["tested"] else MISSING,
+            f"{c['beaten']} of {runs}" if None not in c["p_values"] else MISSING,
+            ", ".join(map(_probability, c["p_values"])),
+            MISSING if c["only_mixture"] is None else str(c["only_mixture"]),
+            MISSING if c["only_rival"] is None else str(c["only_rival"]),
+            p_value(c["p_value"]),
+            c["verdict"],
         )
         for c in table["comparisons"]
     ]
-    header = ("rival", "difference", "ahead in", "beaten in (p < 0.05)")
+    seeds = ", ".join(map(str, table["seeds"]))
+    header = (
+        "rival", "difference", "ahead in", "beaten in", f"p of seeds {seeds}", "more often mixture",
+        "more often rival", "pooled", "verdict",
+    )  # fmt: skip
     text = (
-        "Mixture minus rival in percentage points, paired by seed. Beaten counts the runs in which "
-        "McNemar's exact test rejects equality in the mixture's favour."
+        "Mixture minus rival in percentage points, paired by seed; p is McNemar's exact two-sided "
+        "test in each run, and beaten counts the runs in which the mixture is ahead with p < 0.05. "
+        "Pooled over the runs each test image counts once, for the one that is right on it in more "
+        "of them; the verdict is that of the pooled test. No p is corrected for the number of "
+        "rivals."
     )
     return Section("The mixture against each control", text, Table(header, rows))
+
+
+def _gate_section(results, seeds) -> Section:
+    rows = []
+    for seed, run in zip(seeds, results, strict=True):
+        share = comparison.usage_share(run.get("gate") or {})
+        matrix = np.asarray(run.get("disagreement") or [[0.0]], float)
+        pairs = matrix[~np.eye(len(matrix), dtype=bool)]
+        rows.append(
+            (
+                str(seed),
+                MISSING if share is None else f"{comparison.effective_experts(share):.2f}",
+                MISSING if share is None else percent(share.max()),
+                percent(pairs.min()) if pairs.size else MISSING,
+                percent(pairs.max()) if pairs.size else MISSING,
+            )
+        )
+    header = ("seed", "experts used", "largest share", "least disagreement", "most disagreement")
+    text = (
+        "Experts used is exp of the usage entropy. Disagreement is the share of test images that "
+        "two experts classify differently: of the two that differ least, and most."
+    )
+    return Section("The gate and its experts", text, Table(header, rows))
 
 
 def _summary(table) -> list[str]:
@@ -148,18 +186,27 @@ def _summary(table) -> list[str]:
         return ["These runs have no mixture row: there is nothing to compare."]
     accuracy = percent(mixture["accuracy"], mixture["accuracy_std"])
     sentences = [f"Over {_runs(runs)} “{mixture['name']}” reaches {accuracy}."]
-    always = [c for c in table["comparisons"] if c["ahead"] == runs]
-    rest = [c for c in table["comparisons"] if c["ahead"] < runs]
-    if always:
-        sentences.append(f"It is always ahead of {listing(list(map(_gain, always)))}.")
-    if rest:
-        sentences.append(f"It is NOT always ahead of {listing(list(map(_gain, rest)))}.")
-    return sentences
+    by_rival = {c["rival"]: c for c in table["comparisons"]}
+
+    def describe(pooled):
+        c = by_rival[pooled.rival]
+        evidence = f", pooled {p_value(c['p_value'])}" if pooled.test else ""
+        difference = points(c["difference"], c["difference_std"])
+        return f"{c['rival']} ({difference} points, ahead in {c['ahead']} of {runs}{evidence})"
+
+    return sentences + comparison.outcomes(list(map(_pooled, by_rival.values())), describe)
 
 
-def _gain(c) -> str:
-    tested = f", significantly in {c['beaten']} of {c['tested']} runs" if c["tested"] else ""
-    return f"{c['rival']} ({points(c['difference'], c['difference_std'])} points{tested})"
+def _pooled(c) -> comparison.Comparison:
+    """The entry of `comparisons` as the comparison of one run, with the pooled test."""
+    test = None
+    if c["p_value"] is not None:
+        test = comparison.McNemar(c["only_mixture"], c["only_rival"], c["p_value"])
+    return comparison.Comparison(c["rival"], c["accuracy"], c["difference"], test)
+
+
+def _probability(value) -> str:
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def _warnings(results, table) -> list[str]:
@@ -178,23 +225,37 @@ def _mean_row(rows) -> dict:
     return mean
 
 
-def _mean_comparisons(runs) -> list[dict]:
+def _mean_comparisons(results) -> list[dict]:
+    runs = [comparison.compare(run) for run in results]
     common = [c.rival for c in runs[0] if all(c.rival in {o.rival for o in run} for run in runs)]
     merged = []
     for rival in common:
         paired = [next(c for c in run if c.rival == rival) for run in runs]
         difference, std = _mean_std([c.difference for c in paired])
-        merged.append(
-            {
-                "rival": rival,
-                "difference": difference,
-                "difference_std": std,
-                "ahead": sum(c.difference > 0 for c in paired),
-                "beaten": sum(c.beaten for c in paired),
-                "tested": sum(c.test is not None for c in paired),
-            }
-        )
+        pooled = _pooled_test(results, rival)
+        entry = {
+            "rival": rival,
+            "accuracy": _mean_std([c.accuracy for c in paired])[0],
+            "difference": difference,
+            "difference_std": std,
+            "ahead": sum(c.difference > 0 for c in paired),
+            "beaten": sum(c.beaten for c in paired),
+            "p_values": [None if c.test is None else c.test.p_value for c in paired],
+            "only_mixture": pooled and pooled.only_a,
+            "only_rival": pooled and pooled.only_b,
+            "p_value": pooled and pooled.p_value,
+        }
+        merged.append(entry | {"verdict": _pooled(entry).verdict})
     return merged
+
+
+def _pooled_test(results, rival) -> comparison.McNemar | None:
+    """McNemar's test over all runs; None unless all say which of equally many images are right."""
+    pairs = [(comparison.headline(run), comparison.rivals(run)[rival]) for run in results]
+    correct = [row.get("correct") for pair in pairs for row in pair]
+    if any(c is None for c in correct) or len({len(c) for c in correct}) > 1:
+        return None
+    return comparison.mcnemar(correct[::2], correct[1::2])
 
 
 def _mean_std(values) -> tuple[float | None, float | None]:

@@ -1,11 +1,21 @@
 """The report of one run."""
 
 import json
+import math
 import pathlib
 
 from hybrid_jax.report import comparison, plots
 from hybrid_jax.report.document import Document, Plot, Section, Table, publish
-from hybrid_jax.report.formatting import MISSING, duration, p_value, percent, points, si, times
+from hybrid_jax.report.formatting import (
+    MISSING,
+    duration,
+    finite,
+    p_value,
+    percent,
+    points,
+    si,
+    times,
+)
 
 GLOSSARY = (
     "Bytes are those of the packed weights of everything stored; a mixture stores all its "
@@ -31,7 +41,7 @@ def write(results: dict, directory) -> pathlib.Path:
             and deltas as fractions, sizes in bytes) and optionally `config`, `dataset`, `layers`,
             `gate`, `disagreement`, `deploy`, `history`, `environment`, `command`, `seconds`.
             The first row of kind "mixture" is the one that is compared; `correct` (n,) of zeros
-            and ones in a row allows the tests; `gate["usage"]` is (N, E) and
+            and ones in a row allows the tests; `gate["usage"]` is (N, E), `gate["share"]` (E,) and
             `gate["per_epoch"]` the usage entropy of each epoch in nats; a record of `history`
             holds `step` and, as numbers or lists of one per expert, `loss` and `accuracy`.
         directory: Where to write; made where it does not exist. Files are replaced atomically.
@@ -169,9 +179,15 @@ def _gate_section(results) -> Section | None:
     if not drawn and not matrix:
         return None
     text = ""
-    if usage:
-        effective = comparison.effective_experts(usage)
+    share = comparison.usage_share(gate)
+    if share is not None:
+        effective = comparison.effective_experts(share)
         text = f"The gate uses {effective:.2f} of {experts} experts (exp of its usage entropy). "
+    if entropies := [e for e in map(finite, gate.get("per_epoch") or ()) if e is not None]:
+        text += (
+            f"Over {len(entropies)} epochs of training its usage entropy went from "
+            f"{entropies[0]:.2f} to {entropies[-1]:.2f} nats; even use is {math.log(experts):.2f}. "
+        )
     table = None
     if matrix:
         text += "The table gives the share of test images on which two experts disagree."

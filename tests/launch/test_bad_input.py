@@ -38,8 +38,18 @@ BAD = {
     "the nearest valid key is config.experts.count",
     "expert.count=3": "--config.expert.count is no key of the configuration; "
     "the nearest valid key is config.experts.count",
-    "experts.diversity=sed": "config.experts.diversity must be one of criterion, seed, cluster, "
-    "bits, got 'sed'; did you mean seed?",
+    "experts.diversity=sed": "config.experts.diversity must be one of criterion, seed, bits, "
+    "width, cluster, classes, bootstrap, got 'sed'; did you mean seed?",
+    "experts.others_weight=1.0": "config.experts.others_weight must not be 1 with diversity "
+    "'cluster', which would then make no difference",
+    "experts.sparsities=(0.5,1.0)": "config.experts.sparsities must be in [0, 1), got 1.0",
+    "joint.refit=maybe": "--config.joint.refit must be true or false, got 'maybe'",
+    "collapse.steps=-1": "config.collapse.steps must be an integer of at least 0, got -1",
+    "collapse.batch_size=0": "config.collapse.batch_size must be an integer of at least 1, got 0",
+    "collapse.learning_rate=0.0": "config.collapse.learning_rate must be a finite number above 0, "
+    "got 0.0",
+    "collapse.routing=top_2": "config.collapse.routing must be one of soft, top_1, got 'top_2'",
+    "controls.same_bops=some": "--config.controls.same_bops must be true or false, got 'some'",
     "experts.criteria=('magnitude_l3',)": "config.experts.criteria must be one of magnitude_l1, ",
     "experts.granularity=4:2": "config.experts.granularity must be 'unstructured' or 'n:m' with "
     "1 <= n <= m, got '4:2'",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hybrid_jax import recipes
-from hybrid_jax.recipes import controls, phase1, workdir
+from hybrid_jax.recipes import controls, cutting, workdir
 
 
 @pytest.fixture
@@ -55,16 +55,41 @@ def test_each_source_tells_experts_apart(config):
     assert [s.weight_bits for s in recipes.expert_specs(config)] == [4, 8, 4, 8]
     config.experts.diversity = "seed"
     assert {s.jitter for s in recipes.expert_specs(config)} == {config.experts.jitter}
-    config.experts.diversity = "cluster"
-    assert [s.cluster for s in recipes.expert_specs(config)] == [0, 1, 2, 3]
+    config.experts.diversity = "width"
+    assert [s.sparsity for s in recipes.expert_specs(config)] == [0.75, 0.5, 0.75, 0.5]
+
+
+@pytest.mark.parametrize("source", ["cluster", "classes", "bootstrap"])
+def test_each_source_of_images_tells_experts_apart(config, source):
+    config.experts.diversity = source
+    assert [s.images for s in recipes.expert_specs(config)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "value", "message"),
+    [
+        ("criterion", "criteria", ("taylor",), "criteria must hold at least two different values"),
+        ("bits", "bits", (4, 4), r"bits must hold at least two .* 'bits', got \(4, 4\)"),
+        ("width", "sparsities", (0.5,), r"sparsities must hold at least two .* got \(0.5,\)"),
+        ("seed", "jitter", 0.0, "jitter must not be 0 with diversity 'seed'"),
+        ("cluster", "others_weight", 1.0, "others_weight must not be 1 with diversity 'cluster'"),
+        ("classes", "others_weight", 1.0, "others_weight must not be 1 with diversity 'classes'"),
+    ],
+)
+def test_a_source_that_makes_no_difference_is_refused(config, source, key, value, message):
+    config.experts.diversity = source
+    recipes.check_config(config)
+    config.experts[key] = value
+    with pytest.raises(ValueError, match=f"config.experts.{message}"):
+        recipes.check_config(config)
 
 
 def test_kernel_sparsity(config):
     config.experts.granularity = "2:4"
     (spec, *_) = recipes.expert_specs(config)
-    assert phase1.kernel_sparsity((3, 3, 8, 16), spec) == 0.5
-    assert phase1.kernel_sparsity((3, 3, 1, 16), spec) == 0.0  # 4 does not divide 1
-    assert phase1.kernel_sparsity((16,), spec) == 0.0
+    assert cutting.kernel_sparsity((3, 3, 8, 16), spec) == 0.5
+    assert cutting.kernel_sparsity((3, 3, 1, 16), spec) == 0.0  # 4 does not divide 1
+    assert cutting.kernel_sparsity((16,), spec) == 0.0
 
 
 def test_claim_takes_up_the_same_config_only(config, tmp_path):

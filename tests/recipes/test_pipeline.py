@@ -4,17 +4,21 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hybrid_jax import core, experts, recipes, training
-from hybrid_jax.recipes import controls, deployment
+from hybrid_jax.recipes import controls, deployment, evaluation, phase1, pipeline
+from hybrid_jax.report import comparison
 
 pytestmark = pytest.mark.slow
 
+SOURCES = "criterion+width+classes+bootstrap"
+
 
 def tiny(**changes):
-    """A run of seconds: two small experts, a few steps each."""
+    """A run of seconds: two small experts, a few steps each; all optional stages."""
     config = recipes.default_config()
     config.data.train_size = 300
     config.model.widths = (4, 8, 8)
@@ -24,6 +28,8 @@ def tiny(**changes):
     for stage, steps in (("parent", 30), ("experts", 6), ("gate", 4), ("joint", 4)):
         config[stage].steps = steps
         config[stage].batch_size = 32
+    config.joint.refit = True
+    config.collapse.steps = 4
     config.controls.same_bytes = False
     config.checkpoint_every = 2
     for key, value in changes.items():
@@ -34,8 +40,9 @@ def tiny(**changes):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished run: its job, what it made and its results."""
-    job = recipes.prepare(tiny(), tmp_path_factory.mktemp("run") / "done")
+    """A finished run, of a cheap and a dear expert: its job, what it made and its results."""
+    config = tiny(experts__diversity=SOURCES)
+    job = recipes.prepare(config, tmp_path_factory.mktemp("run") / "done")
     results = recipes.run(job)
     return job, recipes.make(job), results
 
@@ -54,6 +61,7 @@ def test_results_have_every_row_and_number(done):
         "random gate",
         "oracle gate",
         "equal BOPs",
+        "collapsed mixture",
     ]
     for row in results["rows"]:
         assert row["accuracy"] == pytest.approx(np.mean(row["correct"]))
@@ -65,24 +73,31 @@ def test_results_have_every_row_and_number(done):
     )
     assert "not deployable" in rows["oracle gate"]["note"]
     assert "not deployable" in rows["random gate"]["note"]
-    # All experts and the gate are stored; one expert and the gate run.
-    mixture, expert = rows["top-1 mixture"], rows["expert 0"]
-    assert mixture["bytes"] > 2 * expert["bytes"]
-    assert mixture["macs"] - expert["macs"] == rows["soft mixture"]["macs"] - 2 * expert["macs"]
-    assert rows["equal BOPs"]["bops"] <= mixture["bops"]
+    # All experts and the gate are stored; one expert, as often as it is chosen, and the gate run.
+    mixture, both = rows["top-1 mixture"], [rows["expert 0"], rows["expert 1"]]
+    assert mixture["bytes"] == rows["soft mixture"]["bytes"] > sum(e["bytes"] for e in both)
+    gate = rows["soft mixture"]["macs"] - sum(e["macs"] for e in both)
+    used = sum(u * e["macs"] for u, e in zip(results["gate"]["share"], both, strict=True))
+    assert mixture["macs"] == pytest.approx(gate + used)
     assert np.allclose(np.sum(results["gate"]["usage"], axis=1), 1)
+    # 300 images are 9 batches of 32: 4 steps are one begun epoch, in each of three stages.
+    assert len(results["gate"]["per_epoch"]) == 3
+    assert np.all(np.array(results["gate"]["per_epoch"]) <= np.log(2) + 1e-6)
 
 
 def test_channels_are_physically_removed(done):
     _, models, results = done
-    for certificate in results["certificates"]:
+    # Of widths 4, 8, 8 a half or a quarter stays: MACs fall to about the square of it.
+    for certificate, kept in zip(results["certificates"], (0.25, 0.5), strict=True):
         assert certificate["difference"] < 1e-5
         before, after = certificate["macs"]
-        assert after < 0.35 * before
+        assert kept**2 / 2 * before < after < 1.4 * kept**2 * before
     dense = core.flatten_paths(models.variables)
-    small = core.flatten_paths(experts.unstack(models.made.stack)[0]["params"])
+    cheap, dear = (core.flatten_paths(e.variables) for e in phase1.alone(models.made))
     assert dense["params/stem/conv/kernel"].shape == (3, 3, 1, 4)
-    assert small["stem/conv/kernel"].shape == (3, 3, 1, 2)
+    assert dear["params/stem/conv/kernel"].shape == (3, 3, 1, 2)
+    assert cheap["params/stem/conv/kernel"].shape == (3, 3, 1, 1)
+    assert results["rows"][1]["macs"] == results["certificates"][0]["macs"][1]
 
 
 def test_what_is_deployed_computes_what_was_evaluated(done):
@@ -91,14 +106,45 @@ def test_what_is_deployed_computes_what_was_evaluated(done):
     assert record["agreement"] == 1.0
     assert record["max_difference"] < 1e-4
     images = job.normalize(job.splits.validation.images[:16])
-    (expert, *_), (fn, params) = (
-        experts.unstack(models.made.stack),
-        deployment.deployed_experts(job, models.made)[0],
-    )
+    # The cheap expert is deployed at its own widths: masked in the stack it computes the same.
+    same_as_evaluated(models.made, deployment.deployed_experts(job, models.made), images)
+
+
+def same_as_evaluated(made, deployed, images):
+    (expert, *_), (fn, params) = experts.unstack(made.stack), deployed[0]
     assert params["kernels"]["params/stem/conv/kernel"].values.dtype == np.int8
     np.testing.assert_allclose(
-        fn(params, images), models.made.predict(expert, images), atol=1e-5, rtol=1e-5
+        fn(params, images), made.predict(expert, images), atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_gate_that_was_fitted_to_other_experts_is_refused(done):
+    job, models, _ = done
+    assert models.gate.fitted_to == experts.fingerprint(models.made.stack)
+    with pytest.raises(ValueError, match=r"gate must be fitted to the experts .*: fit it again"):
+        recipes.fine_tune(job, models.dense, models.variables, models.before, models.gate)
+    with pytest.raises(ValueError, match="gate must be fitted to the experts"):
+        recipes.evaluate(job, models._replace(made=models.before))
+
+
+def test_a_gate_that_collapses_is_detected_and_reported(done, tmp_path):
+    job, models, results = done
+    # With its bias at 1000 the gate takes the first expert whatever the image, and stays there.
+    forced = core.map_with_path(
+        lambda path, leaf: leaf.at[0].set(1e3) if path.endswith("Dense_0/bias") else leaf,
+        models.gate.params["variables"],
+    )
+    gate = recipes.learn_gate(job, models.dense, models.variables, models.made, "forced", forced)
+    records = training.read_records(job.workdir / "records.jsonl")
+    entropies = pipeline.entropy_per_epoch(records, "forced", epoch=4)
+    assert entropies == [0.0]
+    test = job.splits.test
+    gate_logits = job.logits(gate.predict, gate.params, test)
+    use = evaluation.gate_use(gate_logits, test.labels, job.splits.num_classes)
+    assert use["share"] == [1.0, 0.0]
+    assert (use["entropy"], use["collapsed"], use["unused"]) == (0.0, True, [1])
+    found = comparison.warnings(results | {"gate": use | {"per_epoch": entropies}})
+    assert "The gate collapsed: expert 0 gets 100.00 % of the images" in found
 
 
 def test_report_and_a_second_run(done):
@@ -112,17 +158,18 @@ def test_report_and_a_second_run(done):
 
 def test_a_killed_run_resumes_to_the_same_weights(done, tmp_path):
     job, models, _ = done
-    killed = recipes.prepare(tiny(), tmp_path / "killed")
+    killed = recipes.prepare(tiny(experts__diversity=SOURCES), tmp_path / "killed")
     shutil.copytree(job.workdir / "checkpoints", killed.workdir / "checkpoints")
     # Killed in the midst of joint training: its last checkpoint and all that follows are missing.
     joint = killed.workdir / "checkpoints" / "joint"
     shutil.rmtree(max(joint.glob("[0-9]*"), key=lambda path: int(path.name)))
-    shutil.rmtree(killed.workdir / "checkpoints" / "equal_BOPs")
+    for stage in ("refit", "equal_BOPs", "collapse"):
+        shutil.rmtree(killed.workdir / "checkpoints" / stage)
     resumed = recipes.make(killed)
     jax.tree.map(np.testing.assert_array_equal, models.made.stack, resumed.made.stack)
     jax.tree.map(np.testing.assert_array_equal, models.gate.params, resumed.gate.params)
-    single, again = models.singles["equal BOPs"], resumed.singles["equal BOPs"]
-    jax.tree.map(np.testing.assert_array_equal, single.stack, again.stack)
+    for name, single in models.singles.items():
+        jax.tree.map(np.testing.assert_array_equal, single.stack, resumed.singles[name].stack)
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
@@ -134,9 +181,17 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path):
 
 def test_pruned_weights_stay_zero_through_both_phases(tmp_path):
     job = recipes.prepare(
-        tiny(experts__granularity="2:4", controls__same_bops=False), tmp_path / "run"
+        tiny(
+            experts__granularity="2:4",
+            controls__same_bops=False,
+            collapse__steps=0,
+            joint__refit=False,
+        ),
+        tmp_path / "run",
     )
     made = recipes.make(job).made
+    images = job.normalize(job.splits.validation.images[:16])
+    same_as_evaluated(made, deployment.deployed_experts(job, made), images)
     for expert, masks in zip(experts.unstack(made.stack), made.masks, strict=True):
         masks = {p: m for p, m in core.flatten_paths(masks).items() if not core.is_masked_node(m)}
         assert masks
@@ -156,6 +211,24 @@ def test_a_parent_is_restored(done, tmp_path):
     assert training.Checkpoints(other.workdir / "checkpoints" / "parent").latest() is None
 
 
+def test_identical_experts_are_one(done, tmp_path):
+    job, *_ = done
+    config = tiny(
+        experts__diversity="",
+        parent__restore=str(job.workdir / "checkpoints" / "parent"),
+        joint__steps=0,
+        joint__refit=False,
+        collapse__steps=0,
+        controls__same_bops=False,
+    )
+    degenerate = recipes.prepare(config, tmp_path / "run")
+    models = recipes.make(degenerate)
+    logits = evaluation.logits(degenerate, models.made, degenerate.splits.test)
+    np.testing.assert_array_equal(experts.disagreement(jnp.asarray(logits)), np.zeros((2, 2)))
+    # Whichever the gate chooses, the mixture is that one network.
+    np.testing.assert_array_equal(evaluation.top_1_logits(degenerate, models), logits[0])
+
+
 def test_padded_shortcuts_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"set config\.model\.shortcut='project'"):
         recipes.prepare(tiny(model__shortcut="pad"), tmp_path / "run")
@@ -164,6 +237,6 @@ def test_padded_shortcuts_are_refused_before_training(tmp_path):
 
 def test_planned_cost_is_the_cost(done):
     job, models, _ = done
-    spec = models.made.specs[0]
-    graph = controls.planned_graph(job, models.dense, models.variables, spec.sparsity, 1)
-    assert controls.planned_cost(graph, spec) == controls.costs(models.made)[0]
+    for spec, cost in zip(models.made.specs, controls.costs(models.made), strict=True):
+        graph = controls.planned_graph(job, models.dense, models.variables, spec.sparsity, 1)
+        assert controls.planned_cost(graph, spec) == cost

@@ -35,6 +35,25 @@ def test_mcnemar_is_the_binomial_tail_and_symmetric(pairs):
 def test_mcnemar_refuses_other_examples():
     with pytest.raises(ValueError, match=r"correct_b .* got shapes \(2,\) and \(3,\)"):
         report.mcnemar([1, 0], [1, 0, 1])
+    with pytest.raises(ValueError, match=r"got shapes \(1, 1, 1\) and \(1, 1, 1\)"):
+        report.mcnemar([[[1]]], [[[1]]])
+
+
+def test_mcnemar_of_several_runs_counts_each_example_once():
+    # Of three runs a is right more often on the first six, b on the seventh; on the eighth each is
+    # right once, on the ninth both always. 6 of 7 fair coins: 2 · (1 + 7) / 2^7 = 0.125, where
+    # the discordant pairs of all runs, 13 to 3, taken as independent would give 0.021.
+    a = [[1] * 6 + [0, 1, 1], [1] * 6 + [0, 0, 1], [0] * 6 + [0, 0, 1]]
+    b = [[0] * 6 + [1, 0, 1], [0] * 6 + [1, 1, 1], [0] * 6 + [0, 0, 1]]
+    test = report.mcnemar(a, b)
+    assert (test.only_a, test.only_b) == (6, 1)
+    assert test.p_value == pytest.approx(0.125)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20))
+def test_the_same_run_repeated_is_no_more_evidence(pairs):
+    a, b = zip(*pairs, strict=True)
+    assert report.mcnemar([a] * 3, [b] * 3) == report.mcnemar(a, b)
 
 
 def test_rivals_are_dense_the_controls_and_the_best_expert_but_not_the_oracle(make_results):
@@ -72,8 +91,17 @@ def test_a_control_is_beaten_only_beyond_chance():
         "It beats net (+60.00 points, p = 0.031)."
     )
     assert comparison.summary(_result([0] * 6 + [1] * 4, [1] * 10))[1] == (
-        "It does NOT beat net (−60.00 points, p = 0.031)."
+        "It does NOT beat net (−60.00 points, p = 0.031): significantly behind."
     )
+    assert comparison.summary(_result([1] * 10, [0] * 5 + [1] * 5))[1] == (
+        "It does NOT beat net (+50.00 points, p = 0.062): within chance."
+    )
+
+
+def test_a_test_that_points_to_the_other_side_is_no_evidence():
+    for difference, verdict in ((0.01, "beaten"), (-0.01, "behind, within chance")):
+        test = comparison.McNemar(9, 0, 2 / 2**9)
+        assert comparison.Comparison("net", 0.9, difference, test).verdict == verdict
 
 
 def test_without_correctness_nothing_is_claimed(make_results):
@@ -81,7 +109,7 @@ def test_without_correctness_nothing_is_claimed(make_results):
     for row in results["rows"]:
         row["correct"] = None
     assert not any(c.beaten for c in report.compare(results))
-    assert "+1.39 points, not tested" in " ".join(comparison.summary(results))
+    assert "equal-BOPs net (+0.56 points): not tested." in " ".join(comparison.summary(results))
 
 
 def test_summary_states_costs_and_the_gates_skill(make_results):
@@ -125,7 +153,12 @@ def test_a_collapsed_gate_is_warned_of(make_results):
     found = _change(make_results, gate={"usage": [[0.0, 1.0, 0.0, 0.0]] * 10})
     assert found == ["The gate collapsed: expert 1 gets 100.00 % of the images"]
     found = _change(make_results, gate={"usage": [[0.5, 0.5, 0.0, 0.0]] * 10})
-    assert found == ["The gate hardly ever uses expert 2 and 3 (under 1 %)"]
+    assert found == [
+        "The gate hardly ever uses expert 2 and 3 (less than a tenth of an even share)"
+    ]
+    # The share of all images goes before the mean over classes.
+    found = _change(make_results, gate={"usage": [[0.25] * 4] * 10, "share": [0.0, 0.0, 1.0, 0.0]})
+    assert found == ["The gate collapsed: expert 2 gets 100.00 % of the images"]
 
 
 def test_experts_that_agree_are_warned_of(make_results):
@@ -145,6 +178,6 @@ def test_a_deployed_model_that_differs_is_warned_of(make_results):
 
 def test_effective_experts():
     # exp(−(¾ ln ¾ + ¼ ln ¼)) = exp(0.56234) = 1.7548; a class without images does not count.
-    usage = [[0.75, 0.25], [0.75, 0.25], [math.nan, math.nan]]
-    assert comparison.effective_experts(usage) == pytest.approx(1.7548, abs=1e-4)
-    assert comparison.effective_experts([[0.0, 1.0]]) == 1.0
+    share = comparison.usage_share({"usage": [[0.75, 0.25], [0.75, 0.25], [math.nan, math.nan]]})
+    assert comparison.effective_experts(share) == pytest.approx(1.7548, abs=1e-4)
+    assert comparison.effective_experts([0.0, 1.0]) == 1.0

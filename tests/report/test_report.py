@@ -145,7 +145,9 @@ def test_aggregate_equals_the_hand_computed_values(make_results):
     # Differences −0.02, 0, 0.05: mean 0.01, the same deviations; ahead in one run.
     assert against["difference"] == pytest.approx(0.01)
     assert against["difference_std"] == pytest.approx(0.0360555, abs=1e-7)
-    assert (against["ahead"], against["beaten"], against["tested"]) == (1, 0, 0)
+    assert (against["ahead"], against["beaten"], against["p_values"]) == (1, 0, [None] * 3)
+    assert (against["only_mixture"], against["p_value"]) == (None, None)
+    assert against["verdict"] == "ahead, not tested"
 
 
 def test_aggregate_without_a_number_in_one_run_has_none(make_results):
@@ -165,11 +167,60 @@ def test_the_report_over_seeds_shows_mean_and_deviation(make_results, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "# Compression report: digits, 3 runs" in text
     assert "| **mixture top-1** | mixture | 93.00 ± 3.61 % |" in text
-    assert "| equal-bytes net | +1.00 ± 3.61 | 1 of 3 | – |" in text
-    assert "NOT always ahead of" in text
+    assert (
+        "| equal-bytes net | +1.00 ± 3.61 | 1 of 3 | – | –, –, – | – | – | – | ahead, not tested |"
+    ) in text
+    assert "It does NOT beat dense (" in text
+    assert "equal-bytes net (+1.00 ± 3.61 points, ahead in 1 of 3)" in text
     assert "93.00 ± 3.61 %" in (tmp_path / "report.html").read_text()
     saved = json.loads((tmp_path / "aggregate.json").read_text())
     assert saved == report.aggregate(_runs(make_results, 0.90, 0.92, 0.97))
+
+
+def _tested(make_results, *wins):
+    """A run for each number of images, of 10, that only the mixture gets right."""
+    runs = [make_results(seed) for seed in range(len(wins))]
+    for run, count in zip(runs, wins, strict=True):
+        for row in run["rows"]:
+            row["correct"] = [1] * 10
+            if row["name"] == "equal-bytes net":
+                row["correct"] = [0] * count + [1] * (10 - count)
+            row["accuracy"] = sum(row["correct"]) / 10
+    return runs
+
+
+def test_mcnemar_by_seed_and_pooled(make_results, tmp_path):
+    # 5, 6 and 8 tosses that all fall alike: 2 / 32, 2 / 64 and 2 / 256. Pooled, the mixture is
+    # ahead on 8 images: in three runs on 5 of them, in two on the sixth, in one on the others.
+    runs = _tested(make_results, 5, 6, 8)
+    against = {c["rival"]: c for c in report.aggregate(runs)["comparisons"]}
+    net = against["equal-bytes net"]
+    assert net["p_values"] == pytest.approx([2 / 32, 2 / 64, 2 / 256])
+    assert (net["ahead"], net["beaten"]) == (3, 2)
+    assert (net["only_mixture"], net["only_rival"]) == (8, 0)
+    assert net["p_value"] == pytest.approx(2 / 256)
+    assert (net["verdict"], against["dense"]["verdict"]) == ("beaten", "equal")
+    report.write_aggregate(runs, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    # Differences 0.5, 0.6 and 0.8: mean 0.6333, deviation √(0.01778 + 0.00111 + 0.02778) / 2.
+    assert (
+        "It beats equal-bytes net (+63.33 ± 15.28 points, ahead in 3 of 3, pooled p = 0.008)."
+    ) in text
+    assert (
+        "| equal-bytes net | +63.33 ± 15.28 | 3 of 3 | 2 of 3 | 0.062, 0.031, 0.008 | 8 | 0 "
+        "| p = 0.008 | beaten |"
+    ) in text
+    assert "random gate (0.00 ± 0.00 points, ahead in 0 of 3, pooled p = 1.000)" in text
+    assert "| seed | experts used | largest share | least disagreement | most" in text
+
+
+def test_runs_on_other_test_images_are_not_pooled(make_results):
+    runs = _tested(make_results, 5, 6)
+    for row in runs[1]["rows"]:
+        row["correct"] = row["correct"][:9]
+    net = next(c for c in report.aggregate(runs)["comparisons"] if c["rival"] == "equal-bytes net")
+    assert net["p_values"] == pytest.approx([2 / 32, 2 / 64])
+    assert (net["p_value"], net["verdict"]) == (None, "ahead, not tested")
 
 
 def test_a_gate_that_collapsed_in_one_run_is_named_with_its_seed(make_results, tmp_path):

@@ -1,0 +1,114 @@
+"""The mixture distilled into one static network, for devices that cannot branch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+
+from hybrid_jax import experts, pruning, training
+from hybrid_jax.recipes import evaluation, phase1
+from hybrid_jax.recipes.job import Job, optimizer
+from hybrid_jax.recipes.phase1 import Experts
+from hybrid_jax.recipes.phase2 import Gate
+from hybrid_jax.training.losses import Forward
+
+
+def collapse(
+    moe: Callable[..., tuple[jax.Array, experts.Aux]],
+    stack: Any,
+    gate_params: Any,
+    forward: Forward,
+    student: training.TrainState,
+    batches: Callable[[int], Iterator[dict]],
+    *,
+    steps: int,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    **options: Any,
+) -> training.TrainState:
+    """Trains one network towards the logits of a whole mixture.
+
+    Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network,
+    arXiv 1503.02531.
+
+    Args:
+      moe: Of `experts.mixture`: its routing decides whether the teacher is soft or top-1.
+      stack: Its experts.
+      gate_params: Its gate.
+      forward: The student: (params, state, images (B, H, W, C), key) -> (logits (B, N), state), any
+        function of a compressed network, quantized or not.
+      student: Where it starts; what holds its masks belongs in its optimizer.
+      batches: As for `training.fit`.
+      steps: Of training.
+      augment: As for `training.make_step`.
+      temperature: As for `training.distillation_loss`.
+      alpha: Share of the mixture in the loss, above 0; the rest is the labels'.
+      **options: For `training.fit`.
+
+    Returns:
+      The trained student.
+
+    Raises:
+      ValueError: If `temperature` or `alpha` is out of range.
+      FloatingPointError: If a loss is not finite.
+
+    Example:
+      >>> import itertools, jax.numpy as jnp
+      >>> linear = lambda params, x: x @ params
+      >>> moe = experts.mixture(linear, linear, experts.soft(), 'unroll')
+      >>> stack, gate = jnp.stack([jnp.eye(2), -jnp.eye(2)]), jnp.array([[9.0, 0.0], [9.0, 0.0]])
+      >>> start = training.create_state(jnp.zeros((2, 2)), {}, optax.sgd(1.0), jax.random.key(0))
+      >>> batch = {'image': jnp.eye(2), 'label': jnp.array([0, 1])}
+      >>> forward = lambda params, state, x, key: (linear(params, x), state)
+      >>> fit = lambda first: itertools.repeat(batch)
+      >>> student = collapse(moe, stack, gate, forward, start, fit, steps=20)
+      >>> student.params.argmax(0).tolist()  # the gate takes the first expert, the identity
+      [0, 1]
+    """
+    if not alpha:
+        raise ValueError(f"alpha must be above 0, got {alpha}")
+    step = training.make_step(
+        training.classification(forward, temperature=temperature, alpha=alpha),
+        augment,
+        lambda images: moe(stack, gate_params, images)[0],
+    )
+    return training.fit(step, student, batches, steps=steps, name="collapse", **options)
+
+
+def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
+    """Returns the expert that is best on validation, trained on towards the whole mixture.
+
+    Args:
+      job: The run; `config.collapse` says how long and towards which mixture.
+      made: The experts.
+      gate: The gate, fitted to them.
+
+    Raises:
+      FloatingPointError: If a loss is not finite.
+    """
+    experts.check_fitted(gate.fitted_to, made.stack)
+    settings = job.config.collapse
+    validation = job.splits.validation
+    right = evaluation.logits(job, made, validation).argmax(-1) == validation.labels
+    start = phase1.select(made, int(right.mean(-1).argmax()))
+    (expert,), (mask,) = experts.unstack(start.stack), start.masks
+    params = {name: expert[name] for name in ("params", "ranges")}
+    held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])}
+    tx = optimizer(settings.learning_rate, 0.0, settings.steps, pruning.hold_masks(held))
+    fixed = {name: expert[name] for name in ("batch_stats", "bits")}
+    routing = experts.soft() if settings.routing == "soft" else experts.top_k(1)
+    student = collapse(
+        experts.mixture(made.predict, gate.predict, routing, made.method),
+        made.stack,
+        gate.params,
+        lambda params, state, images, key: (made.predict(params | state, images), state),
+        training.create_state(params, fixed, tx, job.key("collapse")),
+        job.batches("collapse", settings.batch_size),
+        steps=settings.steps,
+        augment=job.augment,
+        temperature=job.config.distillation.temperature,
+        **job.bookkeeping("collapse"),
+    )
+    return start._replace(stack=experts.stack([student.params | student.state]))
