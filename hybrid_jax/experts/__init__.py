@@ -5,6 +5,7 @@
 one expert (for the edge). Routings and losses are pure functions of the gate's logits.
 """
 
+from hybrid_jax.experts.competition import expected_loss
 from hybrid_jax.experts.diagnostics import (
     collapsed,
     disagreement,
@@ -47,6 +48,7 @@ __all__ = [
     "disagreement",
     "entropy",
     "expected_cost",
+    "expected_loss",
     "fastest",
     "gate_cnn",
     "gate_linear",
