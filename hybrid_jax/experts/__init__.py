@@ -24,6 +24,7 @@ from hybrid_jax.experts.cascade import (
     margin,
     max_probability,
 )
+from hybrid_jax.experts.competition import expected_loss
 from hybrid_jax.experts.diagnostics import (
     collapsed,
     disagreement,
@@ -78,6 +79,7 @@ __all__ = [
     "disagreement",
     "entropy",
     "expected_cost",
+    "expected_loss",
     "expert_choice",
     "fastest",
     "fingerprint",

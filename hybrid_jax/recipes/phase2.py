@@ -1,4 +1,7 @@
-"""Phase 2: a gate over the quantized experts, then the gate and the experts together."""
+"""Phase 2: a gate over the quantized experts, then the gate and the experts together.
+
+Both minimize the loss expected of the expert that is chosen, see `experts.expected_loss`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -158,16 +161,15 @@ def epoch_steps(job: Job, stage: str) -> int:
 
 
 def _loss(job, made, gate_fn, take):
-    """Loss of the mixture; `take(params, state)` -> (stack, gate parameters)."""
+    """Loss expected of the mixture's choice; `take(params, state)` -> (stack, gate parameters)."""
     moe = experts.mixture(made.predict, gate_fn, routing(job), made.method)
     soft, balance = job.config.distillation, job.config.gate.balance
 
     def loss_fn(params, state, batch, key):
         stack, gate_params = take(params, state)
         logits, aux = moe(stack, gate_params, batch["image"], key)
-        loss = training.distillation_loss(
-            logits, batch["teacher"], batch["label"], soft.temperature, soft.alpha
-        )
+        losses = _each_loss(aux.expert_logits, batch, soft.temperature, soft.alpha)
+        loss = experts.expected_loss(aux.weights, losses)
         right = jnp.argmax(logits, -1) == batch["label"]
         metrics = {
             "accuracy": right.mean(dtype=jnp.float32),
@@ -176,3 +178,15 @@ def _loss(job, made, gate_fn, take):
         return loss + balance * experts.importance(aux.weights), (state, metrics)
 
     return loss_fn
+
+
+def _each_loss(expert_logits, batch, temperature, alpha):
+    """Loss (E, B) of each expert (E, B, N) on each image."""
+
+    def loss(logits, teacher, label):
+        return training.distillation_loss(
+            logits[None], teacher[None], label[None], temperature, alpha
+        )
+
+    of_batch = jax.vmap(loss)
+    return jax.vmap(of_batch, (0, None, None))(expert_logits, batch["teacher"], batch["label"])

@@ -1,0 +1,28 @@
+"""The loss of a mixture of which one expert runs: experts compete, they do not add up."""
+
+import jax
+
+
+def expected_loss(weights: jax.Array, losses: jax.Array) -> jax.Array:
+    """Mean over inputs of the loss of one expert drawn with the weights of the routing.
+
+    The loss of the combined logits makes experts cancel each other's errors, and tells the gate how
+    to mix them. This one tells the gate which expert to choose: with p the softmax of its logits,
+    the gradient for logit e of an input is p_e (loss_e - sum_i p_i loss_i) / B, from `soft` and
+    from `straight_through(top_k(1))` alike. An expert learns in proportion to its weight.
+
+    Source: Jacobs, Jordan, Nowlan and Hinton, Adaptive Mixtures of Local Experts, Neural
+    Computation 3 (1991), eq. 1.2.
+
+    Args:
+      weights: float `(B, E)`, of any routing whose weights sum to one.
+      losses: float `(E, B)`, each expert's own on each input.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> losses = jnp.array([[1.0], [3.0]])
+      >>> loss = lambda logits: expected_loss(jax.nn.softmax(logits), losses)
+      >>> jax.value_and_grad(loss)(jnp.zeros((1, 2)))  # 1/2 (1 - 2) and 1/2 (3 - 2)
+      (Array(2., dtype=float32), Array([[-0.5,  0.5]], dtype=float32))
+    """
+    return (weights * losses.T).sum(-1).mean()
