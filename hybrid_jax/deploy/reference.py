@@ -149,7 +149,8 @@ def _channels(vector, like):
 def _weighted(op, values, encodings, output):
     (x,), (encoding,), weights = values, encodings, op.weights
     if encoding is None:
-        y = _product(op, x.astype(jnp.float32), jnp.asarray(weights.values))
+        floats = weights.values if weights.scale is None else weights.values * weights.scale
+        y = _product(op, x, jnp.asarray(floats))
         return jnp.clip(y + _channels(weights.bias, y), *op.clip)
     kernel = jnp.asarray(weights.values)
     shifted = (x.astype(jnp.int32) - _SHIFT).astype(jnp.int8)

@@ -1,0 +1,257 @@
+"""From an inference graph in floats to one in integers: which tensor is stored how.
+
+A tensor has the encoding of the site that reads it, so that the site computes with the integers
+that it was trained with. Where several sites read it with different ranges, or something else reads
+it too and the site's bits are few, the tensor gets 8 bits and its own range, and a `Convert` stands
+before the site. Pools, reshapes and the like share their input's encoding.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core, quantization
+from hybrid_jax.deploy import reference
+from hybrid_jax.deploy.builder import Source
+from hybrid_jax.deploy.program import (
+    SAME_ENCODING,
+    AveragePool,
+    Concatenate,
+    Conv,
+    Convert,
+    Dense,
+    Encoding,
+    Mean,
+    Multiply,
+    Program,
+    Softmax,
+    Tensor,
+    Weights,
+)
+
+_MAY_RETURN_FLOATS = (Conv, Dense, Multiply, Mean, AveragePool)
+
+
+def encode(
+    program: Program,
+    sources: Mapping[str, Source],
+    spec: quantization.Spec,
+    ranges: Mapping[str, Any],
+    x: np.ndarray,
+) -> Program:
+    """Quantizes an inference graph as `lower` states.
+
+    Args:
+      program: In floats.
+      sources: {site name: what its weights were made of}.
+      spec: How each site is quantized.
+      ranges: {site name: {'weight': Range, 'activation': Range}}.
+      x: float32 (B, …), for the ranges of what enters no site.
+    """
+    weights = {
+        op.name: _integers(op, sources[op.name], spec, ranges)
+        if op.name in sources
+        else _signs(op.weights)
+        for op in program.weighted
+    }
+    wanted = {name: _activation(name, spec, ranges) for name in sources}
+    spans = _spans(program, weights, wanted, x)
+    encodings = _choose(program, wanted, spans)
+    return _rebuild(program, weights, wanted, encodings)
+
+
+def _integers(op, source, spec, ranges) -> Weights:
+    """The integers of a site's kernel, with what follows it in their scales."""
+    name, quantizer = op.name, spec[op.name].weight
+    if quantizer.bits == quantization.OFF:
+        return op.weights
+    grid = _grid(name, "weight", quantizer, ranges)
+    if quantizer.scheme not in ("symmetric", "binary"):
+        raise ValueError(
+            f"weight of {name!r} must be symmetric or binary for an integer kernel, "
+            f"got {quantizer.scheme}"
+        )
+    values = source.arrange(np.asarray(quantization.quantize(jnp.asarray(source.kernel), grid)))
+    scale = np.asarray(grid.scale, np.float32)
+    if quantizer.scheme == "binary":
+        values, scale = 2 * values.astype(np.int32) - 1, scale / 2
+    if quantizer.group is not None:
+        raise ValueError(
+            f"weight of {name!r} must have one scale for each output channel, "
+            f"got groups of {quantizer.group}"
+        )
+    outputs = source.arrange(scale).reshape(-1, source.shape[-1])[0] * source.scale
+    sign = np.sign(outputs).astype(np.int8)
+    used = np.where(sign == 0, 1, np.abs(outputs)).astype(np.float32)
+    return Weights((values * sign).astype(np.int8), used, op.weights.bias, quantizer.bits)
+
+
+def _signs(weights: Weights) -> Weights:
+    """A 1×1 depthwise kernel in integers: its size is all in the scale of the channel."""
+    signs = np.sign(weights.values).astype(np.int8)
+    size = np.abs(weights.values.reshape(-1))
+    scale = np.where(size == 0, 1, size / 127).astype(np.float32)
+    return Weights(127 * signs, scale, weights.bias, 8)
+
+
+def _activation(name, spec, ranges) -> Encoding | None:
+    quantizer = spec[name].activation
+    if quantizer.bits == quantization.OFF:
+        return None
+    if quantizer.scheme not in ("affine", "symmetric"):
+        raise ValueError(
+            f"activation of {name!r} must be affine or symmetric, got {quantizer.scheme}"
+        )
+    grid = _grid(name, "activation", quantizer, ranges)
+    shift = 128 if quantizer.scheme == "symmetric" else 0
+    ends = (int(end) + shift for end in (grid.zero_point, grid.low, grid.high))
+    return Encoding(float(grid.scale), *ends)
+
+
+def _grid(name, role, quantizer, ranges):
+    if quantizer.learning == "dynamic":
+        raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
+    try:
+        span = ranges[name][role]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"ranges must have [{name!r}][{role!r}], got {', '.join(ranges) or 'nothing'}"
+        ) from None
+    core.check_finite(f"ranges of {name!r}", span)
+    return quantizer.grid(span)
+
+
+def _spans(program, weights, wanted, x) -> dict[str, tuple[float, float]]:
+    """The ends of every tensor's values for `x`, with the sites computing as quantized."""
+
+    @jax.jit
+    def see(x):
+        values = {program.input: x}
+        for op in program.operations:
+            inputs = [values[name] for name in op.inputs]
+            if isinstance(op, Conv | Dense):
+                given = weights[op.name]
+                if given.scale is not None:
+                    floats = given.values * given.scale
+                    op = dataclasses.replace(op, weights=Weights(floats, None, given.bias))
+                encoding = wanted.get(op.name)
+                if encoding is not None:
+                    steps = reference.requantize(
+                        inputs[0], np.float32(1) / np.float32(encoding.scale), encoding
+                    )
+                    zero = reference.steps_from_zero(steps, encoding)
+                    inputs = [zero.astype(jnp.float32) * np.float32(encoding.scale)]
+            nothing = [None] * len(inputs)
+            shape = program.tensors[op.output].shape
+            values[op.output] = reference.evaluate(op, inputs, nothing, None, shape)
+        return {name: (value.min(), value.max()) for name, value in values.items()}
+
+    seen = see(x)
+    core.check_finite("the values that tensors take for x", seen)
+    return {name: (float(low), float(high)) for name, (low, high) in seen.items()}
+
+
+def _choose(program, wanted, spans) -> dict[str, Encoding | None]:
+    """The encoding of every tensor; those of one class have the same."""
+    readers = collections.Counter(name for op in program.operations for name in op.inputs)
+    root = {name: name for name in program.tensors}
+
+    def find(name):
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    for op in program.operations:
+        if isinstance(op, SAME_ENCODING):
+            root[find(op.output)] = find(op.inputs[0])
+        if isinstance(op, Concatenate):
+            for name in op.inputs:
+                if readers[name] == 1 and find(name) not in (program.input, find(op.output)):
+                    root[find(name)] = find(op.output)
+    asked: dict[str, set] = collections.defaultdict(set)
+    others: dict[str, int] = collections.Counter()
+    makers = {find(op.output): op for op in program.operations if not isinstance(op, SAME_ENCODING)}
+    floats = {find(op.inputs[0]) for op in program.operations if isinstance(op, Softmax)}
+    floats |= {find(op.output) for op in program.operations if isinstance(op, Softmax)}
+    for op in program.operations:
+        for name in op.inputs:
+            if isinstance(op, Conv | Dense) and op.name in wanted:
+                asked[find(name)].add(wanted[op.name])
+            elif not isinstance(op, (*SAME_ENCODING, Softmax)) and not (
+                isinstance(op, Concatenate) and find(name) == find(op.output)
+            ):
+                others[find(name)] += 1
+    ends = floats | {find(program.output)}
+    members = collections.defaultdict(list)
+    for name in program.tensors:
+        members[find(name)].append(name)
+
+    def of_class(name):
+        sites = asked[name]
+        if name in ends and not sites and not others[name]:
+            if isinstance(makers.get(name), _MAY_RETURN_FLOATS):
+                return None
+        elif len(sites) == 1:
+            (only,) = sites
+            if not others[name] or (only is not None and only.high - only.low >= 254):
+                return only
+        low = min(0.0, *(spans[member][0] for member in members[name]))
+        high = max(0.0, *(spans[member][1] for member in members[name]))
+        scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+        return Encoding(float(scale), int(np.clip(np.rint(-low / scale), 0, 255)))
+
+    chosen = {name: of_class(name) for name in members}
+    return {name: chosen[find(name)] for name in program.tensors}
+
+
+def _rebuild(program, weights, wanted, encodings) -> Program:
+    """The program with its tensors encoded, and conversions where two encodings meet."""
+    tensors = {program.input: program.tensors[program.input]}
+    operations, converted = [], {}
+
+    def get(name, encoding):
+        if tensors[name].encoding == encoding:
+            return name
+        if (name, encoding) not in converted:
+            new, count = f"{name}/converted", 1
+            while new in tensors:
+                count += 1
+                new = f"{name}/converted_{count}"
+            tensors[new] = Tensor(tensors[name].shape, encoding)
+            operations.append(Convert((name,), new))
+            converted[name, encoding] = new
+        return converted[name, encoding]
+
+    for op in program.operations:
+        output = encodings[op.output]
+        if isinstance(op, Conv | Dense):
+            op = dataclasses.replace(op, weights=weights[op.name])
+            own = wanted.get(op.name, encodings[op.inputs[0]])
+            inputs = [get(op.inputs[0], own)]
+            if op.weights.scale is None:
+                inputs = [get(inputs[0], None)]
+        elif isinstance(op, Softmax):
+            inputs = [get(op.inputs[0], None)]
+        elif isinstance(op, SAME_ENCODING):
+            inputs = [get(op.inputs[0], output)]
+        else:
+            inputs = [get(name, encodings[name]) for name in op.inputs]
+        whole = None not in [tensors[name].encoding for name in inputs]
+        if not whole or (output is None and not isinstance(op, _MAY_RETURN_FLOATS)):
+            inputs = [get(name, None) for name in inputs]
+            whole = False
+        natural = output if whole or isinstance(op, SAME_ENCODING) else None
+        shape = program.tensors[op.output].shape
+        name = op.output if natural == output else f"{op.output}/floats"
+        tensors[name] = Tensor(shape, natural)
+        operations.append(dataclasses.replace(op, inputs=tuple(inputs), output=name))
+        if natural != output:
+            tensors[op.output] = Tensor(shape, output)
+            operations.append(Convert((name,), op.output))
+    result = get(program.output, None)
+    return Program(program.input, result, tensors, tuple(operations))
