@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from hybrid_jax.deploy import artifact, c_statements
+from hybrid_jax.deploy import artifact, c_statements, c_text
 from hybrid_jax.deploy.program import Mixture, Program
 
 
@@ -47,17 +47,18 @@ def export_c(
 def to_c(program: Program | Mixture, name: str = "model", pack: bool = False) -> str:
     """The C99 text of `void <name>_run(const float *input, float *output)`.
 
-    It holds one example. Flash is what its constants take, equal ones once, RAM the block of memory
-    for what lies between input and output; code, stack, input and output come on top. The
-    text states both, as `<NAME>_FLASH` and `<NAME>_RAM` too. Compiled with `<NAME>_MAIN` defined it
-    is a program that maps float32 inputs on its standard input to outputs on its standard output,
-    and prints what it needs.
+    It takes one example, and needs <stdint.h> and <float.h>, for a softmax <math.h>. Flash is what
+    its constants take, equal arrays once; RAM is the block of memory for what lies between input
+    and output. Code, stack, input and output come on top. The file states both in its head and as
+    `<NAME>_FLASH` and `<NAME>_RAM`. Compiled with `<NAME>_MAIN` defined it is a program that maps
+    inputs on its standard input to outputs on its standard output, and prints what it needs.
 
     Args:
       program: In integers: floats come in, are converted, and go out; a softmax may be last. A
         mixture runs its gate, then one expert in the same memory.
       name: A C identifier that starts with a letter.
-      pack: Whether weights of at most 4 bits lie two to a byte, unpacked one kernel at a time.
+      pack: Whether a layer's weights lie two to a byte where all are in [−8, 7]; they are unpacked
+        one kernel at a time, which takes the RAM of one.
 
     Raises:
       ValueError: If the name is none, or a tensor between input and output is float32.
@@ -72,7 +73,7 @@ def to_c(program: Program | Mixture, name: str = "model", pack: bool = False) ->
       >>> [line for line in code.splitlines() if line.startswith(('#define', 'void'))][:2]
       ['#define MODEL_FLASH 106', '#define MODEL_RAM 2']
       >>> print(code[code.index('    /* Convert') : code.index('    /* Dense')])
-          /* Convert: q */
+          /* Convert q */
           for (int32_t i0 = 0; i0 < 2; i0++) {
               arena[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
           }
@@ -95,7 +96,7 @@ def _write(program, name, pack):
         )
     mixture = isinstance(program, Mixture)
     programs = [program.gate, *program.experts] if mixture else [program]
-    constants = c_statements.Constants()
+    constants = c_text.Constants()
     bodies = [c_statements.body(part, constants, pack) for part in programs]
     kernels = _called("".join(body.text for body in bodies))
     ram = max(body.ram for body in bodies)

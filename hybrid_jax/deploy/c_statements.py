@@ -4,16 +4,12 @@ Windows (convolution, pools) are calls with constant descriptors; what works ent
 what moves entries about, is a loop nest with the program's numbers in it.
 """
 
-import dataclasses
 import math
-import re
-import textwrap
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from hybrid_jax.deploy import arithmetic, memory
+from hybrid_jax.deploy import arithmetic, c_text, memory
 from hybrid_jax.deploy.program import (
     UNBOUNDED,
     Add,
@@ -35,45 +31,7 @@ from hybrid_jax.deploy.program import (
     Transpose,
 )
 
-_WORD = 4  # Bytes of an int32, a float and a pointer on a 32-bit microcontroller.
-_PER_LINE = 20
-_TYPES = {"float32": "float", "int8": "int8_t", "int32": "int32_t", "uint8": "uint8_t"}
 _ONE = Encoding(1.0)
-
-
-@dataclasses.dataclass
-class Constants:
-    """What lies in flash: arrays, equal ones once, and the fields of descriptors.
-
-    Attributes:
-      declarations: {(type, contents): (name, declaration)}.
-      flash: Bytes, with words of 32 bits.
-    """
-
-    declarations: dict[tuple[str, bytes], tuple[str, str]] = dataclasses.field(default_factory=dict)
-    flash: int = 0
-
-    def array(self, kind: str, values: np.ndarray) -> str:
-        """The name of a constant array."""
-        c_type = _TYPES[values.dtype.name]
-        key = c_type, values.tobytes()
-        if key not in self.declarations:
-            name = f"{kind}_{len(self.declarations)}"
-            numbers = [_literal(value) for value in values.ravel().tolist()]
-            lines = [
-                ", ".join(numbers[i : i + _PER_LINE]) for i in range(0, len(numbers), _PER_LINE)
-            ]
-            inside = ",\n    ".join(lines)
-            text = f"static const {c_type} {name}[{values.size}] = {{\n    {inside}}};"
-            self.declarations[key] = name, text
-            self.flash += values.nbytes
-        return self.declarations[key][0]
-
-    def descriptor(self, kind: str, fields: Mapping[str, Any]) -> str:
-        """The declaration of a constant struct, called as its type is in lower case."""
-        self.flash += _WORD * _leaves(fields)
-        text = f"static const {kind} {kind.lower()} = {_initializer(fields)};"
-        return textwrap.fill(text, 92, subsequent_indent="    ", break_on_hyphens=False)
 
 
 class Body(NamedTuple):
@@ -83,7 +41,7 @@ class Body(NamedTuple):
     ram: int
 
 
-def body(program: Program, constants: Constants, pack: bool) -> Body:
+def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
     """The statements that compute `output` from `input`, in an array `arena`.
 
     Args:
@@ -100,33 +58,26 @@ def body(program: Program, constants: Constants, pack: bool) -> Body:
     }
     context = _Context(program, constants, ends, memory.plan(program, scratch))
     texts = [
-        f"/* {type(op).__name__}: {_comment(op.output)} */\n" + _RULES[type(op)](op, context)
+        c_text.comment(f"{type(op).__name__} {op.output}") + "\n" + _RULES[type(op)](op, context)
         for op in program.operations
         if not memory.is_view(program, op)
     ]
     return Body("\n".join(texts), context.plan.size)
 
 
-class _Operand(NamedTuple):
-    """Entry (i, j, …) is array[offset + i · strides[0] + j · strides[1] + …]."""
-
-    array: str
-    offset: int
-    strides: tuple[int, ...]
-
-
 class _Context(NamedTuple):
     program: Program
-    constants: Constants
+    constants: c_text.Constants
     ends: dict[str, str]
     plan: memory.Plan
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.program.tensors[name].shape
 
-    def operand(self, name: str) -> _Operand:
+    def operand(self, name: str) -> c_text.Operand:
         array = self.ends.get(name, "arena")
-        return _Operand(array, self.plan.offsets.get(name, 0), _strides(self.shape(name)))
+        offset = self.plan.offsets.get(name, 0)
+        return c_text.Operand.whole(array, offset, self.shape(name))
 
     def pointer(self, name: str) -> str:
         array, offset, _ = self.operand(name)
@@ -146,7 +97,7 @@ def _ends(program):
     for op in program.operations:
         if memory.is_view(program, op) and op.inputs[0] in ends:
             ends.setdefault(op.output, ends[op.inputs[0]])
-    for name in {program.input, program.output, *made}:
+    for name in dict.fromkeys([program.input, *made, program.output]):
         if (name in ends) != (program.encoding(name) is None):
             raise ValueError(_MISPLACED.format(name))
     for op in program.operations:
@@ -206,11 +157,11 @@ def _weighted(op, context):
     function = "depthwise" if _is_depthwise(op) else "conv"
     scratch = f"(int8_t *)arena + {context.plan.scratch[y]}" if packed else "0"
     ends = f"{context.pointer(x)}, {context.pointer(y)}"
-    return _call(
-        f"{function}({ends}, &window, &layer, &result, {scratch});",
+    return c_text.block(
         constants.descriptor("Window", window),
         constants.descriptor("Layer", layer),
         constants.descriptor("Result", _result(output, op.clip)),
+        f"{function}({ends}, &window, &layer, &result, {scratch});",
     )
 
 
@@ -244,9 +195,9 @@ def _pack(kernels):
 def _max_pool(op, context):
     (x,), y = op.inputs, op.output
     window = _window(context.shape(x), context.shape(y), op.window, op.strides, op.padding)
-    return _call(
-        f"max_pool({context.pointer(x)}, {context.pointer(y)}, &window);",
+    return c_text.block(
         context.constants.descriptor("Window", window),
+        f"max_pool({context.pointer(x)}, {context.pointer(y)}, &window);",
     )
 
 
@@ -260,11 +211,11 @@ def _average(op, context):
         sizes = op.window
         window = _window(context.shape(x), context.shape(y), sizes, op.strides, op.padding)
     factor = _multiplier([encoding], output, math.prod(sizes))
-    return _call(
-        f"average_pool({context.pointer(x)}, {context.pointer(y)}, &window, "
-        f"{encoding.zero_point}, {factor}, &result);",
+    return c_text.block(
         context.constants.descriptor("Window", window),
         context.constants.descriptor("Result", _result(output)),
+        f"average_pool({context.pointer(x)}, {context.pointer(y)}, &window, "
+        f"{encoding.zero_point}, {factor}, &result);",
     )
 
 
@@ -280,9 +231,9 @@ def _add(op, context):
         raise ValueError(_MISPLACED.format(op.output))
     first, second, factor = arithmetic.addition(a, b, output)
     terms = f"{_steps('{a}', a)} * {first} + {_steps('{b}', b)} * {second}"
-    statement = "{y} = " + _requantized(terms, _literal(factor), output, op.clip)
+    statement = "{y} = " + _requantized(terms, c_text.literal(factor), output, op.clip)
     names = {"a": op.inputs[0], "b": op.inputs[1], "y": op.output}
-    return _each(context.shape(op.output), _operands(context, names), statement)
+    return c_text.each(context.shape(op.output), _operands(context, names), statement)
 
 
 def _multiply(op, context):
@@ -294,7 +245,7 @@ def _multiply(op, context):
     shape, operands = context.shape(op.output), _operands(context, names)
     once = [n == 1 for n in context.shape(op.inputs[1])]
     strides = tuple(0 if one else s for one, s in zip(once, operands["b"].strides, strict=True))
-    return _each(shape, operands | {"b": operands["b"]._replace(strides=strides)}, statement)
+    return c_text.each(shape, operands | {"b": operands["b"]._replace(strides=strides)}, statement)
 
 
 def _clip(op, context):
@@ -317,7 +268,7 @@ def _converted(encoding, output):
     if encoding == output:
         return "{x}"
     if encoding is None:
-        factor = _literal(np.float32(1) / np.float32(output.scale))
+        factor = c_text.literal(np.float32(1) / np.float32(output.scale))
         return f"quantize({{x}}, {factor}, {_limits(output)})"
     return _requantized(_steps("{x}", encoding), _multiplier([encoding], output), output)
 
@@ -328,7 +279,7 @@ def _concatenate(op, context):
         encodings = context.program.encoding(name), context.program.encoding(op.output)
         shape, x = context.shape(name), context.operand(name)
         part = y._replace(offset=y.offset + start * y.strides[op.axis])
-        texts.append(_each(shape, {"x": x, "y": part}, f"{{y}} = {_converted(*encodings)}"))
+        texts.append(c_text.each(shape, {"x": x, "y": part}, f"{{y}} = {_converted(*encodings)}"))
         start += shape[op.axis]
     return "\n".join(texts)
 
@@ -336,28 +287,28 @@ def _concatenate(op, context):
 def _transpose(op, context):
     x, y = context.operand(op.inputs[0]), context.operand(op.output)
     x = x._replace(strides=tuple(x.strides[axis] for axis in op.permutation))
-    return _each(context.shape(op.output), {"x": x, "y": y}, "{y} = {x}")
+    return c_text.each(context.shape(op.output), {"x": x, "y": y}, "{y} = {x}")
 
 
 def _pad(op, context):
     x, y = context.operand(op.inputs[0]), context.operand(op.output)
     fill = f"{{y}} = {context.program.encoding(op.output).zero_point}"
-    whole = _each(context.shape(op.output), {"y": y}, fill)
+    whole = c_text.each(context.shape(op.output), {"y": y}, fill)
     # Negative padding cuts off.
     shape = [
         n + min(before, 0) + min(after, 0)
         for n, (before, after) in zip(context.shape(op.inputs[0]), op.padding, strict=True)
     ]
-    x = _shifted(x, [max(-before, 0) for before, _ in op.padding])
-    y = _shifted(y, [max(before, 0) for before, _ in op.padding])
-    return f"{whole}\n{_each(shape, {'x': x, 'y': y}, '{y} = {x}')}"
+    x = x.shifted([max(-before, 0) for before, _ in op.padding])
+    y = y.shifted([max(before, 0) for before, _ in op.padding])
+    return f"{whole}\n{c_text.each(shape, {'x': x, 'y': y}, '{y} = {x}')}"
 
 
 def _slice(op, context):
     x, y = context.operand(op.inputs[0]), context.operand(op.output)
-    x = _shifted(x, op.starts)
+    x = x.shifted(op.starts)
     x = x._replace(strides=tuple(s * step for s, step in zip(x.strides, op.strides, strict=True)))
-    return _each(context.shape(op.output), {"x": x, "y": y}, "{y} = {x}")
+    return c_text.each(context.shape(op.output), {"x": x, "y": y}, "{y} = {x}")
 
 
 _RULES = {
@@ -404,7 +355,7 @@ def _result(output, clip=UNBOUNDED):
 
 
 def _limits(output, clip=UNBOUNDED):
-    low, high, zero, _ = map(_literal, _result(output, clip).values())
+    low, high, zero, _ = map(c_text.literal, _result(output, clip).values())
     return f"{low}, {high}" if output is None else f"{low}, {high}, {zero}"
 
 
@@ -417,20 +368,12 @@ def _requantized(total, factor, output, clip=UNBOUNDED):
 
 def _multiplier(encodings, output, count=1):
     scales = (encoding.scale for encoding in encodings)
-    return _literal(arithmetic.multiplier(*scales, output=output or _ONE, count=count))
+    return c_text.literal(arithmetic.multiplier(*scales, output=output or _ONE, count=count))
 
 
 def _steps(entry, encoding):
-    return f"(int32_t)({entry} - {encoding.zero_point})"
-
-
-def _strides(shape):
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _shifted(operand, starts):
-    offset = sum(start * s for start, s in zip(starts, operand.strides, strict=True))
-    return operand._replace(offset=operand.offset + offset)
+    zero = encoding.zero_point
+    return f"(int32_t)({entry} - {zero})" if zero else f"(int32_t){entry}"
 
 
 def _operands(context, names):
@@ -440,58 +383,4 @@ def _operands(context, names):
 def _map(op, context, expression):
     """A loop over all entries of one input and the output."""
     operands = _operands(context, {"x": op.inputs[0], "y": op.output})
-    return _each(context.shape(op.output), operands, f"{{y}} = {expression}")
-
-
-def _each(shape, operands: Mapping[str, _Operand], statement):
-    """The loops over every index of `shape`, axes that step alike made one."""
-    axes: list[tuple[int, tuple[int, ...]]] = []
-    for n, *steps in zip(shape, *(o.strides for o in operands.values()), strict=True):
-        if axes and all(outer == n * s for outer, s in zip(axes[-1][1], steps, strict=True)):
-            axes[-1] = axes[-1][0] * n, tuple(steps)
-        elif n > 1:
-            axes.append((n, tuple(steps)))
-    entries = {}
-    for k, (letter, operand) in enumerate(operands.items()):
-        terms = [(steps[k], f"i{i}") for i, (_, steps) in enumerate(axes) if steps[k]]
-        index = [i if step == 1 else f"{step} * {i}" for step, i in terms]
-        if operand.offset or not index:
-            index.insert(0, str(operand.offset))
-        entries[letter] = f"{operand.array}[{' + '.join(index)}]"
-    text = statement.format(**entries) + ";"
-    for i, (n, _) in reversed(list(enumerate(axes))):
-        inside = _indent(text)
-        text = f"for (int32_t i{i} = 0; i{i} < {n}; i{i}++) {{\n{inside}\n}}"
-    return text
-
-
-def _call(call, *descriptors):
-    """A call with its constants, in a block of its own."""
-    return "{\n" + _indent("\n".join([*descriptors, call])) + "\n}"
-
-
-def _indent(text):
-    return textwrap.indent(text, "    ")
-
-
-def _comment(text):
-    """Printable, and cannot end the comment."""
-    return re.sub(r"[^ -~]|[*/\\]", ".", text)
-
-
-def _initializer(value):
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f".{key} = {_initializer(v)}" for key, v in value.items()) + "}"
-    return value if isinstance(value, str) else _literal(value)
-
-
-def _leaves(value):
-    return sum(map(_leaves, value.values())) if isinstance(value, Mapping) else 1
-
-
-def _literal(value):
-    """A number in C; a float as its exact bits."""
-    if isinstance(value, int | np.integer):
-        return str(value)
-    digits, exponent = float(value).hex().split("p")
-    return f"{digits.rstrip('0').rstrip('.')}p{exponent}f"
+    return c_text.each(context.shape(op.output), operands, f"{{y}} = {expression}")

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_jax.deploy import c, reference
+from hybrid_jax import core, cost, models, quantization
+from hybrid_jax.deploy import c, lowering, memory, reference
 from hybrid_jax.deploy.program import (
     UNBOUNDED,
     Add,
@@ -45,7 +46,12 @@ from hybrid_jax.deploy.program import (
 )
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = [
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+]
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 Q, RELU, RELU6 = Encoding(0.05, 128), (0.0, math.inf), (0.0, 6.0)
 
@@ -642,3 +648,39 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         c.export_c(tmp_path / "net.c", low_bits(seed=5))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def lowered(fn, params, images, **bits):
+    spec = quantization.spec(core.trace(fn, params, images[:1]), **bits)
+    ranges = quantization.calibrate(fn, params, [(images,)], spec)
+    return lowering.lower(fn, params, spec, ranges, images)
+
+
+@pytest.fixture(scope="module")
+def digits_program(digits):
+    return lowered(digits.fn, digits.params, digits.images[:256])
+
+
+def test_a_trained_network_gives_the_bits_of_the_reference(digits, digits_program, tmp_path):
+    x = digits.held_out_images
+    got = run_c(tmp_path, {"net": (digits_program, np.asarray(x))}, ["-O3"])["net"]
+    assert_same_bits(got, np.asarray(jax.jit(reference.run(digits_program))(x)))
+    assert (got.argmax(1) == np.asarray(digits.held_out_labels)).mean() > 0.95
+
+
+def test_the_block_is_what_the_cost_model_counts(digits, digits_program):
+    graph = core.trace(digits.fn, digits.params, digits.images[:1])
+    counted = cost.peak_activation_bytes(graph, {site.name: 8 for site in graph.sites})
+    # In the project convolution the residual, its input and its output: 64 · (8 + 12 + 8) bytes.
+    assert memory.plan(digits_program).size == counted == 64 * 28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.names())
+def test_every_model_that_we_ship(small_model, tmp_path, name):
+    model = small_model(name)
+    program = lowered(model.fn, model.params, model.images, weight_bits=4)
+    want = np.asarray(jax.jit(reference.run(program))(model.images))
+    for pack in (False, True):
+        given = {"net": (program, np.asarray(model.images))}
+        assert_same_bits(run_c(tmp_path, given, ["-O2"], pack=pack)["net"], want)
