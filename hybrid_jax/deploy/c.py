@@ -1,0 +1,147 @@
+"""An integer program as one dependency-free C99 file for microcontrollers.
+
+Weights and tables are constants (flash); the tensors between input and output lie in one static
+block (RAM) that `memory.plan` lays out. The file gives the outputs of `reference.run` bit for bit,
+except for a softmax, whose `expf` is the C library's.
+"""
+
+import importlib.resources
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jinja2
+
+from hybrid_jax.deploy import artifact, c_statements, c_text
+from hybrid_jax.deploy.program import Mixture, Program
+
+
+def export_c(
+    path: str | os.PathLike,
+    program: Program | Mixture,
+    name: str = "model",
+    pack: bool = False,
+) -> dict[str, Any]:
+    """Writes `to_c(program, name, pack)` to a file with a manifest beside it.
+
+    Args:
+      path: Target, usually '….c'.
+      program: As for `to_c`.
+      name: As for `to_c`.
+      pack: As for `to_c`.
+
+    Returns:
+      The manifest; `flash` and `ram` are the bytes that the file needs on a 32-bit microcontroller,
+      as `to_c` counts them.
+
+    Raises:
+      ValueError: As `to_c`.
+      OSError: If it cannot be written; what was there before stays.
+    """
+    code = _write(program, name, pack)
+    facts = {"kind": "c", "name": name, "flash": code.flash, "ram": code.ram}
+    return artifact.write(path, code.text.encode(), facts)
+
+
+def to_c(program: Program | Mixture, name: str = "model", pack: bool = False) -> str:
+    """The C99 text of `void <name>_run(const float *input, float *output)`.
+
+    It takes one example, and needs <stdint.h> and <float.h>, for a softmax <math.h>. Flash is what
+    its constants take, equal arrays once; RAM is the block of memory for what lies between input
+    and output. Code, stack, input and output come on top. The file states both in its head and as
+    `<NAME>_FLASH` and `<NAME>_RAM`. Compiled with `<NAME>_MAIN` defined it is a program that maps
+    inputs on its standard input to outputs on its standard output, and prints what it needs.
+
+    Args:
+      program: In integers: floats come in, are converted, and go out; a softmax may be last. A
+        mixture runs its gate, then one expert in the same memory.
+      name: A C identifier that starts with a letter.
+      pack: Whether a layer's weights lie two to a byte where all are in [−8, 7]; they are unpacked
+        one kernel at a time, which takes the RAM of one.
+
+    Raises:
+      ValueError: If the name is none, or a tensor between input and output is float32.
+
+    Example:
+      >>> import numpy as np
+      >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
+      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
+      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
+      >>> code = to_c(Program('x', 'y', tensors, steps))
+      >>> [line for line in code.splitlines() if line.startswith(('#define', 'void'))][:2]
+      ['#define MODEL_FLASH 106', '#define MODEL_RAM 2']
+      >>> print(code[code.index('    /* Convert') : code.index('    /* Dense')])
+          /* Convert q */
+          for (int32_t i0 = 0; i0 < 2; i0++) {
+              arena[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
+          }
+      <BLANKLINE>
+    """
+    return _write(program, name, pack).text
+
+
+class _Code(NamedTuple):
+    text: str
+    flash: int
+    ram: int
+
+
+def _write(program, name, pack):
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
+        raise ValueError(
+            f"name must be a C identifier that starts with a letter, got {name!r}: "
+            "letters without accents, digits and underscores"
+        )
+    mixture = isinstance(program, Mixture)
+    programs = [program.gate, *program.experts] if mixture else [program]
+    constants = c_text.Constants()
+    bodies = [c_statements.body(part, constants, pack) for part in programs]
+    kernels = _called("".join(body.text for body in bodies))
+    ram = max(body.ram for body in bodies)
+    text = (
+        _environment()
+        .get_template("model.c.jinja")
+        .render(
+            name=name,
+            upper=name.upper(),
+            inputs=_entries(programs[0], programs[0].input),
+            outputs=_entries(programs[-1], programs[-1].output),
+            flash=constants.flash,
+            ram=ram,
+            libm=any("expf(" in kernel for kernel in kernels),
+            kernels=kernels,
+            constants=[text for _, text in constants.declarations.values()],
+            bodies=[body.text for body in bodies],
+        )
+    )
+    return _Code(text, constants.flash, ram)
+
+
+def _entries(program, name):
+    return math.prod(program.tensors[name].shape)
+
+
+def _environment():
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("hybrid_jax.deploy", ""),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def _called(code):
+    """The parts of kernels.c that the code needs, in order: compilers warn of any other."""
+    source = importlib.resources.files("hybrid_jax.deploy").joinpath("kernels.c").read_text()
+    found = []
+    for part in reversed(source.strip().split("\n\n")):
+        [names] = re.findall(r"^(?:\} (\w+);|enum \{ (\w+) = |static .*?(\w+)\()", part, re.M)
+        *types, function = names
+        needs = rf"\b{function}\(" if function else rf"\b{''.join(types)}\b"
+        if re.search(needs, code):
+            found.append(part)
+            code += part
+    return found[::-1]

@@ -1,0 +1,253 @@
+typedef struct {
+    int32_t length; /* of the input, along this axis */
+    int32_t outputs;
+    int32_t window;
+    int32_t stride;
+    int32_t padding; /* before the input */
+    int32_t dilation;
+} Axis;
+
+typedef struct {
+    Axis down;
+    Axis across;
+    int32_t channels; /* of the input */
+    int32_t features; /* of the output */
+} Window;
+
+typedef struct {
+    const int8_t *weights; /* [features][window down][window across][channels / groups] */
+    const int32_t *bias;
+    const float *multiplier;
+    int32_t groups;
+    int32_t packed; /* 1: two weights to a byte, low half first, a kernel in whole bytes */
+    int32_t zero;   /* of the input */
+} Layer;
+
+typedef struct {
+    float low;
+    float high;
+    int32_t zero;
+    int32_t encoded; /* 0: a float */
+} Result;
+
+/* Channels that are summed together in a depthwise window. */
+enum { BLOCK = 16 };
+
+static float clamp(float x, float low, float high)
+{
+    return x < low ? low : x > high ? high : x;
+}
+
+/* Ties to even: beside 1.5 * 2^23 a float has no bit left for a fraction. */
+static uint8_t nearest(float x, float low, float high, int32_t zero)
+{
+    return (uint8_t)((int32_t)(clamp(x, low, high) + 12582912.0f - 12582912.0f) + zero);
+}
+
+static uint8_t requantize(int32_t sum, float multiplier, float low, float high, int32_t zero)
+{
+    return nearest((float)sum * multiplier, low, high, zero);
+}
+
+/* A NaN becomes the zero point. */
+static uint8_t quantize(float x, float multiplier, float low, float high, int32_t zero)
+{
+    const float steps = x * multiplier;
+    return nearest(steps == steps ? steps : 0.0f, low, high, zero);
+}
+
+static uint8_t limit(int32_t q, int32_t low, int32_t high)
+{
+    return (uint8_t)(q < low ? low : q > high ? high : q);
+}
+
+static void put(void *y, int32_t i, int32_t sum, float multiplier, const Result *to)
+{
+    if (to->encoded) {
+        ((uint8_t *)y)[i] = requantize(sum, multiplier, to->low, to->high, to->zero);
+    } else {
+        ((float *)y)[i] = clamp((float)sum * multiplier, to->low, to->high);
+    }
+}
+
+/* Taps first to end - 1 of a window lie on the input; tap k is at start + k * dilation. */
+typedef struct {
+    int32_t start;
+    int32_t first;
+    int32_t end;
+} Taps;
+
+static Taps taps(const Axis *axis, int32_t output)
+{
+    Taps on = {output * axis->stride - axis->padding, 0, axis->window};
+    while (on.first < on.end && on.start + on.first * axis->dilation < 0) {
+        on.first++;
+    }
+    while (on.first < on.end && on.start + (on.end - 1) * axis->dilation >= axis->length) {
+        on.end--;
+    }
+    return on;
+}
+
+static const int8_t *unpack(const int8_t *packed, int8_t *to, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t half = packed[i / 2] >> 4 * (i % 2) & 15;
+        to[i] = (int8_t)((half ^ 8) - 8);
+    }
+    return to;
+}
+
+static int32_t dot(const uint8_t *x, const int8_t *w, int32_t n, int32_t zero)
+{
+    int32_t sum = 0;
+    for (int32_t i = 0; i < n; i++) {
+        sum += (int32_t)(int16_t)(x[i] - zero) * w[i];
+    }
+    return sum;
+}
+
+static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer, const Result *to,
+                 int8_t *unpacked)
+{
+    const int32_t depth = at->channels / layer->groups;
+    const int32_t size = at->down.window * at->across.window * depth;
+    /* Taps side by side are side by side in the input and in the kernel. */
+    const int32_t whole = layer->groups == 1 && at->across.dilation == 1;
+    for (int32_t o = 0; o < at->features; o++) {
+        const uint8_t *group = x + o / (at->features / layer->groups) * depth;
+        const int8_t *kernel = layer->packed
+                                   ? unpack(layer->weights + o * ((size + 1) / 2), unpacked, size)
+                                   : layer->weights + o * size;
+        int32_t i = o;
+        for (int32_t row = 0; row < at->down.outputs; row++) {
+            const Taps down = taps(&at->down, row);
+            for (int32_t column = 0; column < at->across.outputs; column++) {
+                const Taps across = taps(&at->across, column);
+                const int32_t run = whole ? across.end - across.first : 1;
+                int32_t sum = layer->bias[o];
+                for (int32_t k = down.first; k < down.end; k++) {
+                    const int32_t line = (down.start + k * at->down.dilation) * at->across.length;
+                    for (int32_t l = across.first; l < across.end; l += run) {
+                        const int32_t pixel = line + across.start + l * at->across.dilation;
+                        sum += dot(group + pixel * at->channels,
+                                   kernel + (k * at->across.window + l) * depth, run * depth,
+                                   layer->zero);
+                    }
+                }
+                put(y, i, sum, layer->multiplier[o], to);
+                i += at->features;
+            }
+        }
+    }
+}
+
+/* Weights are [window down][window across][channels]: the channels side by side. */
+static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *layer,
+                      const Result *to, int8_t *unpacked)
+{
+    const int32_t channels = at->channels;
+    const int32_t size = at->down.window * at->across.window * channels;
+    const int8_t *kernel =
+        layer->packed ? unpack(layer->weights, unpacked, size) : layer->weights;
+    for (int32_t first = 0; first < channels; first += BLOCK) {
+        const int32_t n = channels - first < BLOCK ? channels - first : BLOCK;
+        int32_t i = first;
+        for (int32_t row = 0; row < at->down.outputs; row++) {
+            const Taps down = taps(&at->down, row);
+            for (int32_t column = 0; column < at->across.outputs; column++) {
+                const Taps across = taps(&at->across, column);
+                int32_t sums[BLOCK];
+                for (int32_t c = 0; c < n; c++) {
+                    sums[c] = layer->bias[first + c];
+                }
+                for (int32_t k = down.first; k < down.end; k++) {
+                    const int32_t line = (down.start + k * at->down.dilation) * at->across.length;
+                    for (int32_t l = across.first; l < across.end; l++) {
+                        const int32_t pixel = line + across.start + l * at->across.dilation;
+                        const uint8_t *values = x + pixel * channels + first;
+                        const int8_t *w = kernel + (k * at->across.window + l) * channels + first;
+                        for (int32_t c = 0; c < n; c++) {
+                            sums[c] += (int32_t)(int16_t)(values[c] - layer->zero) * w[c];
+                        }
+                    }
+                }
+                for (int32_t c = 0; c < n; c++) {
+                    put(y, i + c, sums[c], layer->multiplier[first + c], to);
+                }
+                i += channels;
+            }
+        }
+    }
+}
+
+static void average_pool(const uint8_t *x, void *y, const Window *at, int32_t zero,
+                         float multiplier, const Result *to)
+{
+    const int32_t channels = at->channels;
+    for (int32_t first = 0; first < channels; first += BLOCK) {
+        const int32_t n = channels - first < BLOCK ? channels - first : BLOCK;
+        int32_t i = first;
+        for (int32_t row = 0; row < at->down.outputs; row++) {
+            const Taps down = taps(&at->down, row);
+            for (int32_t column = 0; column < at->across.outputs; column++) {
+                const Taps across = taps(&at->across, column);
+                int32_t sums[BLOCK] = {0};
+                for (int32_t k = down.first; k < down.end; k++) {
+                    const int32_t line = (down.start + k) * at->across.length;
+                    for (int32_t l = across.first; l < across.end; l++) {
+                        const uint8_t *values = x + (line + across.start + l) * channels + first;
+                        for (int32_t c = 0; c < n; c++) {
+                            sums[c] += values[c] - zero;
+                        }
+                    }
+                }
+                for (int32_t c = 0; c < n; c++) {
+                    put(y, i + c, sums[c], multiplier, to);
+                }
+                i += channels;
+            }
+        }
+    }
+}
+
+static void max_pool(const uint8_t *x, uint8_t *restrict y, const Window *at)
+{
+    const int32_t channels = at->channels;
+    for (int32_t row = 0; row < at->down.outputs; row++) {
+        const Taps down = taps(&at->down, row);
+        for (int32_t column = 0; column < at->across.outputs; column++) {
+            const Taps across = taps(&at->across, column);
+            for (int32_t c = 0; c < channels; c++) {
+                y[c] = 0;
+            }
+            for (int32_t k = down.first; k < down.end; k++) {
+                const int32_t line = (down.start + k) * at->across.length;
+                for (int32_t l = across.first; l < across.end; l++) {
+                    const uint8_t *values = x + (line + across.start + l) * channels;
+                    for (int32_t c = 0; c < channels; c++) {
+                        y[c] = values[c] > y[c] ? values[c] : y[c];
+                    }
+                }
+            }
+            y += channels;
+        }
+    }
+}
+
+static void softmax(float *x, int32_t rows, int32_t n)
+{
+    for (int32_t row = 0; row < rows; row++, x += n) {
+        float most = x[0], sum = 0.0f;
+        for (int32_t i = 1; i < n; i++) {
+            most = x[i] > most ? x[i] : most;
+        }
+        for (int32_t i = 0; i < n; i++) {
+            x[i] = expf(x[i] - most);
+            sum += x[i];
+        }
+        for (int32_t i = 0; i < n; i++) {
+            x[i] /= sum;
+        }
+    }
+}
