@@ -1,28 +1,30 @@
 """Deployment: what leaves this package, checked after it left.
 
-`lower` makes the inference graph of a function, a `Program`, in floats or in integers, and `run`
-evaluates it in JAX; a `Mixture` is a gate and experts. `export` writes any function with its
-parameters to a StableHLO file with a manifest, `load` reads it back, `verify` runs it in a new
-process against the model, and `latency` times one function against another, `seconds` one call,
-`width_latencies` the widths that channels may be cut to.
+`lower` makes the inference graph of a function, a `Program` in floats or in integers, and `run`
+evaluates it in JAX; a `Mixture` is a gate and experts. `export_to` writes either for one of
+`TARGETS`, and `check` runs the file there, beside the dense float model's. `save_program` and
+`load_program` keep it in a packed file, `packed` any named arrays, `to_c` is C99.
+
+`export` writes any function with its parameters to a StableHLO file, `load` reads it back, `verify`
+runs it in a new process against the model. `latency` times one function against another, `seconds`
+one call, `width_latencies` the widths that channels may be cut to.
 """
 
 from hybrid_jax.deploy import packed
+from hybrid_jax.deploy.c import to_c
+from hybrid_jax.deploy.checking import Check, check, export_to
 from hybrid_jax.deploy.lowering import lower
 from hybrid_jax.deploy.program import Encoding, Mixture, Program, Tensor, Weights
 from hybrid_jax.deploy.reference import run
-`export` writes a function with its parameters to a StableHLO file with a manifest, `load` reads it
-back, `verify` runs it in a new process against the model, and `latency` times one function against
-another, `seconds` one call, `width_latencies` the widths that channels may be cut to. `to_c` writes
-an integer program as one C99 file, `export_c` with a manifest beside it.
-"""
-
-from hybrid_jax.deploy.c import export_c, to_c
 from hybrid_jax.deploy.stablehlo import PLATFORMS, Verification, export, load, verify
+from hybrid_jax.deploy.storage import load_program, save_program
+from hybrid_jax.deploy.targets import TARGETS
 from hybrid_jax.deploy.timing import Latency, latency, seconds, width_latencies
 
 __all__ = [
     "PLATFORMS",
+    "TARGETS",
+    "Check",
     "Encoding",
     "Latency",
     "Mixture",
@@ -30,13 +32,16 @@ __all__ = [
     "Tensor",
     "Verification",
     "Weights",
+    "check",
     "export",
-    "export_c",
+    "export_to",
     "latency",
     "load",
+    "load_program",
     "lower",
     "packed",
     "run",
+    "save_program",
     "seconds",
     "to_c",
     "verify",

@@ -14,6 +14,7 @@ from hybrid_jax.recipes.config import (
     nearest_key,
 )
 from hybrid_jax.recipes.evaluation import Models, evaluate
+from hybrid_jax.recipes.exporting import export, programs, resume
 from hybrid_jax.recipes.job import Job, Network
 from hybrid_jax.recipes.parent import parent
 from hybrid_jax.recipes.phase1 import Experts, compress
@@ -33,6 +34,7 @@ __all__ = [
     "default_config",
     "evaluate",
     "expert_specs",
+    "export",
     "fine_tune",
     "flatten",
     "learn_gate",
@@ -40,5 +42,7 @@ __all__ = [
     "nearest_key",
     "parent",
     "prepare",
+    "programs",
+    "resume",
     "run",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from hybrid_jax import experts
-from hybrid_jax.report import formatting
+from hybrid_jax.report import exports, formatting
 
 SIGNIFICANCE = 0.05
 # Four independent networks gain 0.6 to 1.0 points over one on CIFAR-10 (WRN-28-10, ResNet-32x4),
@@ -209,6 +209,7 @@ def warnings(results: dict) -> list[str]:
         *_gate_warnings(results),
         *_expert_warnings(results),
         *_deploy_warnings(results),
+        *exports.warnings(results.get("exports") or ()),
     ]
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 
-from hybrid_jax.report import comparison, plots
+from hybrid_jax.report import comparison, exports, plots
 from hybrid_jax.report.document import Document, Plot, Section, Table, publish
 from hybrid_jax.report.formatting import (
     MISSING,
@@ -39,7 +39,8 @@ def write(results: dict, directory) -> pathlib.Path:
     Args:
         results: What a run leaves in results.json: `rows` with one entry per model (accuracies
             and deltas as fractions, sizes in bytes) and optionally `config`, `dataset`, `layers`,
-            `gate`, `disagreement`, `deploy`, `history`, `environment`, `command`, `seconds`.
+            `gate`, `disagreement`, `deploy`, `exports`, `history`, `environment`,
+            `command`, `seconds`.
             The first row of kind "mixture" is the one that is compared; `correct` (n,) of zeros
             and ones in a row allows the tests; `gate["usage"]` is (N, E), `gate["share"]` (E,) and
             `gate["per_epoch"]` the usage entropy of each epoch in nats; a record of `history`
@@ -76,6 +77,7 @@ def describe(results: dict) -> Document:
         _layer_section(results),
         _training_section(results),
         _deploy_section(results),
+        exports.section(results.get("exports") or ()),
         _run_section(results),
     ]
     return Document(

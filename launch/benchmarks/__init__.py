@@ -3,7 +3,7 @@
 `BENCHMARKS[what]` are the benchmarks of a part, `SIZES[name]` what they run on.
 """
 
-from launch.benchmarks import core, experts, pruning, quantization
+from launch.benchmarks import core, deploy, experts, pruning, quantization
 from launch.benchmarks.measure import SIZES, Row, Size
 
 BENCHMARKS = {
@@ -11,6 +11,7 @@ BENCHMARKS = {
     "pruning": pruning.BENCHMARKS,
     "quantization": quantization.BENCHMARKS,
     "experts": experts.BENCHMARKS,
+    "deploy": deploy.BENCHMARKS,
 }
 
 __all__ = ["BENCHMARKS", "SIZES", "Row", "Size"]

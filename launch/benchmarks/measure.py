@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -51,6 +51,8 @@ class Size:
       pairs: How many pairs a ratio of inferences is taken over.
       step_pairs: How many pairs a ratio of training steps is taken over.
       calls: How many calls seconds are taken over.
+      deployed: {name: model} whose inference is measured in every runtime, for the small image.
+      deployed_batches: Batch sizes of it.
     """
 
     large: nn.Module
@@ -61,11 +63,24 @@ class Size:
     pairs: int
     step_pairs: int
     calls: int
+    deployed: Mapping[str, nn.Module]
+    deployed_batches: tuple[int, ...] = (1, 32)
 
 
 _TINY = models.ResNet(10, blocks=(1,), widths=(4,))
 SIZES = {
-    "small": Size(_TINY, (8, 8, 3), _TINY, (8, 8, 3), batch=4, pairs=2, step_pairs=1, calls=2),
+    "small": Size(
+        _TINY,
+        (8, 8, 3),
+        _TINY,
+        (8, 8, 3),
+        batch=4,
+        pairs=2,
+        step_pairs=1,
+        calls=2,
+        deployed={"tiny": _TINY},
+        deployed_batches=(1, 2),
+    ),
     "full": Size(
         large=models.create("resnet50", 1000),
         large_image=(224, 224, 3),
@@ -75,6 +90,13 @@ SIZES = {
         pairs=30,
         step_pairs=15,
         calls=5,
+        deployed={
+            "vgg16_bn": models.create("vgg16_bn", 10),
+            "resnet20": models.create("resnet20", 10),
+            "resnet56": models.create("resnet56", 10),
+            "mobilenet_v2": models.create("mobilenet_v2", 10, stem="cifar"),
+            "densenet40": models.create("densenet40", 10),
+        },
     ),
 }
 

@@ -1,0 +1,136 @@
+"""Checking an export: its answers, its size and its speed, beside those of the dense model."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.targets import TARGETS
+from hybrid_jax.deploy.timing import Latency, latency
+
+
+class Check(NamedTuple):
+    """How an exported file compares with its model, and with the dense one in the same runtime.
+
+    Attributes:
+      target: Of `TARGETS`.
+      bytes: Of the file.
+      dense_bytes: Of the dense float model's file.
+      max_difference: Largest absolute difference of an output from those expected.
+      agreement: Share of inputs with the same top-1 class, in [0, 1].
+      count: Number of inputs compared.
+      latencies: {batch size: times, in seconds, and their ratio to the dense model's}.
+    """
+
+    target: str
+    bytes: int
+    dense_bytes: int
+    max_difference: float
+    agreement: float
+    count: int
+    latencies: Mapping[int, Latency]
+
+    @property
+    def larger(self) -> bool:
+        """Whether the file is larger than the dense model's."""
+        return self.bytes > self.dense_bytes
+
+    @property
+    def slower(self) -> tuple[int, ...]:
+        """The batch sizes at which it is slower than the dense model."""
+        return tuple(batch for batch, times in self.latencies.items() if times.ratio > 1)
+
+
+def export_to(
+    target: str, path: str | os.PathLike, program: Program | Mixture, **options: Any
+) -> dict[str, Any]:
+    """Writes a program for one target.
+
+    Args:
+      target: Of `TARGETS`.
+      path: File to write, and its manifest beside it. On any failure what was there stays.
+      program: From `lower`.
+      **options: Of that target's writer.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      ValueError: If the target is unknown, or cannot express the program.
+      ImportError: If what the target needs is not installed; names the extra.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax.deploy import lower
+      >>> program = lower(lambda w, x: x @ w, jnp.eye(2), None, None, jnp.ones((1, 2)))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     manifest = export_to('stablehlo', f'{folder}/model.stablehlo', program)
+      >>> manifest['inputs']
+      [{'shape': ['b', 2], 'dtype': 'float32'}]
+    """
+    core.check_choice("target", target, TARGETS)
+    return TARGETS[target].export(path, program, **options)
+
+
+def check(
+    target: str,
+    path: str | os.PathLike,
+    dense_path: str | os.PathLike,
+    x: np.ndarray,
+    expected: np.ndarray,
+    *,
+    batches: Sequence[int] = (1, 32),
+    threads: int = 1,
+    pairs: int = 30,
+) -> Check:
+    """Runs an exported file in its target's runtime, beside the dense float model's.
+
+    Args:
+      target: Of `TARGETS`.
+      path: What `export_to` wrote.
+      dense_path: What it wrote of the dense float model, for the same target.
+      x: float32 (n, …), real inputs.
+      expected: (n, …), the outputs of the model that was exported.
+      batches: Batch sizes to time; each at most n.
+      threads: That the runtime may use. XLA's are those that the process was started with.
+      pairs: How many pairs are timed at each batch size.
+
+    Raises:
+      ValueError: If the target is unknown, shapes do not fit, or a batch is larger than n.
+      FileNotFoundError: If a file is missing.
+    """
+    core.check_choice("target", target, TARGETS)
+    x, expected = np.asarray(x, np.float32), np.asarray(expected)
+    for batch in batches:
+        core.check_integer("batches", batch, 1, len(x))
+    open_session = TARGETS[target].session
+    largest = max(batches, default=1)
+    run = open_session(path, batch=largest, threads=threads)
+    whole = len(x) - len(x) % largest
+    parts = [run(x[i : i + largest]) for i in range(0, whole, largest)]
+    if whole < len(x):
+        one = open_session(path, batch=1, threads=threads)
+        parts += [one(x[i : i + 1]) for i in range(whole, len(x))]
+    outputs = np.concatenate([np.asarray(part) for part in parts])
+    if outputs.shape != expected.shape:
+        raise ValueError(f"expected must have shape {outputs.shape}, got {expected.shape}")
+    latencies = {}
+    for batch in batches:
+        ours, dense = (
+            open_session(file, batch=batch, threads=threads) for file in (path, dense_path)
+        )
+        latencies[batch] = latency(ours, dense, x[:batch], pairs=pairs)
+    return Check(
+        target,
+        pathlib.Path(path).stat().st_size,
+        pathlib.Path(dense_path).stat().st_size,
+        float(np.abs(outputs - expected).max()),
+        float((outputs.argmax(-1) == expected.argmax(-1)).mean()),
+        len(x),
+        latencies,
+    )

@@ -1,0 +1,118 @@
+"""The targets: for each how a program is written to a file, and how the file is run here."""
+
+import ctypes
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hybrid_jax.deploy import artifact, c, stablehlo, storage
+from hybrid_jax.deploy.program import Mixture
+from hybrid_jax.deploy.reference import run
+
+Session = Callable[[np.ndarray], np.ndarray]
+
+
+class Target(NamedTuple):
+    """A runtime of devices.
+
+    Attributes:
+      suffix: Of its files.
+      export: export(path, program, **options) -> manifest.
+      session: session(path, batch, threads) -> fn(x (batch, …)) -> outputs, float32.
+    """
+
+    suffix: str
+    export: Callable[..., dict[str, Any]]
+    session: Callable[..., Session]
+
+
+def stablehlo_export(path, program, **options):
+    """Writes a program as StableHLO, by `stablehlo.export`."""
+    first = program.gate if isinstance(program, Mixture) else program
+    x = jax.ShapeDtypeStruct((1, *first.tensors[first.input].shape), np.float32)
+    fn = run(program)
+    return stablehlo.export(path, lambda _, x: fn(x), {}, x, **options)
+
+
+def _stablehlo_session(path, batch, threads):
+    fn = stablehlo.load(path)
+    return lambda x: np.asarray(fn(x))
+
+
+def _onnx_export(path, program, **options):
+    from hybrid_jax.deploy.onnx_writer import export_onnx
+
+    return export_onnx(path, program, **options)
+
+
+def _onnx_session(path, batch, threads):
+    from hybrid_jax.deploy.onnx_sessions import onnx_session
+
+    return onnx_session(path, threads)
+
+
+def _openvino_session(path, batch, threads):
+    from hybrid_jax.deploy.onnx_sessions import openvino_session
+
+    return openvino_session(path, threads)
+
+
+def _tflite_export(path, program, **options):
+    from hybrid_jax.deploy.litert import export_litert
+
+    return export_litert(path, program, **options)
+
+
+def _tflite_session(path, batch, threads):
+    from hybrid_jax.deploy.litert import litert_session
+
+    _, manifest = artifact.read(path)
+    fixed = manifest["inputs"][0]["shape"][0] == 1
+    return litert_session(path, 1 if fixed else batch, threads)
+
+
+def _packed_session(path, batch, threads):
+    fn = jax.jit(run(storage.load_program(path)))
+    return lambda x: np.asarray(fn(x))
+
+
+def _c_session(path, batch, threads):
+    """The file compiled for this machine, and called image by image."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise ImportError("a C compiler must be installed to run a C file, got none")
+    _, manifest = artifact.read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(pathlib.Path(folder, "model.so"))
+        flags = ["-x", "c", "-std=c99", "-O3", "-march=native", "-ffp-contract=off"]
+        command = [compiler, *flags, "-shared", "-fPIC", os.fspath(path), "-o", library, "-lm"]
+        subprocess.run(command, check=True, capture_output=True)
+        function = getattr(ctypes.CDLL(library), f"{manifest['name']}_run")
+    shape = manifest["outputs"][0]["shape"][1:]
+
+    def fn(x):
+        x = np.ascontiguousarray(x, np.float32)
+        y = np.empty((len(x), *shape), np.float32)
+        for image, result in zip(x, y, strict=True):
+            function(*(ctypes.c_void_p(a.ctypes.data) for a in (image, result)))
+        return y
+
+    return fn
+
+
+TARGETS = {
+    "stablehlo": Target(".stablehlo", stablehlo_export, _stablehlo_session),
+    "onnx": Target(".onnx", _onnx_export, _onnx_session),
+    "openvino": Target(".openvino.onnx", _onnx_export, _openvino_session),
+    "tflite": Target(".tflite", _tflite_export, _tflite_session),
+    "packed": Target(".safetensors", storage.save_program, _packed_session),
+    "c": Target(".c", c.export_c, _c_session),
+}
+"""The targets by name; 'openvino' is an ONNX file, run by OpenVINO."""

@@ -1,0 +1,115 @@
+"""What was written for devices, in the report: how exact, how small and how fast each file is."""
+
+from collections.abc import Iterator, Sequence
+
+from hybrid_jax.report.document import Section, Table
+from hybrid_jax.report.formatting import MISSING, percent, si, times
+
+_TEXT = (
+    "Each file was run in its target's runtime, on one thread, on the test images. Difference and "
+    "same top-1 compare its outputs with the model that was evaluated; size and times are relative "
+    "to the dense network in floats, in the same runtime and the same run: below 1 is smaller or "
+    "faster. A row in bold is larger or slower."
+)
+_HEADER = (
+    "target", "model", "same top-1", "largest difference", "size", "relative size",
+    "p50, batch 1", "p95, batch 1", "batch 1", "p50, batch 32", "batch 32", "note",
+)  # fmt: skip
+
+
+def section(records: Sequence[dict]) -> Section | None:
+    """The table of what `launch.export` wrote, or None if that was nothing.
+
+    Args:
+      records: 'exports' of `results.json`.
+
+    Example:
+      >>> record = {'target': 'c', 'model': 'mixture', 'error': 'no C compiler'}
+      >>> section([record]).table.rows[0][-1]
+      'no C compiler'
+    """
+    if not records:
+        return None
+    rows = [_row(record) for record in records]
+    strong = frozenset(i for i, record in enumerate(records) if _drawbacks(record))
+    return Section("Exports", _TEXT, Table(_HEADER, rows, strong))
+
+
+def warnings(records: Sequence[dict]) -> Iterator[str]:
+    """A sentence for each file that is larger or slower than the dense network's, or not there.
+
+    Example:
+      >>> record = {'target': 'onnx', 'model': 'expert', 'larger': False, 'slower': [1],
+      ...           'reference': 'dense'}
+      >>> list(warnings([record]))
+      ['The onnx file of the expert is slower than dense at batch 1']
+    """
+    for record in records:
+        if record["model"] == record.get("reference"):
+            continue
+        if "error" in record:
+            yield f"There is no {record['target']} file of the {record['model']}: {record['error']}"
+        elif _drawbacks(record):
+            yield (
+                f"The {record['target']} file of the {record['model']} is "
+                f"{' and '.join(_drawbacks(record))}"
+            )
+
+
+def describe(record: dict) -> str:
+    """One line on one file, for the terminal.
+
+    Example:
+      >>> describe({'target': 'c', 'model': 'dense', 'error': 'floats'})
+      'c, dense: not written: floats'
+    """
+    name = f"{record['target']}, {record['model']}"
+    if "error" in record:
+        return f"{name}: not written: {record['error']}"
+    facts = [
+        si(record["bytes"], "B"),
+        f"{percent(record['agreement'])} same top-1",
+        f"largest difference {record['max_difference']:.2g}",
+        *(f"{t['ratio']:.2f}× at batch {b}" for b, t in record["latency"].items()),
+        *(f"{key} {si(value, 'B')}" for key, value in (record.get("memory") or {}).items()),
+    ]
+    drawbacks = _drawbacks(record)
+    warning = f"; **{' and '.join(drawbacks)}**" if drawbacks else ""
+    return f"{name}: {', '.join(facts)} (relative to {record['reference']}){warning}"
+
+
+def _drawbacks(record):
+    if "error" in record or record["model"] == record.get("reference"):
+        return []
+    found = [f"larger than {record['reference']}"] if record["larger"] else []
+    slower = ", ".join(map(str, record["slower"]))
+    return found + ([f"slower than {record['reference']} at batch {slower}"] if slower else [])
+
+
+def _row(record):
+    if "error" in record:
+        return (record["target"], record["model"], *[MISSING] * 9, record["error"])
+    one, many = (_times(record["latency"].get(batch)) for batch in ("1", "32"))
+    memory = record.get("memory") or {}
+    notes = [f"{key} {si(value, 'B')}" for key, value in memory.items()]
+    if record["reference"] != "dense":
+        notes.append(f"relative to the {record['reference']}")
+    return (
+        record["target"],
+        record["model"],
+        percent(record["agreement"]),
+        f"{record['max_difference']:.2g}",
+        si(record["bytes"], "B"),
+        times(record["bytes"] / record["reference_bytes"]),
+        *one,
+        many[0],
+        many[2],
+        "; ".join(notes),
+    )
+
+
+def _times(latency):
+    """p50, p95 and ratio."""
+    if latency is None:
+        return (MISSING,) * 3
+    return (*(f"{1e3 * latency[key]:.3g} ms" for key in ("p50", "p95")), times(latency["ratio"]))

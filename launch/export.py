@@ -1,0 +1,73 @@
+"""Writes what a finished run has made for the runtimes of devices, and checks every file.
+
+    python -m launch.export --workdir=/tmp/digits --target=stablehlo,onnx,tflite,packed,c
+
+The dense parent in floats, the best single expert and the top-1 mixture are written to the
+directory deploy/ of the run, each beside its manifest. Every file is run in its target's runtime on
+the test images and timed against the dense parent's in the same runtime; the report of the run is
+written again with the results. What a target lacks to run is said, and the others go on.
+"""
+
+import pathlib
+import sys
+
+import rich.console
+from absl import flags
+
+from hybrid_jax import core, deploy, recipes, report
+
+
+def main(workdir: str, targets: list[str], pairs: int = 30) -> list[dict]:
+    """Exports and checks.
+
+    Args:
+      workdir: Directory of a finished run.
+      targets: Of `deploy.TARGETS`.
+      pairs: How many pairs of calls each latency is taken over.
+
+    Returns:
+      An entry for each file, as `results.json` holds them under 'exports'.
+
+    Raises:
+      FileNotFoundError: If there is no finished run in `workdir`.
+      ValueError: If a target is unknown; names the nearest.
+    """
+    if not targets:
+        raise ValueError(f"--target must be of {', '.join(deploy.TARGETS)}, got nothing")
+    for target in targets:
+        core.check_choice("--target", target, deploy.TARGETS)
+    job = recipes.resume(workdir)
+    records = recipes.export(job, targets, pairs)
+    report.write(recipes.run(job), job.workdir)
+    return records
+
+
+def cli(argv: list[str]) -> int:
+    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "Directory of a finished run.", flag_values=values)
+    flags.DEFINE_list("target", [], "Targets, separated by commas.", flag_values=values)
+    flags.DEFINE_integer("pairs", 30, "Pairs of calls for a latency.", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        if rest:
+            raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
+        if not values.workdir:
+            raise ValueError("--workdir must be given, got nothing")
+        core.check_integer("--pairs", values.pairs, 1)
+        records = main(values.workdir, values.target, values.pairs)
+    except (flags.Error, ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    for record in records:
+        console.print(report.describe_export(record))
+    print(f"report: {pathlib.Path(values.workdir) / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))
