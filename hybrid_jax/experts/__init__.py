@@ -13,7 +13,7 @@ from hybrid_jax.experts.diagnostics import (
     usage_entropy,
     usage_per_class,
 )
-from hybrid_jax.experts.gates import gate_cnn, gate_linear
+from hybrid_jax.experts.gates import gate_cnn, gate_linear, linear_probe, ridge, shared_stem
 from hybrid_jax.experts.losses import (
     entropy,
     expected_cost,
@@ -24,6 +24,7 @@ from hybrid_jax.experts.losses import (
 )
 from hybrid_jax.experts.mapping import fastest, map_experts
 from hybrid_jax.experts.mixture import Aux, combine, mixture, one_of
+from hybrid_jax.experts.products import as_products
 from hybrid_jax.experts.routing import (
     Routed,
     Routing,
@@ -35,22 +36,26 @@ from hybrid_jax.experts.routing import (
     switch,
     top_k,
 )
+from hybrid_jax.experts.sharding import expert_mesh, shard_stack
 from hybrid_jax.experts.stacking import count, stack, unstack
 
 __all__ = [
     "Aux",
     "Routed",
     "Routing",
+    "as_products",
     "collapsed",
     "combine",
     "count",
     "disagreement",
     "entropy",
     "expected_cost",
+    "expert_mesh",
     "fastest",
     "gate_cnn",
     "gate_linear",
     "importance",
+    "linear_probe",
     "load",
     "map_experts",
     "mixture",
@@ -58,6 +63,9 @@ __all__ = [
     "one_of",
     "oracle",
     "random",
+    "ridge",
+    "shard_stack",
+    "shared_stem",
     "soft",
     "stack",
     "straight_through",
