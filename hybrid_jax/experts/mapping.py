@@ -5,9 +5,10 @@ slower on a CPU than the same convolutions one after the other; on accelerators 
 round. The semantics are one, so the choice is a matter of speed alone.
 
 A training step of 4 ResNet-20 at batch 32, over that of 4 separate ones, on a CPU with 2 cores:
-'unroll' 0.8, 'products' 1.7, 'vmap' 3.7, 'map' 17. Inference of them at batch 1: 'unroll' 0.9,
-'map' 1.05, 'products' 1.6, 'vmap' 1.7. So unrolling is best as long as it compiles in good time,
-and of the methods that compile one copy no one is always best.
+'unroll' 0.8, 'vmap' 3.7, 'map' 17; 'products' 1.7 to 2.8, on a machine that was busy with other
+things. Inference of them at batch 1, also on a busy one: 'unroll' 0.9, 'map' 1.05, 'products' 1.6,
+'vmap' 1.7. So unrolling is best as long as it compiles in good time, and of the methods that
+compile one copy no one is always best.
 """
 
 import functools
