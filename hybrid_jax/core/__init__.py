@@ -15,7 +15,7 @@ from hybrid_jax.core.checks import (
 from hybrid_jax.core.fold import fold
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
-from hybrid_jax.core.interpreter import evaluate
+from hybrid_jax.core.interpreter import bind, evaluate
 from hybrid_jax.core.narrowing import narrow_graph
 from hybrid_jax.core.patches import (
     kernel_from_matrix,
@@ -52,6 +52,7 @@ __all__ = [
     "Member",
     "Site",
     "at_sites",
+    "bind",
     "check_batches",
     "check_choice",
     "check_finite",

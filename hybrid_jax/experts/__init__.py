@@ -35,7 +35,7 @@ from hybrid_jax.experts.diagnostics import (
 )
 from hybrid_jax.experts.dispatch import gathered
 from hybrid_jax.experts.fingerprint import check_fitted, fingerprint
-from hybrid_jax.experts.gates import gate_cnn, gate_linear
+from hybrid_jax.experts.gates import gate_cnn, gate_linear, linear_probe, ridge, shared_stem
 from hybrid_jax.experts.losses import (
     entropy,
     importance,
@@ -45,6 +45,7 @@ from hybrid_jax.experts.losses import (
 )
 from hybrid_jax.experts.mapping import fastest, map_experts
 from hybrid_jax.experts.mixture import Aux, combine, mixture, one_of
+from hybrid_jax.experts.products import as_products
 from hybrid_jax.experts.routing import (
     Routed,
     Routing,
@@ -57,6 +58,7 @@ from hybrid_jax.experts.routing import (
     switch,
     top_k,
 )
+from hybrid_jax.experts.sharding import expert_mesh, shard_stack
 from hybrid_jax.experts.stacking import count, stack, unstack
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "Cascaded",
     "Routed",
     "Routing",
+    "as_products",
     "budget_init",
     "budget_update",
     "capacity",
@@ -81,12 +84,14 @@ __all__ = [
     "expected_cost",
     "expected_loss",
     "expert_choice",
+    "expert_mesh",
     "fastest",
     "fingerprint",
     "gate_cnn",
     "gate_linear",
     "gathered",
     "importance",
+    "linear_probe",
     "load",
     "map_experts",
     "margin",
@@ -96,6 +101,9 @@ __all__ = [
     "one_of",
     "oracle",
     "random",
+    "ridge",
+    "shard_stack",
+    "shared_stem",
     "soft",
     "stack",
     "straight_through",

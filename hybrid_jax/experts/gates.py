@@ -1,14 +1,19 @@
-"""Tiny gates: plain Linen modules from images `(B, H, W, C)` to gate logits `(B, E)`.
+"""Tiny gates from images, or features of images, `(B, H, W, C)` to gate logits `(B, E)`.
 
-Any function of that kind is a gate; these two see the image averaged down to about `size` pixels a
-side, so that they cost little beside an expert. `gate.apply` is the `gate_fn` of `mixture`.
+Any pure function `gate_fn(gate_params, x)` is a gate, whatever wrote it, and is counted, pruned and
+quantized as any model. The two Linen modules here see the image averaged down to about `size`
+pixels a side, so that they cost little beside an expert; `gate.apply` is their `gate_fn`. With
+`shared_stem` a gate sees the features that the experts go on from. `linear_probe` is fit in closed
+form by `ridge`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from hybrid_jax import core
 
@@ -41,7 +46,8 @@ def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8)
 
     Args:
       num_experts: E, at least 1.
-      features: Output channels of each convolution.
+      features: Output channels of each convolution; `()` leaves a dense layer on the mean of each
+        channel, the head for the features of a `shared_stem`.
       size: Side in pixels that the image is averaged down to (the least above it that is a whole
         division); a smaller image is left as it is.
 
@@ -84,6 +90,105 @@ def gate_linear(num_experts: int, size: int = 8) -> nn.Module:
     core.check_integer("num_experts", num_experts, 1)
     core.check_integer("size", size, 1)
     return _LinearGate(num_experts, size)
+
+
+def shared_stem(stem_fn: Callable[..., jax.Array], moe: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a mixture whose stem runs once for each image, before the gate and all experts.
+
+    Args:
+      stem_fn: `stem_fn(stem_params, x)` -> features `(B, ...)`.
+      moe: From `mixture` or `one_of`; its gate and its experts are functions of the features.
+
+    Returns:
+      The same mixture with the stem's parameters before its other arguments:
+      `moe(stem_params, experts, gate_params, x, ...)`.
+
+    Example:
+      >>> from hybrid_jax import experts
+      >>> edge = experts.one_of([lambda w, h: h * w] * 2, lambda gate, h: h @ gate)
+      >>> whole = shared_stem(lambda stem, x: x @ stem, edge)
+      >>> stem, gate = jnp.array([[0.0, 1.0], [1.0, 0.0]]), jnp.eye(2)
+      >>> whole(stem, [2.0, 3.0], gate, jnp.array([[0.0, 1.0]]))  # features [1, 0]: expert 0
+      Array([[2., 0.]], dtype=float32)
+    """
+
+    def run(stem_params, experts, gate_params, x, *args, **kwargs):
+        return moe(experts, gate_params, stem_fn(stem_params, x), *args, **kwargs)
+
+    return run
+
+
+def linear_probe(features_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Makes a gate that is one linear layer on features: of the image, of the parent or of a stem.
+
+    Source: Alain and Bengio, Understanding intermediate layers using linear classifier probes,
+    arXiv 1610.01644.
+
+    Args:
+      features_fn: `features_fn(features_params, x)` -> features `(B, ...)`, flattened to `(B, F)`.
+
+    Returns:
+      `gate_fn(gate_params, x)` -> gate logits `(B, E)`, with gate_params {'features':
+      features_params, 'head': what `ridge` returns}.
+
+    Example:
+      >>> gate_fn = linear_probe(lambda scale, x: scale * x)
+      >>> head = {'kernel': jnp.eye(2), 'bias': jnp.array([0.5, 0.0])}
+      >>> gate_fn({'features': 2.0, 'head': head}, jnp.array([[1.0, 3.0]]))
+      Array([[2.5, 6. ]], dtype=float32)
+    """
+
+    def gate_fn(gate_params, x):
+        features = features_fn(gate_params["features"], x)
+        head = gate_params["head"]
+        return features.reshape(len(features), -1) @ head["kernel"] + head["bias"][None]
+
+    return gate_fn
+
+
+def ridge(
+    features: jax.Array, targets: jax.Array, penalty: float | jax.Array = 1e-3
+) -> dict[str, jax.Array]:
+    """Fits a linear layer in closed form: the least squares with a penalty on the kernel.
+
+    It minimizes ‖features · W + b − targets‖² / B + λ·‖W‖², where λ is `penalty` times the mean
+    variance of a feature, so that it means the same at any scale; raised by `core.damped_gram` if
+    float32 cannot solve with it. Source: Hoerl and Kennard, Ridge Regression: Biased Estimation for
+    Nonorthogonal Problems (1970).
+
+    Args:
+      features: float `(B, ...)`, flattened to `(B, F)`.
+      targets: float `(B, E)`, larger for a better expert: the log-probability that each gives to
+        the label, or a one-hot row for each input's cluster.
+      penalty: Above 0; may be traced.
+
+    Returns:
+      {'kernel': `(F, E)`, 'bias': `(E,)`}. A feature that is constant gets weight 0. NaN in the
+      features or targets makes it NaN.
+
+    Raises:
+      ValueError: If `features` is empty, or `targets` is not `(B, E)`.
+
+    Example:
+      >>> head = ridge(jnp.array([[0.0], [1.0], [2.0]]), jnp.array([[1.0], [3.0], [5.0]]), 1e-6)
+      >>> head['kernel'].round(3), head['bias'].round(3)  # 2 x + 1
+      (Array([[2.]], dtype=float32), Array([1.], dtype=float32))
+    """
+    if not features.size:
+        raise ValueError(f"features must hold at least one value, got shape {features.shape}")
+    if targets.ndim != 2 or len(targets) != len(features):
+        raise ValueError(
+            f"targets must have shape ({len(features)}, E), one row for each row of features, "
+            f"got {targets.shape}"
+        )
+    x = features.reshape(len(features), -1)
+    mean, level = x.mean(0, keepdims=True), targets.mean(0, keepdims=True)
+    exact = jax.lax.Precision.HIGHEST
+    covariance = jnp.matmul((x - mean).T, x - mean, precision=exact) / len(x)
+    with_targets = jnp.matmul((x - mean).T, targets - level, precision=exact) / len(x)
+    damped = core.damped_gram(covariance, penalty)
+    kernel = jax.scipy.linalg.solve(damped, with_targets, assume_a="pos")
+    return {"kernel": kernel, "bias": (level - jnp.matmul(mean, kernel, precision=exact))[0]}
 
 
 def _shrink(x, size):

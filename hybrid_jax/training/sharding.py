@@ -1,4 +1,7 @@
-"""Data parallel training: the state on every device, the batch divided among them."""
+"""Data parallel training: the state on every device, the batch divided among them.
+
+A stack of experts is divided by `experts.shard_stack`, on a mesh that has the axis 'batch' too.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -43,8 +46,9 @@ def shard_batch(
 
     Args:
       batch: Arrays (B, …).
-      mesh: Of `data_mesh`, with D devices.
-      per_expert: Names of the entries that are (E, B, …) instead.
+      mesh: Of `data_mesh`, or of `experts.expert_mesh` for a stack that is divided too, with D
+        devices along 'batch'.
+      per_expert: Names of the entries that are (E, B, …) instead; divided by expert as the stack.
 
     Raises:
       ValueError: If B is not a multiple of D.
@@ -54,14 +58,16 @@ def shard_batch(
       >>> shard_batch({'image': np.ones((8, 2))}, mesh)['image'].sharding.is_fully_addressable
       True
     """
+    by_expert = "expert" if "expert" in mesh.axis_names else None
 
     def place(name: str, leaf: Any) -> jax.Array:
-        axis = 1 if name in per_expert else 0
-        if leaf.shape[axis] % mesh.size:
+        before = [by_expert] if name in per_expert else []
+        examples, devices = leaf.shape[len(before)], mesh.shape[_AXIS]
+        if examples % devices:
             raise ValueError(
-                f"batch[{name!r}] must divide evenly among {mesh.size} devices, "
-                f"got {leaf.shape[axis]} examples"
+                f"batch[{name!r}] must divide evenly among {devices} devices, "
+                f"got {examples} examples"
             )
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[None] * axis, _AXIS)))
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*before, _AXIS)))
 
     return {name: place(name, leaf) for name, leaf in batch.items()}

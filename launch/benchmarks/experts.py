@@ -9,7 +9,7 @@ from launch.benchmarks import measure
 from launch.benchmarks.measure import Row, Size
 
 EXPERTS = 4
-METHODS = ("vmap", "map", "unroll")
+METHODS = ("vmap", "map", "products", "unroll")
 
 
 def stacked_step(size: Size) -> Iterator[Row]:

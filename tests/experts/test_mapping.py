@@ -9,7 +9,7 @@ import pytest
 from hybrid_jax import experts
 from hybrid_jax.experts import mapping
 
-METHODS = ["vmap", "map", "unroll", "auto"]
+METHODS = ["vmap", "map", "products", "unroll", "auto"]
 
 
 class Net(nn.Module):
@@ -91,7 +91,9 @@ def test_auto_measures_once_per_function_and_shapes(monkeypatch):
     assert len(measured) > first
 
 
-@pytest.mark.parametrize(("best", "count"), [("vmap", 2), ("unroll", 2), ("vmap", 17), ("map", 17)])
+@pytest.mark.parametrize(
+    ("best", "count"), [("vmap", 2), ("unroll", 2), ("vmap", 17), ("map", 17), ("products", 17)]
+)
 def test_fastest_takes_the_least_time(monkeypatch, best, count):
     def slow(method):
         def made(fn, axes):
@@ -104,7 +106,7 @@ def test_fastest_takes_the_least_time(monkeypatch, best, count):
 
         return made
 
-    monkeypatch.setattr(mapping, "_METHODS", {m: slow(m) for m in ["vmap", "map", "unroll"]})
+    monkeypatch.setattr(mapping, "_METHODS", {m: slow(m) for m in mapping._METHODS})
     assert experts.fastest(lambda w: w + 1, jax.ShapeDtypeStruct((count, 3), jnp.float32)) == best
 
 
@@ -116,7 +118,7 @@ def test_one_expert_needs_no_measurement(monkeypatch):
 def test_symbolic_shape_cannot_be_measured():
     b = jax.export.symbolic_shape("b")[0]
     shape = jax.ShapeDtypeStruct((2, b), jnp.float32)
-    with pytest.raises(ValueError, match=r"method must be vmap, map or unroll .* got 'auto'"):
+    with pytest.raises(ValueError, match=r"method must be one of vmap, map, .* got 'auto'"):
         experts.fastest(lambda w: w + 1, shape)
 
 

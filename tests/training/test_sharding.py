@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import training
+from hybrid_jax import experts, training
 
 
 def test_sharded_step_equals_one_device(tiny, batches):
@@ -36,6 +36,28 @@ def test_sharded_stack_equals_one_device(tiny, arrays):
     )
     one, _ = step(states, batch)
     tiny.assert_close(four, one)
+
+
+@pytest.mark.parametrize("method", ["vmap", "unroll"])
+def test_stack_divided_by_expert_equals_one_device(tiny, arrays, method):
+    """Two experts on each of two devices, half of the batch on each of the other two."""
+    mesh = experts.expert_mesh(2)
+    step = training.make_stacked_step(
+        training.classification(tiny.forward), tiny.augment, per_expert=["weight"], method=method
+    )
+    weight = np.random.default_rng(0).uniform(size=(4, 8)).astype(np.float32)
+    batch = {"image": arrays.images[:8], "label": arrays.labels[:8], "weight": weight}
+    states = training.stack_states([tiny.make_state(e) for e in range(4)])
+    four = experts.shard_stack(states, mesh)
+    placed = training.shard_batch(batch, mesh, per_expert=["weight"])
+    assert {s.data.shape for s in placed["weight"].addressable_shards} == {(2, 4)}
+    for _ in range(2):
+        four, metrics = step(four, placed)
+        states, alone = step(states, batch)
+    tiny.assert_close(four, states)
+    tiny.assert_close(metrics, alone)
+    for leaf in jax.tree.leaves(four):
+        assert {s.data.shape[0] for s in leaf.addressable_shards} == {2}
 
 
 def test_a_batch_that_does_not_divide_is_named():
