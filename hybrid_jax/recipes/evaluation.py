@@ -90,7 +90,7 @@ def evaluate(job: Job, models: Models) -> dict:
     source = models.made if stage == "phase 2" else models.before
     best_logits = logits(job, source, test)[best]
     note = (
-        f"expert {best} {'after' if stage == 'joint' else 'before'} joint training, by validation"
+        f"expert {best} {'after' if stage == 'phase 2' else 'before'} joint training, by validation"
     )
     width = models.made.specs[best].sparsity
     add("best single expert", "control", best_logits, prices[best], width, note)
