@@ -3,7 +3,8 @@
 `lower` makes the inference graph of a function, a `Program` in floats or in integers, and `run`
 evaluates it in JAX; a `Mixture` is a gate and experts. `export_to` writes either for one of
 `TARGETS`, and `check` runs the file there, beside the dense float model's. `save_program` and
-`load_program` keep it in a packed file, `packed` any named arrays, `to_c` is C99.
+`load_program` keep it in a packed file, `packed` any named arrays, `to_c` is C99, `to_onnx` an ONNX
+model, which `onnx_session` and `openvino_session` run.
 
 `export` writes any function with its parameters to a StableHLO file, `load` reads it back, `verify`
 runs it in a new process against the model. `latency` times one function against another, `seconds`
@@ -14,6 +15,8 @@ from hybrid_jax.deploy import packed
 from hybrid_jax.deploy.c import to_c
 from hybrid_jax.deploy.checking import Check, check, export_to
 from hybrid_jax.deploy.lowering import lower
+from hybrid_jax.deploy.onnx_sessions import onnx_session, openvino_session
+from hybrid_jax.deploy.onnx_writer import export_onnx, to_onnx
 from hybrid_jax.deploy.program import Encoding, Mixture, Program, Tensor, Weights
 from hybrid_jax.deploy.reference import run
 from hybrid_jax.deploy.stablehlo import PLATFORMS, Verification, export, load, verify
@@ -34,16 +37,20 @@ __all__ = [
     "Weights",
     "check",
     "export",
+    "export_onnx",
     "export_to",
     "latency",
     "load",
     "load_program",
     "lower",
+    "onnx_session",
+    "openvino_session",
     "packed",
     "run",
     "save_program",
     "seconds",
     "to_c",
+    "to_onnx",
     "verify",
     "width_latencies",
 ]
