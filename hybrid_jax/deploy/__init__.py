@@ -3,8 +3,8 @@
 `lower` makes the inference graph of a function, a `Program` in floats or in integers, and `run`
 evaluates it in JAX; a `Mixture` is a gate and experts. `export_to` writes either for one of
 `TARGETS`, and `check` runs the file there, beside the dense float model's. `save_program` and
-`load_program` keep it in a packed file, `packed` any named arrays, `to_c` is C99, `to_litert` a
-.tflite flatbuffer.
+`load_program` keep it in a packed file, `packed` any named arrays; `to_c` is C99, `to_litert` a
+.tflite flatbuffer, `to_onnx` an ONNX model.
 
 `export` writes any function with its parameters to a StableHLO file, `load` reads it back, `verify`
 runs it in a new process against the model. `latency` times one function against another, `seconds`
@@ -16,6 +16,7 @@ from hybrid_jax.deploy.c import to_c
 from hybrid_jax.deploy.checking import Check, check, export_to
 from hybrid_jax.deploy.litert import to_litert
 from hybrid_jax.deploy.lowering import lower
+from hybrid_jax.deploy.onnx_writer import to_onnx
 from hybrid_jax.deploy.program import Encoding, Mixture, Program, Tensor, Weights
 from hybrid_jax.deploy.reference import run
 from hybrid_jax.deploy.stablehlo import PLATFORMS, Verification, export, load, verify
@@ -47,6 +48,7 @@ __all__ = [
     "seconds",
     "to_c",
     "to_litert",
+    "to_onnx",
     "verify",
     "width_latencies",
 ]

@@ -1,0 +1,166 @@
+"""An ONNX graph in the making: which value holds which tensor of a program, and in what form."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybrid_jax.deploy import arithmetic
+from hybrid_jax.deploy.program import UNBOUNDED, Encoding, Operation, Program
+
+WHOLE = (0, 255)  # where a QuantizeLinear to uint8 saturates
+
+
+class Graph:
+    """The nodes and constants that make a program's tensors.
+
+    A tensor is stored as uint8 where it is encoded, and channels first where it is an image. Values
+    are named after the operation that is being written and the ONNX node that makes them.
+
+    Args:
+      onnx: The module.
+      program: The program.
+      x: Name of the value that is its input, (N, …) in the program's order of axes.
+      prefix: Of every name that is made.
+
+    Attributes:
+      nodes: `onnx.NodeProto`s, in running order.
+      constants: `onnx.TensorProto`s.
+      stored: {tensor: name of the value that holds it}.
+    """
+
+    def __init__(self, onnx: Any, program: Program, x: str, prefix: str = ""):
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self._onnx, self._program, self._prefix = onnx, program, prefix
+        self._scope = program.input
+        self._names: collections.Counter[str] = collections.Counter()
+        self._floats: dict[str, str] = {}
+        self._parameters: dict[Encoding, list[str]] = {}
+        order = axis_order(self.shape(program.input))
+        self.stored = {program.input: self.transpose(x, order)}
+
+    def begin(self, op: Operation) -> None:
+        """What is written from here on is named after the operation."""
+        self._scope = op.output
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one example of a tensor, in the program's order."""
+        return self._program.tensors[name].shape
+
+    def encoding(self, name: str) -> Encoding | None:
+        """A tensor's encoding."""
+        return self._program.encoding(name)
+
+    def result(self) -> str:
+        """The value that is the program's output, in floats and in the program's order of axes."""
+        order = axis_order(self.shape(self._program.output))
+        back = [order.index(axis) for axis in range(len(order))]
+        return self.transpose(self.floats(self._program.output), back)
+
+    def floats(self, name: str) -> str:
+        """The value that holds a tensor in floats, the same for all who read it."""
+        if name not in self._floats:
+            self._floats[name] = self.dequantize(self.stored[name], self.encoding(name))
+        return self._floats[name]
+
+    def dequantize(self, value: str, encoding: Encoding | None) -> str:
+        """A stored value in floats."""
+        if encoding is None:
+            return value
+        return self.node("DequantizeLinear", [value, *self._parameters_of(encoding)])
+
+    def store(self, value: str, op: Operation, within: tuple[Any, Any] = WHOLE) -> str:
+        """Floats as the operation's output is stored, clipped.
+
+        Args:
+          value: The floats.
+          op: The operation.
+          within: The bounds that integers behind a QuantizeLinear are taken to keep.
+        """
+        encoding, clip = self.encoding(op.output), getattr(op, "clip", UNBOUNDED)
+        if encoding is None:
+            return self.clip(value, clip, np.float32, UNBOUNDED)
+        quantized = self.node("QuantizeLinear", [value, *self._parameters_of(encoding)])
+        return self.clip(quantized, arithmetic.bounds(encoding, clip), np.uint8, within)
+
+    def clip(self, value: str, bounds: tuple[Any, Any], dtype: Any, within: tuple[Any, Any]) -> str:
+        """A value between bounds, none of which is written that it keeps already."""
+        if bounds == within:
+            return value
+        if bounds == (0.0, np.inf):
+            return self.node("Relu", [value])
+        ends = [
+            "" if bound == known else self.constant(name, np.asarray(bound, dtype))
+            for name, bound, known in zip(("least", "most"), bounds, within)
+        ]
+        return self.node("Clip", [value, *ends])
+
+    def pad(self, value: str, padding: Sequence[tuple[int, int]], encoding: Encoding | None) -> str:
+        """A stored value with zeros around it; (before, after) along each axis of an example."""
+        zero = np.float32(0) if encoding is None else np.uint8(encoding.zero_point)
+        widths = np.int64(pads([(0, 0), *arranged(padding)]))
+        return self.node("Pad", [value, self.constant("pads", widths), self.constant("zero", zero)])
+
+    def transpose(self, value: str, order: Sequence[int]) -> str:
+        """A value with its axes, the batch aside, in that order."""
+        if list(order) == list(range(len(order))):
+            return value
+        return self.node("Transpose", [value], perm=[0, *(axis + 1 for axis in order)])
+
+    def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Appends a node, and returns the name of its output."""
+        output = self._unique(kind)
+        made = self._onnx.helper.make_node(kind, inputs, [output], name=output, **attributes)
+        self.nodes.append(made)
+        return output
+
+    def constant(self, name: str, value: Any) -> str:
+        """Appends a constant, of the rank that it has, and returns its name."""
+        name = self._unique(name)
+        self.constants.append(self._onnx.numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def _unique(self, name):
+        name = f"{self._prefix}{self._scope}:{name}"
+        self._names[name] += 1
+        return name if self._names[name] == 1 else f"{name}_{self._names[name]}"
+
+    def _parameters_of(self, encoding):
+        if encoding not in self._parameters:
+            self._parameters[encoding] = [
+                self.constant("scale", np.float32(encoding.scale)),
+                self.constant("zero_point", np.uint8(encoding.zero_point)),
+            ]
+        return self._parameters[encoding]
+
+
+def axis_order(shape: Sequence[int]) -> tuple[int, ...]:
+    """Which axis of an example of that shape stands at each place in ONNX.
+
+    Example:
+      >>> axis_order((32, 16, 3)), axis_order((10,))
+      ((2, 0, 1), (0,))
+    """
+    return (2, 0, 1) if len(shape) == 3 else tuple(range(len(shape)))
+
+
+def arranged(entries: Sequence[Any]) -> list[Any]:
+    """One entry for each axis of an example, in ONNX's order.
+
+    Example:
+      >>> arranged('hwc')
+      ['c', 'h', 'w']
+    """
+    return [entries[axis] for axis in axis_order(entries)]
+
+
+def pads(padding: Sequence[tuple[int, int]]) -> list[int]:
+    """(before, after) along each axis as ONNX has them: all befores, then all afters.
+
+    Example:
+      >>> pads([(1, 2), (3, 4)])
+      [1, 3, 2, 4]
+    """
+    return [width for ends in zip(*padding) for width in ends]

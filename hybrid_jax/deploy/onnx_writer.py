@@ -1,0 +1,190 @@
+"""ONNX: a program as one file of standard operations, for ONNX Runtime, OpenVINO and their like.
+
+An encoded tensor is a uint8 behind a `QuantizeLinear`. Operations that compute read it through a
+`DequantizeLinear`, and runtimes fuse what lies between the two into one integer operation; those
+that only move or compare values (maxima, reshapes, slices) work on the uint8 itself. The saturation
+of `QuantizeLinear` is the ReLU; other bounds are a `Clip` of the uint8 behind it, which leaves the
+fusion as it is. Images are channels first, as ONNX has them; the input is turned once.
+
+Kernels of fewer than 8 bits are stored in int8, and those that take floats in float32. Where the
+runtimes differ from `reference.run`: both compute sums, products, concatenations and conversions of
+encoded tensors in floats, and may round what lies next to a tie the other way; ONNX Runtime does a
+convolution from integers to floats in floats; and OpenVINO leaves a convolution unrounded that it
+adds to something, which is where most of its differences in a residual network begin.
+"""
+
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.deploy import artifact
+from hybrid_jax.deploy.onnx_operations import written
+from hybrid_jax.deploy.program import Mixture, Program
+
+KIND = "onnx"
+OLDEST_OPSET = 13  # the first whose QuantizeLinear has a scale for each channel
+
+_BATCH = "N"
+
+
+def to_onnx(program: Program | Mixture, *, opset: int = 21) -> Any:
+    """An ONNX model of the program, for any number of images.
+
+    A mixture is a loop over the images (`Scan`), which runs for each the gate and one expert.
+
+    Args:
+      program: In floats, in integers or mixed.
+      opset: Version of ONNX's operations, from 13 to the newest that the installed `onnx` knows.
+
+    Returns:
+      An `onnx.ModelProto`, checked: input 'x', float32 (N, …), to output 'y', float32 (N, …).
+
+    Raises:
+      ImportError: If the extra `onnx` is not installed.
+      ValueError: If the opset is none of these, ONNX has no form of an operation of the program
+        (which is named), or an accumulator may leave int32.
+
+    Example:
+      >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
+      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
+      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
+      >>> model = to_onnx(Program('x', 'y', tensors, steps))
+      >>> [node.op_type for node in model.graph.node if node.op_type != 'DequantizeLinear']
+      ['QuantizeLinear', 'Gemm', 'Identity']
+    """
+    onnx = require("onnx", "onnx")
+    core.check_integer("opset", opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
+    first, last, nodes, constants = program, program, [], []
+    if isinstance(program, Mixture):
+        first, last = program.gate, program.experts[0]
+        body = _of_an_image(onnx, program)
+        nodes = [onnx.helper.make_node("Scan", ["x"], ["y"], body=body, num_scan_inputs=1)]
+    else:
+        nodes, constants = written(onnx, program, "x", "y")
+    x = _value(onnx, "x", (_BATCH, *first.tensors[first.input].shape))
+    y = _value(onnx, "y", (_BATCH, *last.tensors[last.output].shape))
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "program", [x], [y], constants),
+        opset_imports=opsets,
+        ir_version=onnx.helper.find_min_ir_version_for(opsets),
+        producer_name="hybrid_jax",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def export_onnx(
+    path: str | os.PathLike, program: Program | Mixture, *, opset: int = 21
+) -> dict[str, Any]:
+    """Writes `to_onnx(program)` to `path` and a manifest to `path` + '.json'.
+
+    Returns:
+      The manifest: kind, onnx (its version), opset, inputs and outputs (lists of shape and dtype,
+      the open batch written 'N'), bytes and sha256.
+
+    Raises:
+      ImportError, ValueError: As `to_onnx`.
+      OSError: If it cannot be written; what was there stays.
+    """
+    model = to_onnx(program, opset=opset)
+    facts = {
+        "kind": KIND,
+        "onnx": require("onnx", "onnx").__version__,
+        "opset": opset,
+        "inputs": [_describe(value) for value in model.graph.input],
+        "outputs": [_describe(value) for value in model.graph.output],
+    }
+    return artifact.write(path, model.SerializeToString(deterministic=True), facts)
+
+
+def require(name: str, extra: str) -> Any:
+    """Imports an optional module.
+
+    Raises:
+      ImportError: If it is not there, with the extra that it comes with.
+
+    Example:
+      >>> require('no_such_module', 'onnx')
+      Traceback (most recent call last):
+      ...
+      ImportError: no_such_module is not installed; `pip install 'hybrid_jax[onnx]'` brings it
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not installed; `pip install 'hybrid_jax[{extra}]'` brings it"
+        ) from error
+
+
+def _value(onnx, name, shape):
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+
+def _describe(value):
+    shape = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    return {"shape": shape, "dtype": "float32"}
+
+
+def _of_an_image(onnx, mixture):
+    """The graph of what a mixture makes of one image 'image': gate, choice, one expert."""
+    make, gate = onnx.helper.make_node, mixture.gate
+    shapes = [p.tensors[name].shape for p in mixture.experts[:1] for name in (p.input, p.output)]
+    expert = _one_of(onnx, mixture.experts, 0, len(mixture.experts))
+    nodes, constants = _of_a_batch_of_one(onnx, gate, "scores", "gate/")
+    nodes = [
+        *nodes,
+        make("ArgMax", ["scores"], ["choice"], axis=1, keepdims=0),
+        *expert.node,
+        # A NaN among the scores chooses nobody.
+        make("IsNaN", ["scores"], ["are_nan"]),
+        make("Cast", ["are_nan"], ["count"], to=onnx.TensorProto.FLOAT),
+        make("ReduceMax", ["count"], ["most"], keepdims=0),
+        make("Cast", ["most"], ["is_nan"], to=onnx.TensorProto.BOOL),
+        make("Where", ["is_nan", "nan", expert.output[0].name], ["checked"]),
+        make("Reshape", ["checked", "shape"], ["result"]),
+    ]
+    values = {"nan": np.float32(np.nan), "shape": np.int64(shapes[1])}
+    constants = [*constants, *expert.initializer, *_constants(onnx, values)]
+    ends = [[_value(onnx, *named)] for named in zip(("image", "result"), shapes)]
+    return onnx.helper.make_graph(nodes, "mixture", *ends, constants)
+
+
+def _one_of(onnx, experts, first, stop):
+    """The graph of what expert number 'choice', in [first, stop), makes of 'image'."""
+    make, y = onnx.helper.make_node, f"y_{first}_{stop}"
+    if stop - first == 1:
+        nodes, constants = _of_a_batch_of_one(onnx, experts[first], y, f"expert_{first}/")
+    else:
+        middle = (first + stop) // 2
+        low, high = (_one_of(onnx, experts, *ends) for ends in ((first, middle), (middle, stop)))
+        number, below = f"middle_{first}_{stop}", f"below_{first}_{stop}"
+        nodes = [
+            make("Less", ["choice", number], [below]),
+            make("If", [below], [y], then_branch=low, else_branch=high),
+        ]
+        constants = _constants(onnx, {number: np.int64([middle])})
+    shape = experts[first].tensors[experts[first].output].shape
+    return onnx.helper.make_graph(nodes, y, [], [_value(onnx, y, (1, *shape))], constants)
+
+
+def _of_a_batch_of_one(onnx, program, y, prefix):
+    """Nodes and constants of a program whose input is 'image' with a batch of one around it.
+
+    Gate and experts put it around for themselves: if they shared that reshape, ONNX Runtime would
+    move the gate's QuantizeLinear before it, and the experts would see what the gate sees.
+    """
+    x, shape = f"{prefix}x", f"{prefix}x_shape"
+    nodes, constants = written(onnx, program, x, y, prefix)
+    sizes = {shape: np.int64([1, *program.tensors[program.input].shape])}
+    reshape = onnx.helper.make_node("Reshape", ["image", shape], [x])
+    return [reshape, *nodes], [*constants, *_constants(onnx, sizes)]
+
+
+def _constants(onnx, values):
+    return [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
