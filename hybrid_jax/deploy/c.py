@@ -40,7 +40,18 @@ def export_c(
       OSError: If it cannot be written; what was there before stays.
     """
     code = _write(program, name, pack)
-    facts = {"kind": "c", "name": name, "flash": code.flash, "ram": code.ram}
+    first, last = (
+        (program.gate, program.experts[0]) if isinstance(program, Mixture) else (program, program)
+    )
+    x, y = first.tensors[first.input], last.tensors[last.output]
+    facts = {
+        "kind": "c",
+        "name": name,
+        "flash": code.flash,
+        "ram": code.ram,
+        "inputs": [{"shape": [1, *x.shape], "dtype": "float32"}],
+        "outputs": [{"shape": [1, *y.shape], "dtype": "float32"}],
+    }
     return artifact.write(path, code.text.encode(), facts)
 
 

@@ -26,6 +26,7 @@ from hybrid_jax.deploy.program import (
     Convert,
     Dense,
     Encoding,
+    Lookup,
     Mean,
     Multiply,
     Program,
@@ -34,6 +35,8 @@ from hybrid_jax.deploy.program import (
     Weights,
 )
 
+# What LiteRT's kernels of these functions return, whatever the values are.
+_FIXED = {"logistic": Encoding(1 / 256), "tanh": Encoding(1 / 128, 128)}
 _MAY_RETURN_FLOATS = (Conv, Dense, Multiply, Mean, AveragePool)
 
 
@@ -222,6 +225,9 @@ def _choose(program, wanted, spans) -> dict[str, Encoding | None]:
             (only,) = sites
             if not others[name] or (only is not None and only.high - only.low >= 254):
                 return only
+        maker = makers.get(name)
+        if isinstance(maker, Lookup) and maker.function in _FIXED:
+            return _FIXED[maker.function]
         low = min(0.0, *(spans[member][0] for member in members[name]))
         high = max(0.0, *(spans[member][1] for member in members[name]))
         scale = np.float32((high - low) / 255) if high > low else np.float32(1)
