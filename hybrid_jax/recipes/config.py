@@ -81,9 +81,11 @@ def default_config() -> ConfigDict:
             routing="top_1",  # in training; it is evaluated as top-1, top-k and soft
             k=2,
             noise=1.0,
-            width=8,
+            features=(8, 16),  # output channels of each convolution
+            size=8,  # side in pixels that it averages the image down to
             bits=8,
             balance=0.1,
+            supervision=1.0,  # weight of the cross-entropy to the clusters, where experts have such
             steps=200,
             batch_size=128,
             learning_rate=0.01,
@@ -192,8 +194,8 @@ def check_config(config: ConfigDict) -> None:
         "checkpoint_every parent.steps experts.steps gate.steps experts.multiple",
         1,
     )
-    each(core.check_integer, "joint.steps gate.k gate.width", 0)
-    each(core.check_integer, "gate.width gate.k evaluation.latency_calls", 1)
+    each(core.check_integer, "joint.steps", 0)
+    each(core.check_integer, "gate.size gate.k evaluation.latency_calls", 1)
     for stage in ("parent", "experts", "gate", "joint", "evaluation"):
         each(core.check_integer, f"{stage}.batch_size", 1)
     for stage in ("parent", "experts", "gate", "joint"):
@@ -203,17 +205,20 @@ def check_config(config: ConfigDict) -> None:
     each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
     each(
         _check_not_negative,
-        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise",
+        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise "
+        "gate.supervision",
     )
     each(core.check_integer, "experts.count", 2)
     each(core.check_integer, "experts.first_last_bits gate.bits", 2, 8)
     each(core.check_integer, "experts.weight_bits experts.activation_bits", 2, 8)
-    each(_check_entries, "experts.bits experts.criteria deploy.platforms")
+    each(_check_entries, "experts.bits experts.criteria gate.features deploy.platforms")
     for bits in config.experts.bits:
         core.check_integer("config.experts.bits", bits, 2, 8)
     core.check_choice("config.model.name", config.model.name, models.names())
     for width in config.model.widths:
         core.check_integer("config.model.widths", width, 1)
+    for features in config.gate.features:
+        core.check_integer("config.gate.features", features, 1)
     for criterion in config.experts.criteria:
         core.check_choice("config.experts.criteria", criterion, CRITERIA)
     for source in diversity_sources(config):

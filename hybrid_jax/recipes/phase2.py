@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
@@ -48,29 +49,40 @@ def routing(job: Job) -> Callable[..., experts.Routed]:
     return experts.straight_through(experts.top_k(k))
 
 
-def learn_gate(job: Job, dense: Network, variables: Any, made: Experts) -> Gate:
+def learn_gate(
+    job: Job, dense: Network, variables: Any, made: Experts, weights: np.ndarray | None = None
+) -> Gate:
     """Trains a gate over the experts as they are, then quantizes it.
+
+    Where experts have clusters of the data, the gate learns these as well: an expert's own loss
+    tells it from the others by little, and by much noise.
 
     Args:
       job: The run.
       dense: The parent, which the mixture is distilled from.
       variables: The parent's variables.
       made: The experts.
+      weights: (E, n) weight of each training image for each expert, of `phase1.cluster_weights`;
+        None for experts without clusters.
 
     Raises:
       FloatingPointError: If the loss is not finite.
     """
     settings, key = job.config.gate, job.key("gate")
-    module = experts.gate_cnn(len(made.specs), (settings.width, 2 * settings.width))
+    module = experts.gate_cnn(len(made.specs), settings.features, settings.size)
     start = job.init(module, "gate")
     loss_fn = _loss(
         job, made, module.apply, lambda params, state: (state["experts"], {"params": params})
     )
+    if weights is not None:
+        loss_fn = _supervised(loss_fn, module.apply, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
     step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
     epoch = max(1, len(job.splits.train.labels) // settings.batch_size)
-    state = job.fit("gate", step, state, settings.steps, settings.batch_size, record_every=epoch)
+    state = job.fit(
+        "gate", step, state, settings.steps, settings.batch_size, weights, record_every=epoch
+    )
     trained = {"params": state.params}
     graph = core.trace(module.apply, trained, job.images)
     quantizer = quantization.spec(
@@ -142,6 +154,18 @@ def _loss(job, made, gate_fn, take):
         return loss + balance * experts.importance(aux.weights), (state, metrics)
 
     return loss_fn
+
+
+def _supervised(loss_fn, gate_fn, factor):
+    """Adds the cross-entropy of the gate to the expert that weighs the image most."""
+
+    def supervised(params, state, batch, key):
+        loss, aux = loss_fn(params, state, batch, key)
+        gate_logits = gate_fn({"params": params}, batch["image"])
+        own = jnp.argmax(batch["weight"], 0)  # (E, B) -> (B,)
+        return loss + factor * training.cross_entropy(gate_logits, own), aux
+
+    return supervised
 
 
 def _each_loss(expert_logits, batch, temperature, alpha):

@@ -70,7 +70,7 @@ def make(job: Job) -> Models:
         steps = config.experts.steps
         before = phase1.compress(job, dense, variables, specs, "experts", steps, weights)
     with workdir.stage(job.workdir, "gate"):
-        gate = phase2.learn_gate(job, dense, variables, before)
+        gate = phase2.learn_gate(job, dense, variables, before, weights)
     with workdir.stage(job.workdir, "joint"):
         made, gate = phase2.fine_tune(job, dense, variables, before, gate)
     with workdir.stage(job.workdir, "controls"):
