@@ -39,7 +39,7 @@ def check_config(config: ConfigDict) -> None:
         1,
     )
     each(core.check_integer, "joint.steps collapse.steps", 0)
-    each(core.check_integer, "gate.width gate.k evaluation.latency_calls", 1)
+    each(core.check_integer, "gate.size gate.k evaluation.latency_calls", 1)
     for stage in ("parent", "experts", "gate", "joint", "collapse", "evaluation"):
         each(core.check_integer, f"{stage}.batch_size", 1)
     for stage in ("parent", "experts", "gate", "joint", "collapse"):
@@ -50,17 +50,23 @@ def check_config(config: ConfigDict) -> None:
     each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
     each(
         _check_not_negative,
-        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise",
+        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise "
+        "gate.supervision",
     )
     each(core.check_integer, "experts.count", 2)
     each(core.check_integer, "experts.first_last_bits gate.bits", 2, 8)
     each(core.check_integer, "experts.weight_bits experts.activation_bits", 2, 8)
-    each(_check_entries, "experts.bits experts.criteria experts.sparsities deploy.platforms")
+    each(
+        _check_entries,
+        "experts.bits experts.criteria experts.sparsities gate.features deploy.platforms",
+    )
     for bits in config.experts.bits:
         core.check_integer("config.experts.bits", bits, 2, 8)
     for sparsity in config.experts.sparsities:
         _check_below_one("config.experts.sparsities", sparsity)
     core.check_choice("config.model.name", config.model.name, models.names())
+    for features in config.gate.features:
+        core.check_integer("config.gate.features", features, 1)
     for width in config.model.widths:
         core.check_integer("config.model.widths", width, 1)
     for criterion in config.experts.criteria:

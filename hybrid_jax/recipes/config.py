@@ -80,9 +80,11 @@ def default_config() -> ConfigDict:
             routing="top_1",  # in training; it is evaluated as top-1, top-k and soft
             k=2,
             noise=1.0,
-            width=8,
+            features=(8, 16),  # output channels of each convolution
+            size=8,  # side in pixels that it averages the image down to
             bits=8,
             balance=0.1,
+            supervision=1.0,  # weight of the cross-entropy to the clusters, where experts have such
             steps=200,
             batch_size=128,
             learning_rate=0.01,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
@@ -55,16 +56,22 @@ def learn_gate(
     dense: Network,
     variables: Any,
     made: Experts,
+    weights: np.ndarray | None = None,
     name: str = "gate",
     start: Any = None,
 ) -> Gate:
     """Trains a gate over the experts as they are, then quantizes it.
+
+    Where experts have clusters of the data, the gate learns these as well: an expert's own loss
+    tells it from the others by little, and by much noise.
 
     Args:
       job: The run.
       dense: The parent, which the mixture is distilled from.
       variables: The parent's variables.
       made: The experts.
+      weights: (E, n) weight of each training image for each expert, where they tell who is to
+        take it, as those of clusters do; None where they do not.
       name: Of the stage.
       start: Variables to start from, as `params['variables']` of a gate over experts that have
         changed since; None starts anew.
@@ -73,11 +80,13 @@ def learn_gate(
       FloatingPointError: If the loss is not finite.
     """
     settings, key = job.config.gate, job.key(name)
-    module = experts.gate_cnn(len(made.specs), (settings.width, 2 * settings.width))
+    module = experts.gate_cnn(len(made.specs), settings.features, settings.size)
     start = job.init(module, "gate") if start is None else start
     loss_fn = _loss(
         job, made, module.apply, lambda params, state: (state["experts"], {"params": params})
     )
+    if weights is not None:
+        loss_fn = _supervised(loss_fn, module.apply, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
     step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
@@ -87,6 +96,7 @@ def learn_gate(
         state,
         settings.steps,
         settings.batch_size,
+        weights,
         record_every=epoch_steps(job, "gate"),
     )
     trained = {"params": state.params}
@@ -178,6 +188,18 @@ def _loss(job, made, gate_fn, take):
         return loss + balance * experts.importance(aux.weights), (state, metrics)
 
     return loss_fn
+
+
+def _supervised(loss_fn, gate_fn, factor):
+    """Adds the cross-entropy of the gate to the expert that weighs the image most."""
+
+    def supervised(params, state, batch, key):
+        loss, aux = loss_fn(params, state, batch, key)
+        gate_logits = gate_fn({"params": params}, batch["image"])
+        own = jnp.argmax(batch["weight"], 0)  # (E, B) -> (B,)
+        return loss + factor * training.cross_entropy(gate_logits, own), aux
+
+    return supervised
 
 
 def _each_loss(expert_logits, batch, temperature, alpha):

@@ -72,13 +72,14 @@ def make(job: Job) -> Models:
         steps = config.experts.steps
         before = phase1.compress(job, dense, variables, specs, "experts", steps, weights)
     with workdir.stage(job.workdir, "gate"):
-        gate = phase2.learn_gate(job, dense, variables, before)
+        owned = {"cluster", "classes"} & set(configuration.diversity_sources(config))
+        gate = phase2.learn_gate(job, dense, variables, before, weights if owned else None)
     with workdir.stage(job.workdir, "joint"):
         made, gate = phase2.fine_tune(job, dense, variables, before, gate)
     if config.joint.refit:
         with workdir.stage(job.workdir, "refit"):
             before_refit = gate.params["variables"]
-            gate = phase2.learn_gate(job, dense, variables, made, "refit", before_refit)
+            gate = phase2.learn_gate(job, dense, variables, made, name="refit", start=before_refit)
     with workdir.stage(job.workdir, "controls"):
         singles = controls.singles(job, dense, variables, made, gate)
     if config.collapse.steps:

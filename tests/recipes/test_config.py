@@ -34,12 +34,14 @@ def test_calibration_refuses_what_is_of_few_values_or_unknown(config, method):
 
 def test_unknown_and_missing_keys(config):
     with config.unlocked():
-        config.gate.widht = 3
-    with pytest.raises(ValueError, match=r"gate.widht .* nearest valid key is config.gate.wid"):
+        config.gate.featurse = (3,)
+    with pytest.raises(
+        ValueError, match=r"gate.featurse .* nearest valid key is config.gate.features"
+    ):
         recipes.check_config(config)
     with config.unlocked():
-        del config.gate.widht, config.gate.width
-    with pytest.raises(ValueError, match=r"config.gate.width must be given"):
+        del config.gate.featurse, config.gate.features
+    with pytest.raises(ValueError, match=r"config.gate.features must be given"):
         recipes.check_config(config)
 
 
