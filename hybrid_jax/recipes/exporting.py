@@ -3,12 +3,12 @@
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from hybrid_jax import deploy
+from hybrid_jax import core, deploy, quantization
 from hybrid_jax.recipes import config as configuration
 from hybrid_jax.recipes import evaluation, phase1, workdir
 from hybrid_jax.recipes.evaluation import Models
@@ -23,7 +23,7 @@ def resume(path: str | pathlib.Path) -> Job:
 
     Raises:
       FileNotFoundError: If the directory holds no finished run.
-      ValueError: If its data is not where it was.
+      ValueError: If its data is not where it was, or another version made it.
     """
     path = pathlib.Path(path)
     for file in ("config.json", "results.json"):
@@ -37,37 +37,69 @@ def resume(path: str | pathlib.Path) -> Job:
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[name] = tuple(value) if isinstance(value, list) else value
-    config.update(ConfigDict(nested))
+    try:
+        config.update(ConfigDict(nested))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"workdir must hold a run of this version, got another configuration: {error.args[0]}"
+        ) from None
     return prepare(config, path)
 
 
-def programs(job: Job, models: Models) -> dict[str, deploy.Program | deploy.Mixture]:
-    """Returns the inference graphs: 'dense' in floats, 'expert' (the best) and 'mixture' (top-1).
+class Exported(NamedTuple):
+    """A model of a run to be written for devices.
+
+    Attributes:
+      program: Its inference graph.
+      expected: (n, N) logits of the model as it was evaluated, on the test images.
+    """
+
+    program: deploy.Program | deploy.Mixture
+    expected: np.ndarray
+
+
+def programs(job: Job, models: Models) -> dict[str, Exported]:
+    """Returns what is exported: the dense parent in floats and in 8 bits, expert and mixture.
 
     Args:
       job: The run.
-      models: What it has made.
+      models: What it has made; 'expert' is the best of its experts on the validation images.
     """
+    test = job.splits.test
     images = job.normalize(job.splits.train.images[:CALIBRATION_IMAGES])
-    experts = [
+    dense, gate = models.dense, models.gate
+    spec = quantization.spec(core.trace(dense.predict, models.variables, job.images))
+    ranges = quantization.calibrate(dense.predict, models.variables, [(images,)], spec)
+    fake_quantized = quantization.fake_quantized(dense.predict, spec)
+    each = [
         deploy.lower(e.predict, e.variables, e.quantizer, e.ranges, images)
         for e in phase1.alone(models.made)
     ]
-    gate = models.gate
     choice = deploy.lower(
         gate.float_predict, gate.params["variables"], gate.quantizer, gate.params["ranges"], images
     )
+    validation = evaluation.logits(job, models.made, job.splits.validation)
+    best = int((validation.argmax(-1) == job.splits.validation.labels).mean(-1).argmax())
     return {
-        "dense": deploy.lower(models.dense.predict, models.variables, None, None, images),
-        "expert": experts[_best(job, models)],
-        "mixture": deploy.Mixture(choice, tuple(experts)),
+        "dense": Exported(
+            deploy.lower(dense.predict, models.variables, None, None, images),
+            job.logits(dense.predict, models.variables, test),
+        ),
+        "dense int8": Exported(
+            deploy.lower(dense.predict, models.variables, spec, ranges, images),
+            job.logits(lambda params, x: fake_quantized(params, ranges, x), models.variables, test),
+        ),
+        "expert": Exported(each[best], evaluation.logits(job, models.made, test)[best]),
+        "mixture": Exported(
+            deploy.Mixture(choice, tuple(each)), evaluation.top_1_logits(job, models)
+        ),
     }
 
 
 def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
-    """Writes each graph for each target, runs it there on the test images and times it.
+    """Writes each model for each target, runs it there on the test images and times it.
 
-    A target that cannot express a graph, or lacks what it needs to run, gets an entry that says so.
+    A target that cannot express a model, or lacks what it needs to run, gets an entry that says so.
 
     Args:
       job: A finished run.
@@ -77,39 +109,27 @@ def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
     Returns:
       The entries, which `results.json` then has under 'exports' too.
     """
-    models = make(job)
-    made = programs(job, models)
+    made = programs(job, make(job))
     images = np.asarray(job.normalize(job.splits.test.images))
-    best = _best(job, models)
-    expected = {
-        "dense": job.logits(models.dense.predict, models.variables, job.splits.test),
-        "expert": evaluation.logits(job, models.made, job.splits.test)[best],
-        "mixture": evaluation.top_1_logits(job, models),
-    }
+    batches = [batch for batch in (1, 32) if batch <= len(images)]
     records = []
     for target in targets:
-        paths = {
-            name: job.workdir / "deploy" / f"{name}{deploy.TARGETS[target].suffix}" for name in made
-        }
-        for name, program in made.items():
-            record = {"target": target, "model": name, "artifact": f"deploy/{paths[name].name}"}
+        reference = None
+        for name, (program, expected) in made.items():
+            file = f"{name.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
+            path = job.workdir / "deploy" / file
+            record = {"target": target, "model": name, "artifact": f"deploy/{file}"}
             try:
-                manifest = deploy.export_to(target, paths[name], program)
-                # What has no float form is compared with the best expert's.
-                reference = paths["dense"] if paths["dense"].exists() else paths["expert"]
+                manifest = deploy.export_to(target, path, program)
+                # The first that the target can express: C has no floats, and starts at 8 bits.
+                reference = reference or (name, path)
                 checked = deploy.check(
-                    target,
-                    paths[name],
-                    reference,
-                    images,
-                    expected[name],
-                    batches=[b for b in (1, 32) if b <= len(images)],
-                    pairs=pairs,
+                    target, path, reference[1], images, expected, batches=batches, pairs=pairs
                 )
             except (ValueError, ImportError, RuntimeError) as error:
                 records.append(record | {"error": " ".join(str(error).split())})
-                continue
-            records.append(record | _entry(manifest, checked, reference.stem))
+            else:
+                records.append(record | _entry(manifest, checked, reference[0]))
     file = job.workdir / "results.json"
     workdir.write_json(file, json.loads(file.read_text()) | {"exports": records})
     return records
@@ -128,9 +148,3 @@ def _entry(manifest, checked, reference):
         "latency": {str(b): dict(t._asdict()) for b, t in checked.latencies.items()},
         "memory": {key: manifest[key] for key in ("flash", "ram") if key in manifest},
     }
-
-
-def _best(job, models):
-    """The expert that is best on the validation images."""
-    logits = evaluation.logits(job, models.made, job.splits.validation)
-    return int((logits.argmax(-1) == job.splits.validation.labels).mean(-1).argmax())

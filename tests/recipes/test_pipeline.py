@@ -11,6 +11,7 @@ import pytest
 from hybrid_jax import core, experts, recipes, training
 from hybrid_jax.recipes import controls, deployment, evaluation, phase1, pipeline
 from hybrid_jax.report import comparison
+from launch import export
 
 pytestmark = pytest.mark.slow
 
@@ -241,3 +242,37 @@ def test_planned_cost_is_the_cost(done):
     for spec, cost in zip(models.made.specs, controls.costs(models.made), strict=True):
         graph = controls.planned_graph(job, models.dense, models.variables, spec.sparsity, 1)
         assert controls.planned_cost(graph, spec) == cost
+
+
+def test_exports_of_a_finished_run(done, capsys):
+    job, _, _ = done
+    targets = ["stablehlo", "onnx", "tflite", "packed", "c"]
+    argv = ["export", f"--workdir={job.workdir}", f"--target={','.join(targets)}", "--pairs=2"]
+    assert export.cli(argv) == 0
+    records = json.loads((job.workdir / "results.json").read_text())["exports"]
+    models = ["dense", "dense int8", "expert", "mixture"]
+    assert [(r["target"], r["model"]) for r in records] == [(t, m) for t in targets for m in models]
+    for record in records:
+        name = (record["target"], record["model"])
+        if name == ("c", "dense"):
+            assert "float32" in record["error"]
+            continue
+        assert (job.workdir / record["artifact"]).is_file(), name
+        assert record["agreement"] >= 0.98, name
+        assert set(record["latency"]) == {"1", "32"}
+    text = (job.workdir / "report.md").read_text()
+    assert "## Exports" in text
+    assert "There is no c file of the dense" in text
+    assert "flash" in capsys.readouterr().out
+
+
+def test_exports_need_a_run_that_is_there(tmp_path, capsys):
+    for arguments, message in {
+        (f"--workdir={tmp_path}", "--target=onnx"): "workdir must hold a finished run",
+        (f"--workdir={tmp_path}", "--target=onx"): "--target must be one of",
+        (f"--workdir={tmp_path}",): "--target must be of",
+        ("--target=onnx",): "--workdir must be given",
+        (f"--workdir={tmp_path}", "--target=c", "--pairs=0"): "--pairs must be",
+    }.items():
+        assert export.cli(["export", *arguments]) == 2
+        assert message in capsys.readouterr().err

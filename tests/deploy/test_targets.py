@@ -1,0 +1,195 @@
+"""Law 8: what is deployed, for every target: its integers, its answers, and what it says of itself.
+
+That every operation agrees with ONNX Runtime within one unit in the last place given equal inputs,
+and that the C file is the integer reference to the bit, is in the tests of these targets.
+"""
+
+import errno
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax import core, deploy, models, quantization
+
+EXTRAS = {"openvino": "openvino"}
+
+
+def installed(target):
+    if target in EXTRAS:
+        pytest.importorskip(EXTRAS[target])
+    return deploy.TARGETS[target]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(target, program) -> the path of the file."""
+
+    def written(target, program, name="model"):
+        path = tmp_path / f"{name}{installed(target).suffix}"
+        deploy.export_to(target, path, program)
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize("target", deploy.TARGETS)
+def test_the_answers_of_fake_quantization_on_real_images(target, write, lowered):
+    path = write(target, lowered.integers)
+    dense = lowered.integers if target == "c" else lowered.floats
+    checked = deploy.check(
+        target,
+        path,
+        write(target, dense, "dense"),
+        lowered.images,
+        lowered.expected,
+        batches=(1, 32),
+        pairs=2,
+    )
+    assert checked.count == len(lowered.images)
+    assert checked.agreement >= 0.999
+    assert set(checked.latencies) == {1, 32}
+    if target not in ("c", "stablehlo"):  # StableHLO's text of the graph outweighs 3 kB of weights
+        assert not checked.larger
+
+
+@pytest.mark.parametrize("target", deploy.TARGETS)
+def test_a_mixture_answers_as_the_expert_that_its_gate_chooses(target, write, lowered):
+    def first_pixels(params, x):
+        return x.reshape(x.shape[0], -1) @ params
+
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal((64, 2)), jnp.float32)
+    x = jnp.asarray(lowered.images)
+    spec = quantization.spec(core.trace(first_pixels, params, x[:1]))
+    ranges = quantization.calibrate(first_pixels, params, [(x,)], spec)
+    gate = deploy.lower(first_pixels, params, spec, ranges, x)
+    # Two experts that answer differently: the second is the first with its classes reversed.
+    head = next(op for op in lowered.integers.operations if op.output == lowered.integers.output)
+    other = _with_reversed_classes(lowered.integers, head)
+    mixture = deploy.Mixture(gate, (lowered.integers, other))
+    images = lowered.images[:64]
+    chosen = np.asarray(deploy.run(gate)(images)).argmax(-1)
+    assert 0 < chosen.mean() < 1
+    each = np.stack([np.asarray(deploy.run(p)(images)) for p in (lowered.integers, other)])
+    expected = each[chosen, np.arange(64)]
+    session = installed(target).session(write(target, mixture), batch=1, threads=1)
+    got = np.concatenate([session(images[i : i + 1]) for i in range(64)])
+    assert (got.argmax(-1) == expected.argmax(-1)).all()
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def _with_reversed_classes(program, head):
+    import dataclasses
+
+    w = head.weights
+    turned = dataclasses.replace(
+        w,
+        values=np.ascontiguousarray(w.values[..., ::-1]),
+        scale=w.scale[::-1].copy(),
+        bias=w.bias[::-1].copy(),
+    )
+    operations = tuple(
+        dataclasses.replace(op, weights=turned) if op is head else op for op in program.operations
+    )
+    return dataclasses.replace(program, operations=operations)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_integers_of_every_model_against_onnx_runtime(small_model, write, name, digits):
+    """On real images: digits, as large and as many-coloured as the model wants."""
+    model = small_model(name)
+    side, count = model.images.shape[1], 64
+    images = jax.image.resize(digits.images[:count], (count, side, side, 1), "bilinear")
+    images = jnp.broadcast_to(images, (count, side, side, 3)) - 0.3
+    spec = quantization.spec(core.trace(model.fn, model.params, images[:1]))
+    ranges = quantization.calibrate(model.fn, model.params, [(images,)], spec)
+    program = deploy.lower(model.fn, model.params, spec, ranges, images)
+    ours = np.asarray(jax.jit(deploy.run(program))(images))
+    session = deploy.TARGETS["onnx"].session(write("onnx", program), batch=count, threads=1)
+    theirs = session(np.asarray(images))
+    # Sums may round to the other side of a tie; what is behind them passes on one step.
+    assert np.abs(ours - theirs).max() <= 0.05 * np.abs(ours).max()
+    assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.98
+
+
+@pytest.mark.parametrize("target", deploy.TARGETS)
+def test_a_full_disk_leaves_the_old_file(target, write, lowered, monkeypatch):
+    path = write(target, lowered.integers)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        deploy.export_to(target, path, lowered.integers)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in pathlib.Path(path).parent.iterdir()) == [
+        path.name,
+        f"{path.name}.json",
+    ]
+
+
+def test_a_packed_program_comes_back_exactly(tmp_path, lowered):
+    path = tmp_path / "model.safetensors"
+    for program in (lowered.floats, lowered.integers):
+        deploy.save_program(path, program)
+        loaded = deploy.load_program(path)
+        assert loaded.tensors == program.tensors
+        for ours, theirs in zip(loaded.weighted, program.weighted, strict=True):
+            np.testing.assert_array_equal(ours.weights.values, theirs.weights.values)
+            assert ours.weights.values.dtype == theirs.weights.values.dtype
+        images = lowered.images[:32]
+        run, again = (jax.jit(deploy.run(p)) for p in (program, loaded))
+        np.testing.assert_array_equal(run(images), again(images))
+
+
+def test_a_packed_mixture_comes_back(tmp_path, lowered):
+    def fn(params, x):
+        return x.reshape(x.shape[0], -1) @ params
+
+    gate = deploy.lower(fn, jnp.ones((64, 1)), None, None, lowered.images[:1])
+    path = tmp_path / "model.safetensors"
+    deploy.save_program(path, deploy.Mixture(gate, (lowered.integers,)), compress=True)
+    loaded = deploy.load_program(path)
+    x = lowered.images[:1]
+    np.testing.assert_array_equal(deploy.run(loaded)(x), deploy.run(lowered.integers)(x))
+
+
+HOSTILE = {
+    "no programs": {},
+    "an unknown operation": {"kind": "System"},
+    "what was made before": {"kind": "Mean", "inputs": ["nowhere"], "output": "z"},
+    "the shape": {"kind": "Reshape", "inputs": ["x"], "output": "y"},
+}
+
+
+@pytest.mark.parametrize("reason", HOSTILE)
+def test_a_packed_file_that_holds_no_program_is_refused(tmp_path, reason):
+    path = tmp_path / "model.safetensors"
+    operation = HOSTILE[reason]
+    graph = {
+        "input": "x",
+        "output": "y",
+        "tensors": {"x": [[4], None], "y": [[3], None], "z": [[4], None]},
+        "operations": [operation],
+    }
+    deploy.packed.save(path, {}, {"programs": [graph]} if operation else {"other": 1})
+    with pytest.raises(ValueError, match="must hold a program"):
+        deploy.load_program(path)
+
+
+def test_bad_targets_and_batches(tmp_path, lowered):
+    with pytest.raises(ValueError, match="target must be one of"):
+        deploy.export_to("onx", tmp_path / "x", lowered.integers)
+    path = tmp_path / "x.safetensors"
+    deploy.save_program(path, lowered.integers)
+    x, y = lowered.images[:4], lowered.expected[:4]
+    with pytest.raises(ValueError, match="batches"):
+        deploy.check("packed", path, path, x, y, batches=(8,))
+    with pytest.raises(ValueError, match="expected must have shape"):
+        deploy.check("packed", path, path, x, y[:2], batches=(1,), pairs=1)
