@@ -31,7 +31,7 @@ def run(program: Program | Mixture, forms: Forms | None = None) -> Callable[[jax
       makes its result NaN. A NaN that is quantized becomes the zero point.
 
     Raises:
-      ValueError: If `forms` name what is no convolution, or an unknown form.
+      ValueError: If `forms` name what is no convolution or an unknown form, or are too few.
 
     Example:
       >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
@@ -75,7 +75,9 @@ def _function(program, forms, step):
         programs = (program.gate, *program.experts)
         forms = [{}] * len(programs) if forms is None else forms
         if isinstance(forms, Mapping) or len(forms) != len(programs):
-            raise ValueError(f"forms must be {len(programs)} mappings, of gate and experts")
+            raise ValueError(
+                f"forms must be {len(programs)} mappings, of gate and experts, got {forms}"
+            )
         gate, *fns = map(functools.partial(_function, step=step), programs, forms)
         edge = experts.one_of([lambda _, x, fn=fn: fn(x) for fn in fns], lambda _, x: gate(x))
         return lambda x: edge([()] * len(fns), (), x)
