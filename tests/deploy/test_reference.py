@@ -652,8 +652,8 @@ def test_compiled_vmapped_and_exported_to_the_bit():
 
 @pytest.mark.usefixtures("optimized")
 def test_constants_of_two_operations_stay_two():
-    # XLA makes (q · a) · b one product with a · b. At twice the scale every odd integer is next to a
-    # half, and the two products fall on either side of it.
+    # XLA makes (q · a) · b one product with a · b. At twice the scale every odd integer is next to
+    # a half, and the two products fall on either side of it.
     steps = [Convert((a,), b) for a, b in itertools.pairwise(("x", "q", "floats", "other", "y"))]
     rng = np.random.default_rng(0)
     for scale in rng.uniform(0.1, 1, 4).astype(np.float32):
