@@ -1,313 +1,124 @@
 """The inference graph evaluated in JAX: in integers to the last bit what a device computes.
 
-int8 × int8 products accumulate in int32, and are requantized as `arithmetic` states. The function
-jits, vmaps and exports like any other.
+The function jits, vmaps and exports like any other. `simulate` is its twin in floats.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from hybrid_jax.deploy import arithmetic
-from hybrid_jax.deploy.program import (
-    UNBOUNDED,
-    Add,
-    AveragePool,
-    Clip,
-    Concatenate,
-    Conv,
-    Convert,
-    Dense,
-    Encoding,
-    Lookup,
-    MaxPool,
-    Mean,
-    Mixture,
-    Multiply,
-    Operation,
-    Pad,
-    Program,
-    Reshape,
-    Slice,
-    Softmax,
-    Transpose,
-)
+from hybrid_jax import experts
+from hybrid_jax.deploy.forms import check
+from hybrid_jax.deploy.operations import evaluate, requantize, steps_from_zero
+from hybrid_jax.deploy.program import Mixture, Program
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
-# x − 128 fits an int8 for every uint8 x; what it leaves out is added with the bias.
-_SHIFT = 128
+Forms = Mapping[str, str] | Sequence[Mapping[str, str]]
 
 
-def run(program: Program | Mixture) -> Callable[[jax.Array], jax.Array]:
+def run(program: Program | Mixture, forms: Forms | None = None) -> Callable[[jax.Array], jax.Array]:
     """The function that a program stands for.
 
     Args:
       program: In floats, in integers or mixed. A mixture runs the gate and one expert an image.
+      forms: {name of a convolution: 'conv' or 'matmul'}, as `forms.fastest` measures them; of a
+        mixture for the gate and for each expert. What is not named is a 'conv'.
 
     Returns:
       fn(x) -> y, float32 (B, …) to float32 (B, …), pure. A NaN in the gate's output for an image
-      makes its result NaN.
+      makes its result NaN. A NaN that is quantized becomes the zero point.
+
+    Raises:
+      ValueError: If `forms` name what is no convolution or an unknown form, or are too few.
 
     Example:
-      >>> from hybrid_jax.deploy.program import Tensor, Weights
+      >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
       >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
       >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
       >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
       >>> run(Program('x', 'y', tensors, steps))(jnp.array([[1.0, 2.1]]))
       Array([[5.]], dtype=float32)
     """
+    return _function(program, forms, evaluate)
+
+
+def simulate(
+    program: Program | Mixture, forms: Forms | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """The fake-quantized twin of `run`: the same steps on float32 values.
+
+    What is encoded is rounded to its encoding's values and stays a float; kernels are the floats
+    that their integers stand for. For targets without integer kernels, and to see what integer
+    sums change: a value next to half a step may fall on the other side.
+
+    Args:
+      program: As for `run`.
+      forms: As for `run`.
+
+    Returns:
+      fn(x) -> y, as `run` returns.
+
+    Example:
+      >>> from hybrid_jax.deploy.program import Convert, Encoding, Tensor
+      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((2,))}
+      >>> steps = (Convert(('x',), 'q'), Convert(('q',), 'y'))
+      >>> simulate(Program('x', 'y', tensors, steps))(jnp.array([[0.3, 99.0]]))
+      Array([[ 0.25, 31.75]], dtype=float32)
+    """
+    return _function(program, forms, _evaluate_simulated)
+
+
+def _function(program, forms, step):
     if isinstance(program, Mixture):
-        return _mixture(program)
+        programs = (program.gate, *program.experts)
+        forms = [{}] * len(programs) if forms is None else forms
+        if isinstance(forms, Mapping) or len(forms) != len(programs):
+            raise ValueError(
+                f"forms must be {len(programs)} mappings, of gate and experts, got {forms}"
+            )
+        gate, *fns = map(functools.partial(_function, step=step), programs, forms)
+        edge = experts.one_of([lambda _, x, fn=fn: fn(x) for fn in fns], lambda _, x: gate(x))
+        return lambda x: edge([()] * len(fns), (), x)
+    forms = {} if forms is None else forms
+    check(forms, program)
+    return lambda x: trace_tensors(program, x, forms, step)[program.output]
 
-    def fn(x):
-        return trace_tensors(program, x)[program.output]
 
-    return fn
+def trace_tensors(
+    program: Program,
+    x: jax.Array,
+    forms: Mapping[str, str] | None = None,
+    step: Callable[..., jax.Array] = evaluate,
+) -> dict[str, jax.Array]:
+    """Every tensor of a program by name, (B, …), for float32 inputs x: uint8 where encoded.
 
-
-def trace_tensors(program: Program, x: jax.Array) -> dict[str, jax.Array]:
-    """Every tensor of a program by name, (B, …), for float32 inputs x: uint8 where encoded."""
+    Args:
+      program: The program.
+      x: float32 (B, …).
+      forms: As for `run`.
+      step: What computes an operation: `evaluate`, or another function of its arguments.
+    """
     shape = program.tensors[program.input].shape
     if x.shape[1:] != shape:
         raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {x.shape}")
     values = {program.input: x}
     for op in program.operations:
-        encodings = [program.encoding(name) for name in op.inputs]
-        made = evaluate(
+        values[op.output] = step(
             op,
             [values[name] for name in op.inputs],
-            encodings,
+            [program.encoding(name) for name in op.inputs],
             program.encoding(op.output),
             program.tensors[op.output].shape,
+            (forms or {}).get(getattr(op, "name", None), "conv"),
         )
-        values[op.output] = made
     return values
 
 
-def evaluate(
-    op: Operation,
-    values: list[jax.Array],
-    encodings: list[Encoding | None],
-    output: Encoding | None,
-    shape: tuple[int, ...],
-) -> jax.Array:
-    """One operation.
-
-    Args:
-      op: The operation.
-      values: Its inputs, (B, …).
-      encodings: Theirs.
-      output: That of the result.
-      shape: Of one example of the result.
-    """
-    rule = _RULES[type(op)]
-    if isinstance(op, Reshape):
-        return values[0].reshape(values[0].shape[0], *shape)
-    return rule(op, values, encodings, output)
-
-
-def requantize(
-    accumulator: jax.Array, multiplier: np.ndarray, output: Encoding, clip=UNBOUNDED
-) -> jax.Array:
-    """uint8 of an int32 accumulator, as `arithmetic` states; of floats x · multiplier alike.
-
-    Example:
-      >>> requantize(jnp.int32([3, 5, 900]), np.float32(0.5), Encoding(1.0, 10))
-      Array([ 12,  12, 255], dtype=uint8)
-    """
-    low, high = (np.float32(end - output.zero_point) for end in arithmetic.bounds(output, clip))
-    steps = jnp.round(accumulator.astype(jnp.float32) * _channels(multiplier, accumulator))
-    return (jnp.clip(steps, low, high).astype(jnp.int32) + output.zero_point).astype(jnp.uint8)
-
-
-def steps_from_zero(q: jax.Array, encoding: Encoding) -> jax.Array:
-    """The integers less their zero point, int32."""
-    return q.astype(jnp.int32) - encoding.zero_point
-
-
-def _finish(op, accumulator, scales, output, count=1):
-    """The result of an accumulator in steps of the product of the scales."""
-    clip = getattr(op, "clip", UNBOUNDED)
-    factor = arithmetic.multiplier(*scales, output=output or _ONE, count=count)
+def _evaluate_simulated(op, values, encodings, output, shape, form):
+    y = evaluate(op, values, [None] * len(values), None, shape, form)
     if output is None:
-        return jnp.clip(accumulator.astype(jnp.float32) * _channels(factor, accumulator), *clip)
-    return requantize(accumulator, factor, output, clip)
-
-
-_ONE = Encoding(1.0)
-
-
-def _channels(vector, like):
-    """A scalar, or (O,) along the last axis, of the rank of `like`."""
-    vector = np.asarray(vector)
-    return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
-
-
-def _weighted(op, values, encodings, output):
-    (x,), (encoding,), weights = values, encodings, op.weights
-    if encoding is None:
-        floats = weights.values if weights.scale is None else weights.values * weights.scale
-        y = _product(op, x, jnp.asarray(floats))
-        return jnp.clip(y + _channels(weights.bias, y), *op.clip)
-    kernel = jnp.asarray(weights.values)
-    shifted = (x.astype(jnp.int32) - _SHIFT).astype(jnp.int8)
-    y = _product(op, shifted, kernel, encoding.zero_point - _SHIFT)
-    sums = weights.values.astype(np.int64).sum(tuple(range(kernel.ndim - 1)))
-    correction = (_SHIFT - encoding.zero_point) * sums + arithmetic.integer_bias(weights, encoding)
-    y = y + _channels(correction.astype(np.int32), y)
-    return _finish(op, y, (encoding.scale, weights.scale), output)
-
-
-def _product(op, x, kernel, zero=0):
-    """Convolution or matrix product, int32 of integers; the padding holds `zero`."""
-    out = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    if isinstance(op, Dense):
-        return lax.dot(x, kernel, precision="highest", preferred_element_type=out)
-    x = _pad(x, [*op.padding, (0, 0)], zero)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        op.strides,
-        "VALID",
-        rhs_dilation=op.dilation,
-        dimension_numbers=_NHWC,
-        feature_group_count=op.groups,
-        precision="highest",
-        preferred_element_type=out,
-    )
-
-
-def _pad(x, padding, zero):
-    widths = [(0, 0, 0), *((before, after, 0) for before, after in padding)]
-    return lax.pad(x, jnp.asarray(zero, x.dtype), widths)
-
-
-def _add(op, values, encodings, output):
-    a, b = values
-    if None in (*encodings, output):
-        return jnp.clip(a + b, *op.clip)
-    first, second, multiplier = arithmetic.addition(*encodings, output)
-    a, b = map(steps_from_zero, values, encodings)
-    return requantize(a * first + b * second, multiplier, output, op.clip)
-
-
-def _multiply(op, values, encodings, output):
-    if None in encodings:
-        return jnp.clip(_broadcast_product(*values), *op.clip)
-    a, b = map(steps_from_zero, values, encodings)
-    return _finish(op, _broadcast_product(a, b), [e.scale for e in encodings], output)
-
-
-def _broadcast_product(a, b):
-    return a * jnp.broadcast_to(b, a.shape)
-
-
-def _clip(op, values, encodings, output):
-    if output is None:
-        return jnp.clip(values[0], op.low, op.high)
-    low, high = arithmetic.bounds(output, (op.low, op.high))
-    return jnp.clip(values[0], np.uint8(low), np.uint8(high))
-
-
-def _windows(op, x, start, reduce, zero):
-    x = _pad(x, [*op.padding, (0, 0)], zero)
-    return lax.reduce_window(
-        x, jnp.asarray(start, x.dtype), reduce, (1, *op.window, 1), (1, *op.strides, 1), "VALID"
-    )
-
-
-def _max_pool(op, values, encodings, output):
-    least = -np.inf if output is None else 0
-    return _windows(op, values[0], least, lax.max, least)
-
-
-def _average_pool(op, values, encodings, output):
-    return _average(
-        op, values, encodings, output, lambda x: _windows(op, x, 0, lax.add, 0), np.prod(op.window)
-    )
-
-
-def _mean(op, values, encodings, output):
-    return _average(
-        op, values, encodings, output, lambda x: x.sum((1, 2)), np.prod(values[0].shape[1:3])
-    )
-
-
-def _average(op, values, encodings, output, total, count):
-    if encodings[0] is None:
-        return total(values[0]) / np.float32(count)
-    return _finish(
-        op, total(steps_from_zero(values[0], encodings[0])), [encodings[0].scale], output, count
-    )
-
-
-def _concatenate(op, values, encodings, output):
-    parts = [_convert(op, [x], [e], output) for x, e in zip(values, encodings, strict=True)]
-    return jnp.concatenate(parts, op.axis + 1)
-
-
-def _convert(op, values, encodings, output):
-    (x,), (encoding,) = values, encodings
-    if encoding == output:
-        return x
-    if encoding is None:
-        return requantize(x, np.float32(1) / np.float32(output.scale), output)
-    return _finish(op, steps_from_zero(x, encoding), [encoding.scale], output)
-
-
-def _lookup(op, values, encodings, output):
-    if output is None:
-        return {"logistic": jax.nn.sigmoid, "tanh": jnp.tanh, "exp": jnp.exp}[op.function](
-            values[0]
-        )
-    return jnp.asarray(arithmetic.table(op.function, encodings[0], output))[
-        values[0].astype(jnp.int32)
-    ]
-
-
-def _zero_of(encoding):
-    return 0 if encoding is None else encoding.zero_point
-
-
-_RULES = {
-    Conv: _weighted,
-    Dense: _weighted,
-    Add: _add,
-    Multiply: _multiply,
-    Clip: _clip,
-    MaxPool: _max_pool,
-    AveragePool: _average_pool,
-    Mean: _mean,
-    Concatenate: _concatenate,
-    Reshape: None,
-    Transpose: lambda op, values, encodings, output: values[0].transpose(
-        0, *(axis + 1 for axis in op.permutation)
-    ),
-    Pad: lambda op, values, encodings, output: _pad(values[0], op.padding, _zero_of(output)),
-    Slice: lambda op, values, encodings, output: values[0][
-        (slice(None), *map(slice, op.starts, op.stops, op.strides))
-    ],
-    Lookup: _lookup,
-    Softmax: lambda op, values, encodings, output: jax.nn.softmax(values[0]),
-    Convert: _convert,
-}
-
-
-def _mixture(mixture):
-    gate = run(mixture.gate)
-    experts = [run(program) for program in mixture.experts]
-
-    def one(x):
-        scores = gate(x)[0]
-        y = lax.switch(jnp.argmax(scores), experts, x)
-        return jnp.where(jnp.isnan(scores).any(), jnp.nan, y)
-
-    def fn(x):
-        if x.shape[0] == 1:
-            return one(x)
-        return lax.map(lambda image: one(image[None])[0], x)
-
-    return fn
+        return y
+    steps = requantize(y, np.float32(1) / np.float32(output.scale), output)
+    return steps_from_zero(steps, output).astype(jnp.float32) * np.float32(output.scale)

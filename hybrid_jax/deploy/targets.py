@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hybrid_jax.deploy import artifact, c, stablehlo, storage
-from hybrid_jax.deploy.program import Mixture
+from hybrid_jax.deploy.forms import fastest
 from hybrid_jax.deploy.reference import run
 
 Session = Callable[[np.ndarray], np.ndarray]
@@ -33,12 +33,10 @@ class Target(NamedTuple):
     session: Callable[..., Session]
 
 
-def stablehlo_export(path, program, **options):
-    """Writes a program as StableHLO, by `stablehlo.export`."""
-    first = program.gate if isinstance(program, Mixture) else program
-    x = jax.ShapeDtypeStruct((1, *first.tensors[first.input].shape), np.float32)
-    fn = run(program)
-    return stablehlo.export(path, lambda _, x: fn(x), {}, x, **options)
+def _stablehlo_export(path, program, **options):
+    # The file keeps the forms that its convolutions have: here those that are fastest.
+    options = {"forms": fastest(program)} | options
+    return stablehlo.export_program(path, program, **options)
 
 
 def _stablehlo_session(path, batch, threads):
@@ -79,7 +77,8 @@ def _tflite_session(path, batch, threads):
 
 
 def _packed_session(path, batch, threads):
-    fn = jax.jit(run(storage.load_program(path)))
+    program = storage.load_program(path)
+    fn = jax.jit(run(program, fastest(program)))
     return lambda x: np.asarray(fn(x))
 
 
@@ -108,7 +107,7 @@ def _c_session(path, batch, threads):
 
 
 TARGETS = {
-    "stablehlo": Target(".stablehlo", stablehlo_export, _stablehlo_session),
+    "stablehlo": Target(".stablehlo", _stablehlo_export, _stablehlo_session),
     "onnx": Target(".onnx", _onnx_export, _onnx_session),
     "openvino": Target(".openvino.onnx", _onnx_export, _openvino_session),
     "tflite": Target(".tflite", _tflite_export, _tflite_session),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import deploy, experts
+from hybrid_jax.deploy.program import Conv, Convert, Dense, Reshape
 
 
 class Net(nn.Module):
@@ -102,6 +103,75 @@ def test_integers_stay_integers(tmp_path, leaf):
     assert manifest["bytes"] < 4096 + 6000
     text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
     assert "tensor<64x64xi8>" in text
+
+
+def integer_program(seed, channels=8, outputs=4, bits=8):
+    """A convolution of 8 × 8 × 3 and a dense layer of 64 · channels · outputs weights."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        ones, bias = np.ones(shape[-1], np.float32), rng.standard_normal(shape[-1])
+        values = rng.integers(-127, 128, shape).astype(np.int8)
+        return deploy.Weights(values, ones / 500, bias.astype(np.float32), bits)
+
+    tensors = {
+        "x": deploy.Tensor((8, 8, 3)),
+        "q": deploy.Tensor((8, 8, 3), deploy.Encoding(0.02, 128)),
+        "conv": deploy.Tensor((8, 8, channels), deploy.Encoding(0.02)),
+        "flat": deploy.Tensor((64 * channels,), deploy.Encoding(0.02)),
+        "y": deploy.Tensor((outputs,)),
+    }
+    around = ((1, 1), (1, 1))
+    steps = (
+        Convert(("x",), "q"),
+        Conv(("q",), "conv", "stem", draw(3, 3, 3, channels), padding=around),
+        Reshape(("conv",), "flat"),
+        Dense(("flat",), "y", "head", draw(64 * channels, outputs)),
+    )
+    return deploy.Program("x", "y", tensors, steps)
+
+
+@pytest.mark.parametrize("form", ["conv", "matmul"])
+def test_a_program_takes_a_byte_for_each_weight(tmp_path, images, form):
+    # 216 + 64 · 8 · 256 weights: 131 kB in int8, 525 kB as float32; the rest is some 10 kB.
+    program = integer_program(0, outputs=256)
+    count = sum(op.weights.values.size for op in program.weighted)
+    assert count == 216 + 64 * 8 * 256
+    manifest = deploy.export_program(tmp_path / "f", program, forms={"stem": form})
+    assert count < manifest["bytes"] < 1.1 * count
+    assert manifest["inputs"] == [{"shape": ["b", 8, 8, 3], "dtype": "float32"}]
+    assert manifest["outputs"] == [{"shape": ["b", 256], "dtype": "float32"}]
+    text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
+    assert ("stablehlo.convolution" in text) == (form == "conv")
+    want = jax.jit(deploy.run(program))(images)
+    # The integers are the same in the new process, in either form.
+    verification = deploy.verify(tmp_path / "f", images, want, batch_size=3)
+    assert verification == (0.0, 1.0, len(images))
+
+
+def test_a_mixture_of_programs(tmp_path, images):
+    mixture = deploy.Mixture(integer_program(1, 4, 2), (integer_program(2), integer_program(3, 4)))
+    want = jax.jit(deploy.run(mixture))(images)
+    forms = [{"stem": "matmul"}, {"stem": "conv"}, {}]
+    deploy.export_program(tmp_path / "f", mixture, forms=forms, platforms=["cpu"])
+    assert deploy.verify(tmp_path / "f", images, want, batch_size=4) == (0.0, 1.0, len(images))
+    text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
+    assert text.count('"stablehlo.case"') == 1
+    assert text.count("stablehlo.convolution") == 2
+
+
+def test_a_simulated_program(tmp_path, images):
+    program = integer_program(4)
+    manifest = deploy.export_program(
+        tmp_path / "f", program, simulated=True, symbolic_batch=False, platforms=["cpu"]
+    )
+    assert manifest["inputs"] == [{"shape": [1, 8, 8, 3], "dtype": "float32"}]
+    want = jax.jit(deploy.simulate(program))(images)
+    assert deploy.verify(tmp_path / "f", images, want).max_difference < 1e-4
+    text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
+    # Kernels are stored as integers all the same; nothing is summed in int32.
+    assert "tensor<512x4xi8>" in text
+    assert "tensor<1x4xi32>" not in text
 
 
 def test_several_inputs_share_the_batch(tmp_path):
