@@ -44,35 +44,31 @@ def _variants(module, size):
 
 
 def _rows(folder, name, target, programs, size):
-    suffix, x = (
-        deploy.TARGETS[target].suffix,
-        np.asarray(measure.inputs(size.deployed_batches[-1], size.small_image)),
-    )
-    paths = {}
+    runtime = deploy.TARGETS[target]
+    x = np.asarray(measure.inputs(size.deployed_batches[-1], size.small_image))
+    written = {}
     for variant, program in programs.items():
-        path = folder / f"{name} {variant}{suffix}"
+        path = folder / f"{name} {variant}{runtime.suffix}"
         try:
             manifest = deploy.export_to(target, path, program)
         except ImportError:
             return
         except ValueError:
             continue  # C takes integers alone
-        paths[variant] = path, manifest["bytes"]
-    reference, dense_bytes = paths.get("dense float32") or paths["dense int8"]
-    for variant, (path, own) in paths.items():
-        if path == reference:
-            continue
+        written[variant] = path, manifest.get("flash", manifest["bytes"])
+    reference, *others = written
+    for variant in others:
+        ratio = written[reference][1] / written[variant][1]
         for batch in size.deployed_batches:
-            ours, dense = (
-                deploy.TARGETS[target].session(file, batch=batch, threads=1)
-                for file in (path, reference)
+            ours, theirs = (
+                runtime.session(written[v][0], batch=batch, threads=1) for v in (variant, reference)
             )
             yield measure.ratio(
-                f"{target}: {name} {variant}, batch {batch}",
+                f"{target}: {name} {variant} / {reference}, batch {batch}",
                 ours,
-                dense,
+                theirs,
                 x[:batch],
                 pairs=size.pairs,
                 target=1.0,
-                note=f"{own / 1e3:,.0f} kB, {dense_bytes / own:.3g}× smaller",
+                note=f"{written[variant][1] / 1e3:,.0f} kB, {ratio:.3g}× smaller",
             )

@@ -50,8 +50,23 @@ def text(results):
 
 
 def names(what):
+    if what == "deploy":
+        return list(deployed())
     with_qwix = what == "quantization" and importlib.util.find_spec("qwix")
     return ROWS[what] + (QWIX if with_qwix else [])
+
+
+def deployed():
+    """One row for each runtime, variant and batch; C has no floats, so its reference is int8."""
+    for target in ("stablehlo", "onnx", "openvino", "tflite", "packed", "c"):
+        if target == "openvino" and not importlib.util.find_spec("openvino"):
+            continue
+        first = [] if target == "c" else ["dense int8", "half float32"]
+        reference = "dense int8" if target == "c" else "dense float32"
+        # In the order in which the variants are made: dense, then half.
+        for variant in [*first, "half int8"]:
+            for batch in (1, 2):
+                yield f"{target}: tiny {variant} / {reference}, batch {batch}"
 
 
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # by Qwix
@@ -102,7 +117,7 @@ def test_output(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--what=prunning": "--what must be one of core, pruning, quantization, experts, "
-    "got 'prunning'; did you mean pruning?",
+    "deploy, got 'prunning'; did you mean pruning?",
     "--size=big": "--size must be one of small, full, got 'big'",
     "--output=/no/such/place.json": "--output must be a file in a directory that exists, "
     "got /no/such/place.json",
