@@ -68,7 +68,7 @@ def _rows(folder, name, target, programs, size):
                 ours,
                 theirs,
                 x[:batch],
-                pairs=size.pairs,
+                pairs=size.pairs if batch == 1 else size.step_pairs,
                 target=1.0,
                 note=f"{written[variant][1] / 1e3:,.0f} kB, {ratio:.3g}× smaller",
             )

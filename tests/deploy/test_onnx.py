@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_jax import core, deploy, models, quantization
-from hybrid_jax.deploy import artifact
+from hybrid_jax.deploy import artifact, onnx_sessions, onnx_writer
 from hybrid_jax.deploy.program import (
     UNBOUNDED,
     Add,
@@ -61,7 +61,7 @@ def quiet(monkeypatch):
 def session(request):
     if request.param == "openvino":
         pytest.importorskip("openvino")
-    return getattr(deploy, f"{request.param}_session")
+    return getattr(onnx_sessions, f"{request.param}_session")
 
 
 def weights(rng, *shape):
@@ -217,7 +217,7 @@ def units(session, program, seed=0):
 
 def allowed(session):
     """Units by which sums of products may differ: OpenVINO multiplies by its scales one by one."""
-    return {deploy.onnx_session: 0, deploy.openvino_session: 1}[session]
+    return {onnx_sessions.onnx_session: 0, onnx_sessions.openvino_session: 1}[session]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -263,7 +263,7 @@ def test_any_convolution_agrees(seed, size, kernel, strides, padding, grouping, 
     out = Encoding(0.0297 * 255 / (2**bits - 1), zero % 2**bits, 0, 2**bits - 1)
     given_ = image(Encoding(0.0213, zero), (size, size, inputs))
     program = single(make, [given_], image(out, (*shape, outputs)))
-    assert units(deploy.onnx_session, program, seed).max() == 0
+    assert units(onnx_sessions.onnx_session, program, seed).max() == 0
 
 
 def network(seed=0):
@@ -512,7 +512,7 @@ def test_a_trained_network_keeps_its_answers(session, trained, digits):
     # leaves the residual block's convolution unrounded, by 0.05 on average.
     program, want = trained
     got = session(contents(program))(np.asarray(digits.held_out_images))
-    most = {deploy.onnx_session: 0.1, deploy.openvino_session: 0.4}
+    most = {onnx_sessions.onnx_session: 0.1, onnx_sessions.openvino_session: 0.4}
     assert np.abs(got - want).max() < most[session]
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
@@ -531,7 +531,7 @@ def test_every_model_that_we_ship(small_model, name, tmp_path):
     ranges = quantization.calibrate(model.fn, model.params, [(model.images,)], spec)
     program = deploy.lower(model.fn, model.params, spec, ranges, model.images)
     want = np.asarray(jax.jit(deploy.run(program))(model.images))
-    got = deploy.onnx_session(contents(program))(np.asarray(model.images))
+    got = onnx_sessions.onnx_session(contents(program))(np.asarray(model.images))
     assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
     counts = optimized(deploy.to_onnx(program), tmp_path)
     layers = collections.Counter(type(op) for op in program.operations)
@@ -546,12 +546,12 @@ def test_every_model_that_we_ship(small_model, name, tmp_path):
 def test_opsets(images, tmp_path):
     program = network()
     newest = onnx.defs.onnx_opset_version()
-    want = deploy.onnx_session(contents(program))(images)
+    want = onnx_sessions.onnx_session(contents(program))(images)
     for opset in (13, 17, 23):
         model = deploy.to_onnx(program, opset=opset)
         assert optimized(model, tmp_path)["QLinearConv"] == COMPUTING["QLinearConv"]
         assert [entry.version for entry in model.opset_import] == [opset]
-        got = deploy.onnx_session(model.SerializeToString())(images)
+        got = onnx_sessions.onnx_session(model.SerializeToString())(images)
         np.testing.assert_array_equal(got, want)
     for opset in (12, newest + 1, 21.5):
         with pytest.raises(ValueError, match=rf"opset must be an integer in \[13, {newest}\]"):
@@ -562,7 +562,7 @@ def test_an_opset_newer_than_the_runtime():
     model = deploy.to_onnx(network())
     model.opset_import[0].version = 999
     with pytest.raises(ValueError, match=r"that ONNX Runtime [\d.]+ takes: .*pset 999"):
-        deploy.onnx_session(model.SerializeToString())
+        onnx_sessions.onnx_session(model.SerializeToString())
 
 
 def test_what_is_no_model(session):
@@ -591,7 +591,7 @@ def test_an_accumulator_that_may_overflow():
 
 def test_a_file_and_its_manifest(tmp_path, session, images):
     path = tmp_path / "net.onnx"
-    manifest = deploy.export_onnx(path, network())
+    manifest = onnx_writer.export_onnx(path, network())
     assert manifest == json.loads((tmp_path / "net.onnx.json").read_text())
     assert {key: manifest[key] for key in ("kind", "onnx", "opset", "inputs", "outputs")} == {
         "kind": "onnx",
@@ -600,7 +600,7 @@ def test_a_file_and_its_manifest(tmp_path, session, images):
         "inputs": [{"shape": ["N", *IMAGE], "dtype": "float32"}],
         "outputs": [{"shape": ["N", 10], "dtype": "float32"}],
     }
-    assert deploy.export_onnx(tmp_path / "again", network())["sha256"] == manifest["sha256"]
+    assert onnx_writer.export_onnx(tmp_path / "again", network())["sha256"] == manifest["sha256"]
     want = session(contents(network()))(images)
     np.testing.assert_array_equal(session(path)(images), want)
     for wrong in (images[:0], images[:, :5], images[0]):
@@ -622,8 +622,8 @@ def test_what_is_not_installed_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     for call, extra in {
         lambda: deploy.to_onnx(network()): "onnx",
-        lambda: deploy.onnx_session(data): "onnx",
-        lambda: deploy.openvino_session(data): "openvino",
+        lambda: onnx_sessions.onnx_session(data): "onnx",
+        lambda: onnx_sessions.openvino_session(data): "openvino",
     }.items():
         with pytest.raises(ImportError, match=rf"hybrid_jax\[{extra}\]"):
             call()
