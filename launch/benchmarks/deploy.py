@@ -51,6 +51,7 @@ def _rows(folder, name, target, programs, size):
         path = folder / f"{name} {variant}{runtime.suffix}"
         try:
             manifest = deploy.export_to(target, path, program)
+            runtime.session(path, batch=1, threads=1)
         except ImportError:
             return
         except ValueError:

@@ -414,7 +414,7 @@ def _flatten(draw, b):
 STEPS = [_conv, _conv, _pool, _pairwise, _join, _single, _move]
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_random_programs_give_the_bits_of_the_reference(examples):
     @settings(max_examples=examples, deadline=None)
     @given(st.lists(built_programs(), min_size=8, max_size=12), st.booleans())
