@@ -135,7 +135,9 @@ def test_a_gate_that_collapses_is_detected_and_reported(done, tmp_path):
         lambda path, leaf: leaf.at[0].set(1e3) if path.endswith("Dense_0/bias") else leaf,
         models.gate.params["variables"],
     )
-    gate = recipes.learn_gate(job, models.dense, models.variables, models.made, "forced", forced)
+    gate = recipes.learn_gate(
+        job, models.dense, models.variables, models.made, name="forced", start=forced
+    )
     records = training.read_records(job.workdir / "records.jsonl")
     entropies = pipeline.entropy_per_epoch(records, "forced", epoch=4)
     assert entropies == [0.0]
