@@ -62,7 +62,10 @@ def evaluate(program: Program, op: Operation, values: list[jax.Array]) -> jax.Ar
     made = program.tensors[op.output]
     if isinstance(op, Convert) and encodings == [made.encoding]:
         return values[0]
-    if type(op) in _RULES:
+    if type(op) in _REQUANTIZING:
+        place = program.operations.index(op)
+        y = _REQUANTIZING[type(op)](op, values, encodings, made.encoding, place)
+    elif type(op) in _RULES:
         y = _RULES[type(op)](op, values, encodings, made.encoding)
     else:
         y = reference.evaluate(op, values, [None] * len(values), None, made.shape)
@@ -156,22 +159,25 @@ def _weighted(op, values, encodings, output):
     return y + bias.reshape([1] * (y.ndim - 1) + [-1])
 
 
-def _convert(op, values, encodings, output):
-    return _requantized(values[0], encodings[0], output)
+def _convert(op, values, encodings, output, place):
+    return _requantized(values[0], encodings[0], output, place)
 
 
-def _requantized(x, encoding, output):
+def _requantized(x, encoding, output, place):
     """Values on their way to another encoding: times one, as LiteRT's QUANTIZE rounds its factor.
 
     Nor does the converter keep in integers what else reads a tensor that QUANTIZE reads.
     """
     if encoding == output or None in (encoding, output):
         return x
-    return x * mark(np.ones((1,) * x.ndim, np.float32), Encoding(1.0))
+    # Each one is stored in its own way: two equal products of a tensor would be merged, and both
+    # would then have the encoding of one of them.
+    one = Encoding(1.0, place % 255)
+    return x * mark(np.ones((1,) * x.ndim, np.float32), one)
 
 
-def _concatenate(op, values, encodings, output):
-    parts = [_requantized(x, e, output) for x, e in zip(values, encodings)]
+def _concatenate(op, values, encodings, output, place):
+    parts = [_requantized(x, e, output, place) for x, e in zip(values, encodings)]
     if output is not None:
         parts = [mark(x, output) for x in parts]
     return jnp.concatenate(parts, op.axis + 1)
@@ -201,12 +207,12 @@ def _max_pool(op, values, encodings, output):
     return lax.reduce_window(x, np.float32(-np.inf), lax.max, window, strides, padding)
 
 
-def _lookup(op, values, encodings, output):
+def _lookup(op, values, encodings, output, place):
     y = reference.evaluate(op, values, [None], None, ())
     if output is None:
         return y
     own = _TABLES.get(op.function, output)
-    return _requantized(mark(y, own), own, output)
+    return _requantized(mark(y, own), own, output, place)
 
 
 def _multiply(op, values, encodings, output):
@@ -222,7 +228,6 @@ _RULES = {
     Clip: lambda op, values, encodings, output: values[0],
     MaxPool: _max_pool,
     AveragePool: _average_pool,
-    Concatenate: _concatenate,
-    Lookup: _lookup,
-    Convert: _convert,
 }
+# These are told their place in the program too.
+_REQUANTIZING = {Concatenate: _concatenate, Lookup: _lookup, Convert: _convert}

@@ -510,3 +510,26 @@ def test_names_the_extra_that_is_missing(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{module} is not installed.*hybrid_jax\[litert\]"):
         litert.to_litert(expert(0)) if data is None else litert.litert_session(data)
+
+
+def test_one_tensor_in_two_encodings():
+    # As where two sites read a tensor with ranges of their own.
+    tensors = {
+        "x": Tensor((6,)),
+        "a": Tensor((6,), Encoding(1 / 64, 128)),
+        "b": Tensor((6,), Encoding(1 / 80, 128)),
+        "c": Tensor((6,), Encoding(1 / 40, 128)),
+        "y": Tensor((6,), Encoding(1 / 30, 128)),
+        "out": Tensor((6,)),
+    }
+    steps = (
+        Convert(("x",), "a"),
+        Convert(("a",), "b"),
+        Convert(("a",), "c"),
+        Add(("b", "c"), "y"),
+        Convert(("y",), "out"),
+    )
+    program = Program("x", "out", tensors, steps)
+    x = np.random.default_rng(0).uniform(-1.5, 1.5, (16, 6)).astype(np.float32)
+    got = litert.litert_session(litert.to_litert(program))(x)
+    assert np.abs(got - np.asarray(reference.run(program)(x))).max() <= 1 / 30 + 1e-6
