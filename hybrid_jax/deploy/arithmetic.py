@@ -12,7 +12,7 @@ accumulators are
 * mean, average pool:  Σ (x − z_x) over the window
 * conversion, concatenation: x − z_x
 
-and nothing overflows: `check_accumulator` holds the sums of a kernel below 2^31.
+and nothing overflows: `integer_bias` refuses a kernel whose sums may reach 2^31.
 """
 
 from typing import NamedTuple

@@ -40,17 +40,13 @@ def export_c(
       OSError: If it cannot be written; what was there before stays.
     """
     code = _write(program, name, pack)
-    first, last = (
-        (program.gate, program.experts[0]) if isinstance(program, Mixture) else (program, program)
-    )
-    x, y = first.tensors[first.input], last.tensors[last.output]
     facts = {
         "kind": "c",
         "name": name,
         "flash": code.flash,
         "ram": code.ram,
-        "inputs": [{"shape": [1, *x.shape], "dtype": "float32"}],
-        "outputs": [{"shape": [1, *y.shape], "dtype": "float32"}],
+        "inputs": [{"shape": [1, *program.input_shape], "dtype": "float32"}],
+        "outputs": [{"shape": [1, *program.output_shape], "dtype": "float32"}],
     }
     return artifact.write(path, code.text.encode(), facts)
 
@@ -105,10 +101,8 @@ def _write(program, name, pack):
             f"name must be a C identifier that starts with a letter, got {name!r}: "
             "letters without accents, digits and underscores"
         )
-    mixture = isinstance(program, Mixture)
-    programs = [program.gate, *program.experts] if mixture else [program]
     constants = c_text.Constants()
-    bodies = [c_statements.body(part, constants, pack) for part in programs]
+    bodies = [c_statements.body(part, constants, pack) for part in program.parts]
     kernels = _called("".join(body.text for body in bodies))
     ram = max(body.ram for body in bodies)
     text = (
@@ -117,8 +111,8 @@ def _write(program, name, pack):
         .render(
             name=name,
             upper=name.upper(),
-            inputs=_entries(programs[0], programs[0].input),
-            outputs=_entries(programs[-1], programs[-1].output),
+            inputs=math.prod(program.input_shape),
+            outputs=math.prod(program.output_shape),
             flash=constants.flash,
             ram=ram,
             libm=any("expf(" in kernel for kernel in kernels),
@@ -128,10 +122,6 @@ def _write(program, name, pack):
         )
     )
     return _Code(text, constants.flash, ram)
-
-
-def _entries(program, name):
-    return math.prod(program.tensors[name].shape)
 
 
 def _environment():

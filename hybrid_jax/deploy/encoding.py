@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, quantization
 from hybrid_jax.deploy import reference
 from hybrid_jax.deploy.builder import Source
+from hybrid_jax.deploy.operations import evaluate, rounded
 from hybrid_jax.deploy.program import (
     SAME_ENCODING,
     AveragePool,
@@ -154,27 +154,21 @@ def _span(name, role, quantizer, ranges):
 def _spans(program, weights, wanted, x) -> dict[str, tuple[float, float]]:
     """The ends of every tensor's values for `x`, with the sites computing as quantized."""
 
+    def step(op, values, encodings, output, shape, form):
+        del encodings, output  # the program is one of floats
+        if isinstance(op, Conv | Dense):
+            given, encoding = weights[op.name], wanted.get(op.name)
+            if given.scale is not None:
+                floats = given.values * given.scale
+                op = dataclasses.replace(op, weights=Weights(floats, None, given.bias))
+            if encoding is not None:
+                values = [rounded(values[0], encoding)]
+        return evaluate(op, values, [None] * len(values), None, shape, form)
+
     @jax.jit
     def see(x):
-        values = {program.input: x}
-        for op in program.operations:
-            inputs = [values[name] for name in op.inputs]
-            if isinstance(op, Conv | Dense):
-                given = weights[op.name]
-                if given.scale is not None:
-                    floats = given.values * given.scale
-                    op = dataclasses.replace(op, weights=Weights(floats, None, given.bias))
-                encoding = wanted.get(op.name)
-                if encoding is not None:
-                    steps = reference.requantize(
-                        inputs[0], np.float32(1) / np.float32(encoding.scale), encoding
-                    )
-                    zero = reference.steps_from_zero(steps, encoding)
-                    inputs = [zero.astype(jnp.float32) * np.float32(encoding.scale)]
-            nothing = [None] * len(inputs)
-            shape = program.tensors[op.output].shape
-            values[op.output] = reference.evaluate(op, inputs, nothing, None, shape)
-        return {name: (value.min(), value.max()) for name, value in values.items()}
+        made = reference.trace_tensors(program, x, step=step)
+        return {name: (value.min(), value.max()) for name, value in made.items()}
 
     seen = see(x)
     core.check_finite("the values that tensors take for x", seen)

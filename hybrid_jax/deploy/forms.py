@@ -49,7 +49,7 @@ def fastest(program: Program | Mixture, batch: int = 1) -> dict[str, str] | list
     """
     core.check_integer("batch", batch, 1)
     if isinstance(program, Mixture):
-        return [fastest(part) for part in (program.gate, *program.experts)]
+        return [fastest(part) for part in program.parts]
     return {
         op.name: _fastest(
             jax.default_backend(),

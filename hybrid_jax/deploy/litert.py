@@ -11,7 +11,6 @@ integers, whose lower end LiteRT takes one lower. An operation from integers to 
 layer, computes in floats, from a kernel stored in int8.
 """
 
-import importlib
 import importlib.metadata
 import os
 import re
@@ -24,6 +23,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
+from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.litert_marks import MARK, evaluate, mark, marked
 from hybrid_jax.deploy.program import Mixture, Program
 
@@ -82,17 +82,16 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
       ImportError, ValueError: As `to_litert`.
       OSError: If it cannot be written; what was there stays.
     """
-    data, parts = to_litert(program), _parts(program)
+    data = to_litert(program)
     batch = 1 if isinstance(program, Mixture) else "b"
-    last = list(parts.values())[-1]
     x, y = (
-        {"shape": [batch, *last.tensors[name].shape], "dtype": "float32"}
-        for name in (last.input, last.output)
+        {"shape": [batch, *shape], "dtype": "float32"}
+        for shape in (program.input_shape, program.output_shape)
     )
     facts = {
         "kind": KIND,
         "litert_converter": importlib.metadata.version("litert-converter"),
-        "signatures": list(parts),
+        "signatures": list(_parts(program)),
         "inputs": [x],
         "outputs": [y],
     }
@@ -152,7 +151,7 @@ def interpret(file: str | os.PathLike | bytes, threads: int = 1) -> Any:
         file, manifest = artifact.read(path := file)
         if manifest.get("kind") != KIND:
             raise ValueError(f"{path} must be of kind {KIND!r}, got {manifest.get('kind')!r}")
-    library = _import("ai_edge_litert.interpreter")
+    library = require("ai_edge_litert.interpreter", "litert")
     return library.Interpreter(model_content=file, num_threads=threads)
 
 
@@ -190,7 +189,7 @@ def _check_converts(program, op):
 def _to_flatbuffer(functions):
     """The flatbuffer of {signature: (marked function, shapes of its arrays (1, …))}."""
     ir, passes, api = (
-        _import(f"litert_converter.{name}")
+        require(f"litert_converter.{name}", "litert")
         for name in ("mlir.ir", "mlir.passmanager", "converter_api_ext")
     )
     texts = {name: _stablehlo(fn, shapes) for name, (fn, shapes) in functions.items()}
@@ -280,12 +279,3 @@ def _name(ir, operation):
         operation.location = ir.Location.name("#")
     elif found:
         operation.location = ir.Location.name(found[1])
-
-
-def _import(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not installed; it comes with `pip install 'hybrid_jax[litert]'`"
-        ) from error

@@ -7,7 +7,8 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
-from hybrid_jax.deploy.onnx_writer import KIND, require
+from hybrid_jax.deploy.extras import require
+from hybrid_jax.deploy.onnx_writer import KIND
 
 
 def onnx_session(

@@ -13,7 +13,6 @@ convolution from integers to floats in floats; and OpenVINO leaves a convolution
 adds to something, which is where most of its differences in a residual network begin.
 """
 
-import importlib
 import os
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
+from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.onnx_operations import written
 from hybrid_jax.deploy.program import Mixture, Program
 
@@ -58,15 +58,14 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21) -> Any:
     """
     onnx = require("onnx", "onnx")
     core.check_integer("opset", opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
-    first, last, nodes, constants = program, program, [], []
+    nodes, constants = [], []
     if isinstance(program, Mixture):
-        first, last = program.gate, program.experts[0]
         body = _of_an_image(onnx, program)
         nodes = [onnx.helper.make_node("Scan", ["x"], ["y"], body=body, num_scan_inputs=1)]
     else:
         nodes, constants = written(onnx, program, "x", "y")
-    x = _value(onnx, "x", (_BATCH, *first.tensors[first.input].shape))
-    y = _value(onnx, "y", (_BATCH, *last.tensors[last.output].shape))
+    x = _value(onnx, "x", (_BATCH, *program.input_shape))
+    y = _value(onnx, "y", (_BATCH, *program.output_shape))
     opsets = [onnx.helper.make_opsetid("", opset)]
     model = onnx.helper.make_model(
         onnx.helper.make_graph(nodes, "program", [x], [y], constants),
@@ -100,26 +99,6 @@ def export_onnx(
         "outputs": [_describe(value) for value in model.graph.output],
     }
     return artifact.write(path, model.SerializeToString(deterministic=True), facts)
-
-
-def require(name: str, extra: str) -> Any:
-    """Imports an optional module.
-
-    Raises:
-      ImportError: If it is not there, with the extra that it comes with.
-
-    Example:
-      >>> require('no_such_module', 'onnx')
-      Traceback (most recent call last):
-      ...
-      ImportError: no_such_module is not installed; `pip install 'hybrid_jax[onnx]'` brings it
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not installed; `pip install 'hybrid_jax[{extra}]'` brings it"
-        ) from error
 
 
 def _value(onnx, name, shape):

@@ -83,6 +83,18 @@ def steps_from_zero(q: jax.Array, encoding: Encoding) -> jax.Array:
     return q.astype(jnp.int32) - encoding.zero_point
 
 
+def rounded(x: jax.Array, encoding: Encoding) -> jax.Array:
+    """The values of an encoding that are nearest to x, float32.
+
+    Example:
+      >>> rounded(jnp.float32([0.3, 99.0]), Encoding(0.25, 128))
+      Array([ 0.25, 31.75], dtype=float32)
+    """
+    return steps_from_zero(_quantize(x, encoding), encoding).astype(jnp.float32) * np.float32(
+        encoding.scale
+    )
+
+
 def _finish(op, accumulator, scales, output, count=1):
     """The result of an accumulator in steps of the product of the scales."""
     clip = getattr(op, "clip", UNBOUNDED)
@@ -194,8 +206,12 @@ def _convert(op, values, encodings, output):
     if encoding == output:
         return x
     if encoding is None:
-        return requantize(x, np.float32(1) / np.float32(output.scale), output)
+        return _quantize(x, output)
     return _finish(op, steps_from_zero(x, encoding), [encoding.scale], output)
+
+
+def _quantize(x, encoding):
+    return requantize(x, np.float32(1) / np.float32(encoding.scale), encoding)
 
 
 def _lookup(op, values, encodings, output):

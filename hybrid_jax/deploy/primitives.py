@@ -10,11 +10,11 @@ import math
 import numpy as np
 
 from hybrid_jax.deploy.builder import Node, Source
+from hybrid_jax.deploy.moves import MOVES, natural, reshaped
 from hybrid_jax.deploy.program import (
     UNBOUNDED,
     Add,
     AveragePool,
-    Concatenate,
     Conv,
     Dense,
     Lookup,
@@ -23,7 +23,6 @@ from hybrid_jax.deploy.program import (
     Multiply,
     Pad,
     Reshape,
-    Slice,
     Softmax,
     Weights,
 )
@@ -125,7 +124,7 @@ def _dot(builder, eqn, values, site):
         axes=tuple(range(len(node_shape) + 1)),
         sizes=(sizes[0], *node_shape),
     )
-    return [node if node.sizes == sizes else _reshaped(builder, node, sizes)]
+    return [node if node.sizes == sizes else reshaped(builder, node, sizes)]
 
 
 def _scalar_or_channels(node, operand):
@@ -155,7 +154,7 @@ def _affine(builder, node, scale=1.0, shift=0.0):
 def _binary(builder, eqn, values, site):
     name, (a, b) = eqn.primitive.name, values
     if isinstance(a, Node) and isinstance(b, Node):
-        return [_of_two(builder, eqn, name, a, b)]
+        return [_of_two(builder, name, a, b)]
     node, known = (a, b) if isinstance(a, Node) else (b, a)
     known = _scalar_or_channels(node, known)
     if name in ("max", "min"):
@@ -179,7 +178,7 @@ def _binary(builder, eqn, values, site):
     raise ValueError("a constant cannot be divided by a value of the graph")
 
 
-def _of_two(builder, eqn, name, a, b):
+def _of_two(builder, name, a, b):
     if name == "div" and a.softmax and b.softmax and b.softmax == ("sum", a.softmax[1]):
         x = builder.arranged(a.softmax[1], range(len(a.sizes)))
         return x.replace(result=Softmax((x.result,), ""))
@@ -191,7 +190,7 @@ def _of_two(builder, eqn, name, a, b):
         raise ValueError("two values of the graph can only be added or multiplied")
     if any(axis is None and n > 1 for axis, n in zip(a.axes, a.sizes, strict=True)):
         a, b = b, a
-    order = _natural(a)
+    order = natural(a)
     a = builder.arranged(a, order)
     if name == "mul" and any(x is None and n > 1 for x, n in zip(b.axes, b.sizes, strict=True)):
         lengths = [1 if x is None else n for x, n in zip(b.axes, b.sizes, strict=True)]
@@ -205,9 +204,8 @@ def _of_two(builder, eqn, name, a, b):
 
 
 def _clipped(node, low, high):
-    # A bound below the other wins, as in min(max(x, low), high).
-    lowest = min(max(node.clip[0], low), max(high, node.clip[0]) if high > low else high)
-    return node.replace(clip=(min(lowest, high), max(min(node.clip[1], high), low)))
+    first, last = (min(max(end, low), high) for end in node.clip)
+    return node.replace(clip=(first, last))
 
 
 def _clamp(builder, eqn, values, site):
@@ -215,48 +213,6 @@ def _clamp(builder, eqn, values, site):
     if isinstance(low, Node) or isinstance(high, Node) or np.ndim(low) or np.ndim(high):
         raise ValueError("a bound must be one number")
     return [_clipped(node, float(low), float(high))]
-
-
-def _reshaped(builder, node, sizes):
-    """The node under other sizes: only lengths of 1 that come or go need no operation."""
-    if sizes[0] != node.sizes[0]:
-        raise ValueError(f"the batch must stay the leading axis, got {node.sizes} to {sizes}")
-    kept = [(axis, n) for axis, n in zip(node.axes[1:], node.sizes[1:], strict=True) if n != 1]
-    if [n for _, n in kept] == [n for n in sizes[1:] if n != 1]:
-        names = iter([axis for axis, _ in kept])
-        axes = (0, *(None if n == 1 else next(names) for n in sizes[1:]))
-        return node.replace(axes=axes, sizes=tuple(sizes))
-    node = builder.arranged(node, range(len(node.sizes)))
-    shape = tuple(sizes[1:])
-    return Node(Reshape((node.result,), ""), shape, tuple(range(len(sizes))), tuple(sizes))
-
-
-def _natural(node):
-    """The traced value's axes in the order that the graph has them."""
-    return sorted(range(len(node.axes)), key=lambda i: (node.axes[i] is None, node.axes[i] or 0))
-
-
-def _reshape(builder, eqn, values, site):
-    return [_reshaped(builder, values[0], eqn.outvars[0].aval.shape)]
-
-
-def _broadcast(builder, eqn, values, site):
-    node, where = values[0], eqn.params["broadcast_dimensions"]
-    sizes = eqn.outvars[0].aval.shape
-    axes: list[int | None] = [None] * len(sizes)
-    for axis, place in enumerate(where):
-        axes[place] = node.axes[axis] if node.sizes[axis] == sizes[place] else None
-    return [node.replace(axes=tuple(axes), sizes=tuple(sizes))]
-
-
-def _transpose(builder, eqn, values, site):
-    node, order = values[0], eqn.params["permutation"]
-    return [
-        node.replace(
-            axes=tuple(node.axes[axis] for axis in order),
-            sizes=tuple(node.sizes[axis] for axis in order),
-        )
-    ]
 
 
 def _reduced(node, axes):
@@ -326,56 +282,6 @@ def _pool(builder, eqn, values, site):
     return [made if kind is MaxPool else made.replace(scale=np.float32(math.prod(size)))]
 
 
-def _concatenate(builder, eqn, values, site):
-    if not all(isinstance(value, Node) for value in values):
-        raise ValueError("only values of the graph can be concatenated")
-    first, axis = values[0], eqn.params["dimension"]
-    order = _natural(first)
-    if None in first.axes or first.axes[axis] == 0:
-        raise ValueError("the batch and broadcast values cannot be concatenated")
-    parts = [builder.arranged(node, order) for node in values]
-    place = parts[0].axes[axis]
-    sizes = eqn.outvars[0].aval.shape
-    shape = tuple(sizes[i] for i in order[1:])
-    op = Concatenate(tuple(part.result for part in parts), "", place - 1)
-    return [Node(op, shape, parts[0].axes, sizes)]
-
-
-def _slice(builder, eqn, values, site):
-    node, params = values[0], eqn.params
-    strides = params["strides"] or (1,) * len(node.sizes)
-    whole = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    return [_cut(builder, eqn, node, tuple(whole))]
-
-
-def _cut(builder, eqn, node, cuts):
-    sizes = eqn.outvars[0].aval.shape
-    if sizes[0] != node.sizes[0]:
-        raise ValueError("the batch cannot be sliced")
-    order = _natural(node)
-    x = builder.arranged(node, order)
-    starts, stops, strides = zip(*(cuts[axis] for axis in order[1:]), strict=True)
-    shape = tuple(sizes[axis] for axis in order[1:])
-    return Node(Slice((x.result,), "", starts, stops, strides), shape, x.axes, sizes)
-
-
-def _pad(builder, eqn, values, site):
-    node, value = values
-    config = eqn.params["padding_config"]
-    if isinstance(value, Node) or float(np.asarray(value)) != 0:
-        raise ValueError("padding must be with zeros")
-    if any(inner for _, _, inner in config) or min(min(c[:2]) for c in config) < 0:
-        raise ValueError("padding must be around the values, and not negative")
-    if any(config[0][:2]):
-        raise ValueError("the batch cannot be padded")
-    order = _natural(node)
-    x = builder.arranged(node, order)
-    sizes = eqn.outvars[0].aval.shape
-    padding = tuple((int(config[a][0]), int(config[a][1])) for a in order[1:])
-    shape = tuple(sizes[axis] for axis in order[1:])
-    return [Node(Pad((x.result,), "", padding), shape, x.axes, sizes)]
-
-
 def _function(builder, eqn, values, site):
     node, name = values[0], eqn.primitive.name
     if name == "exp" and node.softmax and node.softmax[0] == "shifted":
@@ -388,7 +294,7 @@ def _neg(builder, eqn, values, site):
     return [_affine(builder, values[0], scale=-1.0)]
 
 
-RULES = {
+RULES = MOVES | {
     "conv_general_dilated": _conv,
     "dot_general": _dot,
     "add": _binary,
@@ -399,18 +305,10 @@ RULES = {
     "min": _binary,
     "clamp": _clamp,
     "neg": _neg,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "expand_dims": _reshape,
-    "broadcast_in_dim": _broadcast,
-    "transpose": _transpose,
     "reduce_sum": _reduce_sum,
     "reduce_max": _reduce_max,
     "reduce_window_max": _pool,
     "reduce_window_sum": _pool,
-    "concatenate": _concatenate,
-    "slice": _slice,
-    "pad": _pad,
     "logistic": _function,
     "tanh": _function,
     "exp": _function,

@@ -233,6 +233,21 @@ class Program:
     operations: tuple[Operation, ...]
 
     @property
+    def parts(self) -> tuple["Program", ...]:
+        """The programs that it consists of: itself."""
+        return (self,)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.tensors[self.input].shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.tensors[self.output].shape
+
+    @property
     def weighted(self) -> Iterator["Conv | Dense"]:
         """The convolutions and dense layers, in running order."""
         return (op for op in self.operations if isinstance(op, Conv | Dense))
@@ -258,12 +273,28 @@ class Mixture:
     experts: tuple[Program, ...]
 
     def __post_init__(self):
-        count = self.gate.tensors[self.gate.output].shape
+        count = self.gate.output_shape
         if count != (len(self.experts),):
             raise ValueError(f"gate must return shape ({len(self.experts)},), got {count}")
-        for end in ("input", "output"):
-            shapes = {p.tensors[getattr(p, end)].shape for p in self.experts}
-            if end == "input":
-                shapes.add(self.gate.tensors[self.gate.input].shape)
+        ends = {
+            "input": {program.input_shape for program in self.parts},
+            "output": {program.output_shape for program in self.experts},
+        }
+        for end, shapes in ends.items():
             if len(shapes) > 1:
                 raise ValueError(f"programs must have one {end} shape, got {sorted(shapes)}")
+
+    @property
+    def parts(self) -> tuple[Program, ...]:
+        """The programs that it consists of: the gate, then the experts."""
+        return (self.gate, *self.experts)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.gate.input_shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.experts[0].output_shape

@@ -7,12 +7,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from hybrid_jax import experts
 from hybrid_jax.deploy.forms import check
-from hybrid_jax.deploy.operations import evaluate, requantize, steps_from_zero
+from hybrid_jax.deploy.operations import evaluate, rounded
 from hybrid_jax.deploy.program import Mixture, Program
 
 Forms = Mapping[str, str] | Sequence[Mapping[str, str]]
@@ -34,6 +32,7 @@ def run(program: Program | Mixture, forms: Forms | None = None) -> Callable[[jax
       ValueError: If `forms` name what is no convolution or an unknown form, or are too few.
 
     Example:
+      >>> import jax.numpy as jnp, numpy as np
       >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
       >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
       >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
@@ -61,6 +60,7 @@ def simulate(
       fn(x) -> y, as `run` returns.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.deploy.program import Convert, Encoding, Tensor
       >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((2,))}
       >>> steps = (Convert(('x',), 'q'), Convert(('q',), 'y'))
@@ -72,13 +72,11 @@ def simulate(
 
 def _function(program, forms, step):
     if isinstance(program, Mixture):
-        programs = (program.gate, *program.experts)
-        forms = [{}] * len(programs) if forms is None else forms
-        if isinstance(forms, Mapping) or len(forms) != len(programs):
-            raise ValueError(
-                f"forms must be {len(programs)} mappings, of gate and experts, got {forms}"
-            )
-        gate, *fns = map(functools.partial(_function, step=step), programs, forms)
+        count = len(program.parts)
+        forms = [{}] * count if forms is None else forms
+        if isinstance(forms, Mapping) or len(forms) != count:
+            raise ValueError(f"forms must be {count} mappings, of gate and experts, got {forms}")
+        gate, *fns = map(functools.partial(_function, step=step), program.parts, forms)
         edge = experts.one_of([lambda _, x, fn=fn: fn(x) for fn in fns], lambda _, x: gate(x))
         return lambda x: edge([()] * len(fns), (), x)
     forms = {} if forms is None else forms
@@ -100,9 +98,9 @@ def trace_tensors(
       forms: As for `run`.
       step: What computes an operation: `evaluate`, or another function of its arguments.
     """
-    shape = program.tensors[program.input].shape
-    if x.shape[1:] != shape:
-        raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {x.shape}")
+    if x.shape[1:] != program.input_shape:
+        shape = ", ".join(map(str, program.input_shape))
+        raise ValueError(f"x must have shape (B, {shape}), got {x.shape}")
     values = {program.input: x}
     for op in program.operations:
         values[op.output] = step(
@@ -120,5 +118,4 @@ def _evaluate_simulated(op, values, encodings, output, shape, form):
     y = evaluate(op, values, [None] * len(values), None, shape, form)
     if output is None:
         return y
-    steps = requantize(y, np.float32(1) / np.float32(output.scale), output)
-    return steps_from_zero(steps, output).astype(jnp.float32) * np.float32(output.scale)
+    return rounded(y, output)

@@ -125,8 +125,7 @@ def export_program(
       Array([[2., 3.]], dtype=float32)
     """
     fn = (reference.simulate if simulated else reference.run)(program, forms)
-    taker = program.gate if isinstance(program, Mixture) else program
-    x = jax.ShapeDtypeStruct((1, *taker.tensors[taker.input].shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *program.input_shape), jnp.float32)
     return export(
         path, lambda _, x: fn(x), (), x, platforms=platforms, symbolic_batch=symbolic_batch
     )

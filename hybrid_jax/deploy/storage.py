@@ -35,13 +35,12 @@ def save_program(
     Returns:
       The manifest of `packed.save`.
     """
-    programs = (program.gate, *program.experts) if isinstance(program, Mixture) else (program,)
     tensors = {}
-    for place, part in enumerate(programs):
+    for place, part in enumerate(program.parts):
         for op in part.weighted:
             tensors[f"{place}/{op.name}/kernel"] = _packed_kernel(op.weights)
             tensors[f"{place}/{op.name}/bias"] = packed.Tensor(op.weights.bias)
-    metadata = {"programs": [_description(part) for part in programs]}
+    metadata = {"programs": [_description(part) for part in program.parts]}
     return packed.save(path, tensors, metadata, compress=compress)
 
 
@@ -157,7 +156,7 @@ def _check(program):
         if not known.issuperset(op.inputs) or op.output in known:
             raise ValueError(f"operations must read what was made before, got {op.output!r}")
         known.add(op.output)
-    x = jax.ShapeDtypeStruct((1, *program.tensors[program.input].shape), np.float32)
+    x = jax.ShapeDtypeStruct((1, *program.input_shape), np.float32)
     made = jax.eval_shape(lambda x: reference.trace_tensors(program, x), x)
     for name, value in made.items():
         if value.shape[1:] != program.tensors[name].shape:

@@ -90,9 +90,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
     """
     experts.check_fitted(gate.fitted_to, made.stack)
     settings = job.config.collapse
-    validation = job.splits.validation
-    right = evaluation.logits(job, made, validation).argmax(-1) == validation.labels
-    start = phase1.select(made, int(right.mean(-1).argmax()))
+    start = phase1.select(made, int(evaluation.validation_accuracies(job, made).argmax()))
     (expert,), (mask,) = experts.unstack(start.stack), start.masks
     params = {name: expert[name] for name in ("params", "ranges")}
     held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])}

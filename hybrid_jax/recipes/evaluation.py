@@ -154,13 +154,17 @@ def top_1_logits(job: Job, models: Models) -> np.ndarray:
     return np.asarray(experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights))
 
 
+def validation_accuracies(job: Job, made: Experts) -> np.ndarray:
+    """Returns the accuracy (E,) of each expert on the validation images."""
+    validation = job.splits.validation
+    return (logits(job, made, validation).argmax(-1) == validation.labels).mean(-1)
+
+
 def _best_expert(job, models):
     """(stage, index) of the expert that is best on validation, before or after phase 2."""
-    validation = job.splits.validation
     scores = {}
     for stage, made in (("phase 2", models.made), ("phase 1", models.before)):
-        right = logits(job, made, validation).argmax(-1) == validation.labels
-        scores |= {(stage, e): mean for e, mean in enumerate(right.mean(-1))}
+        scores |= {(stage, e): mean for e, mean in enumerate(validation_accuracies(job, made))}
     return max(scores, key=scores.get)
 
 

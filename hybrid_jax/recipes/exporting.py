@@ -78,8 +78,7 @@ def programs(job: Job, models: Models) -> dict[str, Exported]:
     choice = deploy.lower(
         gate.float_predict, gate.params["variables"], gate.quantizer, gate.params["ranges"], images
     )
-    validation = evaluation.logits(job, models.made, job.splits.validation)
-    best = int((validation.argmax(-1) == job.splits.validation.labels).mean(-1).argmax())
+    best = int(evaluation.validation_accuracies(job, models.made).argmax())
     return {
         "dense": Exported(
             deploy.lower(dense.predict, models.variables, None, None, images),

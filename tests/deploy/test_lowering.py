@@ -1,7 +1,6 @@
 """Lowering: the graph computes what the function does, whoever wrote it, with the same integers."""
 
 import collections
-import dataclasses
 
 import flax.linen as nn
 import jax
@@ -164,7 +163,6 @@ def test_nnx():
         def __init__(self, rngs):
             self.conv = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)
             self.norm = nnx.BatchNorm(4, rngs=rngs, use_running_average=True)
-            self.dense = nnx.Dense(4 * 16, 5, rngs=rngs) if hasattr(nnx, "Dense") else None
             self.head = nnx.Linear(4 * 16, 5, rngs=rngs)
 
         def __call__(self, x):
@@ -287,7 +285,7 @@ def test_floats_where_a_site_has_32_bits():
     np.testing.assert_allclose(jax.jit(deploy.run(program))(x), expected, atol=1e-4)
 
 
-def test_gradients_of_a_scale_of_zero():
+def test_a_scale_of_zero():
     def fn(params, x):
         return jax.nn.relu((x @ params["a"]) * params["scale"] + 1.0) @ params["b"]
 
@@ -401,4 +399,3 @@ def test_every_tensor_has_the_shape_that_the_graph_says(squeeze):
     program = deploy.lower(fn, params, None, None, x)
     for name, value in reference.trace_tensors(program, x).items():
         assert value.shape[1:] == program.tensors[name].shape, name
-    assert dataclasses.is_dataclass(program)
