@@ -86,6 +86,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_caches():
+    """Nothing stays for the next file: JAX keeps 8,192 functions of a process, and then no new one.
+
+    A whole run has more than that, and `_cache_size` of one that is not kept is 0.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
