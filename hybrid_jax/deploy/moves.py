@@ -72,15 +72,29 @@ def _slice(builder, eqn, values, site):
     sizes = eqn.outvars[0].aval.shape
     if sizes[0] != node.sizes[0]:
         raise ValueError("the batch cannot be sliced")
+    if sizes == node.sizes:
+        return [node]
     order = natural(node)
-    x = builder.arranged(node, order)
     steps = params["strides"] or (1,) * len(node.sizes)
-    starts, stops, strides = (
+    cut = [
         tuple(along[axis] for axis in order[1:])
         for along in (params["start_indices"], params["limit_indices"], steps)
-    )
+    ]
     shape = tuple(sizes[axis] for axis in order[1:])
-    return [Node(Slice((x.result,), "", starts, stops, strides), shape, x.axes, sizes)]
+    whole = None not in node.axes and len(node.axes) == len(node.shape) + 1
+    if isinstance(node.result, Slice) and node.plain and whole:
+        return [node.replace(result=_after(node.result, *cut), shape=shape, sizes=sizes)]
+    x = builder.arranged(node, order)
+    return [Node(Slice((x.result,), "", *cut), shape, x.axes, sizes)]
+
+
+def _after(first, starts, stops, strides):
+    """One slice for two: that of `first`, and then this one of its result."""
+    steps = tuple(a * b for a, b in zip(first.strides, strides))
+    begins = tuple(a + s * b for a, s, b in zip(first.starts, first.strides, starts))
+    counts = (-(-(stop - start) // step) for start, stop, step in zip(starts, stops, strides))
+    ends = tuple(a + (n - 1) * s + 1 for a, n, s in zip(begins, counts, steps))
+    return Slice(first.inputs, "", begins, ends, steps)
 
 
 def _pad(builder, eqn, values, site):

@@ -24,6 +24,7 @@ from hybrid_jax.deploy.program import (
     Multiply,
     Pad,
     Reshape,
+    Slice,
     Softmax,
     Transpose,
 )
@@ -207,6 +208,20 @@ def test_padding_becomes_part_of_the_convolution():
     program = in_floats(fn, draw(3, 3, 3, 4), draw(2, 8, 8, 3))
     assert Pad not in kinds(program)
     assert next(program.weighted).padding == ((1, 2), (1, 2))
+
+
+def test_a_slice_of_a_slice_is_one():
+    def fn(params, x):
+        x = lax.slice(x, (0, 1, 0, 0), (2, 9, 12, 4), (1, 1, 2, 1))
+        # As `core.shrink` leaves it where nothing was cut off.
+        x = lax.slice_p.bind(x, start_indices=(0,) * 4, limit_indices=x.shape, strides=None)
+        x = lax.slice(x.transpose(0, 3, 1, 2), (0, 0, 0, 1), (2, 3, 8, 6), (1, 1, 3, 2))
+        return x.sum((2, 3)) @ params
+
+    program = in_floats(fn, draw(3, 2), draw(2, 9, 12, 4))
+    (cut,) = (op for op in program.operations if isinstance(op, Slice))
+    # Rows 1, 4 and 7; columns 2, 6 and 10; channels 0, 1 and 2.
+    assert (cut.starts, cut.stops, cut.strides) == ((1, 2, 0), (8, 11, 3), (3, 4, 1))
 
 
 def test_what_two_read_is_computed_once():
