@@ -254,22 +254,41 @@ def _attach(ir, operation):
 
 def _open_batch(ir, operation):
     """Lets the leading axis of a reshape or slice be what the input's is."""
-    attributes = operation.attributes
-    sizes_at = {"tfl.reshape": 1, "tfl.slice": 2}
-    if operation.name in sizes_at:
-        constant = operation.operands[sizes_at[operation.name]].owner.attributes
+    if operation.name == "tfl.reshape":
+        constant = operation.operands[1].owner.attributes
         shape = np.array(constant["value"])
         shape[:1] = -1
         constant["value"] = ir.DenseElementsAttr.get(shape)
     if operation.name == "tfl.slice":
-        result = operation.results[0]
-        of = ir.RankedTensorType(result.type)
-        sizes = [ir.ShapedType.get_dynamic_size(), *of.shape[1:]]
-        result.set_type(ir.RankedTensorType.get(sizes, of.element_type))
+        operation = _with_strides(ir, operation)
     if operation.name == "tfl.strided_slice":
+        attributes = operation.attributes
         for name in ("begin_mask", "end_mask"):
             mask = ir.IntegerAttr(attributes[name])
             attributes[name] = ir.IntegerAttr.get(mask.type, mask.value | 1)
+
+
+def _with_strides(ir, operation):
+    """A slice as one with strides of 1: XNNPACK takes an open axis only by the masks of those."""
+    x, begin, size = operation.operands
+    starts, sizes = (np.array(value.owner.attributes["value"]) for value in (begin, size))
+
+    def insert(name, kind, operands, attributes):
+        place, at = ir.InsertionPoint(operation), operation.location
+        return ir.Operation.create(name, [kind], operands, attributes, loc=at, ip=place)
+
+    def constant(array):
+        value = ir.DenseElementsAttr.get(array)
+        return insert(begin.owner.name, value.type, [], {"value": value}).result
+
+    vectors = map(constant, (starts, starts + sizes, np.ones_like(starts)))
+    none = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 0)
+    masks = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+    options = {"offset": ir.BoolAttr.get(False)} | dict.fromkeys(masks, none)
+    new = insert("tfl.strided_slice", operation.result.type, [x, *vectors], options)
+    operation.result.replace_all_uses_with(new.result)
+    operation.erase()
+    return new
 
 
 def _name(ir, operation):

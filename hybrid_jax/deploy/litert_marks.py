@@ -29,6 +29,7 @@ from hybrid_jax.deploy.program import (
     Multiply,
     Operation,
     Program,
+    Slice,
     Weights,
 )
 
@@ -207,6 +208,27 @@ def _max_pool(op, values, encodings, output):
     return lax.reduce_window(x, np.float32(-np.inf), lax.max, window, strides, padding)
 
 
+def _slice(op, values, encodings, output):
+    """Strides along H and W as axes of their own: XNNPACK has only slices without strides."""
+    (x,) = values
+    sizes, (high, wide, *deep) = x.shape[1:], op.strides
+    even = all(n % stride == 0 for n, stride in zip(sizes, op.strides))
+    if high == wide == 1 or deep != [1] or not even:
+        return reference.evaluate(op, values, [None], None, ())
+    (top, left, first), (bottom, right, last), (h, w, c) = op.starts, op.stops, sizes
+
+    def stored(y):
+        return y if output is None else mark(y, output)
+
+    apart = stored(x.reshape(1, h // high, high, w // wide, wide * c))
+    rows, columns = len(range(top, bottom, high)), len(range(left, right, wide))
+    row, column = top // high, left // wide
+    offset = left % wide * c
+    starts = (0, row, top % high, column, offset + first)
+    stops = (1, row + rows, top % high + 1, column + columns, offset + last)
+    return stored(lax.slice(apart, starts, stops)).reshape(1, rows, columns, last - first)
+
+
 def _lookup(op, values, encodings, output, place):
     y = reference.evaluate(op, values, [None], None, ())
     if output is None:
@@ -228,6 +250,7 @@ _RULES = {
     Clip: lambda op, values, encodings, output: values[0],
     MaxPool: _max_pool,
     AveragePool: _average_pool,
+    Slice: _slice,
 }
 # These are told their place in the program too.
 _REQUANTIZING = {Concatenate: _concatenate, Lookup: _lookup, Convert: _convert}

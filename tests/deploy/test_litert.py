@@ -211,9 +211,24 @@ CASES = {
     "reshape": (unary(Reshape(("a",), "b"), (256,), A), "RESHAPE", 0),
     "transpose": (unary(Transpose(("a",), "b", (2, 0, 1)), (4, 8, 8), A), "TRANSPOSE", 0),
     "pad": (unary(Pad(("a",), "b", ((1, 0), (0, 2), (1, 1))), (9, 10, 6), A), "PAD", 0),
-    "slice": (unary(Slice(("a",), "b", (0, 1, 0), (8, 8, 3), (1,) * 3), (8, 7, 3), A), "SLICE", 0),
+    "slice": (
+        unary(Slice(("a",), "b", (0, 1, 0), (8, 8, 3), (1,) * 3), (8, 7, 3), A),
+        "STRIDED_SLICE",
+        0,
+    ),
     "slice with strides": (
         unary(Slice(("a",), "b", (0, 1, 0), (8, 8, 4), (2, 2, 1)), POOLED, A),
+        "RESHAPE STRIDED_SLICE RESHAPE",
+        0,
+    ),
+    # Rows 1 and 5, columns 3, 5 and 7, channels 1 and 2.
+    "slice with strides of a part": (
+        unary(Slice(("a",), "b", (1, 3, 1), (6, 8, 3), (4, 2, 1)), (2, 3, 2), A),
+        "RESHAPE STRIDED_SLICE RESHAPE",
+        0,
+    ),
+    "slice with strides that leave a rest": (
+        unary(Slice(("a",), "b", (0, 1, 0), (8, 8, 4), (3, 2, 1)), (3, 4, 4), A),
         "STRIDED_SLICE",
         0,
     ),
@@ -247,6 +262,16 @@ def test_integers_agree_with_the_reference(name):
         got = litert.litert_session(data, batch)(x)
         assert got.shape == want.shape
         assert np.abs(np.rint((got - want) / step)).max() <= most
+
+
+@pytest.mark.parametrize("name", ["slice", "slice with strides", "slice with strides of a part"])
+def test_xnnpack_runs_slices(name):
+    interpreter = litert.interpret(litert.to_litert(CASES[name][0]))
+    run = interpreter.get_signature_runner("serving_default")
+    for batch in (1, 3):
+        run(x=images(batch))
+        names = [d["op_name"] for d in interpreter._get_ops_details()]
+        assert names.count("DELEGATE") == 1  # it is in the place of all the others
 
 
 def test_every_operation_has_a_case():
@@ -309,7 +334,7 @@ def test_what_another_operation_requantizes_stays_in_integers():
         (Slice(("a",), "s", (0,) * 3, IMAGE, (2, 2, 1)), Tensor(POOLED, B)),
         (Add(("c", "s"), "b", RELU), Tensor(POOLED, B)),
     )
-    inner = ["MUL", "CONV_2D", "STRIDED_SLICE", "ADD"]
+    inner = ["MUL", "CONV_2D", "RESHAPE", "STRIDED_SLICE", "RESHAPE", "ADD"]
     assert operations(litert.to_litert(program)) == ["QUANTIZE", *inner, "DEQUANTIZE"]
 
 
