@@ -1,5 +1,6 @@
 """An ONNX file as a function, run by ONNX Runtime or OpenVINO on this machine's processor."""
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -8,13 +9,14 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
-from hybrid_jax.deploy.onnx_writer import KIND
+from hybrid_jax.deploy.onnx_writer import KIND, to_onnx
+from hybrid_jax.deploy.program import Conv, Convert, Encoding, Program, Tensor, Weights
 
 
 def onnx_session(
     file: str | os.PathLike | bytes, threads: int = 1
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A file run by ONNX Runtime.
+    """A file run by ONNX Runtime, on kernels that add up products exactly.
 
     Args:
       file: The path of what `export_onnx` wrote, or the contents of such a file.
@@ -40,18 +42,8 @@ def onnx_session(
       array([[5.]], dtype=float32)
     """
     core.check_integer("threads", threads, 1)
-    runtime, data = require("onnxruntime", "onnx"), _contents(file)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Without it the products of uint8 and int8 saturate on x86 processors that lack VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no class of their own
-        raise _refusal(f"ONNX Runtime {runtime.__version__}", error) from error
-    (x,) = session.get_inputs()
-    return _checked(x.shape[1:], lambda images: session.run(None, {x.name: images})[0])
+    require("onnxruntime", "onnx")
+    return _onnx_session(_contents(file), threads, unsigned=_saturates())
 
 
 def openvino_session(
@@ -79,6 +71,48 @@ def openvino_session(
         raise _refusal(f"OpenVINO {openvino.__version__}", error) from error
     shape = [axis.get_length() for axis in list(compiled.input(0).partial_shape)[1:]]
     return _checked(shape, lambda images: compiled(images)[0])
+
+
+def _onnx_session(data, threads, unsigned):
+    """As `onnx_session`; `unsigned` has it turn int8 kernels into uint8, which is slower."""
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", str(int(unsigned)))
+    try:
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class of their own
+        raise _refusal(f"ONNX Runtime {runtime.__version__}", error) from error
+    (x,) = session.get_inputs()
+    return _checked(x.shape[1:], lambda images: session.run(None, {x.name: images})[0])
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether sums of products of uint8 and int8 stop at 2^15 − 1, as on x86 without VNNI.
+
+    Told by a convolution of the greatest integers, 16 · 255 · 127: each two products would sum to
+    no more than half of what they should.
+    """
+    channels, step = 16, 16 * 127.0
+    ones = np.ones(channels, np.float32)
+    kernel = np.full((1, 1, channels, channels), 127, np.int8)
+    shape = (4, 4, channels)
+    tensors = {
+        "x": Tensor(shape),
+        "q": Tensor(shape, Encoding(1.0)),
+        "sum": Tensor(shape, Encoding(step)),
+        "y": Tensor(shape),
+    }
+    steps = (
+        Convert(("x",), "q"),
+        Conv(("q",), "sum", "conv", Weights(kernel, ones, 0 * ones, 8)),
+        Convert(("sum",), "y"),
+    )
+    model = to_onnx(Program("x", "y", tensors, steps)).SerializeToString()
+    x = np.full((1, *shape), 255, np.float32)
+    return bool((_onnx_session(model, 1, unsigned=False)(x) != step * x).any())
 
 
 def _contents(file):

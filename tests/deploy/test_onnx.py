@@ -405,6 +405,21 @@ def test_a_scale_of_a_tensor_has_no_axis():
     assert set(scales) == {0}
 
 
+@pytest.mark.parametrize("saturates", [False, True])
+def test_kernels_are_unsigned_where_products_saturate(monkeypatch, saturates):
+    opened, real = [], onnx_sessions._onnx_session
+
+    def open_session(data, threads, unsigned):
+        opened.append(unsigned)
+        run = real(data, threads, unsigned)
+        return (lambda x: run(x) / 2) if saturates and not unsigned else run
+
+    monkeypatch.setattr(onnx_sessions, "_onnx_session", open_session)
+    monkeypatch.setattr(onnx_sessions, "_saturates", onnx_sessions._saturates.__wrapped__)
+    assert units(onnx_sessions.onnx_session, single(*EXACT["strided"])).max() == 0
+    assert opened == [False, saturates]
+
+
 def test_an_encoding_after_another_is_not_merged_with_it(session, tmp_path):
     # ONNX Runtime makes of two pairs of QuantizeLinear and DequantizeLinear one with its own scale,
     # although the bias behind is in steps of the second.
