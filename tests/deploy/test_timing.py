@@ -25,14 +25,16 @@ def test_ratio_of_known_times():
     assert 0.02 <= measured.p50 <= measured.p95
     assert 0.04 <= measured.reference_p50 <= measured.reference_p95
     assert 0.4 < measured.ratio < 0.8
-    # Interleaved: after the warm-up each pair has both, in alternating order.
-    assert "".join(calls) == "fr" + "rffr" * 3
+    # Interleaved: after the warm-up each pair has both, in alternating order, each twice.
+    assert "".join(calls) == "fr" + "rrffffrr" * 3
 
 
 def test_percentiles_of_made_up_times(monkeypatch):
     # The function takes 1..20, the reference always 2: p50 10.5, p95 = 1 + 0.95 * 19 = 19.05,
     # quartiles of the ratio (1 + 0.25 * 19) / 2 = 2.875 and (1 + 0.75 * 19) / 2 = 7.625.
-    given = {"f": iter([9.0, *map(float, range(1, 21))]), "r": iter([9.0] + [2.0] * 20)}
+    # The warm-up, and the call before each that counts, take longer.
+    late = {"f": range(1, 21), "r": [2] * 20}
+    given = {name: iter([9.0, *(t for x in late[name] for t in (99.0, float(x)))]) for name in late}
     monkeypatch.setattr(deploy.timing, "seconds", lambda fn: next(given[fn]))
     measured = deploy.latency("f", "r", pairs=20, warmup=1)
     np.testing.assert_allclose(measured[:5], (10.5, 19.05, 2, 2, 5.25))
