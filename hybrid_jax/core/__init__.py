@@ -16,6 +16,7 @@ from hybrid_jax.core.fold import fold
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import bind, evaluate
+from hybrid_jax.core.joins import Join
 from hybrid_jax.core.narrowing import narrow_graph
 from hybrid_jax.core.patches import (
     kernel_from_matrix,
@@ -49,6 +50,7 @@ __all__ = [
     "Gram",
     "Graph",
     "Group",
+    "Join",
     "Member",
     "Site",
     "at_sites",

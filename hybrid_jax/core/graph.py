@@ -13,6 +13,7 @@ from jax.extend import core as jex
 from hybrid_jax.core import derivatives, interpreter, paths
 from hybrid_jax.core.analysis import Analysis
 from hybrid_jax.core.channels import Group, group_channels
+from hybrid_jax.core.joins import Join, Joins, find_joins
 from hybrid_jax.core.labels import INPUT, Value, sizes
 from hybrid_jax.core.sites import Site
 
@@ -68,6 +69,28 @@ class Graph:
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
         """(path, axis, reason) of every parameter axis of which some index cannot be removed."""
         return self._grouped[1]
+
+    @functools.cached_property
+    def _joins(self) -> Joins:
+        inputs = self.jaxpr.in_avals[len(self.parameters) :]
+        batch = next((aval.shape[:1] for aval in inputs if aval.shape), None)
+        batched = [aval.shape[:1] == batch for aval in inputs]
+        return find_joins(self.jaxpr, [False] * len(self.parameters) + batched, self.site_at)
+
+    @property
+    def join_at(self) -> dict[interpreter.Path, tuple[Join, ...]]:
+        """{path of an equation: its joins}, in running order."""
+        return self._joins.at
+
+    @property
+    def joins(self) -> tuple[Join, ...]:
+        """The tensors that meet in sums, products, concatenations and means, in running order."""
+        return tuple(join for joined in self.join_at.values() for join in joined)
+
+    @property
+    def first_takers(self) -> dict[str, str]:
+        """{site: the first site that takes the same tensor, moved or pooled perhaps}."""
+        return self._joins.first_takers
 
     def site(self, name: str) -> Site:
         """The site of this name.

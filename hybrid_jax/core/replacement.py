@@ -9,20 +9,26 @@ from hybrid_jax.core import interpreter
 from hybrid_jax.core.graph import memoize_trace
 
 
-def at_sites(fn: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+def at_sites(
+    fn: Callable[..., Any],
+    rule: Callable[..., tuple[Any, Any]],
+    at_join: Callable[..., tuple[Any, Any]] | None = None,
+) -> Callable[..., Any]:
     """Makes a function that does the same as `fn`, but at every site what `rule` says.
 
     Args:
       fn: A pure function fn(params, *inputs) -> outputs.
       rule: rule(site, x, kernel, apply) -> (y, record). `apply(x, kernel)` runs the operation as it
         was; `record` is a pytree of arrays, or None. Works on tracers: it must be pure.
+      at_join: at_join(join, x) -> (x, record), for every tensor that takes part in a join, see
+        `core.Join`; None leaves joins as they are.
 
     Returns:
-      A function (params, *inputs) -> (outputs, records), with records {site name: record}. With
-      rule `lambda site, x, kernel, apply: (apply(x, kernel), None)` its outputs are bit-equal to
-      those of `fn` (both jitted). A site in a `scan` records a stack with one row for each
-      iteration; in a branch of `cond` that was not taken, zeros; in a `while`, nothing. Derivative
-      rules are kept, and the sites in them replaced alike.
+      A function (params, *inputs) -> (outputs, records), with records {name: record} of sites and
+      joins. With rule `lambda site, x, kernel, apply: (apply(x, kernel), None)` its outputs are
+      bit-equal to those of `fn` (both jitted). A site in a `scan` records a stack with one row for
+      each iteration; in a branch of `cond` that was not taken, zeros; in a `while`, nothing.
+      Derivative rules are kept, and the sites in them replaced alike.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,9 +43,12 @@ def at_sites(fn: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Ca
 
     def interpreted(params, *inputs):
         graph = cached(params, *inputs)
-        touched = {path[:n] for path in graph.site_at for n in range(1, len(path) + 1)}
+        joins = {} if at_join is None else graph.join_at
+        touched = {p[:n] for p in (*graph.site_at, *joins) for n in range(1, len(p) + 1)}
 
         def visit(path, eqn, values):
+            if path in joins:
+                return meet(joins[path], eqn, values)
             site = graph.site_at[path]
             x, kernel = values[1 - site.kernel_operand], values[site.kernel_operand]
 
@@ -49,6 +58,15 @@ def at_sites(fn: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Ca
 
             y, record = rule(site, x, kernel, apply)
             return [y], {} if record is None else {site.name: record}
+
+        def meet(joined, eqn, values):
+            after = joined[0].operand is None
+            made, records = interpreter.bind(eqn, values) if after else [*values], {}
+            for join in joined:
+                place = 0 if after else join.operand
+                made[place], record = at_join(join, made[place])
+                records |= {} if record is None else {join.name: record}
+            return made if after else interpreter.bind(eqn, made), records
 
         outs, records = interpreter.evaluate(
             graph.jaxpr.jaxpr,

@@ -98,13 +98,16 @@ class Builder:
       tensors: {name: Tensor}.
       operations: In running order.
       sources: {site name: what its weights were made of}.
+      joins: {tensor: name of the join that it takes part in}.
     """
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
         self.operations: list[Operation] = []
         self.sources: dict[str, Source] = {}
+        self.joins: dict[str, str] = {}
         self._made: dict[int, tuple[Node, str]] = {}
+        self._awaited: dict[int, tuple[Any, str]] = {}
         self._pending: dict[int, Source] = {}
 
     def add(self, op: Operation, shape: Sequence[int], name: str = "") -> str:
@@ -116,7 +119,16 @@ class Builder:
             unique = f"{name}_{count}"
         self.tensors[unique] = Tensor(tuple(shape))
         self.operations.append(dataclasses.replace(op, output=unique))
+        if id(op) in self._awaited:
+            self.joins[unique] = self._awaited[id(op)][1]
         return unique
+
+    def join(self, name: str, node: Node) -> None:
+        """Says that the tensor which holds the node's value, or will, takes part in a join."""
+        if id(node) in self._made:
+            self.joins[self._made[id(node)][1]] = name
+        else:
+            self._awaited[id(node.result)] = node.result, name
 
     def site(self, op: Conv | Dense, source: Source, **node: Any) -> Node:
         """A node for a convolution or dense layer whose weights may still change."""

@@ -2,8 +2,9 @@
 
 A tensor has the encoding of the site that reads it, so that the site computes with the integers
 that it was trained with. Where several sites read it with different ranges, or something else reads
-it too and the site's bits are few, the tensor gets 8 bits and its own range, and a `Convert` stands
-before the site. Pools, reshapes and the like share their input's encoding.
+it too and the site's bits are few, the tensor gets 8 bits and the range of its join, or one of its
+own, and a `Convert` stands before the site. Pools, reshapes and the like share their input's
+encoding.
 """
 
 import collections
@@ -43,6 +44,7 @@ _MAY_RETURN_FLOATS = (Conv, Dense, Multiply, Mean, AveragePool)
 def encode(
     program: Program,
     sources: Mapping[str, Source],
+    joins: Mapping[str, str],
     spec: quantization.Spec,
     ranges: Mapping[str, Any],
     x: np.ndarray,
@@ -52,11 +54,14 @@ def encode(
     Args:
       program: In floats.
       sources: {site name: what its weights were made of}.
-      spec: How each site is quantized.
-      ranges: {site name: {'weight': Range, 'activation': Range}}.
-      x: float32 (B, …), for the ranges of what enters no site.
+      joins: {tensor: name of the join that it takes part in}.
+      spec: How each site is quantized, and perhaps each join.
+      ranges: {site name: {'weight': Range, 'activation': Range}}, of joins the latter alone.
+      x: float32 (B, …), for the ranges of what enters neither.
     """
-    kernels, grids = _on_grids(sources, spec, ranges)
+    known = {own.name for own in spec.joins}
+    joins = {tensor: spec[name] for tensor, name in joins.items() if name in known}
+    kernels, grids = _on_grids(sources, joins.values(), spec, ranges)
     weights = {
         op.name: _integers(op, sources[op.name], spec, kernels.get(op.name))
         if op.name in sources
@@ -64,13 +69,14 @@ def encode(
         for op in program.weighted
     }
     wanted = {name: _activation(spec[name].activation, grids.get(name)) for name in sources}
+    given = {tensor: _of_join(join, wanted, grids) for tensor, join in joins.items()}
     spans = _spans(program, weights, wanted, x)
-    encodings = _choose(program, wanted, spans)
+    encodings = _choose(program, wanted, given, spans)
     return _rebuild(program, weights, wanted, encodings)
 
 
-def _on_grids(sources, spec, ranges):
-    """{site: (integers, scale)} of kernels, and {site: Grid} of activations, those that have any.
+def _on_grids(sources, joins, spec, ranges):
+    """{site: (integers, scale)} of kernels, and {site or join: Grid} of activations.
 
     All are computed at once: one by one, compiling them takes longer than all else.
     """
@@ -90,7 +96,10 @@ def _on_grids(sources, spec, ranges):
                     f"{role} of {name!r} must have one scale for each output channel, "
                     f"got groups of {quantizer.group}"
                 )
-            spans[role][name] = _span(name, role, quantizer, ranges)
+            shared = spec[name].shares if role == "activation" else None
+            spans[role][name] = _span(shared or name, role, quantizer, ranges)
+    for join in joins:
+        spans["activation"][join.name] = _span(join.name, "activation", join.activation, ranges)
 
     def compute(spans, kernels):
         made = {}
@@ -138,6 +147,13 @@ def _activation(quantizer, grid) -> Encoding | None:
     return Encoding(float(grid.scale), *ends)
 
 
+def _of_join(join, wanted, grids) -> Encoding:
+    """The encoding of a join's tensor: that of the site which takes it, if in as many bits."""
+    own = _activation(join.activation, grids[join.name])
+    taken = wanted.get(join.shares)
+    return taken if taken is not None and taken.high - taken.low >= 254 else own
+
+
 def _span(name, role, quantizer, ranges):
     if quantizer.learning == "dynamic":
         raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
@@ -175,7 +191,7 @@ def _spans(program, weights, wanted, x) -> dict[str, tuple[float, float]]:
     return {name: (float(low), float(high)) for name, (low, high) in seen.items()}
 
 
-def _choose(program, wanted, spans) -> dict[str, Encoding | None]:
+def _choose(program, wanted, given, spans) -> dict[str, Encoding | None]:
     """The encoding of every tensor; those of one class have the same."""
     readers = collections.Counter(name for op in program.operations for name in op.inputs)
     root = {name: name for name in program.tensors}
@@ -222,6 +238,9 @@ def _choose(program, wanted, spans) -> dict[str, Encoding | None]:
         maker = makers.get(name)
         if isinstance(maker, Lookup) and maker.function in _FIXED:
             return _FIXED[maker.function]
+        for member in members[name]:
+            if member in given:
+                return given[member]
         low = min(0.0, *(spans[member][0] for member in members[name]))
         high = max(0.0, *(spans[member][1] for member in members[name]))
         scale = np.float32((high - low) / 255) if high > low else np.float32(1)

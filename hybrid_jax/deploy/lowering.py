@@ -17,7 +17,7 @@ from jax.interpreters import partial_eval
 
 from hybrid_jax import core
 from hybrid_jax.core import interpreter
-from hybrid_jax.deploy.builder import Builder, Node, Source
+from hybrid_jax.deploy.builder import Builder, Node
 from hybrid_jax.deploy.encoding import encode
 from hybrid_jax.deploy.primitives import RULES
 from hybrid_jax.deploy.program import Program, Tensor
@@ -36,8 +36,9 @@ def lower(
     """Makes the inference graph of a function, in integers where `spec` quantizes it.
 
     The integers of the kernels are those that `quantization.fake_quantized` computes with, whatever
-    follows a site is folded into their scales. Tensors that enter no site (a residual sum) have no
-    range in `ranges`: theirs are those that they take for the inputs `x`, at 8 bits.
+    follows a site is folded into their scales. Tensors that enter no site (a residual sum) are
+    stored in 8 bits as well: with the range of their join where `spec` has joins, so that all is
+    rounded as in training, otherwise with the one that they take for the inputs `x`.
 
     Args:
       fn: fn(params, x) -> y, in evaluation mode, one input (B, …) and one output (B, …). Whoever
@@ -62,13 +63,14 @@ def lower(
       Dense ('x',) a (0.0, inf)
       Dense ('a',) b (-inf, inf)
     """
-    program, sources = _lower_floats(fn, params, x)
+    program, builder = _lower_floats(fn, params, x)
     if spec is None:
         return program
-    return encode(program, sources, spec, ranges or {}, np.asarray(x, np.float32))
+    x = np.asarray(x, np.float32)
+    return encode(program, builder.sources, builder.joins, spec, ranges or {}, x)
 
 
-def _lower_floats(fn, params, x) -> tuple[Program, dict[str, Source]]:
+def _lower_floats(fn, params, x) -> tuple[Program, Builder]:
     like = jax.ShapeDtypeStruct((_BATCH, *x.shape[1:]), np.float32)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), params)
     graph = core.trace(_inlined(fn), shapes, like)
@@ -95,7 +97,10 @@ def _lower_floats(fn, params, x) -> tuple[Program, dict[str, Source]]:
             atom.val if isinstance(atom, jex.Literal) else env[atom] if atom in env else known[atom]
             for atom in eqn.invars
         ]
-        for var, out in zip(eqn.outvars, _step(builder, graph, index, eqn, values), strict=True):
+        outs = _step(builder, graph, index, eqn, values)
+        for join in graph.join_at.get((index,), ()):
+            builder.join(join.name, outs[0] if join.operand is None else values[join.operand])
+        for var, out in zip(eqn.outvars, outs, strict=True):
             # What several equations read is a tensor: built upon, it would be computed twice.
             shared = readers[var] > 1 and not out.softmax
             env[var] = builder.made(out) if shared else out
@@ -107,7 +112,7 @@ def _lower_floats(fn, params, x) -> tuple[Program, dict[str, Source]]:
     except ValueError as error:
         raise ValueError(f"fn must return (B, …): {error}") from None
     program = Program("x", result.result, builder.tensors, tuple(builder.operations))
-    return program, builder.sources
+    return program, builder
 
 
 def _step(builder, graph, index, eqn, values):

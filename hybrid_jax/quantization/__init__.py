@@ -35,7 +35,13 @@ from hybrid_jax.quantization.grids import (
     quantize,
     spread,
 )
-from hybrid_jax.quantization.model import Integers, fake_quantized, integer_kernels, scale_counts
+from hybrid_jax.quantization.model import (
+    Integers,
+    at_joins,
+    fake_quantized,
+    integer_kernels,
+    scale_counts,
+)
 from hybrid_jax.quantization.observers import (
     Observer,
     entropy,
@@ -56,7 +62,7 @@ from hybrid_jax.quantization.sensitivity import (
     kl_divergence,
     sensitivity,
 )
-from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec, range_shape, spec
+from hybrid_jax.quantization.specs import JoinSpec, Quantizer, SiteSpec, Spec, range_shape, spec
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
@@ -64,6 +70,7 @@ __all__ = [
     "Allocation",
     "Grid",
     "Integers",
+    "JoinSpec",
     "Observer",
     "Quantizer",
     "Range",
@@ -73,6 +80,7 @@ __all__ = [
     "affine",
     "allocate_bits",
     "annealing",
+    "at_joins",
     "binary",
     "bit_operations",
     "calibrate",

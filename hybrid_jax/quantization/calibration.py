@@ -41,10 +41,11 @@ def calibrate(
 
     Returns:
       Ranges, float32 and trainable: {site name: {'weight': Range, 'activation': Range}}, without
-      those that are 'dynamic'. A kernel's have the kernel's rank, with 1 (or the number of groups)
-      for the axes that are summed over, or are () per tensor; an activation's are (). A site in a
-      `scan` has one for all of its iterations. What is constantly 0 (a dead channel) has the range
-      [0, 0], which makes a grid of step 1.
+      those that are 'dynamic', and {join name: {'activation': Range}} if the spec has joins. A
+      kernel's have the kernel's rank, with 1 (or the number of groups) for the axes that are summed
+      over, or are () per tensor; an activation's are (). A site in a `scan` has one for all of its
+      iterations. What is constantly 0 (a dead channel) has the range [0, 0], which makes a grid of
+      step 1.
 
     Raises:
       ValueError: If there is no batch, a tensor holds NaN or infinity, or a site lies in a `while`
@@ -73,7 +74,11 @@ def calibrate(
                     seen[role] = _Observed(observe(watch, tensor, shape), watch, shape)
             return apply(x, kernel), seen
 
-        _, seen = core.at_sites(fn, rule)(params, *inputs)
+        def at_join(join, x):
+            watch = watches.get(spec[join.name].activation.method, default)
+            return x, {"activation": _Observed(observe(watch, x, ()), watch, ())}
+
+        _, seen = core.at_sites(fn, rule, at_join if spec.joins else None)(params, *inputs)
         return jax.tree.map(_fold, seen, is_leaf=_is_observed)
 
     def later(old, new):
@@ -87,7 +92,7 @@ def calibrate(
                     got.state,
                     got.shape,
                     getattr(spec[name], role).grid,
-                    bits[name][role],
+                    bits[name][role] if name in bits else getattr(spec[name], role).bits,
                 )
                 for role, got in roles.items()
             }
@@ -103,16 +108,17 @@ def calibrate(
         later_step = later_step or over_experts(later, (0, 0))
         new = step(params, *batch)
         seen = new if seen is None else later_step(seen, new)
-    missed = [site.name for site in spec.sites if site.name not in seen]
+    names = [own.name for own in (*spec.sites, *spec.joins)]
+    missed = [name for name in names if name not in seen]
     if missed:
         raise ValueError(f"fn must run every site of spec outside `while`, got no {missed[0]!r}")
-    for site in spec.sites:
-        states = {role: observed.state for role, observed in seen[site.name].items()}
+    for name in names:
+        states = {role: observed.state for role, observed in seen[name].items()}
         ends = {role: grids.Range(state.low, state.high) for role, state in states.items()}
-        core.check_finite(f"what calibration saw at {site.name!r}", ends)
+        core.check_finite(f"what calibration saw at {name!r}", ends)
     widths = spec.bits() if bits is None else bits
     ranges = over_experts(finish, (0, None if bits is None else 0))(seen, widths)
-    return {site.name: ranges[site.name] for site in spec.sites}
+    return {name: ranges[name] for name in names}
 
 
 @functools.partial(

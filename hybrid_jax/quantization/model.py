@@ -1,6 +1,7 @@
 """Quantizing a whole model at its sites: as floats to train with, and as integers to store."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,11 +29,11 @@ class Integers(NamedTuple):
 
 
 def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
-    """The same model with the kernel and the input of every site quantized.
+    """The same model with the kernel and the input of every site quantized, and with its joins.
 
     Args:
       fn: fn(params, *inputs) -> outputs, in training or evaluation mode; `spec` has all of its
-        sites.
+        sites, and all of its joins or none.
       spec: How each site is quantized. It is static; ranges and bits are data.
 
     Returns:
@@ -73,9 +74,36 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
             x = specs.apply(x, *activation, (), max(x.size // x.shape[0], 1), keys[1])
             return apply(x, kernel), None
 
-        return core.at_sites(fn, rule)(params, *inputs)[0]
+        return core.at_sites(fn, rule, at_joins(spec, ranges, bits))(params, *inputs)[0]
 
     return q_fn
+
+
+def at_joins(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., Any] | None:
+    """What `core.at_sites` does with the tensors that meet in joins, to quantize them.
+
+    Args:
+      spec: How each is quantized.
+      ranges: {name: {'activation': Range}} of joins, and of the sites that take the same tensor.
+      bits: Of the sites, as `Spec.bits` returns them; None for the spec's.
+
+    Returns:
+      (join, x) -> (x fake-quantized, None); None if the spec leaves joins in floats.
+    """
+
+    def rule(join, x):
+        own = spec[join.name]
+        span = entry("ranges", ranges, own.name, "activation")
+        if own.shares is not None:
+            # A tensor is stored once: with the range of the site that takes it, if in as many bits.
+            taken = entry("ranges", ranges, own.shares, "activation")
+            width = spec[own.shares].activation.bits
+            width = width if bits is None else entry("bits", bits, own.shares, "activation")
+            span = jax.tree.map(functools.partial(jnp.where, width == 8), taken, span)
+        count = max(x.size // x.shape[0], 1)
+        return specs.apply(x, own.activation, span, own.activation.bits, (), count), None
+
+    return rule if spec.joins else None
 
 
 def integer_kernels(
@@ -181,7 +209,8 @@ def _choose(spec, ranges, bits, site):
         width = quantizer.bits if bits is None else entry("bits", bits, site.name, role)
         width = quantizer.check_bits(f"bits of {site.name!r}", width)
         if quantizer.learning != "dynamic" and not (isinstance(width, int) and width == grids.OFF):
-            span = entry("ranges", ranges, site.name, role)
+            shared = spec[site.name].shares if role == "activation" else None
+            span = entry("ranges", ranges, shared or site.name, role)
         chosen.append((quantizer, span, width))
     return chosen
 

@@ -107,6 +107,7 @@ class SiteSpec:
       name: The site's name.
       weight: Quantizer of the kernel.
       activation: Quantizer of the input, per tensor.
+      shares: The earlier site that takes the same tensor, whose range it has; None for its own.
 
     Raises:
       ValueError: If the activation is to be quantized per channel: the sum over input channels is
@@ -116,6 +117,7 @@ class SiteSpec:
     name: str
     weight: Quantizer
     activation: Quantizer
+    shares: str | None = None
 
     def __post_init__(self):
         if self.activation.per_channel:
@@ -125,19 +127,37 @@ class SiteSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class JoinSpec:
+    """How a tensor that takes part in a join is quantized.
+
+    Attributes:
+      name: The join's name.
+      activation: Quantizer of the tensor.
+      shares: The site that takes the same tensor, whose range it has where that site has 8 bits;
+        None for its own.
+    """
+
+    name: str
+    activation: Quantizer
+    shares: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """How each site of a model is quantized, in the order in which they run.
 
     Attributes:
       sites: A `SiteSpec` per site.
+      joins: A `JoinSpec` per join, or none where joins are left in floats.
     """
 
     sites: tuple[SiteSpec, ...]
+    joins: tuple[JoinSpec, ...] = ()
 
-    def __getitem__(self, name: str) -> SiteSpec:
-        for site in self.sites:
-            if site.name == name:
-                return site
+    def __getitem__(self, name: str) -> SiteSpec | JoinSpec:
+        for own in (*self.sites, *self.joins):
+            if own.name == name:
+                return own
         names = ", ".join(site.name for site in self.sites)
         raise ValueError(f"spec must cover every site, got none for {name!r} among: {names}")
 
@@ -169,6 +189,7 @@ def spec(
     weight_bits: int = 8,
     activation_bits: int = 8,
     first_last_bits: int = 8,
+    deployable: bool = False,
 ) -> Spec:
     """Says for every site of `graph` how it is quantized.
 
@@ -183,6 +204,10 @@ def spec(
       weight_bits: Bits of kernels.
       activation_bits: Bits of the inputs of sites.
       first_last_bits: The least bits of the first and of the last site, where no rule matches.
+      deployable: Whether every tensor is rounded as a device stores it, once: what meets in a
+        residual sum, a product of activations, a concatenation or a mean (`graph.joins`) at 8 bits,
+        and a tensor that several sites take with one range. What is trained so is what is deployed;
+        otherwise only sites are quantized, each by itself.
 
     Returns:
       The specification, static and hashable.
@@ -224,7 +249,25 @@ def spec(
         range_shape(site, weight)
         sites.append(SiteSpec(site.name, weight, activation))
     _check_shared(graph, sites)
-    return Spec(tuple(sites))
+    made = Spec(tuple(sites))
+    return _stored_once(graph, made) if deployable else made
+
+
+def _stored_once(graph: core.Graph, made: Spec) -> Spec:
+    """The specification with every tensor as a device stores it."""
+    own = Quantizer(8, "affine")
+
+    def of_site(site):
+        first = made[graph.first_takers[site.name]]
+        alike = first.name != site.name and first.activation == site.activation
+        return dataclasses.replace(site, shares=first.name if alike else None)
+
+    def of_join(join):
+        taker = made[join.site].activation if join.site else None
+        alike = taker and taker.scheme == own.scheme and taker.learning != "dynamic"
+        return JoinSpec(join.name, own, join.site if alike else None)
+
+    return Spec(tuple(map(of_site, made.sites)), tuple(map(of_join, graph.joins)))
 
 
 def range_shape(site: core.Site, quantizer: Quantizer) -> tuple[int, ...]:

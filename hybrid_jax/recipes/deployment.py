@@ -45,8 +45,9 @@ def integers(
 
     def fn(params, images):
         def rule(site, x, kernel, apply):
-            stored = params["kernels"][site.name]
-            grid = quantizer[site.name].activation.grid(params["ranges"][site.name])
+            stored, own = params["kernels"][site.name], quantizer[site.name]
+            span = params["ranges"][own.shares or site.name]["activation"]
+            grid = own.activation.grid(span)
             kernel = quantization.dequantize(stored.values, stored.grid)
             return apply(quantization.fake_quant(x, grid), kernel), None
 
@@ -54,9 +55,10 @@ def integers(
             # The rule puts an integer kernel in the place of these zeros.
             return params["floats"].get(path, jnp.zeros(shape.shape, shape.dtype))
 
-        return core.at_sites(predict, rule)(core.map_with_path(leaf, shapes), images)[0]
+        at_join = quantization.at_joins(quantizer, params["ranges"])
+        return core.at_sites(predict, rule, at_join)(core.map_with_path(leaf, shapes), images)[0]
 
-    spans = {name: span["activation"] for name, span in ranges.items()}
+    spans = {name: {"activation": span["activation"]} for name, span in ranges.items()}
     return fn, {"floats": floats, "kernels": kernels, "ranges": spans}
 
 

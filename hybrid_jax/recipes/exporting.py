@@ -68,7 +68,8 @@ def programs(job: Job, models: Models) -> dict[str, Exported]:
     test = job.splits.test
     images = job.normalize(job.splits.train.images[:CALIBRATION_IMAGES])
     dense, gate = models.dense, models.gate
-    spec = quantization.spec(core.trace(dense.predict, models.variables, job.images))
+    graph = core.trace(dense.predict, models.variables, job.images)
+    spec = quantization.spec(graph, deployable=True)
     ranges = quantization.calibrate(dense.predict, models.variables, [(images,)], spec)
     fake_quantized = quantization.fake_quantized(dense.predict, spec)
     each = [

@@ -213,7 +213,7 @@ def own_ranges(ranges: Any, graph: core.Graph, kept: dict[str, tuple[np.ndarray,
         axes = zip(indices, leaf.shape, strict=True)
         return leaf[np.ix_(*([0] if size == 1 else own for own, size in axes))]
 
-    return {
+    return ranges | {
         site.name: jax.tree.map(lambda leaf, i=kept[site.path]: take(leaf, i), ranges[site.name])
         for site in graph.sites
     }
@@ -226,6 +226,7 @@ def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
         weight_bits=spec.weight_bits,
         activation_bits=spec.activation_bits,
         first_last_bits=spec.first_last_bits,
+        deployable=True,
     )
 
 

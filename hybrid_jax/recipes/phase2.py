@@ -106,6 +106,7 @@ def learn_gate(
         weight_bits=settings.bits,
         activation_bits=settings.bits,
         first_last_bits=settings.bits,
+        deployable=True,
     )
     sample = [(images,) for images in job.sample(settings.batch_size, CALIBRATION_BATCHES)]
     ranges = quantization.calibrate(module.apply, trained, sample, quantizer)

@@ -1,0 +1,190 @@
+"""Joins: where tensors that each come from an input meet, and leave as one.
+
+A device that computes in integers stores in few bits, too, what meets in a residual sum, a product
+of two activations, a concatenation or a mean over an image, though no kernel takes it. A join is
+such a place, as a site is the place of a kernel.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+
+from hybrid_jax.core import derivatives, interpreter
+from hybrid_jax.core.sites import Site
+
+_KINDS = {
+    "add": "add",
+    "sub": "add",
+    "mul": "multiply",
+    "concatenate": "concatenate",
+    "reduce_sum": "mean",
+    "reduce_window_sum": "mean",
+}
+# What they make are entries of the tensor that they take, and zeros: it is stored alike.
+_MOVES = {
+    "pad",
+    "reduce_max",
+    "reduce_window_max",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "transpose",
+}
+# Parts of a softmax, whose differences and sum are no joins; what carries one on.
+_PARTS = {"reduce_max": "greatest", "exp": "exponential"}
+_CARRIES = {"max", "stop_gradient", "broadcast_in_dim", "reshape", "reduce_sum", "log"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """A tensor that takes part in a join.
+
+    Attributes:
+      name: The site that ran last of those it comes from (or 'input'), the kind of the join and, in
+        a sum or product, which of the two it is: 'block_1/conv/kernel/add/0'; used again 'name#2'.
+      kind: 'add', 'multiply', 'concatenate' or 'mean' (also a sum over places, or a pool).
+      operand: Its position among the operands; None for the result of a concatenation, which is
+        one tensor.
+      site: The first site that takes the same tensor, moved or pooled perhaps, or None.
+    """
+
+    name: str
+    kind: str
+    operand: int | None
+    site: str | None
+
+
+class _Seen(NamedTuple):
+    """What is known of a value."""
+
+    token: int  # which one it is
+    entries: int  # which one's entries it has
+    examples: bool = False  # whether it has a row for each example
+    last: int = -1  # the place of the last site before it
+    part: str | None = None  # of a softmax
+
+
+class Joins(NamedTuple):
+    """The joins of a program.
+
+    Attributes:
+      at: {path of an equation: its joins}, in running order.
+      first_takers: {site: the first site that takes the same tensor, moved or pooled perhaps}.
+    """
+
+    at: dict[interpreter.Path, tuple[Join, ...]]
+    first_takers: dict[str, str]
+
+
+def find_joins(
+    closed: jex.ClosedJaxpr, batched: Sequence[bool], site_at: Mapping[interpreter.Path, Site]
+) -> Joins:
+    """Finds the joins of a traced program.
+
+    Statistics over the batch, as BatchNorm takes them in training, are not among them, so that
+    training and evaluation have the same; neither is the sum in a softmax, nor what a function with
+    a derivative rule of its own computes.
+
+    Args:
+      closed: The program.
+      batched: For each argument whether its leading axis is that of the examples.
+      site_at: {path of an equation: its site}.
+    """
+    names = [s.name for path, s in site_at.items() if not derivatives.in_derivative(path)]
+    found: dict[interpreter.Path, list[tuple[str, int | None, _Seen]]] = {}
+    takers: dict[int, str] = {}
+    first_takers: dict[str, str] = {}
+    tokens = itertools.count()
+
+    def fresh(entries=None, **known):
+        token = next(tokens)
+        return _Seen(token, token if entries is None else entries, **known)
+
+    def walk(jaxpr, args, path):
+        env: dict[Any, _Seen] = {var: fresh() for var in jaxpr.constvars}
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom):
+            return fresh() if isinstance(atom, jex.Literal) else env[atom]
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            values = [read(atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, step(eqn, values, (*path, index)), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def step(eqn, values, here):
+        name = eqn.primitive.name
+        inner = {} if name.startswith("custom_") else interpreter.subjaxprs(eqn, here)
+        if name not in ("cond", "while", "scan") and inner:
+            return walk(inner["body"].jaxpr, values, (*here, "body"))
+        last = max((value.last for value in values), default=-1)
+        for branch, body in inner.items():
+            if name != "while":
+                args = values[1:] if name == "cond" else values
+                ends = walk(body.jaxpr, args, (*here, branch))
+                last = max([last, *(end.last for end in ends)])
+        if here in site_at:
+            site = site_at[here]
+            taken = values[1 - site.kernel_operand].entries
+            first_takers[site.name] = takers.setdefault(taken, site.name)
+            last = names.index(site.name)
+        joined = _joined(eqn, values)
+        examples = any(v.examples for v in values) and not _over_examples(eqn, values)
+        entries = values[0].entries if name in _MOVES else None
+        part = _PARTS.get(name)
+        if name in _CARRIES:
+            part = next((value.part for value in values if value.part), None)
+        made = [fresh(entries, examples=examples, last=last, part=part)]
+        made += [fresh(examples=examples, last=last) for _ in eqn.outvars[1:]]
+        if joined:
+            whole = [(None, made[0])] if name == "concatenate" else joined
+            found[here] = [(_KINDS[name], *one) for one in whole]
+        return made
+
+    walk(closed.jaxpr, [fresh(examples=own) for own in batched], ())
+    counts: collections.Counter[str] = collections.Counter()
+
+    def join(kind, operand, value):
+        name = f"{names[value.last] if value.last >= 0 else 'input'}/{kind}"
+        if kind in ("add", "multiply"):
+            name = f"{name}/{operand}"
+        counts[name] += 1
+        unique = name if counts[name] == 1 else f"{name}#{counts[name]}"
+        return Join(unique, kind, operand, takers.get(value.entries))
+
+    at = {path: tuple(join(*one) for one in joined) for path, joined in found.items()}
+    return Joins(at, first_takers)
+
+
+def _joined(eqn, values):
+    """The (position, value) of the operands that meet in an equation; none if it is no join."""
+    name = eqn.primitive.name
+    own = [(i, value) for i, value in enumerate(values) if value.examples]
+    if name not in _KINDS or _over_examples(eqn, values):
+        return []
+    parts = {value.part for _, value in own} - {None}
+    if _KINDS[name] == "mean":
+        return [] if "exponential" in parts else own
+    if name == "sub" and parts:
+        return []
+    return own if len({value.token for _, value in own}) > 1 else []
+
+
+def _over_examples(eqn, values):
+    """Whether what an equation makes is of several examples, no longer of each."""
+    name, params = eqn.primitive.name, eqn.params
+    if name.startswith("reduce_window"):
+        return params["window_dimensions"][0] > 1
+    if name.startswith("reduce_"):
+        return 0 in params.get("axes", ())
+    if name == "concatenate":
+        return params["dimension"] == 0
+    if name == "dot_general":
+        summed = params["dimension_numbers"][0]
+        return any(v.examples and 0 in axes for v, axes in zip(values, summed, strict=True))
+    return False

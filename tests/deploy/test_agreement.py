@@ -1,0 +1,67 @@
+"""Law 8, of lowering: what is deployed computes what was fake-quantized in training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax import core, deploy, models, quantization
+
+# A pool's own result has no range in training: DenseNet's is rounded on the device alone.
+FAR = {"densenet": 0.02, "densenet40": 0.02}
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    """Real images for models of any size and three channels, (n, H, W, 3)."""
+
+    def of_size(side):
+        x = digits.images[:768]
+        x = jax.image.resize(x, (len(x), side, side, 1), "linear") - 0.3
+        return jnp.concatenate([x, x[:, ::-1], x[:, :, ::-1]], -1)
+
+    return of_size
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("weight_bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_deployable_model_is_deployed_as_it_was_trained(name, weight_bits, small_model, images):
+    fn, _, params, x = small_model(name)
+    x = images(x.shape[1])
+    calibration, x = x[:256], x[256:]
+    graph = core.trace(fn, params, x)
+    spec = quantization.spec(graph, weight_bits=weight_bits, deployable=True)
+    ranges = quantization.calibrate(fn, params, [(calibration,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, calibration)
+    q_fn = quantization.fake_quantized(fn, spec)
+    expected = jax.jit(lambda x: q_fn(params, ranges, x))(x)
+    simulated = jax.jit(deploy.simulate(program))(x)
+    # All but values next to half a step, which sums in another order may round the other way.
+    error = jnp.abs(simulated - expected).mean() / expected.std()
+    assert error <= FAR.get(name, 2e-3)
+    assert (simulated.argmax(1) == expected.argmax(1)).mean() >= 0.995
+    # Integers round the bias, too, to a step of the sums.
+    device = jax.jit(deploy.run(program))(x)
+    assert jnp.abs(device - expected).mean() / expected.std() <= 0.03
+
+
+@pytest.mark.parametrize("name", ["resnet50"])
+def test_tensors_that_two_layers_take_are_stored_once(name, small_model):
+    fn, _, params, x = small_model(name)
+    spec = quantization.spec(core.trace(fn, params, x), deployable=True)
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    # As training leaves them: the ranges of two layers of the same tensor have moved apart.
+    moved = {
+        name: jax.tree.map(lambda end, i=i: end * np.float32(1 + i / 1000), span)
+        for i, (name, span) in enumerate(ranges.items())
+    }
+    shared = [site.name for site in spec.sites if site.shares]
+    assert len(shared) == 4  # a projected shortcut for each stage
+
+    def conversions(spec):
+        program = deploy.lower(fn, params, spec, moved, x)
+        return sum(isinstance(op, deploy.program.Convert) for op in program.operations)
+
+    apart = quantization.spec(core.trace(fn, params, x))
+    assert conversions(spec) == 1  # of the input
+    assert conversions(apart) == 1 + 2 * len(shared)

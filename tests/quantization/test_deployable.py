@@ -1,0 +1,121 @@
+"""Specifications of which every tensor is rounded as a device stores it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax import core
+from hybrid_jax import quantization as q
+
+STEPS_OF_1 = q.Range(jnp.float32(0), jnp.float32(255))
+STEPS_OF_TENTH = q.Range(jnp.float32(0), jnp.float32(25.5))
+
+
+def residual(params, x):
+    return x @ params["w"] + x
+
+
+PARAMS, X = {"w": jnp.array([[0.7, 0.0], [0.0, 0.7]])}, jnp.array([[1.2, 2.0]])
+RANGES = {
+    "w": {"activation": STEPS_OF_1},
+    "w/add/0": {"activation": STEPS_OF_1},
+    "input/add/1": {"activation": STEPS_OF_TENTH},
+}
+
+
+def spec_of(fn, params, x, **options):
+    graph = core.trace(fn, params, x)
+    return q.spec(graph, weight_bits=32, first_last_bits=2, deployable=True, **options)
+
+
+def test_what_meets_in_a_sum_is_rounded():
+    spec = spec_of(residual, PARAMS, X)
+    assert [(own.name, own.shares) for own in spec.joins] == [
+        ("w/add/0", None),
+        ("input/add/1", "w"),
+    ]
+    # x → [1, 2], both at the site and in the sum; [0.7, 1.4] → [1, 1]; [1, 1] + [1, 2] = [2, 3].
+    y = q.fake_quantized(residual, spec)(PARAMS, RANGES, X)
+    np.testing.assert_array_equal(y, [[2, 3]])
+
+
+def test_a_tensor_of_fewer_bits_at_its_site_has_its_own_range_in_the_sum():
+    spec = spec_of(residual, PARAMS, X, rules=[("w", {"activation": 4, "weight": 32})])
+    # At the site in steps of 255 / 15 = 17: 0. In the sum in steps of 0.1.
+    q_fn = q.fake_quantized(residual, spec)
+    np.testing.assert_allclose(q_fn(PARAMS, RANGES, X), [[1.2, 2.0]], rtol=1e-6)
+    bits = {"w": {"weight": 32, "activation": jnp.int32(8)}}
+    np.testing.assert_array_equal(q_fn(PARAMS, RANGES, X, bits=bits), [[2, 3]])
+
+
+def test_a_tensor_that_two_sites_take_has_one_range():
+    def fn(params, x):
+        return (x @ params["a"]) @ params["b"] - x @ params["c"]
+
+    params = dict.fromkeys("abc", PARAMS["w"])
+    spec = spec_of(fn, params, X)
+    assert [site.shares for site in spec.sites] == [None, None, "a"]
+    wide = {name: {"activation": STEPS_OF_1} for name in (*"ab", "b/add/0", "c/add/1")}
+    ranges = wide | {"c": {"activation": STEPS_OF_TENTH}}
+    # x → [1, 2] for a and for c. a: [0.7, 1.4] → [1, 1]; b: [0.7, 0.7] → [1, 1]; c: [1, 1].
+    np.testing.assert_array_equal(q.fake_quantized(fn, spec)(params, ranges, X), [[0, 0]])
+    apart = spec_of(fn, params, X, rules=[("c", {"weight": 32, "activation": 4})])
+    assert apart["c"].shares is None
+
+
+def test_sites_of_another_grid_share_nothing():
+    for own in (q.Quantizer(8, "symmetric"), q.Quantizer(8, "affine", learning="dynamic")):
+        spec = spec_of(residual, PARAMS, X, rules=[("w", {"activation": own})])
+        assert spec["input/add/1"].shares is None
+
+
+def test_ranges_are_calibrated(digits):
+    graph = core.trace(digits.fn, digits.params, digits.images[:2])
+    spec = q.spec(graph, deployable=True)
+    images = digits.images[:128]
+    ranges = q.calibrate(digits.fn, digits.params, [(images[:64],), (images[64:],)], spec)
+    assert list(ranges) == [own.name for own in (*spec.sites, *spec.joins)]
+
+    def extent(join, x):
+        return x, (x.min(), x.max())
+
+    def plain(site, x, kernel, apply):
+        return apply(x, kernel), None
+
+    seen = core.at_sites(digits.fn, plain, extent)(digits.params, images)[1]
+    assert len(seen) == 3  # two operands and a mean
+    for name, ends in seen.items():
+        np.testing.assert_allclose(ranges[name]["activation"], ends, rtol=1e-5)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), digits.params)
+    stacked = q.calibrate(digits.fn, stack, [(images,)], spec, "mse", stacked=True)
+    assert stacked[spec.joins[0].name]["activation"].high.shape == (2,)
+
+
+def test_joins_learn_and_nothing_else_changes(digits):
+    graph = core.trace(digits.fn, digits.params, digits.images[:2])
+    floats, whole = q.spec(graph), q.spec(graph, deployable=True)
+    assert dataclasses.replace(whole, joins=()) == floats
+    images = digits.images[:64]
+    ranges = q.calibrate(digits.fn, digits.params, [(images,)], whole)
+    # Ranges that cut off half, so that LSQ has a gradient towards more.
+    halved = ranges | {
+        own.name: jax.tree.map(lambda end: end / 2, ranges[own.name]) for own in whole.joins
+    }
+
+    def loss(ranges):
+        q_fn = q.fake_quantized(digits.fn, whole)
+        return jnp.square(q_fn(digits.params, ranges, images)).mean()
+
+    gradients = jax.jit(jax.grad(loss))(halved)
+    for own in whole.joins:
+        if own.shares is None:
+            assert gradients[own.name]["activation"].high != 0
+    only = {site.name: ranges[site.name] for site in whole.sites}
+    with pytest.raises(ValueError, match=r"ranges must have \['.*add/0'\]\['activation'\], got "):
+        q.fake_quantized(digits.fn, whole)(digits.params, only, images)
+    narrower = dataclasses.replace(whole, joins=whole.joins[1:])
+    with pytest.raises(ValueError, match=r"spec must cover every site, got none for '.*add/0'"):
+        q.fake_quantized(digits.fn, narrower)(digits.params, ranges, images)
