@@ -64,8 +64,8 @@ def to_c(program: Program | Mixture, name: str = "model", pack: bool = False) ->
       program: In integers: floats come in, are converted, and go out; a softmax may be last. A
         mixture runs its gate, then one expert in the same memory.
       name: A C identifier that starts with a letter.
-      pack: Whether a layer's weights lie two to a byte where all are in [−8, 7]; they are unpacked
-        one kernel at a time, which takes the RAM of one.
+      pack: Whether the weights of a layer of up to 4 bits lie two to a byte; they are unpacked one
+        kernel at a time, which takes the RAM of one.
 
     Raises:
       ValueError: If the name is none, or a tensor between input and output is float32.

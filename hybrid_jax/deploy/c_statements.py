@@ -47,7 +47,7 @@ def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
     Args:
       program: In integers between its ends.
       constants: Takes up what the statements refer to.
-      pack: Whether weights that fit 4 bits lie two to a byte.
+      pack: Whether weights of up to 4 bits lie two to a byte.
 
     Raises:
       ValueError: If a tensor between the ends is float32, or an end is not.
@@ -155,7 +155,7 @@ def _weighted(op, context):
             op.dilation,
         )
     function = "depthwise" if _is_depthwise(op) else "conv"
-    scratch = f"(int8_t *)arena + {context.plan.scratch[y]}" if packed else "0"
+    scratch = f"arena + {context.plan.scratch[y]}" if packed else "0"
     ends = f"{context.pointer(x)}, {context.pointer(y)}"
     return c_text.block(
         constants.descriptor("Window", window),
@@ -182,14 +182,13 @@ def _kernels(op):
 
 
 def _fits_half_a_byte(op):
-    values = op.weights.values
-    return values.min() >= -8 and values.max() <= 7
+    return not (op.weights.values % 16).any()
 
 
 def _pack(kernels):
-    """Two entries to a byte, the low half first, each row from a whole byte."""
-    even = np.pad(kernels, ((0, 0), (0, kernels.shape[1] % 2))).view(np.uint8) & 15
-    return (even[:, ::2] | even[:, 1::2] << 4).view(np.int8)
+    """The high halves of two entries to a byte, the low one first, each row from a whole byte."""
+    even = np.pad(kernels, ((0, 0), (0, kernels.shape[1] % 2))).view(np.uint8)
+    return (even[:, ::2] >> 4 | even[:, 1::2]).view(np.int8)
 
 
 def _max_pool(op, context):

@@ -34,6 +34,7 @@ from hybrid_jax.deploy.program import (
     Softmax,
     Tensor,
     Weights,
+    integer_step,
 )
 
 # What LiteRT's kernels of these functions return, whatever the values are.
@@ -122,13 +123,25 @@ def _integers(op, source, spec, made) -> Weights:
         return op.weights
     values, scale = made
     quantizer = spec[op.name].weight
-    values = source.arrange(values)
+    values = source.arrange(values).astype(np.int32)
     if quantizer.scheme == "binary":
-        values, scale = 2 * values.astype(np.int32) - 1, scale / np.float32(2)
+        values, scale = 2 * values - 1, scale / np.float32(2)
     outputs = source.arrange(scale).reshape(-1, source.shape[-1])[0] * source.scale
     sign = np.sign(outputs).astype(np.int8)
     used = np.where(sign == 0, 1, np.abs(outputs)).astype(np.float32)
-    return Weights((values * sign).astype(np.int8), used, op.weights.bias, quantizer.bits)
+    values = values * sign
+    # In the high bits of the int8 the accumulator's steps are the finest that the bias can have.
+    bits = _room(values, quantizer.bits)
+    step = integer_step(bits)
+    high = (values * step).astype(np.int8)
+    return Weights(high, used / np.float32(step), op.weights.bias, bits)
+
+
+def _room(values, bits):
+    """The fewest bits, from `bits` on, that hold the values and leave half an int32 to the bias."""
+    fewest = bits if values.all() else max(bits, 2)  # signs times zero are no signs
+    reach = 255 * np.abs(values).sum(tuple(range(values.ndim - 1)), np.int64).max()
+    return next((more for more in range(fewest, 8) if reach * integer_step(more) < 2**30), 8)
 
 
 def _signs(weights: Weights) -> Weights:

@@ -89,13 +89,14 @@ static Taps taps(const Axis *axis, int32_t output)
     return on;
 }
 
-static const int8_t *unpack(const int8_t *packed, int8_t *to, int32_t n)
+/* Each half of a byte becomes the high half of one, and its low half 0. */
+static const int8_t *unpack(const int8_t *packed, uint8_t *to, int32_t n)
 {
     for (int32_t i = 0; i < n; i++) {
-        const int32_t half = packed[i / 2] >> 4 * (i % 2) & 15;
-        to[i] = (int8_t)((half ^ 8) - 8);
+        const uint8_t pair = (uint8_t)packed[i / 2];
+        to[i] = (uint8_t)(i % 2 ? pair & 240 : pair << 4);
     }
-    return to;
+    return (const int8_t *)to;
 }
 
 static int32_t dot(const uint8_t *x, const int8_t *w, int32_t n, int32_t zero)
@@ -108,7 +109,7 @@ static int32_t dot(const uint8_t *x, const int8_t *w, int32_t n, int32_t zero)
 }
 
 static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer, const Result *to,
-                 int8_t *unpacked)
+                 uint8_t *unpacked)
 {
     const int32_t depth = at->channels / layer->groups;
     const int32_t size = at->down.window * at->across.window * depth;
@@ -144,7 +145,7 @@ static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer
 
 /* Weights are [window down][window across][channels]: the channels side by side. */
 static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *layer,
-                      const Result *to, int8_t *unpacked)
+                      const Result *to, uint8_t *unpacked)
 {
     const int32_t channels = at->channels;
     const int32_t size = at->down.window * at->across.window * channels;

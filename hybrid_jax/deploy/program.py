@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from hybrid_jax import core
+
 UNBOUNDED = (-math.inf, math.inf)
 
 
@@ -53,21 +55,53 @@ class Tensor:
     encoding: Encoding | None = None
 
 
+def integer_step(bits: int) -> int:
+    """What the integers of a kernel of that many bits are multiples of.
+
+    2^(8 − bits): they lie in the high bits of an int8. The scale is as many times smaller, so the
+    kernel is the same, and the bias is rounded to steps that are as many times finer. Signs, of 1
+    bit, are −64 and 64: those of 2 bits without a zero.
+
+    Args:
+      bits: 1 to 8.
+
+    Example:
+      >>> [integer_step(bits) for bits in (8, 4, 2, 1)]
+      [1, 16, 64, 64]
+    """
+    return 2 ** (8 - max(bits, 2))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
     """A kernel with a bias for each output channel.
 
     Attributes:
-      values: (kh, kw, C / groups, O) or (C, O); float32, or int8 in [−127, 127].
+      values: (kh, kw, C / groups, O) or (C, O); float32, or int8 in [−127, 127], multiples of
+        `integer_step(bits)`; with 1 bit none is 0.
       scale: float32 (O,), the kernel is values · scale; None for a float kernel.
       bias: float32 (O,), as a value, not in steps.
       bits: Of each entry of `values` in a packed file; 32 for a float kernel.
+
+    Raises:
+      ValueError: If there is a scale, and the bits are not 1 to 8 or the values not of these bits.
     """
 
     values: np.ndarray
     scale: np.ndarray | None
     bias: np.ndarray
     bits: int = 32
+
+    def __post_init__(self):
+        if self.scale is None:
+            return
+        step = integer_step(core.check_integer("bits", self.bits, 1, 8))
+        off = np.abs(self.values) != step if self.bits == 1 else self.values % step != 0
+        if off.any():
+            wanted = f"−{step} and {step}" if self.bits == 1 else f"multiples of {step}"
+            raise ValueError(
+                f"values must be {wanted} with bits {self.bits}, got {self.values[off][0]}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from hybrid_jax import core
 from hybrid_jax.deploy import packed, reference
 from hybrid_jax.deploy import program as graph
-from hybrid_jax.deploy.program import Conv, Dense, Encoding, Mixture, Program, Weights
+from hybrid_jax.deploy.program import Conv, Dense, Encoding, Mixture, Program, Weights, integer_step
 
 _OPERATIONS = {
     kind.__name__: kind
@@ -83,9 +84,10 @@ def _packed_kernel(weights):
     rows = (weights.values.ndim - 1,)
     if weights.scale is None:
         return packed.Tensor(weights.values, rows=rows)
-    scale = weights.scale.reshape((1,) * (weights.values.ndim - 1) + (-1,))
+    step = integer_step(weights.bits)
+    scale = weights.scale.reshape((1,) * (weights.values.ndim - 1) + (-1,)) * np.float32(step)
     # Signs are −1 and 1, which no integer of one bit has.
-    values = weights.values > 0 if weights.bits == 1 else weights.values
+    values = weights.values > 0 if weights.bits == 1 else weights.values // step
     return packed.Tensor(values, weights.bits, rows, scale)
 
 
@@ -95,7 +97,10 @@ def _kernel(kernel, bias):
         return Weights(values, None, np.asarray(bias.values))
     if values.dtype == bool:
         values = 2 * values.astype(np.int8) - 1
-    return Weights(values, np.asarray(scale).reshape(-1), np.asarray(bias.values), kernel.bits or 8)
+    bits = core.check_integer("bits of a kernel", kernel.bits or 8, 1, 8)
+    step = integer_step(bits)
+    scale = np.asarray(scale).reshape(-1) / np.float32(step)
+    return Weights(values * np.int8(step), scale, np.asarray(bias.values), bits)
 
 
 def _description(program):

@@ -24,6 +24,7 @@ def program(outputs=2, encoding=None):
         np.ones((4, 4, 1, outputs), np.int8 if encoding else np.float32),
         np.ones(outputs, np.float32) if encoding else None,
         np.zeros(outputs, np.float32),
+        8 if encoding else 32,
     )
     tensors = {
         "x": Tensor((4, 4, 1), encoding),

@@ -34,6 +34,7 @@ from hybrid_jax.deploy.program import (
     Tensor,
     Transpose,
     Weights,
+    integer_step,
 )
 
 RELU, RELU6 = (0.0, np.inf), (0.0, 6.0)
@@ -49,8 +50,8 @@ def weights(*shape, bits=8, seed=0):
     rng, most = np.random.default_rng(seed), 2 ** (bits - 1) - 1
     values = rng.integers(-most, most + 1, shape).astype(np.int8)
     scale = rng.uniform(0.5, 1.5, shape[-1]) / (most * np.sqrt(np.prod(shape[:-1])))
-    bias = rng.normal(size=shape[-1]).astype(np.float32)
-    return Weights(values, scale.astype(np.float32), bias, bits)
+    step, bias = integer_step(bits), rng.normal(size=shape[-1]).astype(np.float32)
+    return Weights(values * np.int8(step), (scale / step).astype(np.float32), bias, bits)
 
 
 def in_floats(w):

@@ -71,9 +71,11 @@ def test_integers_of_every_model_that_we_ship(small_model, name):
     kernels = quantization.integer_kernels(model.fn, spec, model.params, ranges, model.images)
     weights = {op.name: op.weights for op in program.weighted}
     for site, stored in kernels.items():
-        # Up to the sign of a BatchNorm's scale the integers are those of fake-quantization.
-        ours = np.abs(weights[site].values.astype(int)).ravel()
-        assert weights[site].bits == spec[site].weight.bits
+        # Up to the sign of a BatchNorm's scale the integers are those of fake-quantization, in the
+        # high bits of an int8.
+        bits = spec[site].weight.bits
+        assert weights[site].bits == bits
+        ours = np.abs(weights[site].values.astype(int)).ravel() / 2 ** (8 - bits)
         np.testing.assert_array_equal(ours, np.abs(np.asarray(stored.values, int)).ravel())
     # Between the input and the logits nothing is a float.
     floats = {name for name, t in program.tensors.items() if t.encoding is None}
@@ -119,6 +121,65 @@ def test_a_chain_of_sites_is_fake_quantization_to_rounding(digits):
     assert close.mean() > 0.97
     agreement = (got.argmax(-1) == expected.argmax(-1)).mean(dtype=jnp.float32)
     assert float(agreement) >= 0.999
+
+
+def of_four_bits(fn, params, x):
+    """A program whose kernels have 4 bits and whose activations have 8, and its ranges."""
+    spec = quantization.spec(core.trace(fn, params, x), [(".*", {"weight": 4, "activation": 8})])
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    return deploy.lower(fn, params, spec, ranges, x), spec, ranges
+
+
+def test_a_bias_is_kept_to_a_sixteenth_of_the_step_of_four_bits():
+    def fn(params, x):
+        return x @ params["w"] + params["b"][None]
+
+    params = {"w": jnp.float32([[7.0], [-3.0]]), "b": jnp.float32([0.4])}
+    x = jnp.float32([[1.0, 2.0], [255.0, 0.0]])
+    program, *_ = of_four_bits(fn, params, x)
+    # The kernel is 7 and −3 steps of 1 and the inputs are steps of 1, so 0.4 is 0 of the sums'
+    # steps. In the high bits it is 112 and −48 steps of 1/16, and 0.4 is 6 of them: 7 − 6 + 0.375.
+    weights = next(program.weighted).weights
+    np.testing.assert_array_equal(weights.values.ravel(), [112, -48])
+    np.testing.assert_array_equal(weights.scale, [1 / 16])
+    np.testing.assert_array_equal(deploy.run(program)(x), [[1.375], [1785.375]])
+
+
+def test_integers_of_four_bits_are_those_of_the_exact_bias(digits):
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.standard_normal(shape) / 8, jnp.float32)
+        for name, shape in {"a": (64, 64), "bias": (64,), "b": (64, 8)}.items()
+    }
+
+    def fn(params, x):
+        x = x.reshape(x.shape[0], -1) @ params["a"] + params["bias"][None]
+        return jax.nn.relu(x) @ params["b"]
+
+    program, *_ = of_four_bits(fn, params, digits.images)
+    made = jax.jit(lambda x: reference.trace_tensors(program, x))(digits.images)
+    op = next(program.weighted)
+    (x,), y = map(program.encoding, op.inputs), program.encoding(op.output)
+    values = x.scale * (np.float64(made[op.inputs[0]]) - x.zero_point)
+    sums = values @ (op.weights.values * np.float64(op.weights.scale)) + op.weights.bias
+    exact = np.clip(np.rint(sums / y.scale) + y.zero_point, y.low, y.high)
+    # It is 0.02 %. With the integers in the low bits it was 0.31 %.
+    assert (np.asarray(made[op.output]) != exact).mean() < 0.0005
+
+
+def test_a_kernel_of_many_inputs_keeps_its_integers_lower():
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": jnp.full((200_000, 1), 7.0)}, jnp.full((1, 200_000), 255.0)
+    program, spec, ranges = of_four_bits(fn, params, x)
+    weights = next(program.weighted).weights
+    # Sums reach 255 · 7 · 200000 = 3.6e8 steps: 7.1e8 if the steps are halved, and 2^30 = 1.1e9 is
+    # the most that leaves as much to the bias.
+    assert weights.bits == 7
+    assert set(weights.values.ravel()) == {14}
+    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
+    np.testing.assert_allclose(deploy.run(program)(x), expected, rtol=1e-5)
 
 
 class Squeeze(nn.Module):
@@ -377,7 +438,24 @@ def test_binary_kernels_and_symmetric_activations():
     program = deploy.lower(fn, params, spec, ranges, x)
     expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
     np.testing.assert_allclose(deploy.run(program)(x), expected, atol=1e-4)
-    assert set(np.unique(next(program.weighted).weights.values)) == {-1, 1}
+    assert set(np.unique(next(program.weighted).weights.values)) == {-64, 64}
+
+
+def test_a_binary_channel_that_is_multiplied_by_zero():
+    def fn(params, x):
+        return (x @ params["w"]) * params["scale"]
+
+    params, x = {"w": draw(16, 3), "scale": jnp.float32([[1.0, 0.0, -2.0]])}, draw(32, 16)
+    binary = quantization.Quantizer(1, "binary", per_channel=True, learning="fixed")
+    spec = quantization.spec(core.trace(fn, params, x), [("w", {"weight": binary})])
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    program = deploy.lower(fn, params, spec, ranges, x)
+    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
+    np.testing.assert_allclose(deploy.run(program)(x), expected, atol=1e-4)
+    # Signs and zeros are 2 bits.
+    weights = next(program.weighted).weights
+    assert weights.bits == 2
+    assert set(np.unique(weights.values)) == {-64, 0, 64}
 
 
 def test_calibration_that_is_not_finite():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import core, deploy, models, quantization
+from hybrid_jax.deploy import program as graph
 
 EXTRAS = {"openvino": "openvino"}
 
@@ -145,6 +146,45 @@ def test_a_packed_program_comes_back_exactly(tmp_path, lowered):
         images = lowered.images[:32]
         run, again = (jax.jit(deploy.run(p)) for p in (program, loaded))
         np.testing.assert_array_equal(run(images), again(images))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 7, 8])
+def test_a_packed_kernel_takes_its_bits(tmp_path, bits):
+    rng, most = np.random.default_rng(bits), max(2 ** (bits - 1) - 1, 1)
+    q = rng.choice([-1, 1], (5, 3)) if bits == 1 else rng.integers(-most, most + 1, (5, 3))
+    step = 2 ** (8 - max(bits, 2))
+    scale, bias = np.float32([0.1, 0.2, 0.3]), np.float32([1, 2, 3])
+    weights = deploy.Weights((q * step).astype(np.int8), scale / np.float32(step), bias, bits)
+    tensors = {
+        "x": deploy.Tensor((5,)),
+        "q": deploy.Tensor((5,), deploy.Encoding(0.1, 128)),
+        "y": deploy.Tensor((3,)),
+    }
+    steps = (graph.Convert(("x",), "q"), graph.Dense(("q",), "y", "dense", weights))
+    manifest = deploy.save_program(tmp_path / "model", deploy.Program("x", "y", tensors, steps))
+    # 15 weights, and a scale and a bias of 4 bytes for each of 3 channels.
+    assert manifest["payload_bytes"] == -(-15 * bits // 8) + 24
+    kernel = deploy.packed.load(tmp_path / "model")[0]["0/dense/kernel"]
+    np.testing.assert_array_equal(kernel.values, q > 0 if bits == 1 else q)
+    np.testing.assert_array_equal(kernel.scale, scale[None])
+    loaded = next(deploy.load_program(tmp_path / "model").weighted).weights
+    np.testing.assert_array_equal(loaded.values, weights.values)
+    np.testing.assert_array_equal(loaded.scale, weights.scale)
+    assert (loaded.values.dtype, loaded.bits) == (np.int8, bits)
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "message"),
+    [
+        ([[16], [-7]], 4, "values must be multiples of 16 with bits 4, got -7"),
+        ([[64], [0]], 1, "values must be −64 and 64 with bits 1, got 0"),
+        ([[64], [0]], 32, r"bits must be an integer in \[1, 8\], got 32"),
+    ],
+)
+def test_a_kernel_whose_integers_are_not_in_the_high_bits_is_refused(values, bits, message):
+    ones = np.ones(1, np.float32)
+    with pytest.raises(ValueError, match=message):
+        deploy.Weights(np.int8(values), ones, ones, bits)
 
 
 def test_a_packed_mixture_comes_back(tmp_path, lowered):
