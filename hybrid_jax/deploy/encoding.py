@@ -144,6 +144,23 @@ def _room(values, bits):
     return next((more for more in range(fewest, 8) if reach * integer_step(more) < 2**30), 8)
 
 
+def _within_reach(weights: Weights, x: Encoding | None) -> Weights:
+    """The weights with the bias of each channel within 2^30 steps of the accumulator.
+
+    Only a channel that is all but dead beside its bias has more. It gets a larger scale, and its
+    kernel is rounded to that: what it adds is then right to a billionth of the bias.
+    """
+    if weights.scale is None or x is None:
+        return weights
+    scale = np.maximum(weights.scale, np.abs(weights.bias) / np.float32(x.scale * 2**30))
+    if (scale == weights.scale).all():
+        return weights
+    bits = max(weights.bits, 2)  # signs that become zero are no signs
+    step = integer_step(bits)
+    values = np.rint(weights.values / step * (weights.scale / scale)) * step
+    return Weights(values.astype(np.int8), scale.astype(np.float32), weights.bias, bits)
+
+
 def _signs(weights: Weights) -> Weights:
     """A 1×1 depthwise kernel in integers: its size is all in the scale of the channel."""
     signs = np.sign(weights.values).astype(np.int8)
@@ -284,8 +301,8 @@ def _rebuild(program, weights, wanted, encodings) -> Program:
     for op in program.operations:
         output = encodings[op.output]
         if isinstance(op, Conv | Dense):
-            op = dataclasses.replace(op, weights=weights[op.name])
             own = wanted.get(op.name, encodings[op.inputs[0]])
+            op = dataclasses.replace(op, weights=_within_reach(weights[op.name], own))
             inputs = [get(op.inputs[0], own)]
             if op.weights.scale is None:
                 inputs = [get(inputs[0], None)]

@@ -469,6 +469,25 @@ def test_calibration_that_is_not_finite():
         deploy.lower(fn, params, spec, ranges, x.at[0, 0].set(jnp.nan))
 
 
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_a_channel_that_is_all_but_dead_beside_its_bias(bits):
+    # As where BatchNorm's scale was driven to 0: a bias of 3 is 10^10 steps of its kernel.
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"] * params["gamma"] + params["beta"]) @ params["b"]
+
+    params = {"a": draw(4, 3), "b": draw(3, 2)}
+    params |= {"gamma": jnp.array([[1e-9, 1.0, 1e-5]]), "beta": jnp.array([[3.0, 0.1, -2.0]])}
+    x = draw(16, 4)
+    own = quantization.Quantizer(
+        bits, "binary" if bits == 1 else "symmetric", True, "fixed" if bits == 1 else "lsq"
+    )
+    spec = quantization.spec(core.trace(fn, params, x), [("a", {"weight": own})])
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    q_fn = quantization.fake_quantized(fn, spec)
+    got = deploy.run(deploy.lower(fn, params, spec, ranges, x))(x)
+    np.testing.assert_allclose(got, q_fn(params, ranges, x), atol=0.02)
+
+
 def test_an_accumulator_that_may_overflow():
     weights = deploy.Weights(
         np.full((1, 1), 127, np.int8), np.float32([1e-20]), np.float32([1.0]), 8
