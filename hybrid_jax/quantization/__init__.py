@@ -6,7 +6,9 @@ The way through it:
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
-Ranges are a pytree of floats to be trained along with the parameters, bits are data. What recovers
+Ranges are a pytree of floats to be trained along with the parameters, bits are data. For a model
+that will compute in integers, `spec(..., deployable=True)` also rounds what a device stores between
+the layers: residual sums, concatenations, means. What recovers
 accuracy without training stands between: on a function folded by `core.fold`, `equalize` before
 calibration, and then `adaround` (or `gptq`) and `correct_biases`, whose parameters q_fn takes.
 

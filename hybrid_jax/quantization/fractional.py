@@ -10,6 +10,7 @@ from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import allocation, specs
+from hybrid_jax.quantization.model import at_joins
 from hybrid_jax.quantization.sensitivity import ROLES
 
 FEWEST, MOST = 2, 8
@@ -63,11 +64,11 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
             span = spans.get("weight")
             kernel = _mix(kernel, learned["weight"], quantizers.weight, span, shape, count)
             count = max(x.size // x.shape[0], 1)
-            span = spans.get("activation")
+            span = ranges[quantizers.shares or site.name].get("activation")
             x = _mix(x, learned["activation"], quantizers.activation, span, (), count)
             return apply(x, kernel), None
 
-        return core.at_sites(fn, rule)(params, *inputs)[0]
+        return core.at_sites(fn, rule, at_joins(spec, ranges))(params, *inputs)[0]
 
     return q_fn
 

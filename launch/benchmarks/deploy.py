@@ -37,7 +37,7 @@ def _variants(module, size):
     masks = core.expand(pruning.keep_channels(scores, 0.5), graph.groups, params)
     small_fn, small, _ = core.shrink(fn, params, masks, images[:1])
     for width, model in {"dense": (fn, params), "half": (small_fn, small)}.items():
-        spec = quantization.spec(core.trace(*model, images[:1]))
+        spec = quantization.spec(core.trace(*model, images[:1]), deployable=True)
         ranges = quantization.calibrate(*model, [(images,)], spec)
         yield f"{width} float32", deploy.lower(*model, None, None, images)
         yield f"{width} int8", deploy.lower(*model, spec, ranges, images)

@@ -119,3 +119,12 @@ def test_joins_learn_and_nothing_else_changes(digits):
     narrower = dataclasses.replace(whole, joins=whole.joins[1:])
     with pytest.raises(ValueError, match=r"spec must cover every site, got none for '.*add/0'"):
         q.fake_quantized(digits.fn, narrower)(digits.params, ranges, images)
+
+
+def test_bits_that_are_learned_round_joins_too():
+    spec = spec_of(residual, PARAMS, X)
+    ranges = RANGES | {"w": {"activation": STEPS_OF_1, "weight": STEPS_OF_1}}
+    bits = {"w": {"weight": 8.0, "activation": 8.0}}
+    # Weights of 0.7 in steps of 255 / 127 become 0: what is left is x → [1, 2].
+    y = q.fractional(residual, spec)(PARAMS, ranges, bits, X)
+    np.testing.assert_array_equal(y, [[1, 2]])
