@@ -89,7 +89,10 @@ class Graph:
 
     @property
     def first_takers(self) -> dict[str, str]:
-        """{site: the first site that takes the same tensor, moved or pooled perhaps}."""
+        """{site: the first site that takes the same tensor, moved or pooled perhaps}.
+
+        Without sites in a `while` or in a function with a derivative rule of its own.
+        """
         return self._joins.first_takers
 
     def site(self, name: str) -> Site:

@@ -74,7 +74,8 @@ class Joins(NamedTuple):
 
     Attributes:
       at: {path of an equation: its joins}, in running order.
-      first_takers: {site: the first site that takes the same tensor, moved or pooled perhaps}.
+      first_takers: {site: the first site that takes the same tensor, moved or pooled perhaps};
+        without sites in a `while` or in a function with a derivative rule of its own.
     """
 
     at: dict[interpreter.Path, tuple[Join, ...]]
@@ -139,8 +140,9 @@ def find_joins(
         part = _PARTS.get(name)
         if name in _CARRIES:
             part = next((value.part for value in values if value.part), None)
-        made = [fresh(entries, examples=examples, last=last, part=part)]
-        made += [fresh(examples=examples, last=last) for _ in eqn.outvars[1:]]
+        made = [fresh(examples=examples, last=last) for _ in eqn.outvars]
+        if made:
+            made[0] = fresh(entries, examples=examples, last=last, part=part)
         if joined:
             whole = [(None, made[0])] if name == "concatenate" else joined
             found[here] = [(_KINDS[name], *one) for one in whole]

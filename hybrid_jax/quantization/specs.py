@@ -258,7 +258,7 @@ def _stored_once(graph: core.Graph, made: Spec) -> Spec:
     own = Quantizer(8, "affine")
 
     def of_site(site):
-        first = made[graph.first_takers[site.name]]
+        first = made[graph.first_takers.get(site.name, site.name)]
         alike = first.name != site.name and first.activation == site.activation
         return dataclasses.replace(site, shares=first.name if alike else None)
 

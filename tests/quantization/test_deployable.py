@@ -128,3 +128,25 @@ def test_bits_that_are_learned_round_joins_too():
     # Weights of 0.7 in steps of 255 / 127 become 0: what is left is x → [1, 2].
     y = q.fractional(residual, spec)(PARAMS, ranges, bits, X)
     np.testing.assert_array_equal(y, [[1, 2]])
+
+
+def test_sites_that_are_hidden_and_steps_that_return_nothing():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(
+        lambda x, w: (product(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
+    )
+
+    def fn(params, x):
+        jax.debug.callback(lambda: None)
+        return product(x, params["a"]) + x @ params["b"]
+
+    params = dict.fromkeys("ab", PARAMS["w"])
+    spec = spec_of(fn, params, X)
+    assert [site.shares for site in spec.sites] == [None, None]
+    ranges = q.calibrate(fn, params, [(X,)], spec)
+    assert {own.name for own in spec.joins} < set(ranges)
+    y = q.fake_quantized(fn, spec)(params, ranges, X)
+    np.testing.assert_allclose(y, fn(params, X), atol=0.03)
