@@ -1,6 +1,7 @@
 """Strict set-up for every test: four CPU devices, no silent promotion, shared compilations."""
 
 import functools
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -86,14 +87,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fresh_caches():
-    """Nothing stays for the next file: JAX keeps 8,192 functions of a process, and then no new one.
+_ran = itertools.count(1)
 
-    A whole run has more than that, and `_cache_size` of one that is not kept is 0.
+
+def pytest_runtest_teardown():
+    """JAX keeps 8,192 functions of a process, and then no new one: `_cache_size` of it is 0.
+
+    A whole run makes as many. Clearing is seldom, since what tests share is compiled anew.
     """
-    yield
-    jax.clear_caches()
+    if next(_ran) % 500 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
