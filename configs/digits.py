@@ -10,7 +10,7 @@ Result, mean ± standard deviation over seeds 0, 1 and 2: dense parent 98.98 ± 
 bytes 98.98 ± 0.70 %, of equal BOPs 98.79 ± 0.80 %. One test image is 0.28 points: no difference is
 significant. The defaults were settled while seed 0's test accuracy was in view.
 
-Hardware and time: two x86 cores, of which it uses little more than one, 5 minutes for each seed.
+Hardware and time: two x86 cores, of which it uses about one, 5 minutes for each seed.
 """
 
 from ml_collections import ConfigDict

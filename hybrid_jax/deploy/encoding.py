@@ -97,8 +97,7 @@ def _on_grids(sources, joins, spec, ranges):
                     f"{role} of {name!r} must have one scale for each output channel, "
                     f"got groups of {quantizer.group}"
                 )
-            shared = spec[name].shares if role == "activation" else None
-            spans[role][name] = _span(shared or name, role, quantizer, ranges)
+            spans[role][name] = _span(spec[name].range_site(role), role, quantizer, ranges)
     for join in joins:
         spans["activation"][join.name] = _span(join.name, "activation", join.activation, ranges)
 

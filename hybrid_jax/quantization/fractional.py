@@ -64,7 +64,7 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
             span = spans.get("weight")
             kernel = _mix(kernel, learned["weight"], quantizers.weight, span, shape, count)
             count = max(x.size // x.shape[0], 1)
-            span = ranges[quantizers.shares or site.name].get("activation")
+            span = ranges[quantizers.range_site("activation")].get("activation")
             x = _mix(x, learned["activation"], quantizers.activation, span, (), count)
             return apply(x, kernel), None
 

@@ -209,8 +209,7 @@ def _choose(spec, ranges, bits, site):
         width = quantizer.bits if bits is None else entry("bits", bits, site.name, role)
         width = quantizer.check_bits(f"bits of {site.name!r}", width)
         if quantizer.learning != "dynamic" and not (isinstance(width, int) and width == grids.OFF):
-            shared = spec[site.name].shares if role == "activation" else None
-            span = entry("ranges", ranges, shared or site.name, role)
+            span = entry("ranges", ranges, spec[site.name].range_site(role), role)
         chosen.append((quantizer, span, width))
     return chosen
 

@@ -125,6 +125,10 @@ class SiteSpec:
         if self.activation.scheme == "binary":
             raise ValueError(f"activation must have a zero, got scheme 'binary' for {self.name!r}")
 
+    def range_site(self, role: str) -> str:
+        """The site whose range the 'weight' or 'activation' has: this one, or the one it shares."""
+        return self.shares if role == "activation" and self.shares else self.name
+
 
 @dataclasses.dataclass(frozen=True)
 class JoinSpec:

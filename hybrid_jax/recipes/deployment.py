@@ -46,7 +46,7 @@ def integers(
     def fn(params, images):
         def rule(site, x, kernel, apply):
             stored, own = params["kernels"][site.name], quantizer[site.name]
-            span = params["ranges"][own.shares or site.name]["activation"]
+            span = params["ranges"][own.range_site("activation")]["activation"]
             grid = own.activation.grid(span)
             kernel = quantization.dequantize(stored.values, stored.grid)
             return apply(quantization.fake_quant(x, grid), kernel), None
