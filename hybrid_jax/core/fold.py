@@ -15,11 +15,9 @@ from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
 from hybrid_jax.core import interpreter, paths
-from hybrid_jax.core.affine import REMAT, SAME, Chains, affine_chains
+from hybrid_jax.core.affine import CALLS, REMAT, Affine, Chains, affine_chains
 from hybrid_jax.core.graph import Graph, abstract, memoize_trace
 from hybrid_jax.core.sites import Site
-
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 
 def fold(
@@ -99,11 +97,10 @@ class _Pending(NamedTuple):
     """What a site is about to return: scale · (x ∗ kernel) + shift, not yet computed."""
 
     site: Site
+    affine: Affine
     equation: jex.JaxprEqn
     x: jax.Array
     kernel: jax.Array
-    scale: jax.Array
-    shift: jax.Array
 
 
 def _run(graph: Graph, chains: Chains, leaves: Sequence[Any], give: Callable[..., Any]):
@@ -119,17 +116,20 @@ def _run(graph: Graph, chains: Chains, leaves: Sequence[Any], give: Callable[...
         if path in chains:
             site = graph.site_at[path]
             x, kernel = values[1 - site.kernel_operand], values[site.kernel_operand]
-            pending = _Pending(site, eqn, x, kernel, jnp.float32(1), jnp.float32(0))
+            start = Affine.start(site.output_axes, site.output_shape)
+            pending = _Pending(site, start, eqn, x, kernel)
         else:
-            pending = _extended(eqn.primitive.name, values)
+            place = next(i for i, value in enumerate(values) if isinstance(value, _Pending))
+            pending = values[place]
+            affine = pending.affine.then(eqn.primitive.name, place, values)
+            pending = pending._replace(affine=affine)
         if path not in ends:
             return [pending], {}
-        site = pending.site
-        kernel, bias = give(site, _scaled(pending), _channels(site, pending.shift))
+        site, affine = pending.site, pending.affine
+        kernel, bias = give(site, _scaled(pending), affine.each(affine.shift))
         pair = (pending.x, kernel) if site.kernel_operand == 1 else (kernel, pending.x)
         y = interpreter.bind(pending.equation, pair)[0].astype(eqn.outvars[0].aval.dtype)
-        shape = [n if axis in site.output_axes else 1 for axis, n in enumerate(y.shape)]
-        return [y + bias.reshape(shape).astype(y.dtype)], {site.name: (kernel, bias)}
+        return [y + affine.along(bias, y.ndim).astype(y.dtype)], {site.name: (kernel, bias)}
 
     return interpreter.evaluate(
         graph.jaxpr.jaxpr, graph.jaxpr.consts, leaves, rule, active.__contains__
@@ -153,47 +153,11 @@ def _replay(graph, chains, folded, leaves):
     return _run(graph, chains, leaves, give)[0]
 
 
-def _extended(name: str, values: Sequence[Any]) -> _Pending:
-    """What one more affine equation makes of the pending value among `values`."""
-    place = next(i for i, value in enumerate(values) if isinstance(value, _Pending))
-    pending = values[place]
-    if name in SAME:
-        return pending
-    scale, shift = pending.scale, pending.shift
-    if name == "neg":
-        return pending._replace(scale=-scale, shift=-shift)
-    other = _one_each(pending.site, jnp.asarray(values[1 - place]).astype(jnp.float32))
-    if name == "mul":
-        return pending._replace(scale=scale * other, shift=shift * other)
-    if name == "div":
-        return pending._replace(scale=scale / other, shift=shift / other)
-    if name == "add":
-        return pending._replace(shift=shift + other)
-    if place == 0:
-        return pending._replace(shift=shift - other)
-    return pending._replace(scale=-scale, shift=other - shift)
-
-
-def _one_each(site: Site, operand: jax.Array) -> jax.Array:
-    """One entry for each output channel of an operand that does not vary along other axes."""
-    for axis in range(operand.ndim):
-        if axis not in site.output_axes:
-            operand = jax.lax.slice_in_dim(operand, 0, 1, axis=axis)
-    return operand
-
-
-def _channels(site: Site, value: jax.Array) -> jax.Array:
-    """A scalar, or one entry for each output channel, in the shape of the output channels."""
-    if value.ndim:
-        value = value.reshape([value.shape[axis] for axis in site.output_axes])
-    return jnp.broadcast_to(value, [site.output_shape[axis] for axis in site.output_axes])
-
-
 def _scaled(pending: _Pending) -> jax.Array:
     """The kernel with its output channels scaled."""
     site, kernel = pending.site, pending.kernel
     shape = [n if axis in site.kernel_out_axes else 1 for axis, n in enumerate(kernel.shape)]
-    scale = _channels(site, pending.scale).reshape(shape)
+    scale = pending.affine.each(pending.affine.scale).reshape(shape)
     return (kernel.astype(jnp.float32) * scale).astype(kernel.dtype)
 
 
@@ -207,7 +171,7 @@ def _inlined(fn: Callable[..., Any]) -> Callable[..., Any]:
         def level(jaxpr, path):
             for index, eqn in enumerate(jaxpr.eqns):
                 here = (*path, index)
-                if eqn.primitive.name in (*_CALLS, *REMAT):
+                if eqn.primitive.name in (*CALLS, *REMAT):
                     active.add(here)
                     (inner,) = interpreter.subjaxprs(eqn, here).values()
                     level(inner.jaxpr, (*here, "body"))

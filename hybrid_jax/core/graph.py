@@ -71,21 +71,17 @@ class Graph:
         return self._grouped[1]
 
     @functools.cached_property
-    def _joins(self) -> Joins:
+    def found_joins(self) -> Joins:
+        """Where the joins are, and which site takes a tensor first."""
         inputs = self.jaxpr.in_avals[len(self.parameters) :]
         batch = next((aval.shape[:1] for aval in inputs if aval.shape), None)
         batched = [aval.shape[:1] == batch for aval in inputs]
         return find_joins(self.jaxpr, [False] * len(self.parameters) + batched, self.site_at)
 
     @property
-    def join_at(self) -> dict[interpreter.Path, tuple[Join, ...]]:
-        """{path of an equation: its joins}, in running order."""
-        return self._joins.at
-
-    @property
     def joins(self) -> tuple[Join, ...]:
         """The tensors that meet in sums, products, concatenations and means, in running order."""
-        return tuple(join for joined in self.join_at.values() for join in joined)
+        return tuple(join for joined in self.found_joins.own.values() for join in joined)
 
     @property
     def first_takers(self) -> dict[str, str]:
@@ -93,7 +89,7 @@ class Graph:
 
         Without sites in a `while` or in a function with a derivative rule of its own.
         """
-        return self._joins.first_takers
+        return self.found_joins.first_takers
 
     def site(self, name: str) -> Site:
         """The site of this name.

@@ -2,7 +2,7 @@
 
 A device that computes in integers stores in few bits, too, what meets in a residual sum, a product
 of two activations, a concatenation or a mean over an image, though no kernel takes it. A join is
-such a place, as a site is the place of a kernel.
+such a place, as a site is the place of a kernel. What is stored so is what all read.
 """
 
 import collections
@@ -35,8 +35,14 @@ _MOVES = {
     "squeeze",
     "transpose",
 }
-# Parts of a softmax, whose differences and sum are no joins; what carries one on.
-_PARTS = {"reduce_max": "greatest", "exp": "exponential"}
+# Parts of a softmax, whose differences and sum are no joins; what carries one on. A sum that is
+# divided is a mean.
+_PARTS = {
+    "reduce_max": "greatest",
+    "exp": "exponential",
+    "reduce_sum": "sum",
+    "reduce_window_sum": "sum",
+}
 _CARRIES = {"max", "stop_gradient", "broadcast_in_dim", "reshape", "reduce_sum", "log"}
 
 
@@ -48,8 +54,9 @@ class Join:
       name: The site that ran last of those it comes from (or 'input'), the kind of the join and, in
         a sum or product, which of the two it is: 'block_1/conv/kernel/add/0'; used again 'name#2'.
       kind: 'add', 'multiply', 'concatenate' or 'mean' (also a sum over places, or a pool).
-      operand: Its position among the operands; None for the result of a concatenation, which is
-        one tensor.
+      operand: Its position among the operands; None for a result: that of a concatenation, which is
+        one tensor, and that of a mean, 'name/mean/result', if more than a site takes it. Of a
+        concatenation, what else reads is an operand too: 'name/concatenate/0'.
       site: The first site that takes the same tensor, moved or pooled perhaps, or None.
     """
 
@@ -73,12 +80,18 @@ class Joins(NamedTuple):
     """The joins of a program.
 
     Attributes:
-      at: {path of an equation: its joins}, in running order.
+      own: {path of an equation: its joins}, in running order. A tensor that takes part in several
+        is that of the first.
+      at: The same, and where something else reads such a tensor its join again, with the operand
+        that it is there: all places where tensors are to be rounded.
+      reads: {path of an equation: {operand: join}} wherever the tensor of a join is read.
       first_takers: {site: the first site that takes the same tensor, moved or pooled perhaps};
         without sites in a `while` or in a function with a derivative rule of its own.
     """
 
+    own: dict[interpreter.Path, tuple[Join, ...]]
     at: dict[interpreter.Path, tuple[Join, ...]]
+    reads: dict[interpreter.Path, dict[int, Join]]
     first_takers: dict[str, str]
 
 
@@ -99,12 +112,18 @@ def find_joins(
     names = [s.name for path, s in site_at.items() if not derivatives.in_derivative(path)]
     found: dict[interpreter.Path, list[tuple[str, int | None, _Seen]]] = {}
     takers: dict[int, str] = {}
+    readers: dict[int, list[tuple[interpreter.Path, int]]] = collections.defaultdict(list)
     first_takers: dict[str, str] = {}
     tokens = itertools.count()
+    loops: set[interpreter.Path] = set()
 
     def fresh(entries=None, **known):
         token = next(tokens)
         return _Seen(token, token if entries is None else entries, **known)
+
+    def looped(path):
+        """Whether what is known of a value may hold for the first iteration alone."""
+        return any(path[:n] in loops for n in range(1, len(path)))
 
     def walk(jaxpr, args, path):
         env: dict[Any, _Seen] = {var: fresh() for var in jaxpr.constvars}
@@ -124,6 +143,8 @@ def find_joins(
         if name not in ("cond", "while", "scan") and inner:
             return walk(inner["body"].jaxpr, values, (*here, "body"))
         last = max((value.last for value in values), default=-1)
+        if name in ("while", "scan"):
+            loops.add(here)
         for branch, body in inner.items():
             if name != "while":
                 args = values[1:] if name == "cond" else values
@@ -134,18 +155,23 @@ def find_joins(
             taken = values[1 - site.kernel_operand].entries
             first_takers[site.name] = takers.setdefault(taken, site.name)
             last = names.index(site.name)
+        elif name not in (*_MOVES, *interpreter.REBUILD) and not looped(here):
+            for operand, value in enumerate(values):
+                readers[value.entries].append((here, operand))
         joined = _joined(eqn, values)
         examples = any(v.examples for v in values) and not _over_examples(eqn, values)
         entries = values[0].entries if name in _MOVES else None
         part = _PARTS.get(name)
         if name in _CARRIES:
-            part = next((value.part for value in values if value.part), None)
+            part = next((value.part for value in values if value.part), part)
         made = [fresh(examples=examples, last=last) for _ in eqn.outvars]
         if made:
             made[0] = fresh(entries, examples=examples, last=last, part=part)
         if joined:
-            whole = [(None, made[0])] if name == "concatenate" else joined
-            found[here] = [(_KINDS[name], *one) for one in whole]
+            whole = [(None, made[0])] if name == "concatenate" else []
+            found[here] = [(_KINDS[name], *one) for one in [*joined, *whole]]
+        elif name in ("div", "mul") and [v.part for v in values if v.examples] == ["sum"]:
+            found[here] = [("mean", None, made[0])]
         return made
 
     walk(closed.jaxpr, [fresh(examples=own) for own in batched], ())
@@ -153,14 +179,39 @@ def find_joins(
 
     def join(kind, operand, value):
         name = f"{names[value.last] if value.last >= 0 else 'input'}/{kind}"
-        if kind in ("add", "multiply"):
+        if kind in ("add", "multiply") or (kind == "concatenate" and operand is not None):
             name = f"{name}/{operand}"
+        if kind == "mean" and operand is None:
+            name = f"{name}/result"
         counts[name] += 1
         unique = name if counts[name] == 1 else f"{name}#{counts[name]}"
         return Join(unique, kind, operand, takers.get(value.entries))
 
-    at = {path: tuple(join(*one) for one in joined) for path, joined in found.items()}
-    return Joins(at, first_takers)
+    def is_own(kind, operand, value):
+        """Whether a tensor is one of its own, rather than a site's or part of a concatenation."""
+        elsewhere = value.entries in takers
+        if kind == "concatenate" and operand is not None:
+            return elsewhere or len(readers[value.entries]) > 1
+        return kind != "mean" or operand is not None or (readers[value.entries] and not elsewhere)
+
+    at: dict[interpreter.Path, dict[int | None, Join]] = collections.defaultdict(dict)
+    stored: dict[int, Join] = {}
+    for path, joined in found.items():
+        for kind, operand, value in joined:
+            new = looped(path) or value.entries not in stored
+            if new and is_own(kind, operand, value):
+                at[path][operand] = join(kind, operand, value)
+                if not looped(path):
+                    stored[value.entries] = at[path][operand]
+    own = {path: tuple(joined.values()) for path, joined in at.items()}
+    reads: dict[interpreter.Path, dict[int, Join]] = collections.defaultdict(dict)
+    for entries, one in stored.items():
+        for path, operand in readers[entries]:
+            reads[path][operand] = dataclasses.replace(one, operand=operand)
+            if one.operand is not None:  # a result is rounded before it is read
+                at[path].setdefault(operand, reads[path][operand])
+    whole = {path: tuple(joined.values()) for path, joined in at.items()}
+    return Joins(own, whole, reads, first_takers)
 
 
 def _joined(eqn, values):

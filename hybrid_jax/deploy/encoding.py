@@ -34,7 +34,6 @@ from hybrid_jax.deploy.program import (
     Softmax,
     Tensor,
     Weights,
-    integer_step,
 )
 
 # What LiteRT's kernels of these functions return, whatever the values are.
@@ -131,7 +130,7 @@ def _integers(op, source, spec, made) -> Weights:
     values = values * sign
     # In the high bits of the int8 the accumulator's steps are the finest that the bias can have.
     bits = _room(values, quantizer.bits)
-    step = integer_step(bits)
+    step = quantization.integer_step(bits)
     high = (values * step).astype(np.int8)
     return Weights(high, used / np.float32(step), op.weights.bias, bits)
 
@@ -140,7 +139,8 @@ def _room(values, bits):
     """The fewest bits, from `bits` on, that hold the values and leave half an int32 to the bias."""
     fewest = bits if values.all() else max(bits, 2)  # signs times zero are no signs
     reach = 255 * np.abs(values).sum(tuple(range(values.ndim - 1)), np.int64).max()
-    return next((more for more in range(fewest, 8) if reach * integer_step(more) < 2**30), 8)
+    enough = (b for b in range(fewest, 8) if reach * quantization.integer_step(b) < 2**30)
+    return next(enough, 8)
 
 
 def _within_reach(weights: Weights, x: Encoding | None) -> Weights:
@@ -155,7 +155,7 @@ def _within_reach(weights: Weights, x: Encoding | None) -> Weights:
     if (scale == weights.scale).all():
         return weights
     bits = max(weights.bits, 2)  # signs that become zero are no signs
-    step = integer_step(bits)
+    step = quantization.integer_step(bits)
     values = np.rint(weights.values / step * (weights.scale / scale)) * step
     return Weights(values.astype(np.int8), scale.astype(np.float32), weights.bias, bits)
 
@@ -164,7 +164,7 @@ def _signs(weights: Weights) -> Weights:
     """A 1×1 depthwise kernel in integers: its size is all in the scale of the channel."""
     signs = np.sign(weights.values).astype(np.int8)
     size = np.abs(weights.values.reshape(-1))
-    scale = np.where(size == 0, 1, size / 127).astype(np.float32)
+    scale = (np.where(size == 0, size.max() or 1, size) / 127).astype(np.float32)
     return Weights(127 * signs, scale, weights.bias, 8)
 
 

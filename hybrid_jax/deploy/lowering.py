@@ -98,7 +98,7 @@ def _lower_floats(fn, params, x) -> tuple[Program, Builder]:
             for atom in eqn.invars
         ]
         outs = _step(builder, graph, index, eqn, values)
-        for join in graph.join_at.get((index,), ()):
+        for join in graph.found_joins.at.get((index,), ()):
             builder.join(join.name, outs[0] if join.operand is None else values[join.operand])
         for var, out in zip(eqn.outvars, outs, strict=True):
             # What several equations read is a tensor: built upon, it would be computed twice.

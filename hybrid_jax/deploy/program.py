@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax.quantization import integer_step
 
 UNBOUNDED = (-math.inf, math.inf)
 
@@ -53,23 +54,6 @@ class Tensor:
 
     shape: tuple[int, ...]
     encoding: Encoding | None = None
-
-
-def integer_step(bits: int) -> int:
-    """What the integers of a kernel of that many bits are multiples of.
-
-    2^(8 − bits): they lie in the high bits of an int8. The scale is as many times smaller, so the
-    kernel is the same, and the bias is rounded to steps that are as many times finer. Signs, of 1
-    bit, are −64 and 64: those of 2 bits without a zero.
-
-    Args:
-      bits: 1 to 8.
-
-    Example:
-      >>> [integer_step(bits) for bits in (8, 4, 2, 1)]
-      [1, 16, 64, 64]
-    """
-    return 2 ** (8 - max(bits, 2))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

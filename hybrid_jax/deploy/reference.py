@@ -3,15 +3,18 @@
 The function jits, vmaps and exports like any other. `simulate` is its twin in floats.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from hybrid_jax import experts
+from hybrid_jax.deploy import arithmetic
 from hybrid_jax.deploy.forms import check
 from hybrid_jax.deploy.operations import evaluate, rounded
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.program import Conv, Dense, Mixture, Program
 
 Forms = Mapping[str, str] | Sequence[Mapping[str, str]]
 
@@ -49,8 +52,9 @@ def simulate(
     """The fake-quantized twin of `run`: the same steps on float32 values.
 
     What is encoded is rounded to its encoding's values and stays a float; kernels are the floats
-    that their integers stand for. For targets without integer kernels, and to see what integer
-    sums change: a value next to half a step may fall on the other side.
+    that their integers stand for, and biases are rounded to steps of the sums. For targets without
+    integer kernels, and to see what integer sums change: a value next to half a step may fall on
+    the other side.
 
     Args:
       program: As for `run`.
@@ -115,6 +119,10 @@ def trace_tensors(
 
 
 def _evaluate_simulated(op, values, encodings, output, shape, form):
+    if isinstance(op, Conv | Dense) and encodings[0] is not None:
+        step = np.float32(encodings[0].scale) * op.weights.scale
+        bias = (arithmetic.integer_bias(op.weights, encodings[0]) * step).astype(np.float32)
+        op = dataclasses.replace(op, weights=dataclasses.replace(op.weights, bias=bias))
     y = evaluate(op, values, [None] * len(values), None, shape, form)
     if output is None:
         return y

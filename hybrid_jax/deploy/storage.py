@@ -11,7 +11,8 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.deploy import packed, reference
 from hybrid_jax.deploy import program as graph
-from hybrid_jax.deploy.program import Conv, Dense, Encoding, Mixture, Program, Weights, integer_step
+from hybrid_jax.deploy.program import Conv, Dense, Encoding, Mixture, Program, Weights
+from hybrid_jax.quantization import integer_step
 
 _OPERATIONS = {
     kind.__name__: kind

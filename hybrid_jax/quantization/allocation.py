@@ -9,7 +9,8 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.quantization import program, specs
-from hybrid_jax.quantization.sensitivity import ROLES, Sensitivity
+from hybrid_jax.quantization.sensitivity import Sensitivity
+from hybrid_jax.quantization.specs import ROLES
 
 
 class Allocation(NamedTuple):

@@ -11,7 +11,7 @@ from jax import lax
 from hybrid_jax import core
 from hybrid_jax.quantization import allocation, specs
 from hybrid_jax.quantization.model import at_joins
-from hybrid_jax.quantization.sensitivity import ROLES
+from hybrid_jax.quantization.specs import ROLES
 
 FEWEST, MOST = 2, 8
 

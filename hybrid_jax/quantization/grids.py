@@ -49,6 +49,25 @@ class Grid(NamedTuple):
     high: jax.Array
 
 
+def integer_step(bits: jax.Array | int) -> Any:
+    """What the stored integers of a symmetric or binary kernel of that many bits are multiples of.
+
+    2^(8 − bits): they lie in the high bits of an int8. The scale is as many times smaller, so the
+    kernel is the same, and the bias is rounded to steps that are as many times finer. Signs, of 1
+    bit, are −64 and 64: those of 2 bits without a zero.
+
+    Args:
+      bits: 1 to 8; may be traced.
+
+    Example:
+      >>> [integer_step(bits) for bits in (8, 4, 2, 1)]
+      [1, 16, 64, 64]
+    """
+    if isinstance(bits, int):
+        return 2 ** (8 - max(bits, 2))
+    return 2 ** (8 - jnp.clip(bits, 2, 8))
+
+
 def check_bits(name: str, bits: Any, supported: Sequence[int] = range(2, 9)) -> Any:
     """Returns `bits` if supported, or 32 for off; of a traced array only the dtype is checked.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, specs
@@ -33,7 +34,7 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
 
     Args:
       fn: fn(params, *inputs) -> outputs, in training or evaluation mode; `spec` has all of its
-        sites, and all of its joins or none.
+        sites, and all of its joins or none. Biases are rounded where the spec says so.
       spec: How each site is quantized. It is static; ranges and bits are data.
 
     Returns:
@@ -74,7 +75,8 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
             x = specs.apply(x, *activation, (), max(x.size // x.shape[0], 1), keys[1])
             return apply(x, kernel), None
 
-        return core.at_sites(fn, rule, at_joins(spec, ranges, bits))(params, *inputs)[0]
+        others = at_joins(spec, ranges, bits), at_biases(spec, ranges, bits)
+        return core.at_sites(fn, rule, *others)(params, *inputs)[0]
 
     return q_fn
 
@@ -93,17 +95,39 @@ def at_joins(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., A
 
     def rule(join, x):
         own = spec[join.name]
-        span = entry("ranges", ranges, own.name, "activation")
-        if own.shares is not None:
-            # A tensor is stored once: with the range of the site that takes it, if in as many bits.
-            taken = entry("ranges", ranges, own.shares, "activation")
-            width = spec[own.shares].activation.bits
-            width = width if bits is None else entry("bits", bits, own.shares, "activation")
-            span = jax.tree.map(functools.partial(jnp.where, width == 8), taken, span)
-        count = max(x.size // x.shape[0], 1)
+        span, count = _join_range(spec, ranges, bits, own), max(x.size // x.shape[0], 1)
         return specs.apply(x, own.activation, span, own.activation.bits, (), count), None
 
     return rule if spec.joins else None
+
+
+def at_biases(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., Any] | None:
+    """What `core.at_sites` does with biases, to round them to the steps of integer sums.
+
+    A device adds the bias, with all that folds into it, to the int32 sums of the products, in steps
+    of the scale of the input times that of the kernel's channel, see `grids.integer_step`. What
+    scales the tensor of a join is a kernel of one weight for each channel, which is ±127.
+
+    Args:
+      spec: How each site is quantized.
+      ranges: {site name: {'weight': Range, 'activation': Range}}, of joins the latter alone.
+      bits: Of the sites, as `Spec.bits` returns them; None for the spec's.
+
+    Returns:
+      (site or join, scale, bias) -> bias rounded, with the gradient of one that is not; None if the
+      spec leaves biases in floats. So is that of a channel of scale 0, and of a site that is not to
+      be in integers: at 32 bits, with groups or with a range of its own at every call.
+    """
+
+    def rule(at, scale, bias):
+        step = _sum_step(spec, ranges, bits, at)
+        if step is None:
+            return bias
+        step = jnp.abs(scale) * (step.reshape(scale.shape) if step.size > 1 else step.reshape(()))
+        rounded = jnp.round(bias / jnp.where(step == 0, 1, step)) * step
+        return bias + lax.stop_gradient(jnp.where(step == 0, bias, rounded) - bias)
+
+    return rule if spec.biases else None
 
 
 def integer_kernels(
@@ -201,10 +225,35 @@ def scale_counts(graph: core.Graph, spec: specs.Spec) -> dict[str, int]:
     return {site.name: stored[site.path] for site in graph.sites}
 
 
+def _sum_step(spec, ranges, bits, at):
+    """The step of the integer sums at a site or after a join; 0 or None if there is none."""
+    if isinstance(at, core.Join):
+        own = spec[at.name]
+        return own.activation.grid(_join_range(spec, ranges, bits, own)).scale / 127
+    (weight, span, fine), (activation, taken, width) = _choose(spec, ranges, bits, at)
+    if span is None or taken is None or weight.group is not None:
+        return None
+    # Signs are half a grid's step from zero.
+    parts = grids.integer_step(fine) * (2 if weight.scheme == "binary" else 1)
+    step = weight.grid(span, fine).scale / parts * activation.grid(taken, width).scale
+    return jnp.where((fine == grids.OFF) | (width == grids.OFF), 0, step)
+
+
+def _join_range(spec, ranges, bits, own):
+    """The range of a join: that of the site that takes the tensor, if in as many bits."""
+    span = entry("ranges", ranges, own.name, "activation")
+    if own.shares is None:
+        return span
+    taken = entry("ranges", ranges, own.shares, "activation")
+    width = spec[own.shares].activation.bits
+    width = width if bits is None else entry("bits", bits, own.shares, "activation")
+    return jax.tree.map(functools.partial(jnp.where, width == 8), taken, span)
+
+
 def _choose(spec, ranges, bits, site):
     """For the kernel and for the activation of a site: its quantizer, range and bits."""
     chosen = []
-    for role in ("weight", "activation"):
+    for role in specs.ROLES:
         quantizer, span = getattr(spec[site.name], role), None
         width = quantizer.bits if bits is None else entry("bits", bits, site.name, role)
         width = quantizer.check_bits(f"bits of {site.name!r}", width)

@@ -15,9 +15,9 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, model, specs
+from hybrid_jax.quantization.specs import ROLES
 
 Sensitivity = dict[str, dict[str, dict[int, float]]]
-ROLES = ("weight", "activation")
 
 
 def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from hybrid_jax import core
 from hybrid_jax.quantization import gradients, grids, observers
 from hybrid_jax.quantization.schemes import SCHEMES, power_of_two
 
+ROLES = ("weight", "activation")
 LEARNING = ("lsq", "pact", "fixed", "dynamic")
 
 
@@ -153,10 +154,12 @@ class Spec:
     Attributes:
       sites: A `SiteSpec` per site.
       joins: A `JoinSpec` per join, or none where joins are left in floats.
+      biases: Whether biases are rounded to the steps of the integer sums that they are added to.
     """
 
     sites: tuple[SiteSpec, ...]
     joins: tuple[JoinSpec, ...] = ()
+    biases: bool = False
 
     def __getitem__(self, name: str) -> SiteSpec | JoinSpec:
         for own in (*self.sites, *self.joins):
@@ -210,8 +213,9 @@ def spec(
       first_last_bits: The least bits of the first and of the last site, where no rule matches.
       deployable: Whether every tensor is rounded as a device stores it, once: what meets in a
         residual sum, a product of activations, a concatenation or a mean (`graph.joins`) at 8 bits,
-        and a tensor that several sites take with one range. What is trained so is what is deployed;
-        otherwise only sites are quantized, each by itself.
+        and a tensor that several sites take with one range. So is every bias, with all of BatchNorm
+        that folds into it: to the steps of the integer sums that it is added to. What is trained so
+        is what is deployed; otherwise only sites are quantized, each by itself.
 
     Returns:
       The specification, static and hashable.
@@ -271,7 +275,8 @@ def _stored_once(graph: core.Graph, made: Spec) -> Spec:
         alike = taker and taker.scheme == own.scheme and taker.learning != "dynamic"
         return JoinSpec(join.name, own, join.site if alike else None)
 
-    return Spec(tuple(map(of_site, made.sites)), tuple(map(of_join, graph.joins)))
+    joins = tuple(map(of_join, graph.joins))
+    return Spec(tuple(map(of_site, made.sites)), joins, biases=True)
 
 
 def range_shape(site: core.Site, quantizer: Quantizer) -> tuple[int, ...]:

@@ -55,11 +55,11 @@ def integers(
             # The rule puts an integer kernel in the place of these zeros.
             return params["floats"].get(path, jnp.zeros(shape.shape, shape.dtype))
 
-        at_join = quantization.at_joins(quantizer, params["ranges"])
-        return core.at_sites(predict, rule, at_join)(core.map_with_path(leaf, shapes), images)[0]
+        given = quantizer, params["ranges"]
+        others = quantization.at_joins(*given), quantization.at_biases(*given)
+        return core.at_sites(predict, rule, *others)(core.map_with_path(leaf, shapes), images)[0]
 
-    spans = {name: {"activation": span["activation"]} for name, span in ranges.items()}
-    return fn, {"floats": floats, "kernels": kernels, "ranges": spans}
+    return fn, {"floats": floats, "kernels": kernels, "ranges": ranges}
 
 
 def deployed_experts(job: Job, made: Experts) -> list[Deployed]:

@@ -44,16 +44,55 @@ def test_squeeze_and_excite():
 
     assert found(fn) == {
         "input/mean": ("mean", 0, None),
-        "input/multiply/0": ("multiply", 0, None),
         "a/multiply/1": ("multiply", 1, None),
     }
 
 
-def test_a_concatenation_is_one_tensor():
+def test_a_concatenation_is_one_tensor_but_for_what_else_is_read():
     def fn(params, x):
         return jnp.concatenate([x, x @ params["a"]], -1)
 
-    assert found(fn) == {"a/concatenate": ("concatenate", None, None)}
+    assert found(fn) == {
+        "input/concatenate/0": ("concatenate", 0, "a"),
+        "a/concatenate": ("concatenate", None, None),
+    }
+
+
+def test_what_reads_a_stored_tensor_reads_it_rounded():
+    def fn(params, x):
+        y = x @ params["a"]  # of a residual block with its normalization first
+        z = (2.0 * y + 1.0) @ params["b"]
+        return y + z, y * 3.0
+
+    assert found(fn) == {"a/add/0": ("add", 0, None), "b/add/1": ("add", 1, None)}
+
+    def at_join(join, x):
+        return jnp.round(x), x.sum()
+
+    def plain(site, x, kernel, apply):
+        return apply(x, kernel), None
+
+    (total, threefold), records = core.at_sites(fn, plain, at_join)(PARAMS, X)
+    y = jnp.round(X @ PARAMS["a"])
+    np.testing.assert_array_equal(threefold, y * 3.0)
+    z = (2.0 * y + 1.0) @ PARAMS["b"]
+    np.testing.assert_array_equal(total, y + jnp.round(z))
+    np.testing.assert_array_equal(records["a/add/0"], (X @ PARAMS["a"]).sum())
+
+
+def test_a_mean_that_no_site_takes_is_stored():
+    def fn(params, x):
+        y = jax.nn.relu((x @ params["a"]).mean((1, 2)) - 0.5)
+        return y @ params["b"]
+
+    assert found(fn) == {"a/mean": ("mean", 0, None), "a/mean/result": ("mean", None, None)}
+    halves = core.at_sites(
+        lambda params, x: x.mean(1) + params["a"][0, 0],
+        lambda site, x, kernel, apply: (apply(x, kernel), None),
+        lambda join, x: (x if join.operand == 0 else jnp.round(x), None),
+    )
+    y, _ = halves({"a": jnp.ones((1, 1))}, jnp.array([[1.0, 2.5]]))
+    np.testing.assert_array_equal(y, [3.0])
 
 
 def test_pools():
@@ -168,4 +207,4 @@ def test_what_is_done_at_a_join():
     double = core.at_sites(
         joined, lambda site, x, k, apply: (apply(x, k), None), lambda join, x: (2 * x, None)
     )
-    np.testing.assert_array_equal(double(params, x)[0], [[2, 4, 4, 8]])
+    np.testing.assert_array_equal(double(params, x)[0], [[4, 8, 4, 8]])

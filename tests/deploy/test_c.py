@@ -43,8 +43,8 @@ from hybrid_jax.deploy.program import (
     Tensor,
     Transpose,
     Weights,
-    integer_step,
 )
+from hybrid_jax.quantization import integer_step
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 SANITIZED = [

@@ -34,8 +34,8 @@ from hybrid_jax.deploy.program import (
     Tensor,
     Transpose,
     Weights,
-    integer_step,
 )
+from hybrid_jax.quantization import integer_step
 
 RELU, RELU6 = (0.0, np.inf), (0.0, 6.0)
 IMAGE, POOLED = (8, 8, 4), (4, 4, 4)

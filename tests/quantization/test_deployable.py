@@ -97,7 +97,7 @@ def test_ranges_are_calibrated(digits):
 def test_joins_learn_and_nothing_else_changes(digits):
     graph = core.trace(digits.fn, digits.params, digits.images[:2])
     floats, whole = q.spec(graph), q.spec(graph, deployable=True)
-    assert dataclasses.replace(whole, joins=()) == floats
+    assert dataclasses.replace(whole, joins=(), biases=False) == floats
     images = digits.images[:64]
     ranges = q.calibrate(digits.fn, digits.params, [(images,)], whole)
     # Ranges that cut off half, so that LSQ has a gradient towards more.
@@ -150,3 +150,102 @@ def test_sites_that_are_hidden_and_steps_that_return_nothing():
     assert {own.name for own in spec.joins} < set(ranges)
     y = q.fake_quantized(fn, spec)(params, ranges, X)
     np.testing.assert_allclose(y, fn(params, X), atol=0.03)
+
+
+def affine(params, x):
+    return x @ params["w"] * params["scale"] + params["bias"]
+
+
+# Of 8 bits: steps of 1 (inputs) times 1/2 (kernel) times the scales 4, −1, 0.
+AFFINE = {
+    "w": jnp.eye(3),
+    "scale": jnp.array([[4.0, -1.0, 0.0]]),
+    "bias": jnp.array([[3.1, 0.7, 0.3]]),
+}
+HALVES = {"w": {"activation": STEPS_OF_1, "weight": q.Range(*jnp.float32([[-1], [1]]) * 63.5)}}
+
+
+def biases(spec, ranges, bits=None):
+    nothing = jnp.zeros((1, 3))
+    return q.fake_quantized(affine, spec)(AFFINE, ranges, nothing, bits=bits)[0]
+
+
+def of_bits(weight, activation=8):
+    graph = core.trace(affine, AFFINE, jnp.zeros((1, 3)))
+    rule = {"weight": q.Quantizer(weight), "activation": activation}
+    return q.spec(graph, [("w", rule)], deployable=True)
+
+
+def per_tensor(ranges):
+    return {"w": ranges["w"] | {"weight": q.Range(*(end[0] for end in ranges["w"]["weight"]))}}
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        ((8, 8), [4, 0.5, 0.3]),
+        # At 2 bits the kernel's step is 63.5, in 64ths of which its bias is rounded.
+        ((2, 8), [3.96875, 0.9921875, 0.3]),
+        ((8, 4), [0, 0, 0.3]),  # steps of 17 · 2 and 17 / 2
+        ((32, 8), [3.1, 0.7, 0.3]),
+        ((8, 32), [3.1, 0.7, 0.3]),
+    ],
+)
+def test_biases_are_rounded_to_steps_of_the_sums(bits, expected):
+    ranges = per_tensor(HALVES)
+    np.testing.assert_allclose(biases(of_bits(*bits), ranges), expected, rtol=1e-6)
+    traced = {"w": dict(zip(("weight", "activation"), jnp.int32(bits)))}
+    np.testing.assert_allclose(biases(of_bits(8), ranges, traced), expected, rtol=1e-6)
+    floats = dataclasses.replace(of_bits(*bits), biases=False)
+    np.testing.assert_allclose(biases(floats, ranges), [3.1, 0.7, 0.3], rtol=1e-6)
+
+
+def test_the_biases_of_channels_and_of_signs():
+    graph = core.trace(affine, AFFINE, jnp.zeros((1, 3)))
+    ends = jnp.array([[63.5, 127.0, 127.0]])  # steps of 1/2 and 1
+    ranges = {"w": {"activation": STEPS_OF_1, "weight": q.Range(-ends, ends)}}
+    spec = q.spec(graph, deployable=True)
+    np.testing.assert_allclose(biases(spec, ranges), [4, 1, 0.3], rtol=1e-6)
+    signs = q.Quantizer(1, "binary", per_channel=True, learning="fixed")
+    spec = q.spec(graph, [("w", {"weight": signs})], deployable=True)
+    ends = jnp.full((1, 3), 64.0)  # −64 and 64 are stored as they are
+    ranges = {"w": {"activation": STEPS_OF_1, "weight": q.Range(-ends, ends)}}
+    np.testing.assert_allclose(biases(spec, ranges), [4, 1, 0.3], rtol=1e-6)
+
+
+def test_the_gradient_of_a_rounded_bias_is_that_of_the_bias():
+    def loss(params, spec):
+        q_fn = q.fake_quantized(affine, spec)
+        return q_fn(params, per_tensor(HALVES), X3).sum()
+
+    X3 = jnp.array([[1.0, 2.0, 3.0]])
+    whole = of_bits(8)
+    got = jax.grad(loss)(AFFINE, whole)
+    expected = jax.grad(loss)(AFFINE, dataclasses.replace(whole, biases=False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+
+
+def test_without_known_steps_biases_stay():
+    graph = core.trace(affine, AFFINE, jnp.zeros((1, 3)))
+    for rule in (
+        {"weight": q.Quantizer(4, per_channel=True, learning="dynamic")},
+        {"activation": q.Quantizer(8, "affine", learning="dynamic")},
+        {"weight": q.Quantizer(4, per_channel=True, group=3)},
+    ):
+        spec = q.spec(graph, [("w", rule)], deployable=True)
+        ranges = q.calibrate(affine, AFFINE, [(jnp.ones((2, 3)),)], spec)
+        np.testing.assert_array_equal(biases(spec, ranges), AFFINE["bias"][0])
+
+
+def test_the_bias_after_a_join_is_rounded_to_what_its_one_weight_leaves():
+    def fn(params, x):
+        total = x + x * x  # of steps of 1, each
+        return jax.nn.relu((x + 1.0) * 254.0), total
+
+    graph = core.trace(fn, {"w": jnp.ones(())}, jnp.ones((1, 2)))
+    names = [join.name for join in graph.joins]
+    ranges = {name: {"activation": STEPS_OF_1} for name in names}
+    spec = q.spec(graph, deployable=True)
+    # 254 in steps of 1 · 254 / 127 = 2; with steps of a tenth, 1.3 · 254 = 330.2 in 0.2.
+    y, _ = q.fake_quantized(fn, spec)({"w": jnp.ones(())}, ranges, jnp.array([[3.2, 0.0]]))
+    np.testing.assert_array_equal(y, [[4 * 254, 254]])
