@@ -88,7 +88,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
     Raises:
       FloatingPointError: If a loss is not finite.
     """
-    experts.check_fitted(gate.fitted_to, made.stack)
+    experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
     settings = job.config.collapse
     start = phase1.select(made, int(evaluation.validation_accuracies(job, made).argmax()))
     (expert,), (mask,) = experts.unstack(start.stack), start.masks

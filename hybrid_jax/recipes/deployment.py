@@ -88,7 +88,7 @@ def deployed_mixture(job: Job, made: Experts, gate: Gate) -> Deployed:
     Raises:
       ValueError: If the gate was fitted to other experts.
     """
-    experts.check_fitted(gate.fitted_to, made.stack)
+    experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
     fns, params = zip(*deployed_experts(job, made), strict=True)
     gate_fn, gate_params = deployed_gate(job, gate)
     edge = experts.one_of(fns, gate_fn)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, cost, data, deploy, experts
-from hybrid_jax.recipes import controls, deployment
+from hybrid_jax.recipes import controls, deployment, phase1
 from hybrid_jax.recipes.job import Job, Network
 from hybrid_jax.recipes.phase1 import Experts
 from hybrid_jax.recipes.phase2 import Gate
@@ -53,7 +53,7 @@ def evaluate(job: Job, models: Models) -> dict:
     Raises:
       ValueError: If the gate was fitted to other experts.
     """
-    experts.check_fitted(models.gate.fitted_to, models.made.stack)
+    experts.check_fitted(models.gate.fitted_to, phase1.trained(models.made.stack))
     test, count = job.splits.test, len(models.made.specs)
     labels = jnp.asarray(test.labels)
     expert_logits = jnp.asarray(logits(job, models.made, test))

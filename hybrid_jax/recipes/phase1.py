@@ -182,6 +182,15 @@ def select(made: Experts, index: int) -> Experts:
     )
 
 
+def trained(stack: Any) -> Any:
+    """Returns what was trained of a stack, by which a gate knows the experts that it was fitted to.
+
+    BatchNorm's statistics are taken anew when a run goes on; on another number of cores their last
+    bits differ, and the experts are the same.
+    """
+    return {name: leaf for name, leaf in stack.items() if name != "batch_stats"}
+
+
 def alone(made: Experts) -> list[Alone]:
     """Returns each expert at its own widths: its masked channels are physically removed."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
+from hybrid_jax.recipes import phase1
 from hybrid_jax.recipes.job import Job, Network, optimizer
 from hybrid_jax.recipes.phase1 import CALIBRATION_BATCHES, Experts
 
@@ -25,7 +26,7 @@ class Gate(NamedTuple):
       params: {'variables', 'ranges'}.
       graph: Its sites.
       quantizer: How these are quantized.
-      fitted_to: `experts.fingerprint` of the stack of experts that it chooses from.
+      fitted_to: `experts.fingerprint` of what was trained of the experts that it chooses from.
     """
 
     float_predict: Callable[[Any, jax.Array], jax.Array]
@@ -118,7 +119,7 @@ def learn_gate(
         graph,
         quantizer,
         # Those of the state: a gate from a checkpoint is fitted to the experts that it saw.
-        experts.fingerprint(state.state["experts"]),
+        experts.fingerprint(phase1.trained(state.state["experts"])),
     )
 
 
@@ -134,7 +135,7 @@ def fine_tune(
       FloatingPointError: If the loss is not finite.
     """
     settings = job.config.joint
-    experts.check_fitted(gate.fitted_to, made.stack)
+    experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
     if not settings.steps:
         return made, gate
     fixed = {name: made.stack[name] for name in ("batch_stats", "bits")}
@@ -159,7 +160,7 @@ def fine_tune(
         record_every=epoch_steps(job, "joint"),
     )
     stack = state.params["experts"] | state.state
-    fitted_to = experts.fingerprint(stack)
+    fitted_to = experts.fingerprint(phase1.trained(stack))
     return (
         made._replace(stack=stack),
         gate._replace(params=state.params["gate"], fitted_to=fitted_to),

@@ -121,7 +121,11 @@ def same_as_evaluated(made, deployed, images):
 
 def test_a_gate_that_was_fitted_to_other_experts_is_refused(done):
     job, models, _ = done
-    assert models.gate.fitted_to == experts.fingerprint(models.made.stack)
+    assert models.gate.fitted_to == experts.fingerprint(phase1.trained(models.made.stack))
+    # On another number of cores BatchNorm's statistics, taken anew, differ in their last bits.
+    stack = models.made.stack
+    moved = jax.tree.map(lambda leaf: leaf * np.float32(1 + 1e-6), stack["batch_stats"])
+    experts.check_fitted(models.gate.fitted_to, phase1.trained(stack | {"batch_stats": moved}))
     with pytest.raises(ValueError, match=r"gate must be fitted to the experts .*: fit it again"):
         recipes.fine_tune(job, models.dense, models.variables, models.before, models.gate)
     with pytest.raises(ValueError, match="gate must be fitted to the experts"):
