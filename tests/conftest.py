@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -17,8 +16,6 @@ import pytest
 
 from hybrid_jax import core, data, models
 
-# XLA's older code for fusions runs as well, and compiles in half the time.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
