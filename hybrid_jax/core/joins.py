@@ -73,7 +73,7 @@ class _Seen(NamedTuple):
     entries: int  # which one's entries it has
     examples: bool = False  # whether it has a row for each example
     last: int = -1  # the place of the last site before it
-    part: str | None = None  # of a softmax
+    part: str | None = None  # of a softmax, or the sum of a mean
 
 
 class Joins(NamedTuple):
@@ -175,6 +175,11 @@ def find_joins(
         return made
 
     walk(closed.jaxpr, [fresh(examples=own) for own in batched], ())
+    return Joins(*_places(names, found, takers, readers, looped), first_takers)
+
+
+def _places(names, found, takers, readers, looped):
+    """`own`, `at` and `reads` of `Joins`, of the tensors that were found to meet."""
     counts: collections.Counter[str] = collections.Counter()
 
     def join(kind, operand, value):
@@ -211,7 +216,7 @@ def find_joins(
             if one.operand is not None:  # a result is rounded before it is read
                 at[path].setdefault(operand, reads[path][operand])
     whole = {path: tuple(joined.values()) for path, joined in at.items()}
-    return Joins(own, whole, reads, first_takers)
+    return own, whole, reads
 
 
 def _joined(eqn, values):

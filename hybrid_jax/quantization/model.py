@@ -235,6 +235,7 @@ def _sum_step(spec, ranges, bits, at):
         return None
     # Signs are half a grid's step from zero.
     parts = grids.integer_step(fine) * (2 if weight.scheme == "binary" else 1)
+    parts = jnp.asarray(parts, jnp.float32)
     step = weight.grid(span, fine).scale / parts * activation.grid(taken, width).scale
     return jnp.where((fine == grids.OFF) | (width == grids.OFF), 0, step)
 

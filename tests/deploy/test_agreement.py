@@ -35,7 +35,7 @@ def test_a_deployable_model_is_deployed_as_it_was_trained(name, weight_bits, sma
     simulated = jax.jit(deploy.simulate(program))(x)
     # All but values next to half a step, which sums in another order may round the other way.
     for deployed in (simulated, jax.jit(deploy.run(program))(x)):
-        assert jnp.abs(deployed - expected).mean() / expected.std() <= 1e-3
+        assert jnp.abs(deployed - expected).mean() / expected.std() <= 2e-3
         assert (deployed.argmax(1) == expected.argmax(1)).mean() >= 0.995
 
 

@@ -194,8 +194,9 @@ def per_tensor(ranges):
 def test_biases_are_rounded_to_steps_of_the_sums(bits, expected):
     ranges = per_tensor(HALVES)
     np.testing.assert_allclose(biases(of_bits(*bits), ranges), expected, rtol=1e-6)
-    traced = {"w": dict(zip(("weight", "activation"), jnp.int32(bits)))}
-    np.testing.assert_allclose(biases(of_bits(8), ranges, traced), expected, rtol=1e-6)
+    widths = {"w": dict(zip(("weight", "activation"), map(jnp.int32, bits)))}
+    traced = jax.jit(lambda widths: biases(of_bits(8), ranges, widths))(widths)
+    np.testing.assert_allclose(traced, expected, rtol=1e-6)
     floats = dataclasses.replace(of_bits(*bits), biases=False)
     np.testing.assert_allclose(biases(floats, ranges), [3.1, 0.7, 0.3], rtol=1e-6)
 
