@@ -60,6 +60,25 @@ def integer_bias(weights: Weights, x: Encoding) -> np.ndarray:
     return bias.astype(np.int32)
 
 
+def saturates(weights: Weights, x: Encoding) -> bool:
+    """Whether two products of a channel may add up to more than an int16 holds.
+
+    An x86 without VNNI (AMD before Zen 4, Intel before Cascade Lake) multiplies a uint8 by an int8
+    with VPMADDUBSW, which adds neighbours and stops at ±2^15. Which entries are neighbours is the
+    runtime's business; only kernels of 8 bits reach that far.
+
+    Example:
+      >>> kernel = np.int8([[127], [2], [-127]])
+      >>> saturates(Weights(kernel, np.ones(1), np.zeros(1), 8), Encoding(0.25))
+      True
+      >>> saturates(Weights(kernel, np.ones(1), np.zeros(1), 8), Encoding(0.25, high=15))
+      False
+    """
+    columns = np.sort(weights.values.reshape(-1, weights.values.shape[-1]).astype(np.int64), 0)
+    ends = columns[:2].clip(max=0).sum(0).min(), columns[-2:].clip(min=0).sum(0).max()
+    return not -(2**15) <= x.high * ends[0] <= x.high * ends[1] < 2**15
+
+
 class Sum(NamedTuple):
     """Integer factors of the two terms of an addition, and the multiplier of their sum."""
 

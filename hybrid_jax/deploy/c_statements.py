@@ -30,6 +30,7 @@ from hybrid_jax.deploy.program import (
     Softmax,
     Transpose,
 )
+from hybrid_jax.quantization import integer_step
 
 _ONE = Encoding(1.0)
 
@@ -54,7 +55,7 @@ def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
     """
     ends = _ends(program)
     scratch = {
-        op.output: _kernels(op)[0].size for op in program.weighted if pack and _fits_half_a_byte(op)
+        op.output: _kernels(op)[0].size for op in program.weighted if pack and op.weights.bits <= 4
     }
     context = _Context(program, constants, ends, memory.plan(program, scratch))
     texts = [
@@ -181,14 +182,10 @@ def _kernels(op):
     return np.moveaxis(values, -1, 0).reshape(values.shape[-1], -1)
 
 
-def _fits_half_a_byte(op):
-    return not (op.weights.values % 16).any()
-
-
 def _pack(kernels):
-    """The high halves of two entries to a byte, the low one first, each row from a whole byte."""
-    even = np.pad(kernels, ((0, 0), (0, kernels.shape[1] % 2))).view(np.uint8)
-    return (even[:, ::2] >> 4 | even[:, 1::2]).view(np.int8)
+    """Two eighths of entries to a byte, the low half first, each row from a whole byte."""
+    even = np.pad(kernels // integer_step(4), ((0, 0), (0, kernels.shape[1] % 2)))
+    return (even[:, ::2] & 15 | even[:, 1::2] << 4).astype(np.int8)
 
 
 def _max_pool(op, context):

@@ -90,6 +90,9 @@ def check(
 ) -> Check:
     """Runs an exported file in its target's runtime, beside the dense float model's.
 
+    It is opened as a user opens it: no option is set that the file does not carry, but for the
+    number of threads where times are taken.
+
     Args:
       target: Of `TARGETS`.
       path: What `export_to` wrote.
@@ -97,7 +100,7 @@ def check(
       x: float32 (n, …), real inputs.
       expected: (n, …), the outputs of the model that was exported.
       batches: Batch sizes to time; each at most n.
-      threads: That the runtime may use. XLA's are those that the process was started with.
+      threads: That the runtime may use while it is timed. XLA's are those of the process.
       pairs: How many pairs are timed at each batch size.
 
     Raises:
@@ -110,11 +113,11 @@ def check(
         core.check_integer("batches", batch, 1, len(x))
     open_session = TARGETS[target].session
     largest = max(batches, default=1)
-    run = open_session(path, batch=largest, threads=threads)
+    run = open_session(path, batch=largest, threads=None)
     whole = len(x) - len(x) % largest
     parts = [run(x[i : i + largest]) for i in range(0, whole, largest)]
     if whole < len(x):
-        one = open_session(path, batch=1, threads=threads)
+        one = open_session(path, batch=1, threads=None)
         parts += [one(x[i : i + 1]) for i in range(whole, len(x))]
     outputs = np.concatenate([np.asarray(part) for part in parts])
     if outputs.shape != expected.shape:

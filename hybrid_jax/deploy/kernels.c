@@ -89,12 +89,12 @@ static Taps taps(const Axis *axis, int32_t output)
     return on;
 }
 
-/* Each half of a byte becomes the high half of one, and its low half 0. */
+/* Each half of a byte, two's complement, becomes eight times what it is. */
 static const int8_t *unpack(const int8_t *packed, uint8_t *to, int32_t n)
 {
     for (int32_t i = 0; i < n; i++) {
-        const uint8_t pair = (uint8_t)packed[i / 2];
-        to[i] = (uint8_t)(i % 2 ? pair & 240 : pair << 4);
+        const int32_t half = (uint8_t)packed[i / 2] >> 4 * (i % 2) & 15;
+        to[i] = (uint8_t)(8 * ((half ^ 8) - 8));
     }
     return (const int8_t *)to;
 }

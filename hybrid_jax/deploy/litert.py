@@ -99,14 +99,14 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
 
 
 def litert_session(
-    file: str | os.PathLike | bytes, batch: int = 1, threads: int = 1
+    file: str | os.PathLike | bytes, batch: int = 1, threads: int | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A flatbuffer as a function, run by LiteRT's interpreter on its XNNPACK kernels.
 
     Args:
       file: What `to_litert` returned, or the path of what `export_litert` wrote.
       batch: Images of one call of the interpreter; 1 for a mixture.
-      threads: That the interpreter may use.
+      threads: That the interpreter may use; None leaves it to the runtime.
 
     Returns:
       fn(x) -> y, float32 (n · batch, …) to float32 (n · batch, …). As in `reference.run`, a NaN in
@@ -144,9 +144,10 @@ def litert_session(
     return fn
 
 
-def interpret(file: str | os.PathLike | bytes, threads: int = 1) -> Any:
+def interpret(file: str | os.PathLike | bytes, threads: int | None = None) -> Any:
     """The `ai_edge_litert.interpreter.Interpreter` of what `litert_session` takes."""
-    core.check_integer("threads", threads, 1)
+    if threads is not None:
+        core.check_integer("threads", threads, 1)
     if not isinstance(file, bytes):
         file, manifest = artifact.read(path := file)
         if manifest.get("kind") != KIND:

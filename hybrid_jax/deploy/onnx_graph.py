@@ -1,6 +1,6 @@
 """An ONNX graph in the making: which value holds which tensor of a program, and in what form."""
 
-import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,34 +16,36 @@ class Graph:
     """The nodes and constants that make a program's tensors.
 
     A tensor is stored as uint8 where it is encoded, and channels first where it is an image. Values
-    are named after the operation that is being written and the ONNX node that makes them.
+    are named by numbers, as names of words are half of a small network's file, and equal constants
+    are one; the nodes of layers are named after their sites.
 
     Args:
       onnx: The module.
       program: The program.
       x: Name of the value that is its input, (N, …) in the program's order of axes.
       prefix: Of every name that is made.
+      vnni: Whether all kernels of integers are int8.
 
     Attributes:
       nodes: `onnx.NodeProto`s, in running order.
-      constants: `onnx.TensorProto`s.
       stored: {tensor: name of the value that holds it}.
+      vnni: As given.
     """
 
-    def __init__(self, onnx: Any, program: Program, x: str, prefix: str = ""):
+    def __init__(self, onnx: Any, program: Program, x: str, prefix: str = "", vnni: bool = False):
+        self.vnni = vnni
         self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        self._onnx, self._program, self._prefix = onnx, program, prefix
-        self._scope = program.input
-        self._names: collections.Counter[str] = collections.Counter()
+        self._onnx, self._program = onnx, program
+        self._names = (f"{prefix}{number}" for number in itertools.count())
         self._floats: dict[str, str] = {}
-        self._parameters: dict[Encoding, list[str]] = {}
+        self._constants: dict[tuple, Any] = {}
         order = axis_order(self.shape(program.input))
         self.stored = {program.input: self.transpose(x, order)}
 
-    def begin(self, op: Operation) -> None:
-        """What is written from here on is named after the operation."""
-        self._scope = op.output
+    @property
+    def constants(self) -> list[Any]:
+        """`onnx.TensorProto`s."""
+        return list(self._constants.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one example of a tensor, in the program's order."""
@@ -92,8 +94,8 @@ class Graph:
         if bounds == (0.0, np.inf):
             return self.node("Relu", [value])
         ends = [
-            "" if bound == known else self.constant(name, np.asarray(bound, dtype))
-            for name, bound, known in zip(("least", "most"), bounds, within)
+            "" if bound == known else self.constant(np.asarray(bound, dtype))
+            for bound, known in zip(bounds, within)
         ]
         return self.node("Clip", [value, *ends])
 
@@ -101,7 +103,7 @@ class Graph:
         """A stored value with zeros around it; (before, after) along each axis of an example."""
         zero = np.float32(0) if encoding is None else np.uint8(encoding.zero_point)
         widths = np.int64(pads([(0, 0), *arranged(padding)]))
-        return self.node("Pad", [value, self.constant("pads", widths), self.constant("zero", zero)])
+        return self.node("Pad", [value, self.constant(widths), self.constant(zero)])
 
     def transpose(self, value: str, order: Sequence[int]) -> str:
         """A value with its axes, the batch aside, in that order."""
@@ -111,29 +113,22 @@ class Graph:
 
     def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Appends a node, and returns the name of its output."""
-        output = self._unique(kind)
-        made = self._onnx.helper.make_node(kind, inputs, [output], name=output, **attributes)
-        self.nodes.append(made)
+        output = next(self._names)
+        self.nodes.append(self._onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
 
-    def constant(self, name: str, value: Any) -> str:
-        """Appends a constant, of the rank that it has, and returns its name."""
-        name = self._unique(name)
-        self.constants.append(self._onnx.numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def _unique(self, name):
-        name = f"{self._prefix}{self._scope}:{name}"
-        self._names[name] += 1
-        return name if self._names[name] == 1 else f"{name}_{self._names[name]}"
+    def constant(self, value: Any) -> str:
+        """The name of a constant, of the rank that it has."""
+        value = np.asarray(value)
+        key = value.dtype, value.shape, value.tobytes()
+        if key not in self._constants:
+            made = self._onnx.numpy_helper.from_array(value, next(self._names))
+            self._constants[key] = made
+        return self._constants[key].name
 
     def _parameters_of(self, encoding):
-        if encoding not in self._parameters:
-            self._parameters[encoding] = [
-                self.constant("scale", np.float32(encoding.scale)),
-                self.constant("zero_point", np.uint8(encoding.zero_point)),
-            ]
-        return self._parameters[encoding]
+        scale, zero = np.float32(encoding.scale), np.uint8(encoding.zero_point)
+        return [self.constant(scale), self.constant(zero)]
 
 
 def axis_order(shape: Sequence[int]) -> tuple[int, ...]:

@@ -32,7 +32,9 @@ from hybrid_jax.deploy.program import (
 )
 
 
-def written(onnx: Any, program: Program, x: str, y: str, prefix: str = "") -> tuple[list, list]:
+def written(
+    onnx: Any, program: Program, x: str, y: str, prefix: str = "", vnni: bool = False
+) -> tuple[list, list]:
     """The nodes and constants that make a program's output of its input.
 
     Args:
@@ -41,11 +43,12 @@ def written(onnx: Any, program: Program, x: str, y: str, prefix: str = "") -> tu
       x: Name of the value that is the input.
       y: Name of the value that will be the output.
       prefix: Of every other name.
+      vnni: Whether all kernels of integers are int8.
 
     Raises:
       ValueError: If an operation has no rule, or its rule refuses it.
     """
-    graph = Graph(onnx, program, x, prefix)
+    graph = Graph(onnx, program, x, prefix, vnni)
     for op in program.operations:
         if type(op) not in _RULES:
             known = ", ".join(kind.__name__ for kind in _RULES)
@@ -53,7 +56,6 @@ def written(onnx: Any, program: Program, x: str, y: str, prefix: str = "") -> tu
                 f"program must be of operations that ONNX is written for ({known}), "
                 f"got {type(op).__name__} {op.output!r}"
             )
-        graph.begin(op)
         graph.stored[op.output] = _RULES[type(op)](graph, op)
     last = onnx.helper.make_node("Identity", [graph.result()], [y])
     return [*graph.nodes, last], graph.constants
@@ -64,6 +66,7 @@ def _conv(graph, op):
     y = graph.node(
         "Conv",
         [graph.floats(op.inputs[0]), kernel, bias],
+        name=op.name,
         kernel_shape=op.weights.values.shape[:2],
         strides=op.strides,
         pads=pads(op.padding),
@@ -75,28 +78,29 @@ def _conv(graph, op):
 
 def _dense(graph, op):
     kernel, bias = _weights(graph, op, (0, 1))
-    return graph.store(graph.node("Gemm", [graph.floats(op.inputs[0]), kernel, bias]), op)
+    x = graph.floats(op.inputs[0])
+    return graph.store(graph.node("Gemm", [x, kernel, bias], name=op.name), op)
 
 
 def _weights(graph, op, order):
-    """Kernel and bias in floats; those of an encoded input are stored as integers."""
+    """Kernel and bias in floats; those of an encoded input are stored as integers.
+
+    A kernel whose products with an int8 would saturate on some processors is a uint8.
+    """
     weights, encoding = op.weights, graph.encoding(op.inputs[0])
     if encoding is None:
         kernel = weights.values if weights.scale is None else weights.values * weights.scale
-        values = {"kernel": kernel.transpose(order), "bias": weights.bias}
-        return [graph.constant(*named) for named in values.items()]
-
-    def dequantized(name, integers, scale, axis):
-        zero = np.zeros(scale.shape, integers.dtype)
-        parts = {name: integers, f"{name}_scale": scale, f"{name}_zero_point": zero}
-        inputs = [graph.constant(*named) for named in parts.items()]
-        return graph.node("DequantizeLinear", inputs, axis=axis)
-
-    step = np.float32(encoding.scale) * weights.scale
-    outputs = order.index(len(order) - 1)
+        return graph.constant(kernel.transpose(order)), graph.constant(weights.bias)
+    kernel, zero = weights.values.transpose(order), np.int8(0)
+    if not graph.vnni and arithmetic.saturates(weights, encoding):
+        kernel, zero = (kernel.astype(np.int16) + 128).astype(np.uint8), np.uint8(128)
+    zeros = graph.constant(np.full(weights.scale.shape, zero))
+    step = graph.constant(np.float32(encoding.scale) * weights.scale)
+    kernel = [graph.constant(kernel), graph.constant(weights.scale), zeros]
+    bias = [graph.constant(arithmetic.integer_bias(weights, encoding)), step]
     return (
-        dequantized("kernel", weights.values.transpose(order), weights.scale, outputs),
-        dequantized("bias", arithmetic.integer_bias(weights, encoding), step, 0),
+        graph.node("DequantizeLinear", kernel, axis=order.index(len(order) - 1)),
+        graph.node("DequantizeLinear", bias, axis=0),
     )
 
 
@@ -167,7 +171,7 @@ def _reshape(graph, op):
     x, after = graph.stored[op.inputs[0]], graph.shape(op.output)
     if len(graph.shape(op.inputs[0])) == 3:
         x = graph.transpose(x, (1, 2, 0))
-    shape = graph.constant("shape", np.int64([0, *after]))
+    shape = graph.constant(np.int64([0, *after]))
     return graph.transpose(graph.node("Reshape", [x, shape]), axis_order(after))
 
 
@@ -182,13 +186,9 @@ def _pad(graph, op):
 
 
 def _slice(graph, op):
-    vectors = {
-        "starts": arranged(op.starts),
-        "stops": arranged(op.stops),
-        "axes": range(1, len(op.starts) + 1),
-        "strides": arranged(op.strides),
-    }
-    constants = [graph.constant(name, np.int64(vector)) for name, vector in vectors.items()]
+    axes = range(1, len(op.starts) + 1)
+    vectors = arranged(op.starts), arranged(op.stops), axes, arranged(op.strides)
+    constants = [graph.constant(np.int64(vector)) for vector in vectors]
     return graph.node("Slice", [graph.stored[op.inputs[0]], *constants])
 
 

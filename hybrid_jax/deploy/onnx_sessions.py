@@ -1,6 +1,5 @@
 """An ONNX file as a function, run by ONNX Runtime or OpenVINO on this machine's processor."""
 
-import functools
 import os
 from collections.abc import Callable
 
@@ -9,18 +8,17 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
-from hybrid_jax.deploy.onnx_writer import KIND, to_onnx
-from hybrid_jax.deploy.program import Conv, Convert, Encoding, Program, Tensor, Weights
+from hybrid_jax.deploy.onnx_writer import KIND
 
 
 def onnx_session(
-    file: str | os.PathLike | bytes, threads: int = 1
+    file: str | os.PathLike | bytes, threads: int | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A file run by ONNX Runtime, on kernels that add up products exactly.
+    """A file run by ONNX Runtime, in a session without options.
 
     Args:
       file: The path of what `export_onnx` wrote, or the contents of such a file.
-      threads: That it may use.
+      threads: That it may use, the one option that is set; None leaves it to the runtime.
 
     Returns:
       fn(x) -> y, float32 (n, …) to float32 (n, …), n >= 1.
@@ -41,45 +39,10 @@ def onnx_session(
       >>> onnx_session(model.SerializeToString())(np.float32([[1.0, 2.1]]))
       array([[5.]], dtype=float32)
     """
-    core.check_integer("threads", threads, 1)
-    require("onnxruntime", "onnx")
-    return _onnx_session(_contents(file), threads, unsigned=_saturates())
-
-
-def openvino_session(
-    file: str | os.PathLike | bytes, threads: int = 1
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A file run by OpenVINO; arguments, result and errors are those of `onnx_session`.
-
-    What is not in integers computes in float32. OpenVINO's package tells its makers of its use,
-    unless the variable CI is 'true' or its command `opt_in_out --opt_out` was given.
-
-    Raises:
-      ImportError: If the extra `openvino` is not installed.
-    """
-    core.check_integer("threads", threads, 1)
-    openvino, data = require("openvino", "openvino"), _contents(file)
-    options = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    engine = openvino.Core()
-    try:
-        compiled = engine.compile_model(engine.read_model(data), "CPU", options)
-    except RuntimeError as error:
-        raise _refusal(f"OpenVINO {openvino.__version__}", error) from error
-    shape = [axis.get_length() for axis in list(compiled.input(0).partial_shape)[1:]]
-    return _checked(shape, lambda images: compiled(images)[0])
-
-
-def _onnx_session(data, threads, unsigned):
-    """As `onnx_session`; `unsigned` has it turn int8 kernels into uint8, which is slower."""
-    runtime = require("onnxruntime", "onnx")
+    runtime, data = require("onnxruntime", "onnx"), _contents(file)
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", str(int(unsigned)))
+    if threads is not None:
+        options.intra_op_num_threads = core.check_integer("threads", threads, 1)
     try:
         session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class of their own
@@ -88,31 +51,31 @@ def _onnx_session(data, threads, unsigned):
     return _checked(x.shape[1:], lambda images: session.run(None, {x.name: images})[0])
 
 
-@functools.cache
-def _saturates() -> bool:
-    """Whether sums of products of uint8 and int8 stop at 2^15 − 1, as on x86 without VNNI.
+def openvino_session(
+    file: str | os.PathLike | bytes, threads: int | None = None, precision: str | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A file run by OpenVINO; arguments, result and errors are those of `onnx_session`.
 
-    Told by a convolution of the greatest integers, 16 · 255 · 127: each two products would sum to
-    no more than half of what they should.
+    What is not in integers computes in float32, or in bfloat16 where the processor multiplies
+    that: such is OpenVINO's default, unless `precision` is 'f32'. Its package tells its makers of
+    its use, unless the variable CI is 'true' or its command `opt_in_out --opt_out` was given.
+
+    Raises:
+      ImportError: If the extra `openvino` is not installed.
     """
-    channels, step = 16, 16 * 127.0
-    ones = np.ones(channels, np.float32)
-    kernel = np.full((1, 1, channels, channels), 127, np.int8)
-    shape = (4, 4, channels)
-    tensors = {
-        "x": Tensor(shape),
-        "q": Tensor(shape, Encoding(1.0)),
-        "sum": Tensor(shape, Encoding(step)),
-        "y": Tensor(shape),
-    }
-    steps = (
-        Convert(("x",), "q"),
-        Conv(("q",), "sum", "conv", Weights(kernel, ones, 0 * ones, 8)),
-        Convert(("sum",), "y"),
-    )
-    model = to_onnx(Program("x", "y", tensors, steps)).SerializeToString()
-    x = np.full((1, *shape), 255, np.float32)
-    return bool((_onnx_session(model, 1, unsigned=False)(x) != step * x).any())
+    openvino, data = require("openvino", "openvino"), _contents(file)
+    options = {}
+    if precision is not None:
+        options["INFERENCE_PRECISION_HINT"] = precision
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = core.check_integer("threads", threads, 1)
+    engine = openvino.Core()
+    try:
+        compiled = engine.compile_model(engine.read_model(data), "CPU", options)
+    except RuntimeError as error:
+        raise _refusal(f"OpenVINO {openvino.__version__}", error) from error
+    shape = [axis.get_length() for axis in list(compiled.input(0).partial_shape)[1:]]
+    return _checked(shape, lambda images: compiled(images)[0])
 
 
 def _contents(file):

@@ -80,9 +80,12 @@ class Weights:
         if self.scale is None:
             return
         step = integer_step(core.check_integer("bits", self.bits, 1, 8))
-        off = np.abs(self.values) != step if self.bits == 1 else self.values % step != 0
+        most = step * max(2 ** (self.bits - 1) - 1, 1)
+        sizes = np.abs(self.values.astype(np.int16))
+        off = sizes != step if self.bits == 1 else (sizes % step != 0) | (sizes > most)
         if off.any():
-            wanted = f"−{step} and {step}" if self.bits == 1 else f"multiples of {step}"
+            multiples = f"multiples of {step} in [−{most}, {most}]"
+            wanted = f"−{step} and {step}" if self.bits == 1 else multiples
             raise ValueError(
                 f"values must be {wanted} with bits {self.bits}, got {self.values[off][0]}"
             )

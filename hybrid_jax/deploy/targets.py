@@ -25,7 +25,9 @@ class Target(NamedTuple):
     Attributes:
       suffix: Of its files.
       export: export(path, program, **options) -> manifest.
-      session: session(path, batch, threads) -> fn(x (batch, …)) -> outputs, float32.
+      session: session(path, batch, threads) -> fn(x (batch, …)) -> outputs, float32. The file is
+        opened as its user opens it, with no option but the number of threads, and not even that
+        where `threads` is None.
     """
 
     suffix: str
@@ -90,7 +92,7 @@ def _c_session(path, batch, threads):
     _, manifest = artifact.read(path)
     with tempfile.TemporaryDirectory() as folder:
         library = str(pathlib.Path(folder, "model.so"))
-        flags = ["-x", "c", "-std=c99", "-O3", "-march=native", "-ffp-contract=off"]
+        flags = ["-x", "c", "-O3", "-march=native"]
         command = [compiler, *flags, "-shared", "-fPIC", os.fspath(path), "-o", library, "-lm"]
         subprocess.run(command, check=True, capture_output=True)
         function = getattr(ctypes.CDLL(library), f"{manifest['name']}_run")

@@ -52,20 +52,22 @@ class Grid(NamedTuple):
 def integer_step(bits: jax.Array | int) -> Any:
     """What the stored integers of a symmetric or binary kernel of that many bits are multiples of.
 
-    2^(8 − bits): they lie in the high bits of an int8. The scale is as many times smaller, so the
+    2^(7 − bits) below 8 bits, so that all but kernels of 8 bits lie in [−63, 63]: two products with
+    a uint8 then add up in an int16, as they must on an x86 without VNNI (see
+    `deploy.arithmetic.saturates`). The scale is as many times smaller than that of the grid, so the
     kernel is the same, and the bias is rounded to steps that are as many times finer. Signs, of 1
-    bit, are −64 and 64: those of 2 bits without a zero.
+    bit, are −32 and 32: those of 2 bits without a zero.
 
     Args:
       bits: 1 to 8; may be traced.
 
     Example:
       >>> [integer_step(bits) for bits in (8, 4, 2, 1)]
-      [1, 16, 64, 64]
+      [1, 8, 32, 32]
     """
     if isinstance(bits, int):
-        return 2 ** (8 - max(bits, 2))
-    return 2 ** (8 - jnp.clip(bits, 2, 8))
+        return 2 ** (7 - min(max(bits, 2), 7))
+    return 2 ** (7 - jnp.clip(bits, 2, 7))
 
 
 def check_bits(name: str, bits: Any, supported: Sequence[int] = range(2, 9)) -> Any:

@@ -72,10 +72,11 @@ def test_integers_of_every_model_that_we_ship(small_model, name):
     weights = {op.name: op.weights for op in program.weighted}
     for site, stored in kernels.items():
         # Up to the sign of a BatchNorm's scale the integers are those of fake-quantization, in the
-        # high bits of an int8.
+        # high bits of [−63, 63].
         bits = spec[site].weight.bits
         assert weights[site].bits == bits
-        ours = np.abs(weights[site].values.astype(int)).ravel() / 2 ** (8 - bits)
+        step = {8: 1, 4: 8}[bits]
+        ours = np.abs(weights[site].values.astype(int)).ravel() / step
         np.testing.assert_array_equal(ours, np.abs(np.asarray(stored.values, int)).ravel())
     # Between the input and the logits nothing is a float.
     floats = {name for name, t in program.tensors.items() if t.encoding is None}
@@ -130,7 +131,7 @@ def of_four_bits(fn, params, x):
     return deploy.lower(fn, params, spec, ranges, x), spec, ranges
 
 
-def test_a_bias_is_kept_to_a_sixteenth_of_the_step_of_four_bits():
+def test_a_bias_is_kept_to_an_eighth_of_the_step_of_four_bits():
     def fn(params, x):
         return x @ params["w"] + params["b"][None]
 
@@ -138,10 +139,10 @@ def test_a_bias_is_kept_to_a_sixteenth_of_the_step_of_four_bits():
     x = jnp.float32([[1.0, 2.0], [255.0, 0.0]])
     program, *_ = of_four_bits(fn, params, x)
     # The kernel is 7 and −3 steps of 1 and the inputs are steps of 1, so 0.4 is 0 of the sums'
-    # steps. In the high bits it is 112 and −48 steps of 1/16, and 0.4 is 6 of them: 7 − 6 + 0.375.
+    # steps. Stored, the kernel is 56 and −24 steps of 1/8, and 0.4 is 3 of them: 7 − 6 + 0.375.
     weights = next(program.weighted).weights
-    np.testing.assert_array_equal(weights.values.ravel(), [112, -48])
-    np.testing.assert_array_equal(weights.scale, [1 / 16])
+    np.testing.assert_array_equal(weights.values.ravel(), [56, -24])
+    np.testing.assert_array_equal(weights.scale, [1 / 8])
     np.testing.assert_array_equal(deploy.run(program)(x), [[1.375], [1785.375]])
 
 
@@ -176,7 +177,7 @@ def test_a_kernel_of_many_inputs_keeps_its_integers_lower():
     weights = next(program.weighted).weights
     # Sums reach 255 · 7 · 200000 = 3.6e8 steps: 7.1e8 if the steps are halved, and 2^30 = 1.1e9 is
     # the most that leaves as much to the bias.
-    assert weights.bits == 7
+    assert weights.bits == 6
     assert set(weights.values.ravel()) == {14}
     expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
     np.testing.assert_allclose(deploy.run(program)(x), expected, rtol=1e-5)
@@ -438,7 +439,7 @@ def test_binary_kernels_and_symmetric_activations():
     program = deploy.lower(fn, params, spec, ranges, x)
     expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
     np.testing.assert_allclose(deploy.run(program)(x), expected, atol=1e-4)
-    assert set(np.unique(next(program.weighted).weights.values)) == {-64, 64}
+    assert set(np.unique(next(program.weighted).weights.values)) == {-32, 32}
 
 
 def test_a_binary_channel_that_is_multiplied_by_zero():
@@ -455,7 +456,7 @@ def test_a_binary_channel_that_is_multiplied_by_zero():
     # Signs and zeros are 2 bits.
     weights = next(program.weighted).weights
     assert weights.bits == 2
-    assert set(np.unique(weights.values)) == {-64, 0, 64}
+    assert set(np.unique(weights.values)) == {-32, 0, 32}
 
 
 def test_calibration_that_is_not_finite():

@@ -152,7 +152,7 @@ def test_a_packed_program_comes_back_exactly(tmp_path, lowered):
 def test_a_packed_kernel_takes_its_bits(tmp_path, bits):
     rng, most = np.random.default_rng(bits), max(2 ** (bits - 1) - 1, 1)
     q = rng.choice([-1, 1], (5, 3)) if bits == 1 else rng.integers(-most, most + 1, (5, 3))
-    step = 2 ** (8 - max(bits, 2))
+    step = {1: 32, 2: 32, 4: 8, 7: 1, 8: 1}[bits]
     scale, bias = np.float32([0.1, 0.2, 0.3]), np.float32([1, 2, 3])
     weights = deploy.Weights((q * step).astype(np.int8), scale / np.float32(step), bias, bits)
     tensors = {
@@ -176,12 +176,14 @@ def test_a_packed_kernel_takes_its_bits(tmp_path, bits):
 @pytest.mark.parametrize(
     ("values", "bits", "message"),
     [
-        ([[16], [-7]], 4, "values must be multiples of 16 with bits 4, got -7"),
-        ([[64], [0]], 1, "values must be −64 and 64 with bits 1, got 0"),
+        ([[16], [-7]], 4, r"values must be multiples of 8 in \[−56, 56\] with bits 4, got -7"),
+        ([[-64], [8]], 4, r"values must be multiples of 8 in \[−56, 56\] with bits 4, got -64"),
+        ([[64], [63]], 7, r"values must be multiples of 1 in \[−63, 63\] with bits 7, got 64"),
+        ([[32], [0]], 1, "values must be −32 and 32 with bits 1, got 0"),
         ([[64], [0]], 32, r"bits must be an integer in \[1, 8\], got 32"),
     ],
 )
-def test_a_kernel_whose_integers_are_not_in_the_high_bits_is_refused(values, bits, message):
+def test_a_kernel_whose_integers_are_not_of_its_bits_is_refused(values, bits, message):
     ones = np.ones(1, np.float32)
     with pytest.raises(ValueError, match=message):
         deploy.Weights(np.int8(values), ones, ones, bits)

@@ -184,8 +184,8 @@ def per_tensor(ranges):
     ("bits", "expected"),
     [
         ((8, 8), [4, 0.5, 0.3]),
-        # At 2 bits the kernel's step is 63.5, in 64ths of which its bias is rounded.
-        ((2, 8), [3.96875, 0.9921875, 0.3]),
+        # At 3 bits the kernel's step is 63.5 / 3, in 16ths of which its bias is rounded: 1.3229167.
+        ((3, 8), [4 * 1.3229167, 1.3229167, 0.3]),
         ((8, 4), [0, 0, 0.3]),  # steps of 17 · 2 and 17 / 2
         ((32, 8), [3.1, 0.7, 0.3]),
         ((8, 32), [3.1, 0.7, 0.3]),
@@ -209,7 +209,7 @@ def test_the_biases_of_channels_and_of_signs():
     np.testing.assert_allclose(biases(spec, ranges), [4, 1, 0.3], rtol=1e-6)
     signs = q.Quantizer(1, "binary", per_channel=True, learning="fixed")
     spec = q.spec(graph, [("w", {"weight": signs})], deployable=True)
-    ends = jnp.full((1, 3), 64.0)  # −64 and 64 are stored as they are
+    ends = jnp.full((1, 3), 32.0)  # −32 and 32 are stored as they are
     ranges = {"w": {"activation": STEPS_OF_1, "weight": q.Range(-ends, ends)}}
     np.testing.assert_allclose(biases(spec, ranges), [4, 1, 0.3], rtol=1e-6)
 
