@@ -126,7 +126,7 @@ def _integers(op, source, spec, made) -> Weights:
         values, scale = 2 * values - 1, scale / np.float32(2)
     outputs = source.arrange(scale).reshape(-1, source.shape[-1])[0] * source.scale
     sign = np.sign(outputs).astype(np.int8)
-    used = np.where(sign == 0, 1, np.abs(outputs)).astype(np.float32)
+    used = np.maximum(np.abs(outputs), quantization.LEAST_SCALE).astype(np.float32)
     values = values * sign
     # In the high bits of the int8 the accumulator's steps are the finest that the bias can have.
     bits = _room(values, quantizer.bits)
@@ -272,7 +272,7 @@ def _choose(program, wanted, given, spans) -> dict[str, Encoding | None]:
                 return given[member]
         low = min(0.0, *(spans[member][0] for member in members[name]))
         high = max(0.0, *(spans[member][1] for member in members[name]))
-        scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+        scale = np.float32(max((high - low) / 255, quantization.LEAST_SCALE))
         return Encoding(float(scale), int(np.clip(np.rint(-low / scale), 0, 255)))
 
     chosen = {name: of_class(name) for name in members}

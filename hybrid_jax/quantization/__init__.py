@@ -28,6 +28,7 @@ from hybrid_jax.quantization.fractional import bit_operations, fractional, round
 from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
+    LEAST_SCALE,
     OFF,
     Grid,
     Range,
@@ -70,6 +71,7 @@ from hybrid_jax.quantization.specs import JoinSpec, Quantizer, SiteSpec, Spec, r
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
+    "LEAST_SCALE",
     "OFF",
     "Allocation",
     "Grid",
