@@ -117,7 +117,8 @@ def test_lsq_learns_the_range_that_fits():
 
 def test_the_gradient_brings_back_a_range_learned_past_zero():
     # x = 0.04 becomes 0: of (x̂ − x)² the derivative by x̂ is −0.08. LSQ hands
-    # p · ∂x̂/∂scale = p · g · p of it to an end, g = 1/√p: 15 · √15 for the affine grid, 7 · √7 for the symmetric one.
+    # p · ∂x̂/∂scale = p · g · p of it to an end, with g = 1/√p: 15 · √15 for the affine grid, and
+    # 7 · √7 for the symmetric one.
     x = jnp.array([0.04])
 
     def slopes(quantize, low, high):
