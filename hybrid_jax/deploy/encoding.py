@@ -72,6 +72,7 @@ def encode(
     given = {tensor: _of_join(join, wanted, grids) for tensor, join in joins.items()}
     spans = _spans(program, weights, wanted, x)
     encodings = _choose(program, wanted, given, spans)
+    wanted, encodings = _within_ratio(wanted, encodings)
     return _rebuild(program, weights, wanted, encodings)
 
 
@@ -186,14 +187,7 @@ def _of_join(join, wanted, grids) -> Encoding:
 def _span(name, role, quantizer, ranges):
     if quantizer.learning == "dynamic":
         raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
-    try:
-        span = ranges[name][role]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"ranges must have [{name!r}][{role!r}], got {', '.join(ranges) or 'nothing'}"
-        ) from None
-    core.check_finite(f"ranges of {name!r}", span)
-    return span
+    return quantization.range_at(ranges, name, role, None if role == "weight" else ())
 
 
 def _spans(program, weights, wanted, x) -> dict[str, tuple[float, float]]:
@@ -277,6 +271,21 @@ def _choose(program, wanted, given, spans) -> dict[str, Encoding | None]:
 
     chosen = {name: of_class(name) for name in members}
     return {name: chosen[find(name)] for name in program.tensors}
+
+
+def _within_ratio(*of_tensors):
+    """Encodings in which what is always zero has 1/128 of the largest scale, not the least.
+
+    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next.
+    """
+    given = [encoding for each in of_tensors for encoding in each.values() if encoding]
+    room = max((encoding.scale for encoding in given), default=1.0) / 128
+
+    def awake(encoding):
+        dead = encoding and encoding.scale == quantization.LEAST_SCALE
+        return dataclasses.replace(encoding, scale=room) if dead else encoding
+
+    return [{name: awake(encoding) for name, encoding in each.items()} for each in of_tensors]
 
 
 def _rebuild(program, weights, wanted, encodings) -> Program:

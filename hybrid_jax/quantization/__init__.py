@@ -39,6 +39,7 @@ from hybrid_jax.quantization.grids import (
     quantize,
     spread,
 )
+from hybrid_jax.quantization.lookup import range_at
 from hybrid_jax.quantization.model import (
     Integers,
     at_biases,
@@ -118,6 +119,7 @@ __all__ = [
     "percentile",
     "power_of_two",
     "quantize",
+    "range_at",
     "range_shape",
     "round_bits",
     "scale_counts",

@@ -517,6 +517,21 @@ def test_a_dead_channel_keeps_its_bias(deployable):
         np.testing.assert_allclose(deployed[:, 1], [0.4, 0.4], rtol=1e-5)
 
 
+def test_an_activation_that_is_always_zero_has_no_scale_that_runtimes_refuse():
+    # As XNNPACK does where the product of the scales is 256 times that of the result or more.
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"] - 100.0) @ params["b"]
+
+    params, x = {"a": draw(4, 3), "b": draw(3, 2)}, draw(16, 4)
+    spec = quantization.spec(core.trace(fn, params, x))
+    program = deploy.lower(fn, params, spec, quantization.calibrate(fn, params, [(x,)], spec), x)
+    first, second = program.weighted
+    scales = [program.encoding(op.inputs[0]).scale for op in (first, second)]
+    assert scales[1] == scales[0] / 128
+    assert np.all(first.weights.scale * scales[0] / scales[1] < 256)
+    np.testing.assert_array_equal(deploy.run(program)(x), np.zeros((16, 2)))
+
+
 def test_an_accumulator_that_may_overflow():
     weights = deploy.Weights(
         np.full((1, 1), 127, np.int8), np.float32([1e-20]), np.float32([1.0]), 8
