@@ -2,6 +2,7 @@
 
 from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
+    batch_size,
     check_batches,
     check_choice,
     check_finite,
@@ -54,6 +55,7 @@ __all__ = [
     "Member",
     "Site",
     "at_sites",
+    "batch_size",
     "bind",
     "check_batches",
     "check_choice",

@@ -13,6 +13,22 @@ import numpy as np
 from hybrid_jax.core import paths
 
 
+def batch_size(inputs: Any) -> int:
+    """How many examples a batch of inputs holds: the leading axis of its first array that has one.
+
+    What is averaged over batches is weighed by it, or the batches must be `alike`.
+
+    Args:
+      inputs: Pytree of arrays, PRNG keys and numbers.
+
+    Example:
+      >>> batch_size((np.zeros((5, 3)), np.zeros(5)))
+      5
+    """
+    shapes = (np.shape(leaf) for leaf in jax.tree.leaves(inputs))
+    return next((shape[0] for shape in shapes if shape), 1)
+
+
 def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> Iterator[Any]:
     """Yields the batches one by one, each checked as it comes.
 
@@ -21,7 +37,7 @@ def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> It
       alike: Whether all of them must have the shapes and dtypes of the first.
 
     Raises:
-      ValueError: If there is none, or they differ and must be `alike`.
+      ValueError: If there is none, one is without an example, or they differ and must be `alike`.
       TypeError: If one is not a tuple.
 
     Example:
@@ -39,6 +55,8 @@ def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> It
         if alike:
             first = batch if count == 1 else first
             check_same_structure("every batch", first, batch)
+        if not batch_size(batch):
+            raise ValueError(f"every batch must hold an example, got none in batch {count}")
         yield batch
     if not count:
         raise ValueError("batches must hold at least one batch, got none")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from hybrid_jax.core import derivatives, interpreter, paths
+from hybrid_jax.core import checks, derivatives, interpreter, paths
 from hybrid_jax.core.analysis import Analysis
 from hybrid_jax.core.channels import Group, group_channels
 from hybrid_jax.core.joins import Join, Joins, find_joins
@@ -149,8 +149,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
         zeros = tuple(np.zeros(n, np.int32) for n in sizes(leaf.shape))
         arguments.append(Value(zeros, (None,) * len(zeros), INPUT))
     outputs = analysis.walk(closed, arguments, (), 1)
-    leaves = [leaf for leaf in jax.tree.leaves(shapes[1:]) if leaf.shape]
-    batch = sizes(leaves[0].shape)[0] if leaves else 1
+    (batch,) = sizes([checks.batch_size(shapes[1:])])
     out_tree = jax.tree.structure(out_shape)
     return from_analysis(closed, out_tree, parameters, batch, arguments, outputs, analysis)
 

@@ -44,6 +44,8 @@ _PARTS = {
     "reduce_window_sum": "sum",
 }
 _CARRIES = {"max", "stop_gradient", "broadcast_in_dim", "reshape", "reduce_sum", "log"}
+# How random numbers meet a tensor in dropout, in stochastic depth or as Gaussian noise.
+_NOISE = {"add", "div", "mul", "select_n", "sub"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,9 @@ class _Seen(NamedTuple):
     examples: bool = False  # whether it has a row for each example
     last: int = -1  # the place of the last site before it
     part: str | None = None  # of a softmax, or the sum of a mean
+    random: bool = False  # whether it is made of random numbers, and of no example
+    noisy: bool = False  # whether it is a tensor with noise that no number makes up for yet
+    scaled: tuple[int, tuple[interpreter.Path, int]] | None = None  # entries that a number scales
 
 
 class Joins(NamedTuple):
@@ -100,9 +105,10 @@ def find_joins(
 ) -> Joins:
     """Finds the joins of a traced program.
 
-    Statistics over the batch, as BatchNorm takes them in training, are not among them, so that
-    training and evaluation have the same; neither is the sum in a softmax, nor what a function with
-    a derivative rule of its own computes.
+    Training and evaluation have the same: statistics over the batch, as BatchNorm takes them in
+    training, are not among them, and a tensor with noise is the tensor itself, so that dropout and
+    the number that makes up for it do not count as readers. Neither is the sum in a softmax a join,
+    nor what a function with a derivative rule of its own computes.
 
     Args:
       closed: The program.
@@ -116,6 +122,7 @@ def find_joins(
     first_takers: dict[str, str] = {}
     tokens = itertools.count()
     loops: set[interpreter.Path] = set()
+    disturbed: list[_Seen] = []
 
     def fresh(entries=None, **known):
         token = next(tokens)
@@ -143,6 +150,7 @@ def find_joins(
         if name not in ("cond", "while", "scan") and inner:
             return walk(inner["body"].jaxpr, values, (*here, "body"))
         last = max((value.last for value in values), default=-1)
+        clean = _without_noise(eqn, values)
         if name in ("while", "scan"):
             loops.add(here)
         for branch, body in inner.items():
@@ -155,18 +163,26 @@ def find_joins(
             taken = values[1 - site.kernel_operand].entries
             first_takers[site.name] = takers.setdefault(taken, site.name)
             last = names.index(site.name)
+        elif clean:
+            disturbed.append(clean)
         elif name not in (*_MOVES, *interpreter.REBUILD) and not looped(here):
             for operand, value in enumerate(values):
                 readers[value.entries].append((here, operand))
         joined = _joined(eqn, values)
         examples = any(v.examples for v in values) and not _over_examples(eqn, values)
+        random = not examples and (name == "random_bits" or any(v.random for v in values))
         entries = values[0].entries if name in _MOVES else None
         part = _PARTS.get(name)
         if name in _CARRIES:
             part = next((value.part for value in values if value.part), part)
-        made = [fresh(examples=examples, last=last) for _ in eqn.outvars]
+        made = [fresh(examples=examples, last=last, random=random) for _ in eqn.outvars]
+        if clean:
+            entries = clean.scaled[0] if clean.scaled else clean.entries
+            noisy = not (clean.noisy or clean.scaled)
+            return [fresh(entries, examples=True, last=last, noisy=noisy)]
         if made:
-            made[0] = fresh(entries, examples=examples, last=last, part=part)
+            known = {"examples": examples, "last": last, "part": part, "random": random}
+            made[0] = fresh(entries, scaled=_scaled(eqn, values, here), **known)
         if joined:
             whole = [(None, made[0])] if name == "concatenate" else []
             found[here] = [(_KINDS[name], *one) for one in [*joined, *whole]]
@@ -175,6 +191,10 @@ def find_joins(
         return made
 
     walk(closed.jaxpr, [fresh(examples=own) for own in batched], ())
+    for value in disturbed:
+        if value.scaled and not readers[value.entries]:
+            entries, reader = value.scaled
+            readers[entries] = [one for one in readers[entries] if one != reader]
     return Joins(*_places(names, found, takers, readers, looped), first_takers)
 
 
@@ -231,6 +251,30 @@ def _joined(eqn, values):
     if name == "sub" and parts:
         return []
     return own if len({value.token for _, value in own}) > 1 else []
+
+
+def _without_noise(eqn, values):
+    """The tensor that random numbers meet, or that a number scales for them; None if none does."""
+    own = [value for value in values if value.examples]
+    if eqn.primitive.name not in _NOISE or len(own) != 1:
+        return None
+    meets = any(v.random for v in values) or (own[0].noisy and _scaled(eqn, values, ()))
+    return own[0] if meets else None
+
+
+def _scaled(eqn, values, here):
+    """The entries that an equation multiplies with a number, and where it reads them; or None."""
+    own = [i for i, value in enumerate(values) if value.examples]
+    numbers = [i for i, atom in enumerate(eqn.invars) if not atom.aval.shape]
+    if (eqn.primitive.name, own, numbers) not in (
+        ("mul", [0], [1]),
+        ("mul", [1], [0]),
+        ("div", [0], [1]),
+    ):
+        return None
+    (operand,) = own
+    # The number that divides a sum makes it a mean.
+    return None if values[operand].part == "sum" else (values[operand].entries, (here, operand))
 
 
 def _over_examples(eqn, values):

@@ -72,6 +72,7 @@ def encode(
     given = {tensor: _of_join(join, wanted, grids) for tensor, join in joins.items()}
     spans = _spans(program, weights, wanted, x)
     encodings = _choose(program, wanted, given, spans)
+    wanted, encodings = _within_ratio(wanted, encodings)
     return _rebuild(program, weights, wanted, encodings)
 
 
@@ -126,7 +127,7 @@ def _integers(op, source, spec, made) -> Weights:
         values, scale = 2 * values - 1, scale / np.float32(2)
     outputs = source.arrange(scale).reshape(-1, source.shape[-1])[0] * source.scale
     sign = np.sign(outputs).astype(np.int8)
-    used = np.where(sign == 0, 1, np.abs(outputs)).astype(np.float32)
+    used = np.maximum(np.abs(outputs), quantization.LEAST_SCALE).astype(np.float32)
     values = values * sign
     # In the high bits of the int8 the accumulator's steps are the finest that the bias can have.
     bits = _room(values, quantizer.bits)
@@ -186,14 +187,7 @@ def _of_join(join, wanted, grids) -> Encoding:
 def _span(name, role, quantizer, ranges):
     if quantizer.learning == "dynamic":
         raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
-    try:
-        span = ranges[name][role]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"ranges must have [{name!r}][{role!r}], got {', '.join(ranges) or 'nothing'}"
-        ) from None
-    core.check_finite(f"ranges of {name!r}", span)
-    return span
+    return quantization.range_at(ranges, name, role, None if role == "weight" else ())
 
 
 def _spans(program, weights, wanted, x) -> dict[str, tuple[float, float]]:
@@ -272,11 +266,26 @@ def _choose(program, wanted, given, spans) -> dict[str, Encoding | None]:
                 return given[member]
         low = min(0.0, *(spans[member][0] for member in members[name]))
         high = max(0.0, *(spans[member][1] for member in members[name]))
-        scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+        scale = np.float32(max((high - low) / 255, quantization.LEAST_SCALE))
         return Encoding(float(scale), int(np.clip(np.rint(-low / scale), 0, 255)))
 
     chosen = {name: of_class(name) for name in members}
     return {name: chosen[find(name)] for name in program.tensors}
+
+
+def _within_ratio(*of_tensors):
+    """Encodings in which what is always zero has 1/128 of the largest scale, not the least.
+
+    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next.
+    """
+    given = [encoding for each in of_tensors for encoding in each.values() if encoding]
+    room = max((encoding.scale for encoding in given), default=1.0) / 128
+
+    def awake(encoding):
+        dead = encoding and encoding.scale == quantization.LEAST_SCALE
+        return dataclasses.replace(encoding, scale=room) if dead else encoding
+
+    return [{name: awake(encoding) for name, encoding in each.items()} for each in of_tensors]
 
 
 def _rebuild(program, weights, wanted, encodings) -> Program:

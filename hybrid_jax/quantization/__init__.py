@@ -28,6 +28,7 @@ from hybrid_jax.quantization.fractional import bit_operations, fractional, round
 from hybrid_jax.quantization.gptq import gptq
 from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
 from hybrid_jax.quantization.grids import (
+    LEAST_SCALE,
     OFF,
     Grid,
     Range,
@@ -38,6 +39,7 @@ from hybrid_jax.quantization.grids import (
     quantize,
     spread,
 )
+from hybrid_jax.quantization.lookup import range_at
 from hybrid_jax.quantization.model import (
     Integers,
     at_biases,
@@ -70,6 +72,7 @@ from hybrid_jax.quantization.specs import JoinSpec, Quantizer, SiteSpec, Spec, r
 from hybrid_jax.quantization.surrogate import with_gradient
 
 __all__ = [
+    "LEAST_SCALE",
     "OFF",
     "Allocation",
     "Grid",
@@ -116,6 +119,7 @@ __all__ = [
     "percentile",
     "power_of_two",
     "quantize",
+    "range_at",
     "range_shape",
     "round_bits",
     "scale_counts",

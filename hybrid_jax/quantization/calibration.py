@@ -44,8 +44,7 @@ def calibrate(
       those that are 'dynamic', and {join name: {'activation': Range}} if the spec has joins. A
       kernel's have the kernel's rank, with 1 (or the number of groups) for the axes that are summed
       over, or are () per tensor; an activation's are (). A site in a `scan` has one for all of its
-      iterations. What is constantly 0 (a dead channel) has the range [0, 0], which makes a grid of
-      step 1.
+      iterations. What is constantly 0 (a dead channel) has the range [0, 0], of the least scale.
 
     Raises:
       ValueError: If there is no batch, a tensor holds NaN or infinity, or a site lies in a `while`

@@ -10,6 +10,7 @@ from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import allocation, specs
+from hybrid_jax.quantization.lookup import range_of
 from hybrid_jax.quantization.model import at_joins
 from hybrid_jax.quantization.specs import ROLES
 
@@ -36,8 +37,8 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
       clipped to after each step.
 
     Raises:
-      ValueError: (q_fn) If a site is missing in `ranges`, a site or role in `bits`, or concrete
-        bits are outside [2, 8], or a scheme has not all of these.
+      ValueError: (q_fn) As q_fn of `fake_quantized` does for `ranges`; if a site or role is missing
+        in `bits`, or concrete bits are outside [2, 8], or a scheme has not all of these.
 
     Source: Yang and Jin, FracBits: Mixed Precision Quantization via Fractional Bit-Widths, arXiv
     2007.02017.
@@ -46,7 +47,7 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
       >>> from hybrid_jax.quantization import grids
       >>> fn = lambda params, x: x @ params['w']
       >>> params, x = {'w': jnp.array([[0.4]])}, jnp.ones((1, 1))
-      >>> spec = specs.spec(core.trace(fn, params, x))
+      >>> spec = specs.spec(core.trace(fn, params, x), [('w', {'weight': specs.Quantizer(8)})])
       >>> unit = grids.Range(jnp.float32(0.0), jnp.float32(1.0))
       >>> ranges = {'w': {'weight': unit, 'activation': unit}}
       >>> bits = {'w': {'weight': 2.5, 'activation': 8.0}}
@@ -58,13 +59,12 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
     def q_fn(params, ranges, bits, *inputs):
         def rule(site, x, kernel, apply):
             quantizers, learned = spec[site.name], _roles(bits, site.name)
-            spans = ranges[core.check_choice("site of ranges", site.name, ranges)]
             shape = specs.range_shape(site, quantizers.weight)
             count = kernel.size // math.prod(shape)
-            span = spans.get("weight")
+            span = range_of(spec, ranges, site, "weight")
             kernel = _mix(kernel, learned["weight"], quantizers.weight, span, shape, count)
             count = max(x.size // x.shape[0], 1)
-            span = ranges[quantizers.range_site("activation")].get("activation")
+            span = range_of(spec, ranges, site, "activation")
             x = _mix(x, learned["activation"], quantizers.activation, span, (), count)
             return apply(x, kernel), None
 

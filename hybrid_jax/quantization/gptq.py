@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.quantization import grids, model, specs
+from hybrid_jax.quantization import grids, lookup, specs
 
 ORDERS = ("activation", "natural")
 
@@ -60,8 +60,8 @@ def gptq(
     Raises:
       ValueError: If a quantized kernel has no Gram matrix or a mask has none; if `grams` are of
         other parameters, or have a site that `spec` or `ranges` has not; if a kernel's range is
-        'dynamic', and so would change with the kernel, or differs between its sites; if a kernel
-        that is 'binary', which has no zero, has a mask.
+        'dynamic', and so would change with the kernel, differs between its sites, or is refused by
+        `range_at`; if a kernel that is 'binary', which has no zero, has a mask.
 
     Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, arXiv 2210.17323; jointly with masks E. Frantar, D. Alistarh, SparseGPT, arXiv
@@ -100,7 +100,7 @@ def gptq(
             return leaf
         if kept is not None and quantizer.scheme == "binary":
             raise ValueError(f"masks must leave the binary kernel {path!r} whole: it has no zero")
-        grid = None if _is_off(width) else quantizer.grid(_span(gram, quantizer, ranges), width)
+        grid = None if _is_off(width) else quantizer.grid(_span(gram, spec, ranges), width)
         return _sweep(leaf, gram, grid, jnp.asarray(width == grids.OFF), kept, damping, order)
 
     return core.map_with_path(move, masks, params)
@@ -116,7 +116,7 @@ def _no_gram(name, grams):
 def _width(site, bits):
     if bits is None:
         return site.weight.bits
-    width = model.entry("bits", bits, site.name, "weight")
+    width = lookup.entry("bits", bits, site.name, "weight")
     return site.weight.check_bits(f"bits of {site.name!r}", width)
 
 
@@ -124,13 +124,13 @@ def _is_off(width):
     return isinstance(width, int) and width == grids.OFF
 
 
-def _span(gram, quantizer, ranges):
+def _span(gram, spec, ranges):
     """The one range that a kernel has at all of its sites."""
-    if quantizer.learning == "dynamic":
+    first, *others = [lookup.range_of(spec, ranges, site, "weight") for site in gram.sites]
+    if first is None:
         raise ValueError(
             f"the kernel at {gram.site.name!r} must have a range of its own, got learning 'dynamic'"
         )
-    first, *others = [model.entry("ranges", ranges, site.name, "weight") for site in gram.sites]
     for site, span in zip(gram.sites[1:], others, strict=True):
         traced = any(isinstance(end, jax.core.Tracer) for end in (*first, *span))
         if not traced and not all(map(np.array_equal, first, span)):

@@ -18,6 +18,12 @@ from hybrid_jax import core
 OFF = 32
 """The bit-width that means: leave the tensor as it is."""
 
+LEAST_SCALE = 2.0**-60
+"""The least scale: that of a range that holds zero alone, or nothing, as one learned past zero.
+
+In float32 the product of two such scales, and the quotient of any usual scale and this, are normal.
+"""
+
 
 class Range(NamedTuple):
     """The interval that a grid spans: float32, () or of the tensor's rank.
@@ -35,7 +41,7 @@ class Grid(NamedTuple):
     """The values scale · (q − zero_point), for the numbers q of a code in [low, high].
 
     Attributes:
-      scale: float32, above 0; of the shape of a `Range`.
+      scale: float32, at least `LEAST_SCALE`; of the shape of a `Range`.
       zero_point: Of scale's shape, the q that stands for zero: int32 in [low, high] for integers,
         float32 for another code, and ½ for signs, which have no zero.
       low: The smallest number, (). Its dtype says what the numbers are: int32, bool for signs,

@@ -39,8 +39,10 @@ def histogram(x: jax.Array) -> Histogram:
     # frexp: reach = m · 2^exponent with m < 1, so that every value lies inside.
     exponent = jnp.where(reach > 0, jnp.frexp(reach)[1], jnp.finfo(jnp.float32).minexp)
     bins = jnp.floor(x / radius(exponent) * (BINS // 2)).astype(jnp.int32) + BINS // 2
-    counts = jnp.zeros(BINS).at[jnp.clip(bins, 0, BINS - 1)].add((x != 0).astype(jnp.float32))
-    return Histogram(low, high, counts, exponent, jnp.float32(x.size))
+    # Counted in integers, for a float32 stops at 2^24.
+    ones = (x != 0).astype(jnp.int32)
+    counts = jnp.zeros(BINS, jnp.int32).at[jnp.clip(bins, 0, BINS - 1)].add(ones)
+    return Histogram(low, high, counts.astype(jnp.float32), exponent, jnp.float32(x.size))
 
 
 def merge(old: Histogram, new: Histogram) -> Histogram:

@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, specs
+from hybrid_jax.quantization.lookup import entry, range_at, range_of
 from hybrid_jax.quantization.schemes import SCHEMES
 
 
@@ -49,8 +50,8 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
       `lax.stop_gradient` must be applied to them before they are given; if it is not, JAX raises.
 
     Raises:
-      ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, or concrete bits are
-        none that its quantizer has.
+      ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, `range_at` refuses
+        a range, or concrete bits are none that its quantizer has.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -242,10 +243,10 @@ def _sum_step(spec, ranges, bits, at):
 
 def _join_range(spec, ranges, bits, own):
     """The range of a join: that of the site that takes the tensor, if in as many bits."""
-    span = entry("ranges", ranges, own.name, "activation")
+    span = range_at(ranges, own.name, "activation", ())
     if own.shares is None:
         return span
-    taken = entry("ranges", ranges, own.shares, "activation")
+    taken = range_at(ranges, own.shares, "activation", ())
     width = spec[own.shares].activation.bits
     width = width if bits is None else entry("bits", bits, own.shares, "activation")
     return jax.tree.map(functools.partial(jnp.where, width == 8), taken, span)
@@ -258,21 +259,7 @@ def _choose(spec, ranges, bits, site):
         quantizer, span = getattr(spec[site.name], role), None
         width = quantizer.bits if bits is None else entry("bits", bits, site.name, role)
         width = quantizer.check_bits(f"bits of {site.name!r}", width)
-        if quantizer.learning != "dynamic" and not (isinstance(width, int) and width == grids.OFF):
-            span = entry("ranges", ranges, spec[site.name].range_site(role), role)
+        if not (isinstance(width, int) and width == grids.OFF):
+            span = range_of(spec, ranges, site, role)
         chosen.append((quantizer, span, width))
     return chosen
-
-
-def entry(argument: str, tree: Mapping[str, Mapping[str, Any]], name: str, role: str) -> Any:
-    """tree[name][role], of the argument of that name.
-
-    Raises:
-      ValueError: If there is no such entry.
-    """
-    try:
-        return tree[name][role]
-    except KeyError:
-        raise ValueError(
-            f"{argument} must have [{name!r}][{role!r}], got {', '.join(tree) or 'nothing'}"
-        ) from None

@@ -37,11 +37,11 @@ class Observer(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Least and greatest value, over `batches` batches; all float32 ()."""
+    """Least and greatest value, of a moving average their means, and how many; all float32 ()."""
 
     low: jax.Array
     high: jax.Array
-    batches: jax.Array
+    total: jax.Array
 
 
 class Magnitude(NamedTuple):
@@ -67,7 +67,7 @@ def minmax() -> Observer:
 
     def merge(old, new):
         low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
-        return Seen(low, high, old.batches + new.batches)
+        return Seen(low, high, old.total + new.total)
 
     return Observer(
         _seen, _neutral(merge), lambda state, scheme, bits: Range(state.low, state.high)
@@ -76,6 +76,9 @@ def minmax() -> Observer:
 
 def moving_average(momentum: float = 0.9) -> Observer:
     """An exponential moving average of each batch's least and greatest value, from the first on.
+
+    A batch of r times as many values as the first one counts as r batches: what was seen before
+    then has the weight momentum^r. The state counts the values of the first.
 
     Args:
       momentum: Weight of what was seen before, in [0, 1].
@@ -91,8 +94,9 @@ def moving_average(momentum: float = 0.9) -> Observer:
     momentum = core.check_fraction("momentum", momentum)
 
     def merge(old, new):
-        mean = jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, old, new)
-        return mean._replace(batches=old.batches + new.batches)
+        before = momentum ** (new.total / jnp.maximum(old.total, 1.0))
+        low, high = (before * a + (1 - before) * b for a, b in zip(old[:2], new[:2]))
+        return Seen(low, high, old.total)
 
     return Observer(
         _seen, _neutral(merge), lambda state, scheme, bits: Range(state.low, state.high)
@@ -272,7 +276,7 @@ def conclude(
 
 
 def _seen(x):
-    return Seen(*extent(x), jnp.ones((), jnp.float32))
+    return Seen(*extent(x), jnp.float32(x.size))
 
 
 def _neutral(merge):

@@ -190,7 +190,8 @@ def _step(optimizer, regularization, block, logits, state, kernels, seen, unit, 
 def _error(block, ups, kernels, seen):
     """The squared error of what the block gives on one batch."""
     outs = block(seen.streams, seen.constants, list(map(_rounded, kernels, ups)))
-    differences = (a.astype(jnp.float32) - b for a, b in zip(outs, seen.targets))
+    floats = jax.tree.map(lambda x: x.astype(jnp.float32), (list(outs), list(seen.targets)))
+    differences = (a - b for a, b in zip(*floats))
     return sum(jnp.sum(jnp.square(difference)) for difference in differences)
 
 

@@ -20,8 +20,8 @@ _WIDEST = 16
 def symmetric(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
     """The signed grid around zero: q in [−Q, Q] with Q = 2^(bits−1) − 1 (narrow), zero point 0.
 
-    scale = max(|low|, |high|) / Q, or 1 where the range is zero (a dead channel). At 2 bits this is
-    the ternary grid {−scale, 0, scale}. In the backward pass the range follows the scale as
+    scale = max(−low, high) / Q, and at least `grids.LEAST_SCALE` (a dead channel). At 2 bits this
+    is the ternary grid {−scale, 0, scale}. In the backward pass the range follows the scale as
     `follow` states.
 
     Args:
@@ -34,17 +34,17 @@ def symmetric(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
       0.2 0 -7 7
     """
     most = (jnp.int32(1) << _width(bits) - 1) - 1
-    scale = _nonzero(_reach(span) * _inverse(most))
+    scale = _floored(_reach(span) * _inverse(most))
     return follow(grids.Grid(scale, jnp.zeros(jnp.shape(scale), jnp.int32), -most, most), span)
 
 
 def affine(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
     """The unsigned grid: q in [0, 2^bits − 1], zero point where the range has zero.
 
-    The range is first widened to hold zero, and scale = (high − low) / (2^bits − 1), or 1 where
-    that is zero (an activation that is always 0). zero_point = round(−low / scale), which is 0 for
-    a range without negative values: the plain unsigned grid after a ReLU. At 1 bit the values are
-    0 and scale, or −scale and 0. In the backward pass the range follows the scale as `follow`
+    The range is first widened to hold zero, and scale = (high − low) / (2^bits − 1), and at least
+    `grids.LEAST_SCALE` (an activation that is always 0). zero_point = round(−low / scale), which is
+    0 for a range without negative values: the plain unsigned grid after a ReLU. At 1 bit the values
+    are 0 and scale, or −scale and 0. In the backward pass the range follows the scale as `follow`
     states.
 
     Args:
@@ -61,7 +61,7 @@ def affine(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
     """
     most = (jnp.int32(1) << _width(bits)) - 1
     low, high = jnp.minimum(span.low, 0.0), jnp.maximum(span.high, 0.0)
-    scale = _nonzero((high - low) * _inverse(most))
+    scale = _floored((high - low) * _inverse(most))
     zero_point = jnp.clip(jnp.round(-low / scale).astype(jnp.int32), 0, most)
     return follow(grids.Grid(scale, zero_point, jnp.zeros_like(most), most), span)
 
@@ -69,8 +69,8 @@ def affine(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
 def binary(span: grids.Range, bits: jax.Array | int = 1) -> grids.Grid:
     """The grid of signs: −scale / 2 and scale / 2, the ends of the range, and no zero.
 
-    q is a bool, the zero point ½ and scale = 2 · max(|low|, |high|), or next to nothing where the
-    range is zero (a dead channel). A zero becomes positive.
+    q is a bool, the zero point ½ and scale = 2 · max(−low, high), and at least
+    `grids.LEAST_SCALE` (a dead channel). A zero becomes positive.
 
     Args:
       span: The range, whose ends are the two values; `mean_abs` finds the one of XNOR-Net.
@@ -84,7 +84,7 @@ def binary(span: grids.Range, bits: jax.Array | int = 1) -> grids.Grid:
       >>> print(grids.dequantize(grids.quantize(jnp.array([-3.0, 0.0, 0.1]), grid), grid))
       [-0.5  0.5  0.5]
     """
-    scale = jnp.maximum(2.0 * _reach(span), 2.0 * jnp.finfo(jnp.float32).tiny)
+    scale = _floored(2.0 * _reach(span))
     half = jnp.full(jnp.shape(scale), 0.5, jnp.float32)
     return follow(grids.Grid(scale, half, jnp.bool_(False), jnp.bool_(True)), span)
 
@@ -92,7 +92,7 @@ def binary(span: grids.Range, bits: jax.Array | int = 1) -> grids.Grid:
 def e4m3(span: grids.Range, bits: jax.Array | int = 8) -> grids.Grid:
     """The 8-bit floats with 4 bits of exponent and 3 of mantissa, from −448 to 448, scaled.
 
-    scale = max(|low|, |high|) / 448, or 1 where the range is zero. What lies outside saturates;
+    scale = max(−low, high) / 448, and at least `grids.LEAST_SCALE`. What lies outside saturates;
     the code's NaN is never used.
 
     Args:
@@ -179,13 +179,14 @@ SCHEMES = {
 
 def _float8(span, code):
     info = jnp.finfo(code)
-    scale = _nonzero(_reach(span) * (1.0 / float(info.max)))
+    scale = _floored(_reach(span) * (1.0 / float(info.max)))
     zero_point = jnp.zeros(jnp.shape(scale), jnp.float32)
     return follow(grids.Grid(scale, zero_point, jnp.array(info.min), jnp.array(info.max)), span)
 
 
 def _reach(span):
-    return jnp.maximum(jnp.abs(span.low), jnp.abs(span.high))
+    # Not the larger magnitude: of an end learned past zero that would grow as the range shrinks.
+    return jnp.maximum(-span.low, span.high)
 
 
 def _width(bits):
@@ -198,6 +199,5 @@ def _inverse(most):
     return 1.0 / most.astype(jnp.float32)
 
 
-def _nonzero(scale):
-    # The least normal number: below it a backend may flush to zero, and x / scale would be NaN.
-    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
+def _floored(scale):
+    return jnp.maximum(scale, grids.LEAST_SCALE)

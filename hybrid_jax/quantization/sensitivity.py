@@ -15,6 +15,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, model, specs
+from hybrid_jax.quantization.lookup import range_at, range_of
 from hybrid_jax.quantization.specs import ROLES
 
 Sensitivity = dict[str, dict[str, dict[int, float]]]
@@ -46,7 +47,7 @@ def increase(loss: jax.Array, reference: jax.Array) -> jax.Array:
       >>> print(increase(jnp.float32(0.5), jnp.float32(0.25)))
       0.25
     """
-    return loss - reference
+    return loss.astype(jnp.float32) - reference.astype(jnp.float32)
 
 
 def sensitivity(
@@ -70,8 +71,10 @@ def sensitivity(
       fn: fn(params, *inputs) -> outputs in evaluation mode; or -> loss, with labels among the
         inputs, for `damage=increase`.
       params: Its parameters.
-      batches: Yields tuples of inputs; the damage is the mean over batches.
-      spec: How each site is quantized.
+      batches: Yields tuples of inputs; the damage is the mean over batches, each weighed by how
+        many examples it holds.
+      spec: How each site is quantized. Joins that it has are rounded throughout, and what that does
+        is a part of every damage.
       ranges: {bits: ranges at these bits}, the bits to try. Ranges that do not depend on bits
         ('minmax') are given several times: `dict.fromkeys((2, 4, 8), ranges)`.
       damage: (outputs, outputs of the float model) -> float32 ().
@@ -84,7 +87,8 @@ def sensitivity(
 
     Raises:
       ValueError: If there is no batch, no bits or no role, a role is unknown, a tensor's scheme has
-        not these bits, `around` lacks a site or has bits without ranges, or a damage is not finite.
+        not these bits, `range_at` refuses a range, `around` lacks a site or has bits without
+        ranges, or a damage is not finite.
       TypeError: If a batch is not a tuple.
 
     Example:
@@ -108,6 +112,11 @@ def sensitivity(
         _check_bits(width, getattr(spec[name], role))
     base = {name: dict.fromkeys(ROLES, grids.OFF) for name in names} if around is None else around
     first = next(iter(ranges.values()))
+    for spans in ranges.values():
+        for name, known in spans.items():
+            for role in known:
+                range_at(spans, name, role)
+    joins = {join.name: {"activation": join.activation.bits} for join in spec.joins}
     for name in names:
         core.check_choice("site of around", name, base)
         for role, width in base[name].items():
@@ -123,19 +132,25 @@ def sensitivity(
     found: dict[tuple[str, str, int], list[jax.Array]] = {
         key: [] for key in itertools.product(names, roles, ranges)
     }
+    sizes = []
     for batch in core.check_batches(batches):
         outputs = reference(params, *batch)
+        sizes.append(core.batch_size(batch))
         # A compiled call for each, not a loop within: on a CPU a convolution in a loop is slow.
         for (name, role, width), values in found.items():
             bits = {**base, name: {**base[name], role: width}}
+            # A range that the tensor shares is the one for its bits, unless its owner has some.
+            owner, own = spec[name].range_site(role), bits | joins
+            if own[owner][role] == grids.OFF:
+                own = {**own, owner: {**own[owner], role: width}}
             spans = {
-                site: {r: ranges.get(bits[site][r], first)[site][r] for r in known}
+                site: {r: ranges.get(own[site][r], first)[site][r] for r in known}
                 for site, known in first.items()
             }
             values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
     result: Sensitivity = {name: {role: {} for role in roles} for name in names}
     for (name, role, width), values in found.items():
-        result[name][role][width] = float(np.mean(np.array(values, np.float64)))
+        result[name][role][width] = float(np.average(np.array(values, np.float64), weights=sizes))
     core.check_finite("damage", jax.tree.map(np.asarray, result))
     return result
 
@@ -183,7 +198,7 @@ def hessian_trace(
             [jax.random.rademacher(k, jnp.shape(x), x.dtype) for k, x in zip(keys, leaves)]
         )
         _, hv = jax.jvp(lambda p: gradient(p, *inputs), (params,), (v,))
-        return jax.tree.map(lambda a, b: jnp.sum(a * b), v, hv)
+        return jax.tree.map(lambda a, b: jnp.sum(a * b, dtype=jnp.float32), v, hv)
 
     params = jax.tree.map(jnp.asarray, params)
     traces = [probe(params, inputs, k) for k in jax.random.split(key, probes)]
@@ -240,10 +255,10 @@ def hessian_sensitivity(
     def rule(site, x, kernel, apply):
         errors = []
         for bits, spans in ranges.items():
-            quantizer = spec[site.name].weight
-            shape, span = specs.range_shape(site, quantizer), spans[site.name].get("weight")
-            rounded = specs.apply(kernel, quantizer, span, bits, shape, kernel.size)
-            errors.append(jnp.sum(jnp.square(rounded - kernel)))
+            quantizer, real = spec[site.name].weight, kernel.astype(jnp.float32)
+            shape, span = specs.range_shape(site, quantizer), range_of(spec, spans, site, "weight")
+            rounded = specs.apply(real, quantizer, span, bits, shape, kernel.size)
+            errors.append(jnp.sum(jnp.square(rounded - real)))
         return apply(x, kernel), jnp.stack(errors)
 
     errors = jax.jit(lambda params: core.at_sites(fn, rule)(params, *inputs)[1])(params)

@@ -208,3 +208,45 @@ def test_what_is_done_at_a_join():
         joined, lambda site, x, k, apply: (apply(x, k), None), lambda join, x: (2 * x, None)
     )
     np.testing.assert_array_equal(double(params, x)[0], [[4, 8, 4, 8]])
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda bits, x: jnp.where(bits > 0, x / 0.5, 0.0),  # dropout as Flax and Equinox have it
+        lambda bits, x: bits * x / 0.5,  # as Haiku has it
+        lambda bits, x: x / 0.5 * bits,
+        lambda bits, x: x * bits[:, :1] * 2.0,  # of whole rows, as in stochastic depth
+        lambda bits, x: x * (1.0 + bits),
+        lambda bits, x: x + bits,
+    ],
+)
+def test_training_with_noise_has_the_joins_of_evaluation(noise):
+    def fn(params, x, key=None):
+        def disturbed(x):
+            if key is None:
+                return x
+            return noise(jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype), x)
+
+        x = disturbed(jax.nn.relu(x @ params["a"]))
+        x = x + disturbed(x @ params["b"])
+        features = disturbed(x.mean((1, 2)))
+        return disturbed(jax.nn.softmax(features @ params["c"])) * features
+
+    evaluated, trained = (core.trace(fn, PARAMS, X, *key) for key in ((), (jax.random.key(0),)))
+    assert evaluated.joins
+    assert trained.joins == evaluated.joins
+    assert trained.first_takers == evaluated.first_takers
+
+
+def test_what_else_reads_a_tensor_that_is_scaled_for_dropout_reads_it_rounded():
+    def fn(params, x, key):
+        y = x @ params["a"]
+        half = y * 0.5
+        dropped = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), half, 0.0)
+        return y + x @ params["b"], dropped, jnp.tanh(half)
+
+    outputs, _ = core.at_sites(
+        fn, lambda site, x, kernel, apply: (apply(x, kernel), None), lambda join, x: (0.0 * x, None)
+    )(PARAMS, X, jax.random.key(0))
+    np.testing.assert_array_equal(outputs[2], jnp.zeros_like(X))

@@ -489,6 +489,50 @@ def test_a_channel_that_is_all_but_dead_beside_its_bias(bits):
     np.testing.assert_allclose(got, q_fn(params, ranges, x), atol=0.02)
 
 
+@pytest.mark.parametrize("deployable", [False, True])
+def test_a_dead_channel_keeps_its_bias(deployable):
+    # The second filter is zero: its output is β = 0.4, with raw pixels as the input and after a
+    # BatchNorm of variance 0 and γ = 1 or 0 alike.
+    def plain(params, x):
+        return jax.nn.relu(x @ params["w"] + params["beta"]) @ params["o"]
+
+    def normalized(params, x):
+        y = x @ params["w"] * params["gamma"] / jnp.sqrt(params["var"] + 1e-5)
+        return jax.nn.relu(y + params["beta"]) @ params["o"]
+
+    params = {"w": jnp.array([[1.0, 0.0], [1.0, 0.0]]), "o": jnp.eye(2)}
+    params |= {"beta": jnp.array([[0.0, 0.4]]), "var": jnp.array([[1.0, 0.0]])}
+    unit = jnp.array([[0.5, 0.25], [1.0, 1.0]])
+    ones, dead = jnp.ones((1, 2)), jnp.array([[1.0, 0.0]])
+    cases = (plain, ones, 255 * unit), (normalized, ones, unit), (normalized, dead, unit)
+    for fn, gamma, x in cases:
+        params["gamma"] = gamma
+        floats = {"activation": 32, "weight": 32}
+        spec = quantization.spec(
+            core.trace(fn, params, x), rules=[("o", floats)], deployable=deployable
+        )
+        ranges = quantization.calibrate(fn, params, [(x,)], spec)
+        trained = quantization.fake_quantized(fn, spec)(params, ranges, x)
+        deployed = deploy.run(deploy.lower(fn, params, spec, ranges, x))(x)
+        np.testing.assert_allclose(trained[:, 1], [0.4, 0.4], rtol=1e-5)
+        np.testing.assert_allclose(deployed[:, 1], [0.4, 0.4], rtol=1e-5)
+
+
+def test_an_activation_that_is_always_zero_has_no_scale_that_runtimes_refuse():
+    # As XNNPACK does where the product of the scales is 256 times that of the result or more.
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"] - 100.0) @ params["b"]
+
+    params, x = {"a": draw(4, 3), "b": draw(3, 2)}, draw(16, 4)
+    spec = quantization.spec(core.trace(fn, params, x))
+    program = deploy.lower(fn, params, spec, quantization.calibrate(fn, params, [(x,)], spec), x)
+    first, second = program.weighted
+    scales = [program.encoding(op.inputs[0]).scale for op in (first, second)]
+    assert scales[1] == scales[0] / 128
+    assert np.all(first.weights.scale * scales[0] / scales[1] < 256)
+    np.testing.assert_array_equal(deploy.run(program)(x), np.zeros((16, 2)))
+
+
 def test_an_accumulator_that_may_overflow():
     weights = deploy.Weights(
         np.full((1, 1), 127, np.int8), np.float32([1e-20]), np.float32([1.0]), 8

@@ -132,8 +132,21 @@ def test_dead_channel_and_dead_activation(model):
     core.check_finite("loss and gradients", (value, gradients))
 
 
+def test_a_moving_average_weighs_batches_of_uneven_size():
+    # Two images, then half as many: ½ = √¼ is the weight of 4 beside 8. Then twice as many: ¼² is
+    # that of 6 beside 2.
+    fn, params = lambda params, x: x @ params["w"], {"w": jnp.ones((1, 1))}
+    batches = [(jnp.full((n, 1), value),) for n, value in ((2, 4.0), (1, 8.0), (4, 2.0))]
+    spec = q.spec(core.trace(fn, params, *batches[0]))
+    for count, expected in ((1, 4.0), (2, 6.0), (3, 2.25)):
+        found = q.calibrate(fn, params, batches[:count], spec, q.moving_average(0.25))
+        np.testing.assert_allclose(found["w"]["activation"].high, expected, rtol=1e-6)
+
+
 def test_bad_batches(model):
     spec = spec_of(model)
+    with pytest.raises(ValueError, match="every batch must hold an example, got none in batch 1"):
+        q.calibrate(model.fn, model.params, [(model.x[:0],)], spec)
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         q.calibrate(model.fn, model.params, [], spec)
     with pytest.raises(TypeError, match="batches must yield tuples of inputs, got ArrayImpl"):

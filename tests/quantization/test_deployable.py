@@ -123,7 +123,8 @@ def test_joins_learn_and_nothing_else_changes(digits):
 
 def test_bits_that_are_learned_round_joins_too():
     spec = spec_of(residual, PARAMS, X)
-    ranges = RANGES | {"w": {"activation": STEPS_OF_1, "weight": STEPS_OF_1}}
+    channels = jax.tree.map(lambda end: jnp.full((1, 2), end), STEPS_OF_1)
+    ranges = RANGES | {"w": {"activation": STEPS_OF_1, "weight": channels}}
     bits = {"w": {"weight": 8.0, "activation": 8.0}}
     # Weights of 0.7 in steps of 255 / 127 become 0: what is left is x → [1, 2].
     y = q.fractional(residual, spec)(PARAMS, ranges, bits, X)

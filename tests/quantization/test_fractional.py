@@ -167,7 +167,7 @@ def test_bad_bits(one_weight):
         f_fn(params, ranges, {"v": {"weight": 2.0, "activation": 8.0}}, x)
     with pytest.raises(ValueError, match=r"role of bits\['w'\] must be one of weight, got 'activ"):
         f_fn(params, ranges, {"w": {"weight": 2.0}}, x)
-    with pytest.raises(ValueError, match="site of ranges must be one of v, got 'w'"):
+    with pytest.raises(ValueError, match=r"ranges must have \['w'\]\['weight'\], got v"):
         f_fn(params, {"v": ranges["w"]}, {"w": {"weight": 2.0, "activation": 8.0}}, x)
     graph = core.trace(line, params, x)
     with pytest.raises(ValueError, match="site of bits must be one of v, got 'w'"):

@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from hybrid_jax import core
 from hybrid_jax import quantization as q
 
 X = jnp.array([-9.0, -2.2, -0.4, 0.0, 0.6, 1.5, 3.3, 8.0])
@@ -111,3 +113,50 @@ def test_lsq_learns_the_range_that_fits():
         span = step(span)
     best = min(float(error(q.Range(-a, a))) for a in jnp.linspace(0.5, 5.0, 50))
     assert error(span) < 1.05 * best < 0.1 * start
+
+
+def test_the_gradient_brings_back_a_range_learned_past_zero():
+    # x = 0.04 becomes 0: of (x̂ − x)² the derivative by x̂ is −0.08. LSQ hands
+    # p · ∂x̂/∂scale = p · g · p of it to an end, with g = 1/√p: 15 · √15 for the affine grid, and
+    # 7 · √7 for the symmetric one.
+    x = jnp.array([0.04])
+
+    def slopes(quantize, low, high):
+        span = q.Range(jnp.float32(low), jnp.float32(high))
+        slopes = jax.grad(lambda span: jnp.sum((quantize(span) - x) ** 2))(span)
+        return [float(slope) for slope in slopes]
+
+    learned = slopes(lambda span: q.lsq(x, q.affine(span, 4), 1), 0.0, -1e-4)
+    np.testing.assert_allclose(learned, [0.0, -0.08 * 15 * 15**0.5], rtol=1e-5)
+    learned = slopes(lambda span: q.lsq(x, q.symmetric(span, 4), 1), 1e-4, -1e-4)
+    np.testing.assert_allclose(learned, [0.08 * 7 * 7**0.5, -0.08 * 7 * 7**0.5], rtol=1e-5)
+    learned = slopes(lambda span: q.pact(x, span, 4), 0.0, -1e-4)
+    np.testing.assert_allclose(learned, [0.0, -0.08], rtol=1e-5)
+
+
+def test_a_rate_as_large_as_the_range_does_not_kill_the_activation():
+    def fn(params, x):
+        return jax.nn.relu(x) @ params["w"]
+
+    params = {"w": jnp.array([[1.0], [-0.5], [0.75]])}
+    x = 0.05 * jax.random.uniform(jax.random.key(0), (64, 3))
+    spec = q.spec(core.trace(fn, params, x), activation_bits=4, first_last_bits=4)
+    q_fn, expected = q.fake_quantized(fn, spec), fn(params, x)
+
+    def loss(ranges):
+        return jnp.mean((q_fn(params, ranges, x) - expected) ** 2) / jnp.mean(expected**2)
+
+    tx, ranges = optax.adam(0.05), q.calibrate(fn, params, [(x,)], spec)
+
+    @jax.jit
+    def step(ranges, state):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(jax.grad(loss)(ranges), state)
+        return optax.apply_updates(ranges, updates), state
+
+    state, highs = tx.init(ranges), []
+    for _ in range(100):
+        ranges, state = step(ranges, state)
+        highs.append(float(ranges["w"]["activation"].high))
+    assert min(highs) < 0 < highs[-1]  # it went past zero, and came back
+    assert loss(ranges) < 0.1

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_jax import quantization as q
-from hybrid_jax.quantization import schemes
+from hybrid_jax.quantization import grids, schemes
 
 SCHEMES = {name: scheme.grid for name, scheme in schemes.SCHEMES.items()}
 
@@ -51,7 +51,8 @@ def test_rounds_half_to_even_with_an_odd_zero_point():
         (3.0, 25.5, 0.1, 0),  # widened to hold zero
         (-5.1, 20.4, 0.1, 51),  # 5.1 / 0.1
         (-25.5, -1.0, 0.1, 255),  # no positive value
-        (0.0, 0.0, 1.0, 0),  # always zero
+        (0.0, 0.0, 2.0**-60, 0),  # always zero
+        (0.0, -1e-4, 2.0**-60, 0),  # learned past zero
     ],
 )
 def test_affine_by_hand(low, high, scale, zero_point):
@@ -68,8 +69,17 @@ def test_dead_channel_is_finite(scheme, high):
     value, gradient = jax.value_and_grad(lambda x: q.fake_quant(x, grid).sum())(x)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
-    # Signs have no zero: they are then as small as a float can be.
-    np.testing.assert_allclose(q.fake_quant(x, grid)[:, 0], [0.0, 0.0], atol=2e-38)
+    # Signs have no zero: they are then half the least scale.
+    np.testing.assert_allclose(q.fake_quant(x, grid)[:, 0], [0.0, 0.0], atol=2.0**-61)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("end", [1e-30, 0.0, -1e-4, -5.0])
+def test_a_range_that_shrinks_past_zero_keeps_the_least_scale(scheme, end):
+    grid = SCHEMES[scheme](span(-end, end), 8)
+    assert float(grid.scale) == q.LEAST_SCALE
+    largest = max(abs(float(n)) for n in grids.steps(grid)) * q.LEAST_SCALE
+    assert np.all(np.abs(q.fake_quant(jnp.array([-3.0, 0.01, 1e30]), grid)) <= largest)
 
 
 def test_bfloat16_keeps_its_dtype():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn import datasets
 
 from hybrid_jax import quantization as q
+from hybrid_jax.quantization import histograms
 
 FACTORIES = [q.minmax, q.moving_average, q.percentile, q.mse, q.entropy]
 SYMMETRIC = [q.mean_abs, q.ternary]
@@ -195,3 +196,8 @@ def test_bad_arguments():
         q.percentile(101)
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 1.5"):
         q.moving_average(1.5)
+
+
+def test_more_equal_values_than_a_float32_counts_to():
+    state = histograms.histogram(jnp.full(2**24 + 4, 1.0, jnp.bfloat16))
+    assert float(state.counts.sum()) == float(state.total) == 2**24 + 4

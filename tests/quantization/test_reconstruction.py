@@ -183,6 +183,22 @@ def test_equal_layers_are_compiled_once(monkeypatch):
     assert len(traced) == 4
 
 
+def test_errors_of_half_precision_are_taken_in_float32():
+    params = {"w": jnp.array([[1.0], [0.25], [0.25]], jnp.bfloat16)}
+    x = jnp.ones((1, 3), jnp.bfloat16)
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    spec = specify(fn, params, x, 3)
+    ranges = q.calibrate(fn, params, [(x,)], spec)
+    new = q.adaround(fn, params, [(x,)], spec, ranges, KEY, steps=100)["w"]
+    assert new.dtype == jnp.bfloat16
+    steps = np.asarray(new.astype(jnp.float32)).ravel() * 3  # 3 bits: from −1 to 1 in thirds
+    np.testing.assert_allclose(steps, np.round(steps), atol=0.02)
+    assert set(np.round(steps)) <= {0, 1, 3}
+
+
 def test_bad_batches(model):
     spec = specify(model.fn, model.params, model.x, 4)
     ranges = q.calibrate(model.fn, model.params, [(model.x,)], spec)

@@ -77,6 +77,72 @@ def test_damage_is_the_loss_and_the_mean_over_batches(model, spec, ranges):
     np.testing.assert_allclose(whole[STEM]["weight"][2], expected, rtol=1e-4, atol=1e-6)
 
 
+def one_weight_rounded_away():
+    # At 2 bits −0.4 becomes 0: for x the mean squared error is (0.4 x)² / 2.
+    params, span = {"w": jnp.array([[1.0, -0.4]])}, q.Range(jnp.float32(-1), jnp.float32(1))
+    rules = [("w", {"weight": q.Quantizer(2), "activation": 32})]
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    spec = q.spec(core.trace(fn, params, jnp.ones((1, 1))), rules)
+    return fn, params, spec, {2: {"w": {"weight": span}}}
+
+
+def test_batches_of_uneven_size_are_weighed_by_it():
+    fn, params, spec, spans = one_weight_rounded_away()
+    ranges = {2: {"w": spans[2]["w"] | {"activation": q.Range(jnp.float32(0), jnp.float32(3))}}}
+    x = jnp.array([[1.0], [1.0], [1.0], [3.0]])  # 0.08 thrice and 0.72: 0.24
+
+    def damage(y, reference):
+        return jnp.mean((y - reference) ** 2)
+
+    for batches in ([(x,)], [(x[:3],), (x[3:],)], [(x[:1],), (x[1:],)]):
+        found = q.sensitivity(fn, params, batches, spec, ranges, damage, roles=["weight"])
+        np.testing.assert_allclose(found["w"]["weight"][2], 0.24, rtol=1e-5)
+
+
+def test_a_batch_without_an_image_is_refused(model, spec, ranges):
+    with pytest.raises(ValueError, match="every batch must hold an example, got none in batch 2"):
+        q.sensitivity(model.fn, model.params, [(model.x,), (model.x[:0],)], spec, ranges)
+
+
+def test_sums_do_not_run_in_the_dtype_of_the_parameters():
+    # 4099 weights of curvature 2, and 4099 squared errors of 1/16: in bfloat16 8192 and 256.
+    params = {"w": jnp.full((1, 4099), 0.25, jnp.bfloat16)}
+    trace = q.hessian_trace(lambda p: jnp.sum(p["w"] ** 2), params, key=jax.random.key(0), probes=3)
+    assert float(trace["w"]) == 8198
+    fn, _, spec, ranges = one_weight_rounded_away()
+    x = jnp.ones((1, 1), jnp.bfloat16)
+    found = q.hessian_sensitivity(fn, params, (x,), spec, ranges, {"w": jnp.float32(4099)})
+    np.testing.assert_allclose(found["w"]["weight"][2], 4099 / 16, rtol=1e-6)
+
+
+def test_with_joins_every_site_has_a_damage():
+    def fn(params, x):
+        return x @ params["a"] + x @ params["b"]
+
+    params, x = {"a": jnp.ones((1, 1)), "b": jnp.ones((1, 1))}, jnp.ones((1, 1))
+    spec = q.spec(core.trace(fn, params, x), deployable=True)
+    assert spec["b"].shares == "a"
+    whole = q.calibrate(fn, params, [(x,)], spec)
+    half = jax.tree.map(lambda end: end / 2, whole)
+
+    def damage(y, reference):
+        return jnp.abs(y - reference).sum()
+
+    # In the half of their range x = 1 and the weight become ½, and so does 1 of 2; the range that b
+    # shares is that for the bits of b.
+    found = q.sensitivity(fn, params, [(x,)], spec, {2: half | joins(whole), 8: whole}, damage)
+    for site in "ab":
+        for role in ("weight", "activation"):
+            np.testing.assert_allclose(list(found[site][role].values()), [0.5, 0.0], atol=1e-2)
+
+
+def joins(ranges):
+    return {name: roles for name, roles in ranges.items() if "/" in name}
+
+
 def test_one_compilation_for_all_sites_and_bits(model, spec, ranges):
     traced = []
 
