@@ -13,6 +13,17 @@ from hybrid_jax.core.checks import (
     check_same_paths,
     check_same_structure,
 )
+from hybrid_jax.core.examples import (
+    check_labels,
+    expectation,
+    filled,
+    one_hot,
+    selected,
+    sized_batches,
+    top_class,
+    weighted_mean,
+    widen,
+)
 from hybrid_jax.core.fold import fold
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
@@ -63,6 +74,7 @@ __all__ = [
     "check_fraction",
     "check_grams",
     "check_integer",
+    "check_labels",
     "check_masks",
     "check_positive",
     "check_same_paths",
@@ -70,6 +82,8 @@ __all__ = [
     "damped_gram",
     "evaluate",
     "expand",
+    "expectation",
+    "filled",
     "flatten_paths",
     "fold",
     "input_grams",
@@ -84,11 +98,17 @@ __all__ = [
     "match_rules",
     "narrow",
     "narrow_graph",
+    "one_hot",
     "output_matrix",
     "patches",
     "path_string",
+    "selected",
     "shrink",
+    "sized_batches",
     "slice_tree",
     "sweep_rows",
+    "top_class",
     "trace",
+    "weighted_mean",
+    "widen",
 ]

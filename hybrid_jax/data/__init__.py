@@ -1,7 +1,7 @@
 """Labelled images in memory: sources, splits, resumable batches and augmentation."""
 
 from hybrid_jax.data.augment import augmentation, normalize, random_flip, random_shift
-from hybrid_jax.data.batches import batches, epoch_order, evaluation_batches, steps_per_epoch
+from hybrid_jax.data.batches import batches, epoch_order, steps_per_epoch
 from hybrid_jax.data.sources import SOURCES, load
 from hybrid_jax.data.splits import Arrays, Splits, make_splits, stratified
 
@@ -12,7 +12,6 @@ __all__ = [
     "augmentation",
     "batches",
     "epoch_order",
-    "evaluation_batches",
     "load",
     "make_splits",
     "normalize",

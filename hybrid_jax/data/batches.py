@@ -55,7 +55,7 @@ def batches(
       `index` is the example's position in `arrays`.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or labels are not integers in [0, 2**31).
 
     Example:
       >>> arrays = Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10, dtype=np.int32))
@@ -65,6 +65,7 @@ def batches(
       True
     """
     per_epoch = steps_per_epoch(arrays, batch_size)
+    labels = core.check_labels("labels", arrays.labels, 2**31).astype(np.int32)
     core.check_integer("seed", seed, 0)
     core.check_integer("start_step", start_step, 0)
     if steps is not None:
@@ -80,45 +81,8 @@ def batches(
             index = order[first : first + batch_size]
             yield {
                 "image": arrays.images[index],
-                "label": arrays.labels[index],
+                "label": labels[index],
                 "index": index.astype(np.int32),
-            }
-
-    return generate()
-
-
-def evaluation_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
-    """Iterates over every example once, in order, in batches of one shape.
-
-    Args:
-      arrays: n examples.
-      batch_size: B.
-
-    Returns:
-      Iterator over {'image': (B, H, W, C) uint8, 'label': (B,) int32, 'index': (B,) int32,
-      'mask': (B,) bool}. The last batch is filled up with copies of the first example; `mask` is
-      False there.
-
-    Raises:
-      ValueError: If `batch_size` is below 1.
-
-    Example:
-      >>> arrays = Arrays(np.zeros((5, 8, 8, 1), np.uint8), np.arange(5, dtype=np.int32))
-      >>> [batch['mask'].tolist() for batch in evaluation_batches(arrays, 3)]
-      [[True, True, True], [True, True, False]]
-    """
-    core.check_integer("batch_size", batch_size, 1)
-
-    def generate() -> Iterator[Batch]:
-        for first in range(0, len(arrays.labels), batch_size):
-            index = np.arange(first, first + batch_size, dtype=np.int32)
-            mask = index < len(arrays.labels)
-            index = np.where(mask, index, 0)
-            yield {
-                "image": arrays.images[index],
-                "label": arrays.labels[index],
-                "index": index,
-                "mask": mask,
             }
 
     return generate()

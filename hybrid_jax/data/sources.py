@@ -139,7 +139,7 @@ def _decode(builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     # Decoding here instead of there spares a log line that recommends another decoder.
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
+    labels = np.empty(len(source), np.int64)
     chunks = [range(i, min(i + 1000, len(source))) for i in range(0, len(source), 1000)]
     console = Console(stderr=True)
     for chunk in track(chunks, f"Reading {builder.name} {split}", console=console, transient=True):

@@ -75,7 +75,8 @@ def make_splits(
       seed: Decides which images are held out.
       train_size: How many train images to keep after validation was held out; None keeps all.
       image_shape: The (H, W, C) that images must have; None takes that of train.
-      class_names: N names; None names the classes of the train labels '0', '1', ...
+      class_names: N names; None names the classes of the train labels '0', '1', ..., no more than
+        there are train images.
 
     Raises:
       ValueError: If images are not uint8 or of another shape, labels are not integers or lie
@@ -97,10 +98,11 @@ def make_splits(
     parts = {name: _arrays(name, *part) for name, part in parts.items()}
     shape = tuple(image_shape or parts["train"].images.shape[1:])
     if class_names is None:
-        class_names = map(str, range(int(parts["train"].labels.max()) + 1))
+        labels = parts["train"].labels
+        core.check_labels("train labels, without class_names,", labels, len(labels))
+        class_names = map(str, range(int(labels.max()) + 1))
     class_names = tuple(class_names)
-    for name, part in parts.items():
-        _check_part(name, part, shape, len(class_names))
+    parts = {name: _checked(name, part, shape, len(class_names)) for name, part in parts.items()}
     if "validation" not in parts:
         count = _held_out(validation, len(parts["train"].labels))
         parts["validation"], parts["train"] = _divide(parts["train"], count, seed)
@@ -157,6 +159,7 @@ def _held_out(validation: float, available: int) -> int:
 
 
 def _arrays(name: str, images: Any, labels: Any) -> Arrays:
+    """Of the right shapes; the labels as they came."""
     images, labels = np.asarray(images), np.asarray(labels)
     if np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8:
         inside = images.size and images.min() >= 0 and images.max() <= 255
@@ -174,20 +177,14 @@ def _arrays(name: str, images: Any, labels: Any) -> Arrays:
             f"{name} labels must have shape ({len(images)},) as there are {len(images)} images, "
             f"got {labels.shape}"
         )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name} labels must be integers, got {labels.dtype}")
-    return Arrays(images, labels.ravel().astype(np.int32))
+    return Arrays(images, labels.ravel())
 
 
-def _check_part(name: str, part: Arrays, shape: tuple[int, ...], num_classes: int) -> None:
+def _checked(name: str, part: Arrays, shape: tuple[int, ...], num_classes: int) -> Arrays:
     if part.images.shape[1:] != shape:
         raise ValueError(f"{name} images must have shape {shape} each, got {part.images.shape[1:]}")
-    outside = np.flatnonzero((part.labels < 0) | (part.labels >= num_classes))
-    if outside.size:
-        raise ValueError(
-            f"{name} labels must be in [0, {num_classes}), "
-            f"got {part.labels[outside[0]]} at index {outside[0]}"
-        )
+    labels = core.check_labels(f"{name} labels", part.labels, num_classes)
+    return Arrays(part.images, labels.astype(np.int32))
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -22,57 +22,63 @@ class BudgetState(NamedTuple):
     multiplier: jax.Array
 
 
-def expected_cost(logits: jax.Array, costs: Sequence[float] | jax.Array) -> jax.Array:
+def expected_cost(
+    logits: jax.Array, costs: Sequence[float] | jax.Array, *, weight: jax.Array | None = None
+) -> jax.Array:
     """Mean over inputs of the cost of one expert drawn with the gate's probabilities.
 
     Args:
       logits: float `(B, E)`; of `cost_aware`, the `Routed.scores`.
       costs: `(E,)`, as MACs or BOPs of each expert, in any unit.
+      weight: `(B,)`, of each input in the mean; None weighs all alike. One of weight 0 may hold
+        anything.
+
+    Returns:
+      float (), in float32 or wider.
 
     Raises:
-      ValueError: If `costs` is not of that shape.
+      ValueError: If `costs` is not of that shape, or there is no input.
 
     Example:
       >>> expected_cost(jnp.zeros((5, 2)), jnp.array([1.0, 3.0]))
       Array(2., dtype=float32)
     """
-    costs = check_costs(costs, logits.shape[-1], logits.dtype)
-    return (jax.nn.softmax(logits) * costs[None]).sum(-1).mean()
+    probabilities = jax.nn.softmax(core.selected(core.widen(logits), weight))
+    costs = check_costs(costs, logits.shape[-1]).astype(probabilities.dtype)
+    return core.weighted_mean((probabilities * costs[None]).sum(-1), weight)
 
 
 def cost_aware(
-    routing: Routing, costs: Sequence[float] | jax.Array, weight: float | jax.Array
+    routing: Routing, costs: Sequence[float] | jax.Array, price: float | jax.Array
 ) -> Routing:
-    """`routing` by the logits less weight · cost, so that a dear expert must be that much better.
+    """`routing` by the logits less price · cost, so that a dear expert must be that much better.
 
-    For the edge the same shift goes into the gate: `one_of(fns, lambda g, x: gate(g, x) - weight *
+    For the edge the same shift goes into the gate: `one_of(fns, lambda g, x: gate(g, x) - price *
     costs)`.
 
     Args:
       routing: What then chooses, as `top_k(1)`.
-      costs: `(E,)`, as MACs or BOPs of each expert. Shares of the parent's keep `weight` of the
+      costs: `(E,)`, as MACs or BOPs of each expert. Shares of the parent's keep `price` of the
         order of the logits.
-      weight: Logits per unit of cost, at least 0; may be traced, as `BudgetState.multiplier` is.
+      price: Logits per unit of cost, at least 0; may be traced, as `BudgetState.multiplier` is.
 
     Raises:
-      ValueError: If `weight` is a known number and not finite and at least 0, or (when called)
+      ValueError: If `price` is a known number and not finite and at least 0, or (when called)
         `costs` is not of that shape.
 
     Example:
       >>> from hybrid_jax.experts import top_k
       >>> logits = jnp.array([[0.0, 1.0], [0.0, 3.0]])
-      >>> cost_aware(top_k(1), costs=[1.0, 3.0], weight=1.0)(logits).weights
+      >>> cost_aware(top_k(1), costs=[1.0, 3.0], price=1.0)(logits).weights
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
     """
-    if not isinstance(weight, jax.core.Tracer) and not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"weight must be a finite number of at least 0, got {weight}")
+    if not isinstance(price, jax.core.Tracer) and not 0 <= float(price) < float("inf"):
+        raise ValueError(f"price must be a finite number of at least 0, got {price}")
 
-    def route(logits, key=None):
-        price = jnp.asarray(weight, logits.dtype) * check_costs(
-            costs, logits.shape[-1], logits.dtype
-        )
-        return routing(logits - price[None], key)
+    def route(logits, key=None, weight=None):
+        paid = jnp.asarray(price, jnp.float32) * check_costs(costs, logits.shape[-1])
+        return routing(logits - paid[None].astype(logits.dtype), key, weight)
 
     return route
 
@@ -125,16 +131,14 @@ def budget_update(
     return BudgetState(jnp.maximum(state.multiplier + rate * excess, 0.0))
 
 
-def check_costs(
-    costs: Sequence[float] | jax.Array, num_experts: int, dtype: jnp.dtype
-) -> jax.Array:
-    """Returns the costs as an array of that dtype.
+def check_costs(costs: Sequence[float] | jax.Array, num_experts: int) -> jax.Array:
+    """Returns the costs in float32.
 
     Raises:
       ValueError: If they are not `(E,)`.
 
     Example:
-      >>> check_costs([1.0, 3.0], 3, jnp.float32)
+      >>> check_costs([1.0, 3.0], 3)
       Traceback (most recent call last):
       ...
       ValueError: costs must have shape (3,), one for each expert, got (2,)
@@ -143,4 +147,4 @@ def check_costs(
         raise ValueError(
             f"costs must have shape {(num_experts,)}, one for each expert, got {np.shape(costs)}"
         )
-    return jnp.asarray(costs, dtype)
+    return jnp.asarray(costs, jnp.float32)

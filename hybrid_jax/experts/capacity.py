@@ -2,6 +2,7 @@
 
 import fractions
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,27 +41,49 @@ def capacity(batch: int, num_experts: int, k: int = 1, factor: float = 1.0) -> i
     return min(batch, math.ceil(fractions.Fraction(str(factor)) * batch * k / num_experts))
 
 
-def best_inputs(scores: jax.Array, places: int) -> tuple[jax.Array, jax.Array]:
-    """The inputs with the largest scores, for each expert.
+class BestInputs(NamedTuple):
+    """The inputs with the largest scores, for each expert, as many as its capacity.
+
+    Attributes:
+      indices: int32 `(E, C)`, best first; C is the capacity of the whole batch.
+      taken: bool `(C,)`, whether a place is within the capacity of the inputs that count.
+      held: bool `(B, E)`, whether an expert takes an input.
+    """
+
+    indices: jax.Array
+    taken: jax.Array
+    held: jax.Array
+
+
+def best_inputs(
+    scores: jax.Array, k: int, factor: float, weight: jax.Array | None = None
+) -> BestInputs:
+    """Chooses the inputs for the places of each expert: those of the largest scores.
 
     Ties go to the lowest index. NaN counts as the least, so that a bad input takes no other's
-    place.
+    place. Inputs of weight 0 take none, and the capacity is that of the others.
 
     Args:
-      scores: float `(B, E)`.
-      places: C, from 1 to B.
-
-    Returns:
-      Their indices, int32 `(E, C)`, best first, and whether each is among them, bool `(B, E)`.
+      scores: float `(B, E)`; those of inputs that do not count may be anything.
+      k: As of `capacity`.
+      factor: As of `capacity`.
+      weight: `(B,)`; None counts all.
 
     Example:
-      >>> indices, held = best_inputs(jnp.array([[0.1, 0.5], [0.3, 0.5], [0.2, jnp.nan]]), 2)
-      >>> indices.tolist()
-      [[1, 2], [0, 1]]
-      >>> held.tolist()
-      [[False, True], [True, True], [True, False]]
+      >>> scores = jnp.array([[0.1, 0.5], [0.3, 0.5], [0.2, jnp.nan]])
+      >>> best = best_inputs(scores, k=1, factor=1.0)  # ceil(3/2) = 2 places
+      >>> best.indices.tolist(), best.held.tolist()
+      ([[1, 2], [0, 1]], [[False, True], [True, True], [True, False]])
+      >>> best_inputs(scores, 1, 1.0, jnp.array([1, 1, 0])).held.tolist()  # ceil(2/2) = 1 place
+      [[False, True], [True, False], [False, False]]
     """
-    ranked = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    batch, num_experts = scores.shape
+    places = capacity(batch, num_experts, k, factor)
+    # The capacity of each count of inputs, for how many count is known when it runs.
+    table = [0, *(capacity(n, num_experts, k, factor) for n in range(1, batch + 1))]
+    counts = core.selected(jnp.ones(batch, bool), weight)
+    taken = jnp.arange(places) < jnp.array(table)[counts.sum()]
+    ranked = jnp.where(jnp.isnan(scores) | ~counts[:, None], -jnp.inf, scores)
     _, indices = jax.lax.top_k(ranked.T, places)
-    held = jax.vmap(lambda chosen: jnp.zeros(len(scores), bool).at[chosen].set(True))(indices)
-    return indices, held.T
+    held = jax.vmap(lambda chosen: jnp.zeros(batch, bool).at[chosen].set(taken))(indices)
+    return BestInputs(indices, taken, held.T & counts[:, None])

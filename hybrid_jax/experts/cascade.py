@@ -27,7 +27,7 @@ class Cascaded(NamedTuple):
     Attributes:
       logits: float `(B, N)`, of the expert that answered.
       stage: int32 `(B,)`, its index: the last of the experts 0, 1, ... that the input needed.
-      went_on: int32 `(E - 1,)`, how many inputs each expert but the last handed on.
+      went_on: int32 `(E - 1,)`, how many inputs that count each expert but the last handed on.
     """
 
     logits: jax.Array
@@ -67,7 +67,11 @@ def margin(logits: jax.Array) -> jax.Array:
 
 
 def cascade(
-    expert_logits: jax.Array, threshold: Threshold, confidence: Confidence = max_probability
+    expert_logits: jax.Array,
+    threshold: Threshold,
+    confidence: Confidence = max_probability,
+    *,
+    weight: jax.Array | None = None,
 ) -> Cascaded:
     """The answers of a cascade on a batch, from the logits of all experts: to set the thresholds.
 
@@ -78,9 +82,11 @@ def cascade(
       threshold: In [0, 1], one or one for each expert but the last: it hands on what it is less
         confident of. 0: never; 1: unless it is certain. May be traced.
       confidence: `max_probability` or `margin`.
+      weight: `(B,)`; inputs of weight 0, as padding has, are not counted. None counts all.
 
     Raises:
-      ValueError: If `threshold` is neither a number nor `(E - 1,)`, or known and not in [0, 1].
+      ValueError: If `expert_logits` is not `(E, B, N)`, or `threshold` is neither a number nor
+        `(E - 1,)`, or known and not in [0, 1].
 
     Example:
       >>> logits = jnp.array([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 2.0], [2.0, 0.0]]])
@@ -91,12 +97,14 @@ def cascade(
       >>> stage.tolist(), went_on.tolist()
       ([0, 1], [1])
     """
+    if expert_logits.ndim != 3:
+        raise ValueError(f"expert_logits must have shape (E, B, N), got {expert_logits.shape}")
     thresholds = _thresholds(threshold, len(expert_logits), expert_logits.dtype)
     unsure = confidence(expert_logits[:-1]) < thresholds[:, None]
     went_on = jnp.cumprod(unsure.astype(jnp.int32), 0)
     stage = went_on.sum(0)
     answers = jnp.take_along_axis(expert_logits, stage[None, :, None], 0)[0]
-    return Cascaded(answers, stage, went_on.sum(1))
+    return Cascaded(answers, stage, core.selected(went_on.T, weight).sum(0))
 
 
 def cascade_edge(
@@ -114,7 +122,8 @@ def cascade_edge(
 
     Returns:
       `edge(params_list, x)` -> `Cascaded`, with one params pytree for each expert. It raises
-      ValueError if the numbers of functions and parameters, or the experts' outputs, differ.
+      ValueError if the numbers of functions and parameters, or the experts' outputs, differ, or
+      these are not logits.
 
     Raises:
       ValueError: If there is no expert, or for `threshold` as `cascade`.
@@ -137,6 +146,8 @@ def cascade_edge(
 
         def answer(e, x):
             logits = expert_fns[e](params_list[e], x)
+            if logits.ndim != 2:
+                raise ValueError(f"expert_fns must return logits (B, N), got shape {logits.shape}")
             here = logits, jnp.full(1, e, jnp.int32)
             if e == last:
                 return here
@@ -149,15 +160,18 @@ def cascade_edge(
     return edge
 
 
-def cascade_cost(cascaded: Cascaded, costs: Sequence[float] | jax.Array) -> jax.Array:
+def cascade_cost(
+    cascaded: Cascaded, costs: Sequence[float] | jax.Array, *, weight: jax.Array | None = None
+) -> jax.Array:
     """Mean over inputs of the cost of every expert that ran: those up to the one that answered.
 
     Args:
       cascaded: From `cascade` or `cascade_edge`.
       costs: `(E,)`, as MACs or BOPs of each expert, in any unit.
+      weight: `(B,)`, of each input in the mean; None weighs all alike.
 
     Raises:
-      ValueError: If `costs` is not of that shape.
+      ValueError: If `costs` is not of that shape, or there is no input.
 
     Example:
       >>> stage = jnp.array([0, 0, 0, 1])
@@ -165,9 +179,8 @@ def cascade_cost(cascaded: Cascaded, costs: Sequence[float] | jax.Array) -> jax.
       >>> cascade_cost(one_went_on, costs=[1.0, 4.0])  # 1 + 4 * 1/4
       Array(2., dtype=float32)
     """
-    costs = check_costs(costs, len(cascaded.went_on) + 1, jnp.float32)
-    ran = jnp.append(len(cascaded.stage), cascaded.went_on)
-    return (costs * ran.astype(jnp.float32)).sum() / len(cascaded.stage)
+    costs = check_costs(costs, len(cascaded.went_on) + 1)
+    return core.weighted_mean(jnp.cumsum(costs)[cascaded.stage], weight)
 
 
 def _thresholds(threshold: Any, num_experts: int, dtype: Any) -> jax.Array:

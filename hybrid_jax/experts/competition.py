@@ -2,8 +2,12 @@
 
 import jax
 
+from hybrid_jax import core
 
-def expected_loss(weights: jax.Array, losses: jax.Array) -> jax.Array:
+
+def expected_loss(
+    weights: jax.Array, losses: jax.Array, *, weight: jax.Array | None = None
+) -> jax.Array:
     """Mean over inputs of the loss of one expert drawn with the weights of the routing.
 
     The loss of the combined logits makes experts cancel each other's errors, and tells the gate how
@@ -17,6 +21,11 @@ def expected_loss(weights: jax.Array, losses: jax.Array) -> jax.Array:
     Args:
       weights: float `(B, E)`, of any routing whose weights sum to one.
       losses: float `(E, B)`, each expert's own on each input.
+      weight: `(B,)`, of each input in the mean; None weighs all alike. One of weight 0 may hold
+        anything: no part of it is in the loss or its gradient.
+
+    Raises:
+      ValueError: If `losses` is not `(E, B)`, or there is no input.
 
     Example:
       >>> import jax.numpy as jnp
@@ -25,4 +34,7 @@ def expected_loss(weights: jax.Array, losses: jax.Array) -> jax.Array:
       >>> jax.value_and_grad(loss)(jnp.zeros((1, 2)))  # 1/2 (1 - 2) and 1/2 (3 - 2)
       (Array(2., dtype=float32), Array([[-0.5,  0.5]], dtype=float32))
     """
-    return (weights * losses.T).sum(-1).mean()
+    if losses.shape != weights.shape[::-1]:
+        raise ValueError(f"losses must have shape {weights.shape[::-1]}, got {losses.shape}")
+    weights, losses = (core.selected(core.widen(x), weight) for x in (weights, losses.T))
+    return core.weighted_mean((weights * losses).sum(-1), weight)

@@ -1,4 +1,9 @@
-"""How the experts are used and how they differ: what tells whether a gate earns its cost."""
+"""How the experts are used and how they differ: what tells whether a gate earns its cost.
+
+What is over inputs takes the weight `(B,)` of each; None weighs all alike, and an input of weight
+0, as padding has, may hold anything. It is a mean in float32, and raises ValueError for a batch
+without inputs.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,26 +11,39 @@ import jax.numpy as jnp
 from hybrid_jax import core
 
 
-def usage(weights: jax.Array) -> jax.Array:
-    """The share of inputs whose largest weight is each expert's, `(E,)`, summing to one.
+def usage(weights: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
+    """The share of inputs whose largest weight is each expert's, `(E,)`.
+
+    The shares sum to one, or less where inputs have no expert. NaN weights make them NaN.
 
     Args:
-      weights: float `(B, E)`.
+      weights: float `(B, E)`, of any routing.
+      weight: `(B,)`, of each input.
 
     Example:
       >>> usage(jnp.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [1.0, 0.0]]))
       Array([0.75, 0.25], dtype=float32)
     """
-    return _first(weights).mean(0)
+    return core.weighted_mean(_first(weights), weight)
 
 
-def usage_per_class(weights: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """Row n: the share of class n's inputs that go to each expert, `(N, E)`.
+def usage_per_class(
+    weights: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    *,
+    weight: jax.Array | None = None,
+) -> jax.Array:
+    """Row n: `usage` by the inputs of class n, `(N, E)`; zero for a class without any.
 
     Args:
-      weights: float `(B, E)`.
-      labels: int `(B,)`.
-      num_classes: N. The row of a class without inputs is zero.
+      weights: float `(B, E)`, of any routing.
+      labels: int `(B,)` in [0, N); a traced one outside makes all NaN.
+      num_classes: N.
+      weight: `(B,)`, of each input.
+
+    Raises:
+      ValueError: If labels are not integers or (where they are known) outside [0, N).
 
     Example:
       >>> weights = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -33,9 +51,10 @@ def usage_per_class(weights: jax.Array, labels: jax.Array, num_classes: int) -> 
       Array([[0.5, 0.5],
              [0. , 1. ]], dtype=float32)
     """
-    of_class = jax.nn.one_hot(labels, num_classes, dtype=weights.dtype)
-    counts = jnp.maximum(of_class.sum(0), 1)
-    return of_class.T @ _first(weights) / counts[:, None]
+    of_class = core.one_hot(labels, num_classes, weight)
+    if weight is not None:
+        of_class = of_class * core.widen(weight)[:, None]
+    return jax.vmap(lambda own: usage(weights, weight=own), 1)(of_class)
 
 
 def usage_entropy(usage: jax.Array) -> jax.Array:
@@ -89,20 +108,27 @@ def collapsed(usage: jax.Array, share: float = 0.1) -> jax.Array:
     return (unused(usage, share).sum() == num_experts - 1) & (num_experts > 1)
 
 
-def disagreement(expert_logits: jax.Array) -> jax.Array:
-    """The share of inputs on which two experts name different classes, `(E, E)`.
+def disagreement(expert_logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
+    """The share of inputs, or positions, on which two experts name different classes, `(E, E)`.
+
+    NaN logits name no class, which differs from every class.
 
     Args:
-      expert_logits: float `(E, B, N)`.
+      expert_logits: float `(E, B, ..., N)`.
+      weight: `(B,)`, of each input.
 
     Example:
       >>> disagreement(jnp.array([[[2.0, 1.0], [0.0, 1.0]], [[2.0, 1.0], [1.0, 0.0]]]))
       Array([[0. , 0.5],
              [0.5, 0. ]], dtype=float32)
     """
-    top = jnp.argmax(expert_logits, -1)
-    return (top[:, None] != top[None]).mean(-1)
+    top = jnp.moveaxis(core.top_class(expert_logits), 1, 0)  # (B, E, ...)
+    differ = core.widen(top[:, :, None] != top[:, None])
+    return core.weighted_mean(differ.mean(tuple(range(3, differ.ndim))), weight)
 
 
 def _first(weights):
-    return jax.nn.one_hot(jnp.argmax(weights, -1), weights.shape[-1], dtype=weights.dtype)
+    """One-hot `(B, E)` of each input's largest weight; zero where it has none, NaN where NaN."""
+    first = jax.nn.one_hot(jnp.argmax(weights, -1), weights.shape[-1], dtype=jnp.float32)
+    first = jnp.where((weights == 0).all(-1, keepdims=True), 0, first)
+    return jnp.where(jnp.isnan(weights).any(-1, keepdims=True), jnp.nan, first)

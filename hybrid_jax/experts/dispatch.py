@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.experts.capacity import best_inputs, capacity
+from hybrid_jax.experts.capacity import best_inputs
 from hybrid_jax.experts.mapping import map_experts
 from hybrid_jax.experts.mixture import Aux, ExpertFn, GateFn, check_gate, weigh
 from hybrid_jax.experts.routing import Routing, top_k
@@ -37,8 +37,8 @@ def gathered(
     the largest weights go first, Riquelme et al., arXiv 2106.05974, section 4.
 
     Args:
-      expert_fn: `expert_fn(params, x)` -> logits `(C, N)`, of one expert; it must treat each input
-        alone, as at inference.
+      expert_fn: `expert_fn(params, x)` -> logits `(C, N)`, or maps `(C, ...)`, of one expert; it
+        must treat each input alone, as at inference.
       gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
       routing: Default `top_k(1)`.
       k: K, from 1 to E, how many experts the routing chooses for an input.
@@ -46,9 +46,10 @@ def gathered(
       method: How the experts are run, as for `map_experts`.
 
     Returns:
-      `moe(stack, gate_params, x, key=None)` -> (logits `(B, N)`, `Aux`), as `mixture` does. It
-      raises ValueError if the gate's outputs are not `(B, E)` or `k` is above E. B may be below E.
-      NaN gate logits of an input make its logits NaN, and take no other input's place.
+      `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), as
+      `mixture` does. It raises ValueError if the gate's outputs are not `(B, E)`, `k` is above E,
+      or B is 0. B may be below E. NaN gate logits of an input make its logits NaN, and take no
+      other input's place; nor do inputs of weight 0, and C is then that of the others alone.
 
     Raises:
       ValueError: If `k` or `capacity_factor` is out of range: there is no capacity of 0.
@@ -72,29 +73,28 @@ def gathered(
     routing = top_k(1) if routing is None else routing
     experts = map_experts(expert_fn, method)
 
-    def moe(stack, gate_params, x, key=None):
-        num_experts = count(stack)
+    def moe(stack, gate_params, x, key=None, *, weight=None):
+        x = core.filled(x, weight)
         gate_logits = gate_fn(gate_params, x)
-        check_gate(gate_logits, x, num_experts)
-        routed = routing(gate_logits, key)
-        places = capacity(len(x), num_experts, k, capacity_factor)
-        indices, held = best_inputs(routed.weights, places)
-        dropped = ((routed.weights > 0) & ~held).sum(0)
-        expert_logits = _scatter(experts(stack, x[indices]), indices, len(x))
-        kept = routed._replace(weights=_without_dropped(routed.weights, held))
-        return weigh(gate_logits, kept, expert_logits, dropped)
+        check_gate(gate_logits, x, count(stack))
+        routed = routing(gate_logits, key, weight)
+        best = best_inputs(routed.weights, k, capacity_factor, weight)
+        dropped = ((routed.weights > 0) & ~best.held).sum(0)
+        expert_logits = _scatter(experts(stack, x[best.indices]), best, len(x))
+        kept = routed._replace(weights=_without_dropped(routed.weights, best.held))
+        return weigh(gate_logits, kept, expert_logits, dropped, weight)
 
     return moe
 
 
-def _scatter(outputs, indices, batch):
-    """(E, C, N) at the places that `indices` (E, C) names, of zeros (E, B, N)."""
+def _scatter(outputs, best, batch):
+    """(E, C, ...), in the places that are taken, at their inputs' indices of zeros (E, B, ...)."""
 
     def scatter(output, index):
         zeros = jnp.zeros((batch, *output.shape[1:]), output.dtype)
-        return zeros.at[index].set(output, unique_indices=True)
+        return zeros.at[index].set(core.selected(output, best.taken), unique_indices=True)
 
-    return jax.vmap(scatter)(outputs, indices)
+    return jax.vmap(scatter)(outputs, best.indices)
 
 
 def _without_dropped(weights, held):

@@ -101,7 +101,8 @@ def shared_stem(stem_fn: Callable[..., jax.Array], moe: Callable[..., Any]) -> C
 
     Returns:
       The same mixture with the stem's parameters before its other arguments:
-      `moe(stem_params, experts, gate_params, x, ...)`.
+      `moe(stem_params, experts, gate_params, x, ...)`. The stem sees inputs of weight 0 no more
+      than the mixture does.
 
     Example:
       >>> from hybrid_jax import experts
@@ -113,6 +114,7 @@ def shared_stem(stem_fn: Callable[..., jax.Array], moe: Callable[..., Any]) -> C
     """
 
     def run(stem_params, experts, gate_params, x, *args, **kwargs):
+        x = core.filled(x, kwargs.get("weight"))
         return moe(experts, gate_params, stem_fn(stem_params, x), *args, **kwargs)
 
     return run
@@ -147,7 +149,11 @@ def linear_probe(features_fn: Callable[..., jax.Array]) -> Callable[..., jax.Arr
 
 
 def ridge(
-    features: jax.Array, targets: jax.Array, penalty: float | jax.Array = 1e-3
+    features: jax.Array,
+    targets: jax.Array,
+    penalty: float | jax.Array = 1e-3,
+    *,
+    weight: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Fits a linear layer in closed form: the least squares with a penalty on the kernel.
 
@@ -161,10 +167,12 @@ def ridge(
       targets: float `(B, E)`, larger for a better expert: the log-probability that each gives to
         the label, or a one-hot row for each input's cluster.
       penalty: Above 0; may be traced.
+      weight: `(B,)`, of each input in all means; None weighs all alike. One of weight 0 may hold
+        anything.
 
     Returns:
-      {'kernel': `(F, E)`, 'bias': `(E,)`}. A feature that is constant gets weight 0. NaN in the
-      features or targets makes it NaN.
+      {'kernel': `(F, E)`, 'bias': `(E,)`}, in float32 or wider. A feature that is constant gets
+      weight 0. NaN in the features or targets makes it NaN.
 
     Raises:
       ValueError: If `features` is empty, or `targets` is not `(B, E)`.
@@ -181,11 +189,17 @@ def ridge(
             f"targets must have shape ({len(features)}, E), one row for each row of features, "
             f"got {targets.shape}"
         )
-    x = features.reshape(len(features), -1)
-    mean, level = x.mean(0, keepdims=True), targets.mean(0, keepdims=True)
+    weight = jnp.ones(len(features)) if weight is None else core.widen(weight)
+    x, targets = (
+        core.selected(core.widen(each), weight)
+        for each in (features.reshape(len(features), -1), targets)
+    )
+    mean, level = (core.weighted_mean(each, weight)[None] for each in (x, targets))
+    share = (weight / weight.sum()).astype(x.dtype)
+    weighed = (share[:, None] * (x - mean)).T
     exact = jax.lax.Precision.HIGHEST
-    covariance = jnp.matmul((x - mean).T, x - mean, precision=exact) / len(x)
-    with_targets = jnp.matmul((x - mean).T, targets - level, precision=exact) / len(x)
+    covariance = jnp.matmul(weighed, x - mean, precision=exact)
+    with_targets = jnp.matmul(weighed, targets - level, precision=exact)
     damped = core.damped_gram(covariance, penalty)
     kernel = jax.scipy.linalg.solve(damped, with_targets, assume_a="pos")
     return {"kernel": kernel, "bias": (level - jnp.matmul(mean, kernel, precision=exact))[0]}

@@ -1,7 +1,12 @@
 """Auxiliary losses of a gate: scalars to add, each with its own small factor, to the task loss.
 
-Functions of the gate logits `(B, E)` or the weights `(B, E)` of one batch. NaN among those makes
-the loss NaN. What the experts cost is in `budget`.
+Functions of the gate logits `(B, E)` or the weights `(B, E)` of one batch, in float32 or wider. NaN
+among those makes the loss NaN; a logit of -inf rules an expert out. What the experts cost is in
+`budget`.
+
+All take the weight `(B,)` of each input in means over the batch; None weighs all alike. An input of
+weight 0, as padding has, may hold anything: no part of it is in the loss or its gradient. Where no
+input counts, the loss is 0. They raise ValueError for a batch without inputs.
 """
 
 import jax
@@ -10,22 +15,32 @@ import jax.numpy as jnp
 from hybrid_jax import core
 
 
-def importance(weights: jax.Array) -> jax.Array:
+def importance(weights: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Squared coefficient of variation of each expert's total weight; 0 when all are equal.
+
+    So it is where no expert has any.
 
     Source: Shazeer et al., arXiv 1701.06538, eq. 6-7.
 
     Args:
       weights: float `(B, E)`, of any routing.
+      weight: `(B,)`, of each input.
 
     Example:
       >>> importance(jnp.array([[1.0, 0.0], [1.0, 0.0]]))
       Array(1., dtype=float32)
     """
-    return _squared_variation(weights.sum(0))
+    return _squared_variation(core.weighted_mean(weights, weight))
 
 
-def load(logits: jax.Array, scores: jax.Array, k: int, noise: float = 1.0) -> jax.Array:
+def load(
+    logits: jax.Array,
+    scores: jax.Array,
+    k: int,
+    noise: float = 1.0,
+    *,
+    weight: jax.Array | None = None,
+) -> jax.Array:
     """Squared coefficient of variation of each expert's expected number of inputs.
 
     The expectation is over a new draw of that expert's own noise, so that, unlike a count, it has a
@@ -36,6 +51,7 @@ def load(logits: jax.Array, scores: jax.Array, k: int, noise: float = 1.0) -> ja
       scores: float `(B, E)`, with noise: `Routed.scores` of `noisy_top_k(k, noise)`.
       k: K, from 1 to E - 1 (with all experts chosen there is nothing to balance).
       noise: The deviation that was used; above 0.
+      weight: `(B,)`, of each input.
 
     Raises:
       ValueError: If there is but one expert, `k` is not from 1 to E - 1 or `noise` not above 0.
@@ -47,58 +63,71 @@ def load(logits: jax.Array, scores: jax.Array, k: int, noise: float = 1.0) -> ja
     num_experts = core.check_integer("the number of experts", logits.shape[-1], 2)
     core.check_integer("k", k, 1, num_experts - 1)
     core.check_positive("noise", noise)
+    logits, scores = (core.selected(core.widen(x), weight) for x in (logits, scores))
     top, _ = jax.lax.top_k(scores, k + 1)
     # The k-th largest score of the *other* experts: what this one has to beat to be chosen.
     to_beat = jnp.where(scores >= top[:, k - 1 : k], top[:, k : k + 1], top[:, k - 1 : k])
-    return _squared_variation(jax.scipy.stats.norm.cdf((logits - to_beat) / noise).sum(0))
+    # One that is ruled out has no chance, though what it has to beat be ruled out too.
+    out = jnp.isneginf(logits)
+    margin = jnp.where(out, 0, logits) - jnp.where(out, 0, to_beat)
+    chance = jnp.where(out, 0, jax.scipy.stats.norm.cdf(margin / noise))
+    return _squared_variation(core.weighted_mean(chance, weight))
 
 
-def switch_balance(logits: jax.Array) -> jax.Array:
+def switch_balance(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """E times the dot product of shares of inputs and mean probabilities; 1 when balanced, up to E.
 
     Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4-6 (without its factor alpha).
 
     Args:
       logits: float `(B, E)`.
+      weight: `(B,)`, of each input.
 
     Example:
       >>> switch_balance(jnp.array([[30.0, 0.0], [0.0, 30.0]]))
       Array(1., dtype=float32)
     """
+    logits = core.selected(core.widen(logits), weight)
     num_experts = logits.shape[-1]
     first = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts, dtype=logits.dtype)
-    return num_experts * (first.mean(0) * jax.nn.softmax(logits).mean(0)).sum()
+    shares, probabilities = (core.weighted_mean(x, weight) for x in (first, jax.nn.softmax(logits)))
+    return num_experts * (shares * probabilities).sum()
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Mean entropy of the gate's choice for one input, in nats; 0 when it is sure, at most log E.
 
     Add it to make the gate decisive, subtract it to keep it open.
 
     Args:
       logits: float `(B, E)`.
+      weight: `(B,)`, of each input.
 
     Example:
       >>> entropy(jnp.zeros((3, 4))).round(4)  # log 4
       Array(1.3863, dtype=float32)
     """
-    return -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1).mean()
+    log_p = jax.nn.log_softmax(core.selected(core.widen(logits), weight))
+    return -core.weighted_mean(core.expectation(jnp.exp(log_p), log_p), weight)
 
 
-def z_loss(logits: jax.Array) -> jax.Array:
+def z_loss(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Mean square of logsumexp of the logits, which keeps them small.
 
     Source: Zoph et al., ST-MoE, arXiv 2202.08906, eq. 5.
 
     Args:
       logits: float `(B, E)`.
+      weight: `(B,)`, of each input.
 
     Example:
       >>> z_loss(jnp.zeros((3, 1)))
       Array(0., dtype=float32)
     """
-    return jnp.square(jax.nn.logsumexp(logits, -1)).mean()
+    logits = core.selected(core.widen(logits), weight)
+    return core.weighted_mean(jnp.square(jax.nn.logsumexp(logits, -1)), weight)
 
 
 def _squared_variation(x):
-    return jnp.var(x) / jnp.square(jnp.mean(x))
+    mean = jnp.mean(x)
+    return jnp.var(x) / jnp.where(mean == 0, 1, jnp.square(mean))

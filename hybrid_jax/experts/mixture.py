@@ -7,21 +7,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax import core
 from hybrid_jax.experts.mapping import map_experts
 from hybrid_jax.experts.routing import Routed, Routing, top_k
 
-ExpertFn = Callable[[Any, jax.Array], jax.Array]  # (params, x (B, ...)) -> logits (B, N)
+ExpertFn = Callable[[Any, jax.Array], jax.Array]  # (params, x (B, ...)) -> logits (B, ...)
 GateFn = Callable[[Any, jax.Array], jax.Array]  # (gate_params, x (B, ...)) -> gate logits (B, E)
 
 
 class Aux(NamedTuple):
     """What a mixture computed on the way, for losses and reports.
 
+    The counts are of inputs whose weight is not 0.
+
     Attributes:
       gate_logits: float `(B, E)`.
       scores: float `(B, E)`, the logits that the routing went by (with their noise, if any).
       weights: float `(B, E)`, those that the outputs were weighed by.
-      expert_logits: float `(E, B, N)`; zero where an expert did not run (`gathered`).
+      expert_logits: float `(E, B, ...)`; zero where an expert did not run (`gathered`).
       dropped: int32 `(E,)`, inputs routed to an expert that had no place left (`gathered`).
       unrouted: int32 (), inputs without any weight, whose output is zero.
       nan_gates: int32 (), inputs with NaN among their gate logits, whose output is NaN.
@@ -42,16 +45,21 @@ def mixture(
     """Makes the mixture that runs all experts on every input and weighs their logits.
 
     Args:
-      expert_fn: `expert_fn(params, x)` -> logits `(B, N)`, of one expert.
+      expert_fn: `expert_fn(params, x)` -> logits `(B, N)`, or maps of any rank `(B, ...)`, of one
+        expert.
       gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
       routing: From `soft`, `top_k`, `noisy_top_k`, ...; default `top_k(1)`, whose outputs are those
         of `one_of`. A mixture of one expert is that expert.
       method: How the experts are run, as for `map_experts`.
 
     Returns:
-      `moe(stack, gate_params, x, key=None)` -> (logits `(B, N)`, `Aux`), with axis E leading in
-      `stack`. It raises ValueError if the gate's outputs are not `(B, E)`. NaN gate logits of an
-      input make its logits NaN, and are counted in `Aux.nan_gates`.
+      `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), with
+      axis E leading in `stack`. It raises ValueError if the gate's outputs are not `(B, E)`. NaN
+      gate logits of an input make its logits NaN, and are counted in `Aux.nan_gates`.
+
+      `weight` is `(B,)`, None where all inputs count. An input of weight 0, as padding has, takes
+      no expert, and its logits are 0; the gate and the experts see one that counts in its place, so
+      that whatever it holds reaches no other input, and no gradient as long as any input counts.
 
     Example:
       >>> expert_fn = lambda params, x: x @ params
@@ -64,13 +72,14 @@ def mixture(
     routing = top_k(1) if routing is None else routing
     experts = map_experts(expert_fn, method, in_axes=(0, None))
 
-    def moe(stack, gate_params, x, key=None):
+    def moe(stack, gate_params, x, key=None, *, weight=None):
+        x = core.filled(x, weight)
         expert_logits = experts(stack, x)
         gate_logits = gate_fn(gate_params, x)
         check_gate(gate_logits, x, len(expert_logits))
-        routed = routing(gate_logits, key)
+        routed = routing(gate_logits, key, weight)
         none_dropped = jnp.zeros(len(expert_logits), jnp.int32)
-        return weigh(gate_logits, routed, expert_logits, none_dropped)
+        return weigh(gate_logits, routed, expert_logits, none_dropped, weight)
 
     return moe
 
@@ -82,26 +91,38 @@ def combine(expert_logits: jax.Array, weights: jax.Array) -> jax.Array:
     average. All experts count: a non-finite output of one with weight 0 is not hidden.
 
     Args:
-      expert_logits: float `(E, B, N)`.
+      expert_logits: float `(E, B, ...)`, of any rank: logits `(E, B, N)`, maps `(E, B, H, W, C)`.
       weights: float `(B, E)`.
 
     Returns:
-      float `(B, N)`.
+      float `(B, ...)`.
+
+    Raises:
+      ValueError: If the leading axes of `expert_logits` are not those of `weights`.
 
     Example:
       >>> combine(jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]]), jnp.array([[0.5, 0.5]]))
       Array([[2., 3.]], dtype=float32)
     """
+    if expert_logits.shape[:2] != weights.shape[::-1]:
+        raise ValueError(
+            f"expert_logits must have leading axes {weights.shape[::-1]}, as the weights have, "
+            f"got shape {expert_logits.shape}"
+        )
     # Not a matrix product, which accelerators round to fewer bits.
-    return (weights.T[:, :, None] * expert_logits).sum(0)
+    return (jnp.expand_dims(weights.T, tuple(range(2, expert_logits.ndim))) * expert_logits).sum(0)
 
 
 def weigh(
-    gate_logits: jax.Array, routed: Routed, expert_logits: jax.Array, dropped: jax.Array
+    gate_logits: jax.Array,
+    routed: Routed,
+    expert_logits: jax.Array,
+    dropped: jax.Array,
+    weight: jax.Array | None,
 ) -> tuple[jax.Array, Aux]:
     """The weighted sum and the `Aux` of a mixture, with its counts."""
-    unrouted = (routed.weights == 0).all(-1).sum()
-    nan_gates = jnp.isnan(gate_logits).any(-1).sum()
+    unrouted = core.selected((routed.weights == 0).all(-1), weight).sum()
+    nan_gates = core.selected(jnp.isnan(gate_logits).any(-1), weight).sum()
     aux = Aux(
         gate_logits, routed.scores, routed.weights, expert_logits, dropped, unrouted, nan_gates
     )
@@ -115,11 +136,11 @@ def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax
     run every expert. Ties go to the lowest index.
 
     Args:
-      expert_fns: E functions `expert_fn(params, x)` -> logits `(B, N)`.
+      expert_fns: E functions `expert_fn(params, x)` -> logits `(B, ...)`.
       gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
 
     Returns:
-      `edge(params_list, gate_params, x)` -> logits `(B, N)`, with one params pytree for each
+      `edge(params_list, gate_params, x)` -> logits `(B, ...)`, with one params pytree for each
       expert. It raises ValueError if the numbers of functions, parameters and gate outputs differ,
       or the experts' outputs do. NaN gate logits of an image make its logits NaN.
 

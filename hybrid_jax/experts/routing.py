@@ -1,10 +1,14 @@
 """Routings: pure functions from gate logits `(B, E)` to the weight `(B, E)` of each expert.
 
-A routing is `routing(logits, key) -> Routed`. NaN in an input's gate logits gives NaN weights for
-that input, and so a NaN output: it is never routed in silence. Ties go to the lowest index. A
-routing that goes by costs is `cost_aware`, in `budget`.
+A routing is `routing(logits, key=None, weight=None) -> Routed`. NaN in an input's gate logits gives
+NaN weights for that input, and so a NaN output: it is never routed in silence. Ties go to the
+lowest index. A routing that goes by costs is `cost_aware`, in `budget`.
+
+`weight` `(B,)` says which inputs count: one of weight 0, as padding has, takes no expert and no
+place of one, whatever its logits are. The others are routed as they would be without it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.experts.capacity import best_inputs, capacity
+from hybrid_jax.experts.capacity import best_inputs
 
 
 class Routed(NamedTuple):
@@ -27,7 +31,18 @@ class Routed(NamedTuple):
     scores: jax.Array
 
 
-Routing = Callable[[jax.Array, jax.Array | None], Routed]
+Routing = Callable[[jax.Array, jax.Array | None, jax.Array | None], Routed]
+
+
+def _of_those_that_count(route: Routing) -> Routing:
+    """`route`, whose other inputs have no weight, nor a gradient where their logits are NaN."""
+
+    @functools.wraps(route)
+    def counting(logits, key=None, weight=None):
+        routed = route(core.selected(logits, weight), key, weight)
+        return Routed(core.selected(routed.weights, weight), routed.scores)
+
+    return counting
 
 
 def soft(temperature: float = 1.0) -> Routing:
@@ -45,8 +60,9 @@ def soft(temperature: float = 1.0) -> Routing:
     """
     core.check_positive("temperature", temperature)
 
-    def route(logits, key=None):
-        del key
+    @_of_those_that_count
+    def route(logits, key, weight):
+        del key, weight
         scores = logits / temperature
         return Routed(jax.nn.softmax(scores), scores)
 
@@ -76,8 +92,9 @@ def top_k(k: int, *, normalize: bool = True) -> Routing:
     """
     core.check_integer("k", k, 1)
 
-    def route(logits, key=None):
-        del key
+    @_of_those_that_count
+    def route(logits, key, weight):
+        del key, weight
         num_experts = logits.shape[-1]
         core.check_integer("k", k, 1, num_experts)
         _, chosen = jax.lax.top_k(logits, k)
@@ -122,10 +139,10 @@ def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routin
     core.check_positive("noise", noise)
     chosen = top_k(k, normalize=normalize)
 
-    def route(logits, key=None):
-        if key is None:
-            return chosen(logits, None)
-        return chosen(logits + noise * jax.random.normal(key, logits.shape, logits.dtype), None)
+    def route(logits, key=None, weight=None):
+        if key is not None:
+            logits = logits + noise * jax.random.normal(key, logits.shape, logits.dtype)
+        return chosen(logits, None, weight)
 
     return route
 
@@ -159,11 +176,12 @@ def expert_choice(k: int, capacity_factor: float = 1.0, *, normalize: bool = Tru
     core.check_integer("k", k, 1)
     core.check_positive("capacity_factor", capacity_factor)
 
-    def route(logits, key=None):
+    @_of_those_that_count
+    def route(logits, key, weight):
         del key
         # Ranked by logarithms, where small probabilities do not vanish and tie.
         scores = jax.nn.log_softmax(logits)
-        _, held = best_inputs(scores, capacity(*logits.shape, k, capacity_factor))
+        held = best_inputs(scores, k, capacity_factor, weight).held
         kept = held & ~jnp.isneginf(scores)
         return Routed(_softmax_of(logits, kept, normalize), logits)
 
@@ -183,8 +201,9 @@ def straight_through(routing: Routing) -> Routing:
       (Array(1., dtype=float32), Array([[ 0.25, -0.25]], dtype=float32))
     """
 
-    def route(logits, key=None):
-        hard = routing(logits, key)
+    @_of_those_that_count
+    def route(logits, key, weight):
+        hard = routing(logits, key, weight)
         probabilities = jax.nn.softmax(hard.scores)
         # The bracket is exactly zero, and so leaves the hard weights to the bit.
         weights = jax.lax.stop_gradient(hard.weights) + (
@@ -206,7 +225,9 @@ def random() -> Routing:
       Array([1., 1., 1., 1., 1.], dtype=float32)
     """
 
-    def route(logits, key=None):
+    @_of_those_that_count
+    def route(logits, key, weight):
+        del weight
         if key is None:
             raise ValueError("key must be a jax.random.key for random routing, got None")
         scores = jax.random.gumbel(key, logits.shape, logits.dtype)
@@ -219,22 +240,34 @@ def random() -> Routing:
 def oracle(expert_logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The best expert for each input, known from its label: the bound on any top-1 gate.
 
+    An expert with NaN logits is the best only where all are so.
+
     Args:
       expert_logits: float `(E, B, N)`.
-      labels: int `(B,)`.
+      labels: int `(B,)` in [0, N); a traced one outside goes to the first expert, which is wrong as
+        all are.
 
     Returns:
       One-hot float `(B, E)`: an expert that is right if there is one, and among those (or if none
       is) the one with the highest probability of the label.
+
+    Raises:
+      ValueError: If shapes differ, or labels are not integers or (where they are known) outside
+        [0, N).
 
     Example:
       >>> logits = jnp.array([[[2.0, 0.0]], [[0.0, 1.0]]])
       >>> oracle(logits, jnp.array([1]))
       Array([[0., 1.]], dtype=float32)
     """
-    right = jnp.argmax(expert_logits, -1) == labels[None]
-    labelled = jax.nn.one_hot(labels, expert_logits.shape[-1], dtype=expert_logits.dtype)
+    if expert_logits.shape[1:-1] != labels.shape:
+        raise ValueError(
+            f"expert_logits must have shape (E, {len(labels)}, N), got {expert_logits.shape}"
+        )
+    right = core.top_class(expert_logits) == labels[None]
+    labelled = core.one_hot(labels, expert_logits.shape[-1]).astype(expert_logits.dtype)
     probability = (jax.nn.softmax(expert_logits) * labelled[None]).sum(-1)
+    probability = jnp.where(jnp.isnan(probability), -1, probability)
     return _one_hot_argmax((right.astype(probability.dtype) + probability).T)
 
 

@@ -73,7 +73,8 @@ def _expected_bops(job, gate, prices):
     if np.ptp(bops) == 0:
         return bops[0]
     gate_logits = job.logits(gate.predict, gate.params, job.splits.validation)
-    return np.dot(experts.usage(jnp.asarray(gate_logits)), bops)
+    weights = experts.top_k(1)(jnp.asarray(gate_logits)).weights
+    return np.dot(experts.usage(weights), bops)
 
 
 def gate_cost(gate: phase2.Gate) -> cost.Cost:

@@ -65,7 +65,7 @@ def evaluate(job: Job, models: Models) -> dict:
     rows: list[dict] = []
 
     def add(name, kind, logits, price, time=None, note=""):
-        correct = np.asarray(jnp.argmax(logits, -1) == labels)
+        correct = np.asarray(core.top_class(logits) == labels)
         ratio = None if time is None else times[time]
         rows.append(_row(name, kind, correct, rows, price, ratio, note))
 
@@ -157,7 +157,8 @@ def top_1_logits(job: Job, models: Models) -> np.ndarray:
 def validation_accuracies(job: Job, made: Experts) -> np.ndarray:
     """Returns the accuracy (E,) of each expert on the validation images."""
     validation = job.splits.validation
-    return (logits(job, made, validation).argmax(-1) == validation.labels).mean(-1)
+    named = np.asarray(core.top_class(logits(job, made, validation)))
+    return (named == validation.labels).mean(-1)
 
 
 def _best_expert(job, models):

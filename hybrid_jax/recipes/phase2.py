@@ -182,9 +182,9 @@ def _loss(job, made, gate_fn, take):
         logits, aux = moe(stack, gate_params, batch["image"], key)
         losses = _each_loss(aux.expert_logits, batch, soft.temperature, soft.alpha)
         loss = experts.expected_loss(aux.weights, losses)
-        right = jnp.argmax(logits, -1) == batch["label"]
+        right = core.top_class(logits) == batch["label"]
         metrics = {
-            "accuracy": right.mean(dtype=jnp.float32),
+            "accuracy": core.weighted_mean(right),
             "entropy": experts.usage_entropy(experts.usage(aux.weights)),
         }
         return loss + balance * experts.importance(aux.weights), (state, metrics)

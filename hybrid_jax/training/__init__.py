@@ -1,5 +1,6 @@
 """Training of one network or a stack of experts: steps, loop, checkpoints, losses, evaluation."""
 
+from hybrid_jax.core import weighted_mean
 from hybrid_jax.training.batchnorm import reestimate_batchnorm
 from hybrid_jax.training.checkpoints import Checkpoints
 from hybrid_jax.training.evaluation import evaluate, predict_logits
@@ -8,7 +9,6 @@ from hybrid_jax.training.losses import (
     classification,
     cross_entropy,
     distillation_loss,
-    weighted_mean,
 )
 from hybrid_jax.training.progress import progress, track
 from hybrid_jax.training.records import read_records, write_record

@@ -26,8 +26,9 @@ def reestimate_batchnorm(
 ) -> Any:
     """Replaces running statistics by those of the population of `batches`.
 
-    mean = E[mean_B], var = E[var_B + mean_B²] - E[mean_B]², the averages taken over batches of
-    equal size. A running average has seen old weights and forgets early batches; this has not.
+    mean = E[mean_B], var = E[var_B + mean_B²] - E[mean_B]², each batch weighed by its size. So they
+    are the moments of all images together, as a layer sees them when the layers before it normalize
+    by their batch. A running average has seen old weights and forgets early batches; this has not.
 
     The statistics are the leaves of `state` whose paths end in 'mean' and 'var' side by side, as
     in Linen and NNX; all others stay. A batch's own statistics are read off one update
@@ -40,15 +41,16 @@ def reestimate_batchnorm(
         of experts, map it over the leading axis E first.
       params: Of the model.
       state: With the running statistics.
-      batches: Iterable over images (B, H, W, C), normalized and augmented as `forward` expects.
+      batches: Iterable over images (B, H, W, C), normalized and augmented as `forward` expects;
+        batches may differ in B, for each of which `forward` is compiled.
       key: For what draws in training mode, such as dropout; each batch gets a key of its own.
 
     Returns:
-      `state`, with new statistics.
+      `state`, with new statistics, which are summed in float32 whatever their dtype.
 
     Raises:
-      ValueError: If `state` holds no running statistics, there are no batches, or one update does
-        not move the statistics (a model in evaluation mode).
+      ValueError: If `state` holds no running statistics, there are no batches, one is empty or of
+        another H, W or C, or one update does not move the statistics (a model in evaluation mode).
 
     Example:
       >>> def forward(params, state, x, key):
@@ -65,32 +67,32 @@ def reestimate_batchnorm(
 
     @jax.jit
     def update(params: Any, old: float, images: jax.Array, key: jax.Array | None) -> Statistics:
-        start = _replace(state, {layer: (old, old) for layer in layers})
+        start = _replace(state, {layer: (old, old) for layer in layers}, wide=True)
         new = core.flatten_paths(forward(params, start, images, key)[1])
-        return {layer: (new[f"{layer}mean"], new[f"{layer}var"]) for layer in layers}
+        moved = {layer: (new[f"{layer}mean"], new[f"{layer}var"]) for layer in layers}
+        return jax.tree.map(core.widen, moved)
 
-    total, rate = None, None
-    for count, images in enumerate(batches, 1):
+    total, rate, seen = None, None, 0
+    for count, (size, images) in enumerate(core.sized_batches(batches), 1):
         batch_key = None if key is None else jax.random.fold_in(key, count)
+        seen += size
         moved = update(params, 0.0, images, batch_key)
         if rate is None:
             rate = _rate(moved, update(params, _PROBE, images, batch_key))
         batch = jax.tree.map(jnp.divide, moved, rate)
-        total = batch if total is None else _accumulate(total, batch, jnp.float32(count))
-    if total is None:
-        raise ValueError("batches must hold at least one batch, got none")
+        total = batch if total is None else _accumulate(total, batch, jnp.float32(size / seen))
     return _replace(state, total)
 
 
 @jax.jit
-def _accumulate(total: Statistics, batch: Statistics, count: jax.Array) -> Statistics:
-    """Averages batch number `count` in: E[var_B] + Var[mean_B], as a sum without cancellation."""
+def _accumulate(total: Statistics, batch: Statistics, share: jax.Array) -> Statistics:
+    """Pools a batch that has this share of all images so far, without cancellation."""
 
     def layer(old: tuple, new: tuple) -> tuple:
         (old_mean, old_var), (batch_mean, batch_var) = old, new
-        mean = old_mean + (batch_mean - old_mean) / count
+        mean = old_mean + share * (batch_mean - old_mean)
         spread = (batch_mean - old_mean) * (batch_mean - mean)
-        return mean, old_var + (batch_var + spread - old_var) / count
+        return mean, old_var + share * (batch_var + spread - old_var)
 
     return {path: layer(total[path], batch[path]) for path in total}
 
@@ -117,13 +119,15 @@ def _layers(state: Any) -> list[str]:
     return layers
 
 
-def _replace(state: Any, statistics: Statistics) -> Any:
+def _replace(state: Any, statistics: Statistics, wide: bool = False) -> Any:
+    """`wide`: in float32 or wider, for a narrower state rounds away what is read off an update."""
     new = {f"{layer}mean": mean for layer, (mean, _) in statistics.items()}
     new |= {f"{layer}var": var for layer, (_, var) in statistics.items()}
 
     def leaf(path: str, old: jax.Array) -> jax.Array:
-        return (
-            jnp.broadcast_to(jnp.asarray(new[path], old.dtype), old.shape) if path in new else old
-        )
+        if path not in new:
+            return old
+        dtype = core.widen(old).dtype if wide else old.dtype
+        return jnp.broadcast_to(jnp.asarray(new[path], dtype), old.shape)
 
     return core.map_with_path(leaf, state)

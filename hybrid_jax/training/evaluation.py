@@ -1,12 +1,12 @@
-"""Evaluation over arrays of any length, in batches of one shape: compiled once."""
+"""Evaluation over arrays of any length, in batches that hold nothing but what is evaluated."""
 
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from hybrid_jax import core
 from hybrid_jax.training.progress import track
@@ -23,40 +23,59 @@ class Labelled(Protocol):
 
 
 def evaluate(
-    predict: Predict, params: Any, arrays: Labelled, batch_size: int, name: str | None = None
+    predict: Predict,
+    params: Any,
+    arrays: Labelled,
+    batch_size: int,
+    name: str | None = None,
+    *,
+    weight: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Accuracy and mean cross-entropy over all examples.
+    """Accuracy and mean cross-entropy over all examples, summed in float64.
 
-    The last batch is filled up and masked, so that one shape is compiled and every example counts
-    once. Hand in the same function object each time: a new one compiles again.
+    The last batch is as small as what is left: filled up, it would take part wherever examples see
+    each other, as they do in an expert's capacity. So up to two shapes are compiled. Hand in the
+    same function object each time: a new one compiles again.
 
     Args:
       predict: (params, images (B, H, W, C)) -> logits (B, N), or (E, B, N).
       params: Handed to `predict`.
-      arrays: `images` (n, H, W, C) and `labels` (n,) integers.
+      arrays: `images` (n, H, W, C) and `labels` (n,) integers in [0, N).
       batch_size: B.
       name: Shows progress under this name; None is silent.
+      weight: (n,) weights of the means; None weighs all alike. Examples of weight 0 do not run.
 
     Returns:
-      {'accuracy': in [0, 1], 'loss': in nats}: floats, or (E,) float64 for logits (E, B, N).
+      {'accuracy': in [0, 1], 'loss': in nats}: floats, or (E,) float64 for logits (E, B, N). An
+      example with NaN among its logits is not right, and makes the loss NaN.
 
     Raises:
-      ValueError: If there are no examples, images and labels differ in number, or `batch_size` is
-        below 1.
+      ValueError: If there are no examples, images, labels and weights differ in number, labels are
+        not integers in [0, N), logits are of another shape, or `batch_size` is below 1.
 
     Example:
       >>> from hybrid_jax.data import Arrays
       >>> arrays = Arrays(np.eye(3).reshape(3, 1, 1, 3), np.array([0, 1, 1]))
-      >>> predict = lambda params, images: 100 * images[:, 0, 0, :].astype(jnp.float32)
+      >>> predict = lambda params, images: 100 * images[:, 0, 0, :]
       >>> round(evaluate(predict, None, arrays, batch_size=2)['accuracy'], 4)
       0.6667
     """
-    totals = None
-    for images, labels, mask in _batches(arrays, batch_size, name):
-        sums = jax.device_get(_sums(predict, params, images, labels, mask))
-        sums = {key: np.float64(value) for key, value in sums.items()}
-        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    means = {key: total / len(arrays.labels) for key, total in totals.items()}
+    count = _count(arrays)
+    weight = np.ones(count) if weight is None else np.asarray(weight, np.float64)
+    if weight.shape != (count,) or not ((weight >= 0).all() and weight.any()):
+        raise ValueError(f"weight must be {count} numbers of at least 0, not all 0, got {weight}")
+    total, labels = {"accuracy": 0.0, "loss": 0.0}, None
+    examples = np.flatnonzero(weight)
+    for index, logits in _logits(predict, params, arrays, examples, batch_size, name):
+        if labels is None:
+            labels = core.check_labels("labels", arrays.labels, logits.shape[-1], weight)
+        own, share = labels[index], weight[index]
+        with np.errstate(invalid="ignore"):  # infinity among the logits: its loss is NaN
+            log_probability = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
+        likelihood = log_probability[..., np.arange(len(index)), own]
+        total["accuracy"] += (share * (np.asarray(core.top_class(logits)) == own)).sum(-1)
+        total["loss"] -= (share * likelihood).sum(-1)
+    means = {key: np.float64(sums) / weight.sum() for key, sums in total.items()}
     return {key: float(mean) if np.ndim(mean) == 0 else mean for key, mean in means.items()}
 
 
@@ -74,11 +93,19 @@ def predict_logits(
       >>> predict_logits(lambda params, images: images[:, 0, 0, :], None, arrays, 2).shape
       (5, 2)
     """
-    logits = [
-        np.asarray(_apply(predict, params, images))[..., mask, :]
-        for images, _, mask in _batches(arrays, batch_size, name)
-    ]
-    return np.concatenate(logits, axis=-2)
+    every = np.arange(_count(arrays))
+    batches = _logits(predict, params, arrays, every, batch_size, name)
+    return np.concatenate([np.asarray(logits) for _, logits in batches], axis=-2)
+
+
+def _count(arrays: Labelled) -> int:
+    count = len(arrays.images)
+    if not count or np.shape(arrays.labels) != (count,):
+        raise ValueError(
+            "arrays must hold a label (n,) for each of at least one image, "
+            f"got {count} images and labels of shape {np.shape(arrays.labels)}"
+        )
+    return count
 
 
 @functools.partial(jax.jit, static_argnames="predict")
@@ -86,35 +113,23 @@ def _apply(predict: Predict, params: Any, images: jax.Array) -> jax.Array:
     return predict(params, images)
 
 
-@functools.partial(jax.jit, static_argnames="predict")
-def _sums(
-    predict: Predict, params: Any, images: jax.Array, labels: jax.Array, mask: jax.Array
-) -> dict[str, jax.Array]:
-    logits = predict(params, images)
-    chosen = jnp.broadcast_to(labels[:, None], (*logits.shape[:-1], 1))
-    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[..., 0]
-    correct = jnp.argmax(logits, axis=-1) == jnp.broadcast_to(labels, logits.shape[:-1])
-    mask = jnp.broadcast_to(mask, correct.shape)
-    return {
-        "accuracy": jnp.sum(correct & mask, axis=-1),
-        "loss": jnp.sum(jnp.where(mask, -log_likelihood, 0), axis=-1),
-    }
-
-
-def _batches(
-    arrays: Labelled, batch_size: int, name: str | None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images, labels and mask of each batch, the last one filled up with the first example."""
+def _logits(
+    predict: Predict,
+    params: Any,
+    arrays: Labelled,
+    examples: np.ndarray,
+    batch_size: int,
+    name: str | None,
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """The indices (B,) and the logits of each batch of these examples."""
     core.check_integer("batch_size", batch_size, 1)
-    count = len(arrays.labels)
-    if not count or len(arrays.images) != count:
-        raise ValueError(
-            f"arrays must hold as many images as labels and at least one, "
-            f"got {len(arrays.images)} images and {count} labels"
-        )
-    starts = range(0, count, batch_size)
+    starts = range(0, len(examples), batch_size)
     for start in starts if name is None else track(starts, name):
-        index = np.arange(start, start + batch_size)
-        mask = index < count
-        index = np.where(mask, index, 0)
-        yield arrays.images[index], arrays.labels[index], mask
+        index = examples[start : start + batch_size]
+        logits = _apply(predict, params, arrays.images[index])
+        if logits.ndim not in (2, 3) or logits.shape[-2] != len(index):
+            raise ValueError(
+                f"predict must return logits ({len(index)}, N) or (E, {len(index)}, N), "
+                f"got shape {logits.shape}"
+            )
+        yield index, logits

@@ -17,24 +17,28 @@ Forward = Callable[[Any, Any, jax.Array, jax.Array | None], tuple[jax.Array, Any
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, weight: jax.Array | None = None
 ) -> jax.Array:
-    """Mean cross-entropy between labels and logits, in nats.
+    """Mean cross-entropy between labels and logits, in nats, float32 or wider.
 
     Args:
-      logits: (B, N) float.
-      labels: (B,) integers in [0, N).
+      logits: (B, N) float; -inf for a class that is ruled out.
+      labels: (B,) integers in [0, N); a traced one outside makes the loss NaN.
       smoothing: Probability, in [0, 1], that the target spreads evenly over all classes.
-      weight: (B,) float weights of the mean; None weighs all alike.
+      weight: (B,) float weights of the mean; None weighs all alike. An example of weight 0 may hold
+        anything, any label and NaN included: no part of it is in the loss or its gradient.
 
     Raises:
-      ValueError: If `smoothing` is outside [0, 1].
+      ValueError: If `smoothing` is outside [0, 1], there is no example, or labels are not integers
+        or (where they are known) outside [0, N).
 
     Example:
       >>> round(cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 1, 2])).item(), 4)  # log 4
       1.3863
     """
     core.check_fraction("smoothing", smoothing)
-    target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return weighted_mean(optax.softmax_cross_entropy(logits, target), weight)
+    logits = core.selected(core.widen(logits), weight)
+    labelled = core.one_hot(labels, logits.shape[-1], weight).astype(logits.dtype)
+    target = optax.smooth_labels(labelled, smoothing)
+    return -core.weighted_mean(core.expectation(target, jax.nn.log_softmax(logits)), weight)
 
 
 def distillation_loss(
@@ -57,15 +61,15 @@ def distillation_loss(
 
     Args:
       student_logits: (B, N) float.
-      teacher_logits: (B, N) float.
-      labels: (B,) integers in [0, N).
+      teacher_logits: (B, N) float; -inf for a class that is ruled out.
+      labels: As of `cross_entropy`.
       temperature: T, above 0.
       alpha: Share of the teacher's part, in [0, 1].
       smoothing: As of `cross_entropy`, for the labels' part.
-      weight: (B,) float weights of the mean; None weighs all alike.
+      weight: As of `cross_entropy`.
 
     Raises:
-      ValueError: If `temperature`, `alpha` or `smoothing` is out of range.
+      ValueError: If `temperature` or `alpha` is out of range, or as `cross_entropy`.
 
     Example:
       >>> logits = jnp.array([[2.0, 0.0, 1.0]])
@@ -74,28 +78,13 @@ def distillation_loss(
     """
     core.check_positive("temperature", temperature)
     core.check_fraction("alpha", alpha)
-    student = jax.nn.log_softmax(student_logits / temperature)
-    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    student, teacher = (
+        jax.nn.log_softmax(core.selected(core.widen(logits), weight) / temperature)
+        for logits in (student_logits, jax.lax.stop_gradient(teacher_logits))
+    )
+    divergence = core.expectation(jnp.exp(teacher), teacher - student)
     hard = cross_entropy(student_logits, labels, smoothing=smoothing, weight=weight)
-    return (1 - alpha) * hard + alpha * temperature**2 * weighted_mean(divergence, weight)
-
-
-def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-    """sum(weight * values) / sum(weight); 0 where all weights are 0.
-
-    Args:
-      values: (B,) float.
-      weight: (B,) float, at least 0; None is the plain mean.
-
-    Example:
-      >>> weighted_mean(jnp.array([1.0, 5.0]), jnp.array([3.0, 1.0])).item()
-      2.0
-    """
-    if weight is None:
-        return jnp.mean(values)
-    total = jnp.sum(weight)
-    return jnp.sum(weight * values) / jnp.where(total > 0, total, 1)
+    return (1 - alpha) * hard + alpha * temperature**2 * core.weighted_mean(divergence, weight)
 
 
 def classification(
@@ -112,7 +101,9 @@ def classification(
 
     Returns:
       loss_fn(params, state, batch, key) -> (loss, (new_state, {'accuracy'})). Both are means
-      weighted by batch['weight'] (B,), if there is one.
+      weighted by batch['weight'] (B,), if there is one. `forward` then sees the examples that count
+      in place of those of weight 0, which have no part in BatchNorm's statistics either; where none
+      counts, both are 0. NaN logits are never right.
 
     Raises:
       ValueError: If an argument is out of range, or (when called) the batch lacks 'teacher'.
@@ -133,12 +124,15 @@ def classification(
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         if alpha and "teacher" not in batch:
             raise ValueError(f"batch must hold 'teacher' logits for alpha {alpha}, got {[*batch]}")
-        logits, new_state = forward(params, state, batch["image"], key)
-        labels, weight = batch["label"], batch.get("weight")
+        weight = batch.get("weight")
+        entries = {name: batch[name] for name in ("image", "label", "teacher") if name in batch}
+        entries = core.filled(entries, weight)
+        labels = entries["label"]
+        logits, new_state = forward(params, state, entries["image"], key)
         if alpha:
             loss = distillation_loss(
                 logits,
-                batch["teacher"],
+                entries["teacher"],
                 labels,
                 temperature,
                 alpha,
@@ -147,7 +141,7 @@ def classification(
             )
         else:
             loss = cross_entropy(logits, labels, smoothing=smoothing, weight=weight)
-        correct = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
-        return loss, (new_state, {"accuracy": weighted_mean(correct, weight)})
+        correct = core.top_class(logits) == labels
+        return loss, (new_state, {"accuracy": core.weighted_mean(correct, weight)})
 
     return loss_fn

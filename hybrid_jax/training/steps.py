@@ -10,7 +10,10 @@ from hybrid_jax import experts
 from hybrid_jax.training.state import TrainState
 
 Batch = Mapping[str, Any]
-"""'image' (B, H, W, C), 'label' (B,) int32; optional 'weight' (B,) float32, 'teacher' (B, N)."""
+"""'image' (B, H, W, C), 'label' (B,) int32; optional 'weight' (B,) float32, 'teacher' (B, N).
+
+An example of weight 0 does not count, see `core.examples`.
+"""
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]

@@ -134,10 +134,10 @@ def test_a_gate_learns_to_keep_the_budget(budget, share, price):
     assert cost <= budget + 1e-2
 
 
-@pytest.mark.parametrize("weight", [-1.0, jnp.nan, jnp.inf])
-def test_bad_weight(weight):
-    with pytest.raises(ValueError, match=f"weight must be a finite .* at least 0, got {weight}"):
-        experts.cost_aware(experts.soft(), COSTS, weight)
+@pytest.mark.parametrize("price", [-1.0, jnp.nan, jnp.inf])
+def test_bad_price(price):
+    with pytest.raises(ValueError, match=f"price must be a finite .* at least 0, got {price}"):
+        experts.cost_aware(experts.soft(), COSTS, price)
 
 
 def test_bad_costs_and_rate():

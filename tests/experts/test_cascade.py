@@ -149,6 +149,15 @@ def test_the_edge_runs_what_it_needs():
     np.testing.assert_allclose(experts.cascade_cost(answer, [1.0, 2.0, 6.0]), 13 / 3, rtol=1e-6)
 
 
+def test_padding_is_not_counted():
+    weight = jnp.array([0.0, 1.0, 0.0, 3.0])
+    got = experts.cascade(LOGITS, 0.3, experts.margin, weight=weight)
+    # Stages 0, 0, 2 and 2 (see above): of those that count one goes on, past both experts.
+    np.testing.assert_array_equal(got.went_on, [1, 1])
+    # Costs 1 for input 1 and 1 + 2 + 4 for input 3: (1 + 3 * 7) / 4.
+    np.testing.assert_allclose(experts.cascade_cost(got, [1.0, 2.0, 4.0], weight=weight), 5.5)
+
+
 def test_one_expert_answers_all():
     got = experts.cascade(LOGITS[:1], 0.8)
     np.testing.assert_array_equal(got.logits, LOGITS[0])

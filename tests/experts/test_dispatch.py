@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import experts
+from hybrid_jax import core, experts
 
 X = jax.random.normal(jax.random.key(0), (6, 5))
 STACK = jax.random.normal(jax.random.key(1), (4, 5, 3))
@@ -31,7 +31,7 @@ def given(weights, x):
     return weights
 
 
-def as_given(logits, key=None):
+def as_given(logits, key=None, weight=None):
     """A routing by which the gate gives the weights."""
     return experts.Routed(logits, logits)
 
@@ -242,3 +242,93 @@ def test_capacity_reads_decimals(factor):
     # Of 1000 inputs and 10 experts: factor * 100, a whole number, that floats may overshoot.
     assert experts.capacity(1000, 10, factor=factor) == round(factor * 100)
     assert experts.capacity(1001, 10, factor=factor) == round(factor * 100) + 1
+
+
+def spread(x, fill=jnp.nan):
+    """Inputs (6, ...) among padding, at 0, 2, 3, 5, 6 and 8 of 9."""
+    return jnp.full((9, *x.shape[1:]), fill).at[REAL].set(x)
+
+
+REAL = jnp.array([0, 2, 3, 5, 6, 8])
+WEIGHT = jnp.zeros(9).at[REAL].set(0.5)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_padding_takes_no_part(gather, case, key):
+    """Outputs, counts and gradients of the inputs are theirs alone, and the padding is NaN.
+
+    Drawn noise depends on the shape of the batch, so no key; an expert has ceil(6/4) = 2 places,
+    where nine inputs would have three.
+    """
+    key = key if case.chooser == "chance" else None
+    if gather:
+        moe = experts.gathered(linear, linear, case.routing, capacity_factor=1.0, method="unroll")
+    else:
+        moe = experts.mixture(linear, linear, case.routing, method="unroll")
+
+    def loss(stack, gate, x, weight):
+        logits, aux = moe(stack, gate, x, key, weight=weight)
+        return (logits**2).sum(), (logits, aux)
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, (want, alone)), gradients = run(STACK, GATE[0], X, None)
+    (_, (got, aux)), padded = run(STACK, GATE[0], spread(X), WEIGHT)
+    np.testing.assert_array_equal(aux.weights, core.selected(aux.weights, WEIGHT))
+    if case.chooser == "chance":  # others are drawn
+        assert np.isfinite(got).all()
+        assert (aux.weights.sum(1) > 0).sum() + aux.unrouted == 6
+        return
+    close(got, spread(want, 0.0))
+    close(padded, gradients, 1e-4)
+    for counts in ("dropped", "unrouted", "nan_gates"):
+        np.testing.assert_array_equal(getattr(aux, counts), getattr(alone, counts))
+    assert not gather or case.most < 4 or alone.dropped.sum() > 0 or case.chooser == "expert"
+    close(aux.expert_logits[:, REAL], alone.expert_logits)
+
+
+def test_a_stem_sees_no_padding_either():
+    """A stem that makes NaN of an empty image; its gradient is that of the image alone."""
+    unit = lambda scale, x: scale * x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    moe = experts.shared_stem(unit, experts.mixture(linear, linear, experts.soft(), "unroll"))
+    images = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+
+    def loss(scale, x, weight):
+        return moe(scale, STACK[:, :2], GATE[0][:2], x, weight=weight)[0].sum()
+
+    gradient = jax.grad(loss)(2.0, images, jnp.array([1, 0]))
+    np.testing.assert_allclose(gradient, jax.grad(loss)(2.0, images[:1], None), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"),
+    [(4, (4, 4, 4, 1)), (4, (1, 4, 6, 1)), (2, (1, 1, 4, 1)), (2, (3, 5, 6, 1)), (3, (3,))],
+)
+def test_maps_of_any_rank_are_weighed_by_input(count, shape, key):
+    """Expert e gives (e + 1) x; the gate takes the last for a mean of x above 0, else the first."""
+    x = jax.random.normal(key, shape)
+    level = x.reshape(len(x), -1).mean(1)
+    wide = level.reshape(-1, *(1 for _ in shape[1:]))
+    want = jnp.where(wide > 0, count * x, x)
+    gate = lambda params, x: (  # noqa: E731
+        x.reshape(len(x), -1).mean(1)[:, None] * jnp.arange(count, dtype=x.dtype)[None]
+    )
+    scaled = lambda w, x: w * x  # noqa: E731
+    stack = jnp.arange(1.0, count + 1)
+    for moe in (
+        experts.mixture(scaled, gate, method="unroll"),
+        experts.gathered(scaled, gate, capacity_factor=float(count), method="unroll"),
+    ):
+        np.testing.assert_allclose(moe(stack, None, x)[0], want, rtol=1e-6)
+    edge = experts.one_of([scaled] * count, gate)(list(stack), None, x)
+    np.testing.assert_allclose(edge, want, rtol=1e-6)
+
+
+def test_outputs_that_no_weights_fit_are_named():
+    with pytest.raises(ValueError, match=r"leading axes \(2, 3\), .* got shape \(2, 4, 3\)"):
+        experts.combine(jnp.zeros((2, 4, 3)), jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"must have shape \(E, B, N\), got \(2, 3, 4, 5\)"):
+        experts.cascade(jnp.zeros((2, 3, 4, 5)), 0.5)
+    with pytest.raises(ValueError, match=r"must return logits \(B, N\), got shape \(1, 2, 2\)"):
+        experts.cascade_edge([linear, linear], 0.5)([jnp.eye(2)] * 2, jnp.zeros((1, 2, 2)))
+    with pytest.raises(ValueError, match=r"must have shape \(E, 3, N\), got \(2, 3, 4, 5\)"):
+        experts.oracle(jnp.zeros((2, 3, 4, 5)), jnp.zeros(3, jnp.int32))

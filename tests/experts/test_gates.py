@@ -194,6 +194,17 @@ def test_ridge_by_hand():
     np.testing.assert_allclose(head["bias"], [-1.0], rtol=1e-6)
 
 
+def test_ridge_weighs_inputs():
+    # Weights 1, 2 and 0 are inputs 1, 2 and 2, and what is NaN counts for nothing.
+    x, targets = jnp.array([[1.0], [2.0], [jnp.nan]]), jnp.array([[0.0], [3.0], [jnp.nan]])
+    got = experts.ridge(x, targets, 0.5, weight=jnp.array([1.0, 2.0, 0.0]))
+    index = jnp.array([0, 1, 1])
+    want = experts.ridge(x[index].astype(jnp.bfloat16), targets[index].astype(jnp.bfloat16), 0.5)
+    for name, leaf in want.items():
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(got[name], leaf, rtol=1e-5)
+
+
 def test_ridge_is_the_least_of_its_loss_at_any_scale(key):
     x = jax.random.normal(key, (40, 2, 3)) * 5 + 2
     targets = jax.random.normal(jax.random.key(1), (40, 4))

@@ -6,6 +6,32 @@ import scipy.stats
 
 from hybrid_jax import experts
 
+# Every mean over inputs, as a function of gate logits (B, 3) and the inputs' weight.
+MEANS = {
+    "importance": lambda z, weight: experts.importance(z, weight=weight),
+    "load": lambda z, weight: experts.load(z, z, 1, weight=weight),
+    "switch_balance": lambda z, weight: experts.switch_balance(z, weight=weight),
+    "entropy": lambda z, weight: experts.entropy(z, weight=weight),
+    "z_loss": lambda z, weight: experts.z_loss(z, weight=weight),
+    "cost": lambda z, weight: experts.expected_cost(z, [1.0, 2.0, 3.0], weight=weight),
+    "loss": lambda z, weight: experts.expected_loss(z, z.T, weight=weight),
+    "usage": lambda z, weight: experts.usage_entropy(experts.usage(z, weight=weight)),
+    "per_class": lambda z, weight: experts.usage_per_class(
+        z, jnp.zeros(len(z), jnp.int32), 2, weight=weight
+    )[0, 0],
+    "disagreement": lambda z, weight: experts.disagreement(
+        jnp.stack([z, -z]), weight=weight
+    ).mean(),
+    "cascade": lambda z, weight: experts.cascade_cost(
+        experts.cascade(jnp.stack([z, z]), 0.6), [1.0, 4.0], weight=weight
+    ),
+}
+
+
+@pytest.fixture(params=MEANS)
+def mean(request):
+    return MEANS[request.param]
+
 
 def test_importance():
     # Totals (3, 1): mean 2, variance 1, so 1 / 2^2.
@@ -105,3 +131,50 @@ def test_of_one_expert(loss):
 )
 def test_nan_is_not_hidden(loss):
     assert np.isnan(loss(jnp.zeros((4, 3)).at[1, 2].set(jnp.nan)))
+
+
+def test_padding_is_in_no_mean_and_no_gradient(mean, key):
+    """Two inputs of weights 3 and 1 are four inputs, three of them the same; the padding is NaN."""
+    two = jax.random.normal(key, (2, 3))
+    padded = jnp.full((4, 3), jnp.nan).at[jnp.array([1, 3])].set(two)
+    weight = jnp.array([0.0, 3.0, 0.0, 1.0])
+    want = mean(two[jnp.array([0, 0, 0, 1])], None)
+    got, gradient = jax.jit(jax.value_and_grad(mean))(padded, weight)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    alone = jax.grad(mean)(two, weight[jnp.array([1, 3])])
+    np.testing.assert_allclose(gradient, jnp.zeros((4, 3)).at[jnp.array([1, 3])].set(alone), 1e-5)
+    assert mean(padded, jnp.zeros(4)) == 0
+    assert mean(two, jnp.array([True, False])) == pytest.approx(float(mean(two[:1], None)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_mean_over_half_precision_is_in_float32(mean, dtype, key):
+    """4,096 inputs: a sum in bfloat16 stops at 256, and a share has 8 bits there."""
+    logits = jax.random.normal(key, (4096, 3)).astype(dtype)
+    got = mean(logits, None)
+    assert got.dtype == jnp.float32
+    if mean != MEANS["cascade"]:  # which asks for a confidence in the logits' own dtype
+        np.testing.assert_allclose(got, mean(logits.astype(jnp.float32), None), rtol=1e-5)
+
+
+def test_an_empty_batch_is_an_error(mean):
+    with pytest.raises(ValueError, match="must be over at least one example, got shape"):
+        mean(jnp.zeros((0, 3)), None)
+
+
+def test_what_is_allowed_makes_no_nan():
+    # No expert has any weight: all are equal. And one of 2, over the inputs that count.
+    np.testing.assert_array_equal(experts.importance(jnp.zeros((3, 2))), 0)
+    assert np.isfinite(jax.grad(experts.importance)(jnp.zeros((3, 2)))).all()
+    # Expert 2 is ruled out: the entropy is that of 3/4 and 1/4.
+    logits = jnp.array([[jnp.log(3.0), 0.0, -jnp.inf]])
+    np.testing.assert_allclose(experts.entropy(logits), np.log(4) - 0.75 * np.log(3), rtol=1e-6)
+    # Two are ruled out and two chosen: chances 1, 0 and 0, so E - 1.
+    logits = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
+    np.testing.assert_allclose(experts.load(logits, logits, 2), 2, rtol=1e-6)
+    for loss in (experts.entropy, experts.z_loss, experts.switch_balance):
+        assert np.isfinite(loss(logits))
+        assert np.isfinite(jax.grad(loss)(logits)).all()
+    assert np.isfinite(jax.grad(lambda z: experts.load(z, z, 2))(logits)).all()
+    with pytest.raises(ValueError, match=r"losses must have shape \(2, 3\), got \(2, 3, 1\)"):
+        experts.expected_loss(jnp.zeros((3, 2)), jnp.zeros((2, 3, 1)))

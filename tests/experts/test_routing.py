@@ -215,3 +215,29 @@ def test_bad_temperature_and_noise():
         experts.soft(0)
     with pytest.raises(ValueError, match="noise must be a finite number above 0, got -1"):
         experts.noisy_top_k(1, -1)
+
+
+def test_padding_is_not_routed_and_takes_no_place(case, key):
+    """Among padding that the gate would prefer, and with NaN, the inputs go where they went."""
+    key = key if case.chooser == "chance" else None
+    logits, real = jax.random.normal(jax.random.key(3), (5, 4)), jnp.array([1, 2, 4, 5, 7])
+    padded = jnp.full((8, 4), 100.0).at[0].set(jnp.nan).at[real].set(logits)
+    weight = jnp.zeros(8).at[real].set(2.0)
+    got = compiled(case.routing)(padded, key, weight).weights
+    np.testing.assert_array_equal(got[jnp.array([0, 3, 6])], 0)
+    if case.chooser != "chance":
+        np.testing.assert_allclose(got[real], weights(case.routing, logits), rtol=1e-6)
+
+    def loss(logits):
+        return jnp.square(case.routing(logits, key, weight).weights[:, 1]).sum()
+
+    gradient = jax.grad(loss)(padded)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[jnp.array([0, 3, 6])], 0)
+
+
+def test_the_oracle_never_takes_nan_for_right():
+    # Expert 0 is NaN, and expert 1 right, then wrong; where all are NaN it is the first.
+    logits = jnp.array([[[jnp.nan, 0.0]] * 3, [[1.0, 0.0], [0.0, 1.0], [jnp.nan, 0.0]]])
+    got = experts.oracle(logits, jnp.zeros(3, jnp.int32))
+    np.testing.assert_array_equal(got, [[0, 1], [0, 1], [1, 0]])

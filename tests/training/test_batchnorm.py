@@ -50,6 +50,36 @@ def test_by_hand(momentum):
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+@pytest.mark.parametrize("sizes", [(9,), (3, 3, 3), (8, 1), (1, 8), (2, 3, 4)])
+def test_batches_are_weighed_by_size(sizes):
+    """0, 1, 4, ..., 64: mean 204/9, mean square 8772/9, however they are divided."""
+    model, params, state = setup(0.9)
+    images = np.square(np.arange(9.0, dtype=np.float32)).reshape(9, 1, 1, 1)
+    batches = np.split(images, np.cumsum(sizes)[:-1])
+    new = training.reestimate_batchnorm(make_forward(model), params, state, batches)
+    layer = new["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(layer["mean"], [204 / 9], rtol=1e-5)
+    np.testing.assert_allclose(layer["var"], [8772 / 9 - (204 / 9) ** 2], rtol=1e-4)
+
+
+def test_narrow_statistics_are_summed_in_float32():
+    """A thousand batches of ones after one of 0: in bfloat16 a step of 1/1000 changes nothing."""
+
+    def forward(params, state, x, key):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return None, {
+            "mean": 0.9 * state["mean"] + 0.1 * mean,
+            "var": 0.9 * state["var"] + 0.1 * var,
+        }
+
+    state = {"mean": jnp.zeros(1, jnp.bfloat16), "var": jnp.ones(1, jnp.bfloat16)}
+    batches = [jnp.full((1, 1, 1, 1), float(value > 0)) for value in range(1001)]
+    new = training.reestimate_batchnorm(forward, {}, state, batches)
+    assert new["mean"].dtype == new["var"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(new["mean"].astype(jnp.float32), [1000 / 1001], rtol=0.004)
+    np.testing.assert_allclose(new["var"].astype(jnp.float32), [1000 / 1001**2], rtol=0.004)
+
+
 def test_many_batches_far_from_zero():
     """Twenty batches with mean 1000 and deviation 1: no cancellation, no forgetting."""
     images = np.random.default_rng(0).normal(1000, 1, (20, 8, 2, 2, 3)).astype(np.float32)
@@ -87,6 +117,13 @@ def test_errors_name_the_argument():
     batch = jnp.ones((2, 1, 1, 1))
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         training.reestimate_batchnorm(make_forward(model), params, state, [])
+    with pytest.raises(ValueError, match="every batch must hold at least one example"):
+        training.reestimate_batchnorm(make_forward(model), params, state, [batch, batch[:0]])
+    wide = jnp.ones((2, 1, 2, 1))
+    with pytest.raises(
+        ValueError, match=r"examples of shapes \[\(1, 1, 1\)\], got \[\(1, 2, 1\)\]"
+    ):
+        training.reestimate_batchnorm(make_forward(model), params, state, [batch, wide])
     with pytest.raises(ValueError, match="state must hold running statistics"):
         training.reestimate_batchnorm(make_forward(model), params, {"bits": 4}, [batch])
     with pytest.raises(ValueError, match="forward must update the running statistics of 'batch_st"):

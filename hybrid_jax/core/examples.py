@@ -1,0 +1,223 @@
+"""The examples of a batch: which of them count, means over them, their labels and classes.
+
+All that goes over examples takes one `weight`: (B,) float, at least 0, or bool; None where all
+count alike. An example of weight 0 does not count, as padding does not: whatever it holds, NaN
+included, reaches no result and no gradient. So it is selected away, never multiplied by 0.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = TypeVar("Tree")
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in float32, or as it is where it has 32 bits or more: what sums over examples need.
+
+    Example:
+      >>> widen(jnp.ones(3, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    x = jnp.asarray(x)
+    wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
+    return x if wide else x.astype(jnp.float32)
+
+
+def selected(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """`x` (B, ...) with zeros in place of the examples that do not count.
+
+    Raises:
+      ValueError: If `weight` is not (B,).
+
+    Example:
+      >>> selected(jnp.array([1.0, jnp.nan]), jnp.array([0.5, 0.0])).tolist()
+      [1.0, 0.0]
+    """
+    if weight is None:
+        return x
+    counts = _counts(weight, len(x))
+    return jnp.where(counts.reshape(-1, *(1 for _ in x.shape[1:])), x, jnp.zeros((), x.dtype))
+
+
+def filled(examples: Tree, weight: jax.Array | None) -> Tree:
+    """`examples` with those that count, in turn, in place of those that do not.
+
+    So a function of the whole batch sees none but examples that count, whose NaN alone comes out.
+    Where no example counts, all stay.
+
+    Args:
+      examples: Pytree of arrays (B, ...).
+      weight: (B,).
+
+    Raises:
+      ValueError: If `weight` is not (B,).
+
+    Example:
+      >>> filled(jnp.array([5.0, 7.0, jnp.nan, 0.0, 0.0]), jnp.array([1, 1, 0, 0, 0])).tolist()
+      [5.0, 7.0, 5.0, 7.0, 5.0]
+    """
+    if weight is None:
+        return examples
+    (size,) = {len(leaf) for leaf in jax.tree.leaves(examples)}
+    counts = _counts(weight, size)
+    order = jnp.argsort(~counts, stable=True)  # those that count first
+    turn = (jnp.cumsum(~counts) - 1) % jnp.maximum(counts.sum(), 1)
+    index = jnp.where(counts | ~counts.any(), jnp.arange(size), order[turn])
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], examples)
+
+
+def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """sum(weight * values) / sum(weight) over examples, in float32 or wider; 0 if none counts.
+
+    Args:
+      values: (B, ...).
+      weight: (B,) float, at least 0, or bool; None is the plain mean.
+
+    Raises:
+      ValueError: If there is no example, or `weight` is not (B,).
+
+    Example:
+      >>> weighted_mean(jnp.array([1.0, 5.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])).item()
+      2.0
+    """
+    values = widen(values)
+    if not len(values):
+        raise ValueError(f"a mean must be over at least one example, got shape {values.shape}")
+    if weight is None:
+        return values.mean(0)
+    values = selected(values, weight)
+    weight = jnp.asarray(weight).astype(values.dtype)
+    total = weight.sum()
+    weighed = weight.reshape(-1, *(1 for _ in values.shape[1:])) * values
+    return weighed.sum(0) / jnp.where(total > 0, total, 1)
+
+
+def expectation(probabilities: jax.Array, values: jax.Array) -> jax.Array:
+    """sum(p * x) over the last axis; where p is 0 its part is 0, even if x is infinite.
+
+    Example:
+      >>> expectation(jnp.array([1.0, 0.0]), jnp.array([2.0, -jnp.inf])).item()
+      2.0
+    """
+    return jnp.sum(probabilities * jnp.where(probabilities == 0, 0, values), axis=-1)
+
+
+def top_class(logits: jax.Array) -> jax.Array:
+    """The class of the largest logit, int32; ties go to the lowest. -1, no class, if one is NaN.
+
+    Args:
+      logits: (..., N).
+
+    Example:
+      >>> top_class(jnp.array([[0.0, 2.0], [0.0, jnp.nan]])).tolist()
+      [1, -1]
+    """
+    bad = jnp.isnan(logits).any(-1)
+    return jnp.where(bad, -1, jnp.argmax(logits, -1).astype(jnp.int32))
+
+
+def check_labels(
+    name: str, labels: Any, num_classes: int, weight: jax.Array | None = None
+) -> jax.Array | np.ndarray:
+    """Returns `labels` if they are integers in [0, N); of traced ones only the dtype is known.
+
+    Args:
+      name: The argument's name, for the message.
+      labels: Integers, as they came: cast to int32, 2**32 + 1 would be 1.
+      num_classes: N.
+      weight: Of the labels; those that do not count may be anything.
+
+    Raises:
+      ValueError: If they are not integers, or one that counts lies outside.
+
+    Example:
+      >>> check_labels('labels', np.array([0, 2**32 + 1]), 10)
+      Traceback (most recent call last):
+      ...
+      ValueError: labels must be in [0, 10), got 4294967297 at index 1
+    """
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, got {labels.dtype}")
+    if isinstance(labels, jax.core.Tracer) or isinstance(weight, jax.core.Tracer):
+        return labels
+    known = np.asarray(labels)
+    outside = (known < 0) | (known >= num_classes)
+    if weight is not None:
+        outside &= np.asarray(weight).astype(bool)
+    if outside.any():
+        index = int(np.flatnonzero(outside)[0])
+        raise ValueError(
+            f"{name} must be in [0, {num_classes}), got {known.ravel()[index]} at index {index}"
+        )
+    return labels
+
+
+def one_hot(labels: jax.Array, num_classes: int, weight: jax.Array | None = None) -> jax.Array:
+    """float32 (B, N), 1 at each label; NaN along a traced label that is outside [0, N).
+
+    Args:
+      labels: (B,) integers.
+      num_classes: N.
+      weight: (B,); the label of an example that does not count may be anything.
+
+    Raises:
+      ValueError: As `check_labels`.
+
+    Example:
+      >>> one_hot(jnp.array([1, 0]), 2).tolist()
+      [[0.0, 1.0], [1.0, 0.0]]
+      >>> jax.jit(one_hot, static_argnums=1)(jnp.array([1, -1]), 2).tolist()
+      [[0.0, 1.0], [nan, nan]]
+    """
+    labels = selected(jnp.asarray(check_labels("labels", labels, num_classes, weight)), weight)
+    labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
+    inside = (labels >= 0) & (labels < num_classes)
+    return jnp.where(
+        inside[..., None], jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), jnp.nan
+    )
+
+
+def sized_batches(batches: Iterable[Tree]) -> Iterator[tuple[int, Tree]]:
+    """Yields each batch with its number of examples B: what a mean over batches is weighed by.
+
+    Args:
+      batches: Pytrees of arrays (B, ...), whose sizes B may differ.
+
+    Raises:
+      ValueError: If there is no batch, one is empty, or they differ in more than B.
+
+    Example:
+      >>> [size for size, _ in sized_batches([jnp.ones((8, 2)), jnp.ones((1, 2))])]
+      [8, 1]
+      >>> list(sized_batches([jnp.ones((8, 2)), jnp.ones((0, 2))]))
+      Traceback (most recent call last):
+      ...
+      ValueError: every batch must hold at least one example, got shapes [(0, 2)]
+    """
+    first = None
+    for batch in batches:
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+        sizes = {shape[:1] for shape in shapes}
+        if len(sizes) != 1 or sizes <= {(), (0,)}:
+            raise ValueError(f"every batch must hold at least one example, got shapes {shapes}")
+        rest = [shape[1:] for shape in shapes]
+        first = rest if first is None else first
+        if rest != first:
+            raise ValueError(f"every batch must have examples of shapes {first}, got {rest}")
+        yield shapes[0][0], batch
+    if first is None:
+        raise ValueError("batches must hold at least one batch, got none")
+
+
+def _counts(weight: Any, size: int) -> jax.Array:
+    """(B,) bool: whether an example counts. NaN does, so that it comes out."""
+    if np.shape(weight) != (size,):
+        raise ValueError(
+            f"weight must have shape {(size,)}, one for each example, got {np.shape(weight)}"
+        )
+    return jnp.asarray(weight).astype(bool)
