@@ -5,7 +5,6 @@ count alike. An example of weight 0 does not count, as padding does not: whateve
 included, reaches no result and no gradient. So it is selected away, never multiplied by 0.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -180,38 +179,6 @@ def one_hot(labels: jax.Array, num_classes: int, weight: jax.Array | None = None
     return jnp.where(
         inside[..., None], jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), jnp.nan
     )
-
-
-def sized_batches(batches: Iterable[Tree]) -> Iterator[tuple[int, Tree]]:
-    """Yields each batch with its number of examples B: what a mean over batches is weighed by.
-
-    Args:
-      batches: Pytrees of arrays (B, ...), whose sizes B may differ.
-
-    Raises:
-      ValueError: If there is no batch, one is empty, or they differ in more than B.
-
-    Example:
-      >>> [size for size, _ in sized_batches([jnp.ones((8, 2)), jnp.ones((1, 2))])]
-      [8, 1]
-      >>> list(sized_batches([jnp.ones((8, 2)), jnp.ones((0, 2))]))
-      Traceback (most recent call last):
-      ...
-      ValueError: every batch must hold at least one example, got shapes [(0, 2)]
-    """
-    first = None
-    for batch in batches:
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
-        sizes = {shape[:1] for shape in shapes}
-        if len(sizes) != 1 or sizes <= {(), (0,)}:
-            raise ValueError(f"every batch must hold at least one example, got shapes {shapes}")
-        rest = [shape[1:] for shape in shapes]
-        first = rest if first is None else first
-        if rest != first:
-            raise ValueError(f"every batch must have examples of shapes {first}, got {rest}")
-        yield shapes[0][0], batch
-    if first is None:
-        raise ValueError("batches must hold at least one batch, got none")
 
 
 def _counts(weight: Any, size: int) -> jax.Array:

@@ -49,8 +49,8 @@ def reestimate_batchnorm(
       `state`, with new statistics, which are summed in float32 whatever their dtype.
 
     Raises:
-      ValueError: If `state` holds no running statistics, there are no batches, one is empty or of
-        another H, W or C, or one update does not move the statistics (a model in evaluation mode).
+      ValueError: If `state` holds no running statistics, there are no batches, one is empty, or one
+        update does not move the statistics (a model in evaluation mode).
 
     Example:
       >>> def forward(params, state, x, key):
@@ -73,14 +73,15 @@ def reestimate_batchnorm(
         return jax.tree.map(core.widen, moved)
 
     total, rate, seen = None, None, 0
-    for count, (size, images) in enumerate(core.sized_batches(batches), 1):
+    for count, (images,) in enumerate(core.check_batches((batch,) for batch in batches), 1):
         batch_key = None if key is None else jax.random.fold_in(key, count)
-        seen += size
+        seen += len(images)
         moved = update(params, 0.0, images, batch_key)
         if rate is None:
             rate = _rate(moved, update(params, _PROBE, images, batch_key))
         batch = jax.tree.map(jnp.divide, moved, rate)
-        total = batch if total is None else _accumulate(total, batch, jnp.float32(size / seen))
+        share = jnp.float32(len(images) / seen)
+        total = batch if total is None else _accumulate(total, batch, share)
     return _replace(state, total)
 
 

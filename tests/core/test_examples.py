@@ -85,22 +85,6 @@ def test_a_traced_label_outside_is_nan():
     np.testing.assert_array_equal(got, [[1, 0], [NAN, NAN], [NAN, NAN]])
 
 
-def test_batches_come_with_their_sizes():
-    batches = [(jnp.zeros((3, 2)), jnp.zeros(3)), (jnp.zeros((1, 2)), jnp.zeros(1))]
-    assert [size for size, _ in core.sized_batches(batches)] == [3, 1]
-    for bad, message in [
-        ([], "batches must hold at least one batch, got none"),
-        (
-            [jnp.zeros((0, 2))],
-            r"every batch must hold at least one example, got shapes \[\(0, 2\)\]",
-        ),
-        ([(jnp.zeros(2), jnp.zeros(3))], r"at least one example, got shapes \[\(2,\), \(3,\)\]"),
-        ([jnp.zeros((2, 3)), jnp.zeros((2, 4))], r"examples of shapes \[\(3,\)\], got \[\(4,\)\]"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            list(core.sized_batches(bad))
-
-
 def test_bad_weights_and_empty_batches_are_named():
     with pytest.raises(ValueError, match=r"weight must have shape \(3,\), .* got \(2,\)"):
         core.weighted_mean(jnp.zeros(3), jnp.ones(2))

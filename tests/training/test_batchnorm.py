@@ -117,7 +117,7 @@ def test_errors_name_the_argument():
     batch = jnp.ones((2, 1, 1, 1))
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         training.reestimate_batchnorm(make_forward(model), params, state, [])
-    with pytest.raises(ValueError, match="every batch must hold at least one example"):
+    with pytest.raises(ValueError, match="every batch must hold an example, got none in batch 2"):
         training.reestimate_batchnorm(make_forward(model), params, state, [batch, batch[:0]])
     wide = jnp.ones((2, 1, 2, 1))
     with pytest.raises(
