@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.extend import core as jex
 
-from hybrid_jax.core import derivatives, interpreter
+from hybrid_jax.core import interpreter, versions
 from hybrid_jax.core.labels import (
     TANGENT,
     Labels,
@@ -83,7 +83,7 @@ class Analysis:
         if path in self.contractions:  # The body of a scan may be walked twice.
             return
         self.contractions[path] = eqn, calls
-        if not derivatives.in_derivative(path):
+        if not interpreter.in_derivative(path):
             self.macs += calls * count_macs(eqn, values, result)
         operand = kernel_operand(eqn, values)
         if operand is None:
@@ -102,12 +102,12 @@ class Analysis:
             return self._loop(eqn, inner, values, path, calls)
         if name == "cond":
             return self._branches(inner, values, path, calls)
-        if name.startswith("custom_"):
+        if name in versions.CUSTOM:
             return self._custom(eqn, inner, values, path, calls)
         return self.walk(inner["body"], values, (*path, "body"), calls)
 
     def _scan(self, eqn, closed, values, path, calls):
-        consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carried = versions.scan_counts(eqn.params)
         xs = []
         for value in values[consts + carried :]:
             self.labels.freeze(value.labels[0], "is the axis that a scan runs over")
@@ -176,19 +176,19 @@ class Analysis:
         if "jvp" in inner:
             tangents = [Value(v.labels, tuple(0.0 for _ in v.rest), TANGENT) for v in primals]
             both = self.walk(inner["jvp"], [*primals, *tangents], (*path, "jvp"), calls)
-            zeros = derivatives.jvp_jaxpr(eqn.params)[1]
+            zeros = versions.jvp_jaxpr(eqn.params)[1]
             self._tie_all(outs, both[: len(outs)])
             given = [out for out, zero in zip(outs, zeros, strict=True) if not zero]
             self._tie_all(given, both[len(outs) :])
         if "fwd" in inner:
             found = self.walk(inner["fwd"], primals, (*path, "fwd"), calls)
-            residuals, again = derivatives.split_residuals(eqn.params, found, primals)
+            residuals, again = versions.split_residuals(eqn.params, found, primals)
             self._tie_all(outs, again)
             cotangents = [Value(v.labels, (None,) * len(v.rest), TANGENT) for v in outs]
-            shapes = derivatives.split_residuals(
+            shapes = versions.split_residuals(
                 eqn.params, inner["fwd"].out_avals, eqn.params["call_jaxpr"].in_avals
             )[0]
-            bwd = derivatives.bwd_jaxpr(eqn.params, shapes)
+            bwd = versions.bwd_jaxpr(eqn.params, shapes)
             back = self.walk(bwd, [*residuals, *cotangents], (*path, "bwd"), calls)
             self._tie_all(primals, back)
         self._names = after

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from hybrid_jax import core
+from hybrid_jax.core import interpreter, versions
 
 # Equations that read an input after they began to write the output cannot run in place.
 _MOVING = ("conv_general_dilated", "dot_general", "reduce_window", "concatenate", "transpose")
@@ -173,13 +174,12 @@ def _bodies(eqn, values, measure) -> Iterator[tuple[str, jex.Jaxpr, list[Activat
     elif name == "while":
         found = [("body", params["body_jaxpr"], values[params["cond_nconsts"] :])]
     else:
-        found = [("body", params.get("jaxpr", params.get("call_jaxpr")), values)]
+        own = name in interpreter.REBUILD
+        found = [("body", versions.body(eqn), values)] if own else []
     for name, body, values in found:
-        if body is not None:
-            jaxpr = getattr(body, "jaxpr", body)
-            arguments = []
-            for atom, value in zip(jaxpr.invars, values, strict=True):
-                # A scan hands on a slice of what it runs over: the last axes.
-                axes = value.axes[len(value.axes) - atom.aval.ndim :] if value else ()
-                arguments.append(Activation(measure(axes), axes) if value else None)
-            yield name, jaxpr, arguments
+        arguments = []
+        for atom, value in zip(body.jaxpr.invars, values, strict=True):
+            # A scan hands on a slice of what it runs over: the last axes.
+            axes = value.axes[len(value.axes) - atom.aval.ndim :] if value else ()
+            arguments.append(Activation(measure(axes), axes) if value else None)
+        yield name, body.jaxpr, arguments

@@ -1,8 +1,7 @@
-"""The rules of custom derivatives, as jaxprs.
+"""What depends on the version of jax: the primitives that hold jaxprs, and what has no public name.
 
-JAX gives no public access to the rule of a `custom_jvp` or `custom_vjp` that has been traced: what
-is read here are the parameters of the equations `custom_jvp_call` and `custom_vjp_call`, and no
-other file knows of them.
+jax promises neither their names nor their parameters. Tested are 0.10, 0.11 and 0.12; no other file
+reads what may change between them.
 """
 
 from collections.abc import Sequence
@@ -11,22 +10,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
+from jax.interpreters import partial_eval
 
-# The jaxprs that hold a custom derivative. A rule may call its own function, and so without end:
-# a custom function nested deeper than this stands for its primal computation, so that derivatives
-# up to this order are those of the rules.
-DERIVATIVES = ("jvp", "fwd", "bwd")
-ORDER = 2
+_SINCE_11 = jax.__version_info__ >= (0, 11)
+
+CALLS = ("jit", "closed_call", "eval_jaxpr")
+"""Primitives that run a jaxpr once, on all that they take."""
+REMAT = ("remat2",)
+"""Those that may run it again for the gradient."""
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+"""Those that hold derivative rules beside it."""
 
 
-def in_derivative(path: tuple[int | str, ...]) -> bool:
-    """Whether `path` lies in the rule of a custom derivative."""
-    return any(step in DERIVATIVES for step in path)
+def body(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """The jaxpr that a call, a remat, a custom function or a scan runs."""
+    found = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    return found if isinstance(found, jex.ClosedJaxpr) else jex.ClosedJaxpr(found, ())
 
 
-def is_spent(path: tuple[int | str, ...]) -> bool:
-    """Whether a custom function at `path` stands for its primal computation."""
-    return sum(step in DERIVATIVES for step in path) >= ORDER
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carried values a scan takes, before what it runs over."""
+    if not _SINCE_11:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def live(closed: jex.ClosedJaxpr, keep: bool = False) -> tuple[jex.ClosedJaxpr, list[bool]]:
+    """The jaxpr without what its outputs do not need, and which of its arguments it still takes.
+
+    It takes all of them with `keep`.
+    """
+    wanted = [True] * len(closed.out_avals)
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, wanted, instantiate=keep)
+    return jex.ClosedJaxpr(jaxpr, closed.consts), list(used)
 
 
 def jvp_jaxpr(params: dict[str, Any]) -> tuple[jex.ClosedJaxpr, list[bool]]:
@@ -49,6 +66,8 @@ def bwd_jaxpr(params: dict[str, Any], residuals: Sequence[Any]) -> jex.ClosedJax
 
     def bwd(*args):
         outs = params["bwd"].call_wrapped(*args)
+        if _SINCE_11:
+            outs, _ = outs  # and what the rule logs
         return [
             jnp.zeros(aval.to_ct_aval().shape, aval.to_ct_aval().dtype)
             if type(out).__name__ == "Zero"
