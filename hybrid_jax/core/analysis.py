@@ -11,6 +11,7 @@ from hybrid_jax.core import interpreter, versions
 from hybrid_jax.core.labels import (
     TANGENT,
     Labels,
+    Origin,
     Value,
     barrier,
     common,
@@ -118,7 +119,9 @@ class Analysis:
             args = [*values[:consts], *carry, *xs]
             return self.walk(closed, args, (*path, "body"), calls * length)
 
-        carry, outs = self._settle(values[consts : consts + carried], values, body)
+        end = consts + carried
+        origins = _origins_of_carry(closed, values[:consts], values[consts:end], values[end:])
+        carry, outs = self._settle(values[consts:end], origins, body)
         stacked = [
             Value((np.zeros(length, np.int32), *v.labels), (None, *v.rest), v.origin)
             for v in outs[carried:]
@@ -133,12 +136,20 @@ class Analysis:
             args = [*values[conds : conds + bodies], *carry]
             return self.walk(inner["body"], args, (*path, "body"), calls)
 
-        return self._settle(values[conds + bodies :], values, body)[0]
+        first = values[conds + bodies :]
+        origins = _origins_of_carry(inner["body"], values[conds : conds + bodies], first)
+        known = [_from(origin) for origin in origins]
+        # How often it runs is what its condition says.
+        (rounds,) = _origins(inner["cond"].jaxpr, [*values[:conds], *known])
+        origins = [join_origins([value, _from(rounds)]) for value in known]
+        return self._settle(first, origins, body)[0]
 
-    def _settle(self, carry, values, body):
+    def _settle(self, carry, origins, body):
         """Walks the body of a loop until what is known of its carry holds after every round."""
-        origin = join_origins(values)
-        carry = [dataclasses.replace(v, constant=None, origin=origin) for v in carry]
+        carry = [
+            dataclasses.replace(v, constant=None, origin=origin)
+            for v, origin in zip(carry, origins, strict=True)
+        ]
         while True:
             outs = body(carry)
             settled = [self._merge([a, b]) for a, b in zip(carry, outs, strict=False)]
@@ -201,3 +212,25 @@ class Analysis:
 
 def _from(origin) -> Value:
     return Value((), (), origin)
+
+
+def _origins(jaxpr, args) -> list[Origin]:
+    """Where each output of a jaxpr is from: an equation's are from all that it takes."""
+    env = dict(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        taken = [env[v] for v in eqn.invars if not isinstance(v, jex.Literal) and v in env]
+        env |= dict.fromkeys(eqn.outvars, _from(join_origins(taken)))
+    known = [None if isinstance(v, jex.Literal) else env.get(v) for v in jaxpr.outvars]
+    return [value.origin if value else frozenset() for value in known]
+
+
+def _origins_of_carry(closed, consts, carry, xs=()) -> list[Origin]:
+    """Where each value that a loop carries is from, after any number of rounds."""
+    origins = [value.origin for value in carry]
+    while True:
+        known = [_from(origin) for origin in origins]
+        outs = _origins(closed.jaxpr, [*consts, *known, *xs])
+        after = [join_origins([a, _from(b)]) for a, b in zip(known, outs, strict=False)]
+        if after == origins:
+            return origins
+        origins = after

@@ -138,10 +138,10 @@ def test_a_kernel_used_twice_is_two_sites():
 
 def test_products_without_a_kernel_count_but_are_no_sites():
     graph = core.trace(lambda p, x: (x @ x.T) @ (p["w"] @ p["w"])[:3], {"w": W}, X)
-    # The last product has a kernel made of parameters alone; x x^T is 3*4*3/3 = 12 an example,
-    # the product of the parameters 64/3, and the site 3*3*4/3 = 12: (36 + 64 + 36) // 3.
+    # The last product has a kernel made of parameters alone, which costs an example nothing;
+    # x x^T is 3*4*3/3 = 12 an example, and the site 3*3*4/3 = 12.
     assert [site.macs for site in graph.sites] == [12]
-    assert graph.macs == (36 + 64 + 36) // 3
+    assert graph.macs == 12 + 12
 
 
 def test_a_site_says_how_it_lies():
