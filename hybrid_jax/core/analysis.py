@@ -129,7 +129,7 @@ class Analysis:
         return [*carry, *stacked]
 
     def _loop(self, eqn, inner, values, path, calls):
-        conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        conds, bodies = versions.while_counts(eqn.params)
 
         def body(carry):
             self.walk(inner["cond"], [*values[:conds], *carry], (*path, "cond"), calls)
@@ -182,7 +182,7 @@ class Analysis:
     def _custom(self, eqn, inner, values, path, calls):
         names = self._names.copy()
         outs = self.walk(inner["body"], values, (*path, "body"), calls)
-        primals = values[eqn.params["num_consts"] :]
+        primals = values[versions.custom_consts(eqn.params) :]
         after, self._names = self._names, names
         if "jvp" in inner:
             tangents = [Value(v.labels, tuple(0.0 for _ in v.rest), TANGENT) for v in primals]
@@ -196,10 +196,7 @@ class Analysis:
             residuals, again = versions.split_residuals(eqn.params, found, primals)
             self._tie_all(outs, again)
             cotangents = [Value(v.labels, (None,) * len(v.rest), TANGENT) for v in outs]
-            shapes = versions.split_residuals(
-                eqn.params, inner["fwd"].out_avals, eqn.params["call_jaxpr"].in_avals
-            )[0]
-            bwd = versions.bwd_jaxpr(eqn.params, shapes)
+            bwd = versions.bwd_jaxpr(eqn.params)
             back = self.walk(bwd, [*residuals, *cotangents], (*path, "bwd"), calls)
             self._tie_all(primals, back)
         self._names = after

@@ -101,18 +101,11 @@ def bind(eqn: jex.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
 
 def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
     """The jaxprs that interpreting `eqn` runs, by name; {} for an equation without any."""
-    params, name = eqn.params, eqn.primitive.name
-    if name == "while":
-        return {"cond": params["cond_jaxpr"], "body": params["body_jaxpr"]}
-    if name == "cond":
-        return {str(i): branch for i, branch in enumerate(params["branches"])}
-    if name not in REBUILD:
-        return {}
-    found = {"body": versions.body(eqn)}
+    name, found = eqn.primitive.name, versions.jaxprs(eqn)
     if name == "custom_jvp_call" and not is_spent(path):
-        found["jvp"] = versions.jvp_jaxpr(params)[0]
+        found["jvp"] = versions.jvp_jaxpr(eqn.params)[0]
     if name == "custom_vjp_call" and not is_spent(path):
-        found["fwd"] = versions.fwd_jaxpr(params)
+        found["fwd"] = versions.fwd_jaxpr(eqn.params)
     return found
 
 
@@ -150,9 +143,8 @@ def _scan(eqn, values, inner, _):
 
 
 def _while(eqn, values, inner, _):
-    params = eqn.params
-    conds, bodies = params["cond_nconsts"], params["body_nconsts"]
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+    conds, bodies = versions.while_counts(eqn.params)
+    cond, body = versions.jaxprs(eqn).values()
     cond_consts, body_consts = values[:conds], values[conds : conds + bodies]
     outs = lax.while_loop(
         lambda carry: inner("cond", cond.jaxpr, cond.consts, [*cond_consts, *carry])[0][0],
@@ -165,8 +157,8 @@ def _while(eqn, values, inner, _):
 def _cond(eqn, values, inner, _):
     index, *operands = values
     branches = [
-        lambda *args, name=str(i), branch=branch: inner(name, branch.jaxpr, branch.consts, args)
-        for i, branch in enumerate(eqn.params["branches"])
+        lambda *args, name=name, branch=branch: inner(name, branch.jaxpr, branch.consts, args)
+        for name, branch in versions.jaxprs(eqn).items()
     ]
     shapes = {}
     for branch in branches:
@@ -184,7 +176,7 @@ def _cond(eqn, values, inner, _):
 
 
 def _custom_jvp(eqn, values, inner, spent):
-    params, count = eqn.params, eqn.params["num_consts"]
+    params, count = eqn.params, versions.custom_consts(eqn.params)
     if spent:
         return _call(eqn, values, inner)
 
@@ -208,7 +200,7 @@ def _custom_jvp(eqn, values, inner, spent):
 
 
 def _custom_vjp(eqn, values, inner, spent):
-    params, count = eqn.params, eqn.params["num_consts"]
+    params, count = eqn.params, versions.custom_consts(eqn.params)
     if spent:
         return _call(eqn, values, inner)
 
@@ -223,10 +215,7 @@ def _custom_vjp(eqn, values, inner, spent):
         return (outs, records), residuals
 
     def backward(residuals, cotangents):
-        full, _ = versions.split_residuals(
-            params, versions.fwd_jaxpr(params).out_avals, params["call_jaxpr"].in_avals
-        )
-        jaxpr = versions.bwd_jaxpr(params, full)
+        jaxpr = versions.bwd_jaxpr(params)
         return tuple(inner("bwd", jaxpr.jaxpr, jaxpr.consts, [*residuals, *cotangents[0]])[0])
 
     call.defvjp(forward, backward)

@@ -140,7 +140,7 @@ def find_joins(
     def step(eqn, values, here):
         name = eqn.primitive.name
         inner = {} if name in versions.CUSTOM else interpreter.subjaxprs(eqn, here)
-        if name not in ("cond", "while", "scan") and inner:
+        if name not in versions.CONTROL and inner:
             return walk(inner["body"].jaxpr, values, (*here, "body"))
         last = max((value.last for value in values), default=-1)
         if name in ("while", "scan"):

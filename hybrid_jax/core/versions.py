@@ -20,6 +20,18 @@ REMAT = ("remat2",)
 """Those that may run it again for the gradient."""
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Those that hold derivative rules beside it."""
+CONTROL = ("scan", "while", "cond")
+"""Those that run theirs many times, or one of several."""
+
+
+def jaxprs(eqn: jex.JaxprEqn) -> dict[str, jex.ClosedJaxpr]:
+    """The jaxprs that an equation runs, by name, derivative rules aside; {} if it has none."""
+    params, name = eqn.params, eqn.primitive.name
+    if name == "while":
+        return {"cond": params["cond_jaxpr"], "body": params["body_jaxpr"]}
+    if name == "cond":
+        return {str(i): branch for i, branch in enumerate(params["branches"])}
+    return {"body": body(eqn)} if name in (*CALLS, *REMAT, *CUSTOM, "scan") else {}
 
 
 def body(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
@@ -36,6 +48,16 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def while_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants the condition and the body of a while take, before what it carries."""
+    return params["cond_nconsts"], params["body_nconsts"]
+
+
+def custom_consts(params: dict[str, Any]) -> int:
+    """How many constants a custom function takes, before its primals."""
+    return params["num_consts"]
+
+
 def live(closed: jex.ClosedJaxpr, keep: bool = False) -> tuple[jex.ClosedJaxpr, list[bool]]:
     """The jaxpr without what its outputs do not need, and which of its arguments it still takes.
 
@@ -48,20 +70,20 @@ def live(closed: jex.ClosedJaxpr, keep: bool = False) -> tuple[jex.ClosedJaxpr, 
 
 def jvp_jaxpr(params: dict[str, Any]) -> tuple[jex.ClosedJaxpr, list[bool]]:
     """A custom JVP rule as (primals, tangents) -> (primals, non-zero tangents), which are zero."""
-    tangents = len(params["call_jaxpr"].in_avals) - params["num_consts"]
-    jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*[False] * tangents)
+    jaxpr, consts, zeros = params["jvp_jaxpr_fun"].call_wrapped(*[False for _ in _primals(params)])
     return jex.ClosedJaxpr(jaxpr, consts), list(zeros)
 
 
 def fwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
     """A custom VJP's forward rule: primals -> (residuals that are no inputs, outputs)."""
-    primals = len(params["call_jaxpr"].in_avals) - params["num_consts"]
-    return jex.ClosedJaxpr(*params["fwd_jaxpr_thunk"].call_wrapped(*[True] * primals))
+    found = params["fwd_jaxpr_thunk"].call_wrapped(*[True for _ in _primals(params)])
+    return jex.ClosedJaxpr(*found)
 
 
-def bwd_jaxpr(params: dict[str, Any], residuals: Sequence[Any]) -> jex.ClosedJaxpr:
+def bwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
     """A custom VJP's backward rule: (residuals, cotangents) -> a cotangent for each primal."""
-    inputs = params["call_jaxpr"].in_avals[params["num_consts"] :]
+    inputs = _primals(params)
+    residuals, _ = split_residuals(params, fwd_jaxpr(params).out_avals, inputs)
     cotangents = [aval.to_ct_aval() for aval in params["call_jaxpr"].out_avals]
 
     def bwd(*args):
@@ -86,3 +108,7 @@ def split_residuals(params: dict[str, Any], outs: list[Any], primals: Sequence[A
     fresh = iter(outs[:count])
     residuals = [next(fresh) if index is None else primals[index] for index in forwarded]
     return residuals, outs[count:]
+
+
+def _primals(params):
+    return params["call_jaxpr"].in_avals[custom_consts(params) :]
