@@ -193,7 +193,7 @@ class Analysis:
             self._tie_all(given, both[len(outs) :])
         if "fwd" in inner:
             found = self.walk(inner["fwd"], primals, (*path, "fwd"), calls)
-            residuals, again = versions.split_residuals(eqn.params, found, primals)
+            residuals, again = versions.split_residuals(eqn.params, found, values)
             self._tie_all(outs, again)
             cotangents = [Value(v.labels, (None,) * len(v.rest), TANGENT) for v in outs]
             bwd = versions.bwd_jaxpr(eqn.params)

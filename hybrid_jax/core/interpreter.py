@@ -211,7 +211,8 @@ def _custom_vjp(eqn, values, inner, spent):
     def forward(*primals):
         jaxpr = versions.fwd_jaxpr(params)
         outs, records = inner("fwd", jaxpr.jaxpr, jaxpr.consts, primals)
-        residuals, outs = versions.split_residuals(params, outs, primals)
+        taken = [*values[:count], *primals]
+        residuals, outs = versions.split_residuals(params, outs, taken)
         return (outs, records), residuals
 
     def backward(residuals, cotangents):

@@ -83,7 +83,8 @@ def fwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
 def bwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
     """A custom VJP's backward rule: (residuals, cotangents) -> a cotangent for each primal."""
     inputs = _primals(params)
-    residuals, _ = split_residuals(params, fwd_jaxpr(params).out_avals, inputs)
+    avals = fwd_jaxpr(params).out_avals, params["call_jaxpr"].in_avals
+    residuals, _ = split_residuals(params, *avals)
     cotangents = [aval.to_ct_aval() for aval in params["call_jaxpr"].out_avals]
 
     def bwd(*args):
@@ -101,12 +102,15 @@ def bwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
     return jax.make_jaxpr(bwd)(*shapes)
 
 
-def split_residuals(params: dict[str, Any], outs: list[Any], primals: Sequence[Any]) -> tuple:
-    """Splits what `fwd_jaxpr` returns: all residuals (with those that are inputs), and outputs."""
+def split_residuals(params: dict[str, Any], outs: list[Any], values: Sequence[Any]) -> tuple:
+    """Splits what `fwd_jaxpr` returns: all residuals (with those that are inputs), and outputs.
+
+    `values` are all that the equation takes, its constants first.
+    """
     _, tree, forwarded = params["out_trees"]()
     count = tree.num_leaves - sum(index is not None for index in forwarded)
     fresh = iter(outs[:count])
-    residuals = [next(fresh) if index is None else primals[index] for index in forwarded]
+    residuals = [next(fresh) if index is None else values[index] for index in forwarded]
     return residuals, outs[count:]
 
 

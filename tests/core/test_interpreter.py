@@ -33,6 +33,21 @@ def _(primals, tangents):
     return tripled(w, x), 3 * (dx @ w) + 3 * (x @ dw)
 
 
+COLUMNS = jnp.ones((1, W.shape[1]))
+
+
+@jax.custom_vjp
+def with_a_constant(w, x):
+    return x @ w + COLUMNS
+
+
+def with_a_constant_forward(w, x):
+    return x @ w + COLUMNS, (w, x)  # inputs, kept as they are
+
+
+with_a_constant.defvjp(with_a_constant_forward, lambda res, dy: (res[1].T @ dy, dy @ res[0].T))
+
+
 def looped(w, x):
     def body(carry):
         i, y = carry
@@ -52,6 +67,7 @@ NESTINGS = {
     "while": looped,
     "custom_jvp": tripled,
     "custom_vjp": straight_through,
+    "custom_vjp with a constant": with_a_constant,
     "cast": lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
     "vmap": lambda w, x: jax.vmap(lambda row: w.T @ row)(x),
 }
