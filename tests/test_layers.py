@@ -44,3 +44,11 @@ def test_a_folder_imports_only_from_those_above(folder):
     for file in (ROOT / folder).rglob("*.py"):
         wrong = imported(file) - above - {folder}
         assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
+def test_one_file_reads_what_depends_on_the_version_of_jax():
+    # Modules that jax does not document, and parameters of equations that hold jaxprs.
+    private = ("jax._src", "jax.interpreters", "_nconsts", "num_consts", "num_carry", "call_jaxpr")
+    for file in ROOT.rglob("*.py"):
+        read = [word for word in private if word in file.read_text()]
+        assert not read or file.name == "versions.py", f"{file.relative_to(ROOT)} reads {read}"

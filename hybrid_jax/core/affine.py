@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from hybrid_jax.core import interpreter
+from hybrid_jax.core import interpreter, versions
 from hybrid_jax.core.elementwise import ELEMENTWISE
 from hybrid_jax.core.graph import Graph
 from hybrid_jax.core.joins import Join
@@ -16,8 +16,6 @@ from hybrid_jax.core.joins import Join
 Chains = Mapping[interpreter.Path, tuple[interpreter.Path, ...]]
 """{path of a site's equation: paths of the affine equations that follow it, in order}."""
 
-REMAT = ("remat", "remat2", "checkpoint")
-CALLS = ("jit", "pjit", "closed_call", "core_call")
 SAME = ("convert_element_type", "copy", "stop_gradient", "reduce_precision")
 
 
@@ -160,8 +158,8 @@ def _levels(graph):
         level = _Level(graph, jaxpr, path)
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*path, index)
-            if eqn.primitive.name in (*REMAT, *CALLS):
-                yield from walk(interpreter.subjaxprs(eqn, here)["body"].jaxpr, (*here, "body"))
+            if eqn.primitive.name in (*versions.CALLS, *versions.REMAT):
+                yield from walk(versions.body(eqn).jaxpr, (*here, "body"))
             yield here, eqn, level
 
     return walk(graph.jaxpr.jaxpr, ())

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.extend import core as jex
 
-from hybrid_jax.core import derivatives, interpreter
+from hybrid_jax.core import interpreter, versions
 from hybrid_jax.core.labels import (
     TANGENT,
     Labels,
+    Origin,
     Value,
     barrier,
     common,
@@ -83,7 +84,7 @@ class Analysis:
         if path in self.contractions:  # The body of a scan may be walked twice.
             return
         self.contractions[path] = eqn, calls
-        if not derivatives.in_derivative(path):
+        if not interpreter.in_derivative(path):
             self.macs += calls * count_macs(eqn, values, result)
         operand = kernel_operand(eqn, values)
         if operand is None:
@@ -102,12 +103,12 @@ class Analysis:
             return self._loop(eqn, inner, values, path, calls)
         if name == "cond":
             return self._branches(inner, values, path, calls)
-        if name.startswith("custom_"):
+        if name in versions.CUSTOM:
             return self._custom(eqn, inner, values, path, calls)
         return self.walk(inner["body"], values, (*path, "body"), calls)
 
     def _scan(self, eqn, closed, values, path, calls):
-        consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carried = versions.scan_counts(eqn.params)
         xs = []
         for value in values[consts + carried :]:
             self.labels.freeze(value.labels[0], "is the axis that a scan runs over")
@@ -118,7 +119,9 @@ class Analysis:
             args = [*values[:consts], *carry, *xs]
             return self.walk(closed, args, (*path, "body"), calls * length)
 
-        carry, outs = self._settle(values[consts : consts + carried], values, body)
+        end = consts + carried
+        origins = _origins_of_carry(closed, values[:consts], values[consts:end], values[end:])
+        carry, outs = self._settle(values[consts:end], origins, body)
         stacked = [
             Value((np.zeros(length, np.int32), *v.labels), (None, *v.rest), v.origin)
             for v in outs[carried:]
@@ -126,19 +129,27 @@ class Analysis:
         return [*carry, *stacked]
 
     def _loop(self, eqn, inner, values, path, calls):
-        conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        conds, bodies = versions.while_counts(eqn.params)
 
         def body(carry):
             self.walk(inner["cond"], [*values[:conds], *carry], (*path, "cond"), calls)
             args = [*values[conds : conds + bodies], *carry]
             return self.walk(inner["body"], args, (*path, "body"), calls)
 
-        return self._settle(values[conds + bodies :], values, body)[0]
+        first = values[conds + bodies :]
+        origins = _origins_of_carry(inner["body"], values[conds : conds + bodies], first)
+        known = [_from(origin) for origin in origins]
+        # How often it runs is what its condition says.
+        (rounds,) = _origins(inner["cond"].jaxpr, [*values[:conds], *known])
+        origins = [join_origins([value, _from(rounds)]) for value in known]
+        return self._settle(first, origins, body)[0]
 
-    def _settle(self, carry, values, body):
+    def _settle(self, carry, origins, body):
         """Walks the body of a loop until what is known of its carry holds after every round."""
-        origin = join_origins(values)
-        carry = [dataclasses.replace(v, constant=None, origin=origin) for v in carry]
+        carry = [
+            dataclasses.replace(v, constant=None, origin=origin)
+            for v, origin in zip(carry, origins, strict=True)
+        ]
         while True:
             outs = body(carry)
             settled = [self._merge([a, b]) for a, b in zip(carry, outs, strict=False)]
@@ -171,24 +182,21 @@ class Analysis:
     def _custom(self, eqn, inner, values, path, calls):
         names = self._names.copy()
         outs = self.walk(inner["body"], values, (*path, "body"), calls)
-        primals = values[eqn.params["num_consts"] :]
+        primals = values[versions.custom_consts(eqn.params) :]
         after, self._names = self._names, names
         if "jvp" in inner:
             tangents = [Value(v.labels, tuple(0.0 for _ in v.rest), TANGENT) for v in primals]
             both = self.walk(inner["jvp"], [*primals, *tangents], (*path, "jvp"), calls)
-            zeros = derivatives.jvp_jaxpr(eqn.params)[1]
+            zeros = versions.jvp_jaxpr(eqn.params)[1]
             self._tie_all(outs, both[: len(outs)])
             given = [out for out, zero in zip(outs, zeros, strict=True) if not zero]
             self._tie_all(given, both[len(outs) :])
         if "fwd" in inner:
             found = self.walk(inner["fwd"], primals, (*path, "fwd"), calls)
-            residuals, again = derivatives.split_residuals(eqn.params, found, primals)
+            residuals, again = versions.split_residuals(eqn.params, found, values)
             self._tie_all(outs, again)
             cotangents = [Value(v.labels, (None,) * len(v.rest), TANGENT) for v in outs]
-            shapes = derivatives.split_residuals(
-                eqn.params, inner["fwd"].out_avals, eqn.params["call_jaxpr"].in_avals
-            )[0]
-            bwd = derivatives.bwd_jaxpr(eqn.params, shapes)
+            bwd = versions.bwd_jaxpr(eqn.params)
             back = self.walk(bwd, [*residuals, *cotangents], (*path, "bwd"), calls)
             self._tie_all(primals, back)
         self._names = after
@@ -201,3 +209,25 @@ class Analysis:
 
 def _from(origin) -> Value:
     return Value((), (), origin)
+
+
+def _origins(jaxpr, args) -> list[Origin]:
+    """Where each output of a jaxpr is from: an equation's are from all that it takes."""
+    env = dict(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        taken = [env[v] for v in eqn.invars if not isinstance(v, jex.Literal) and v in env]
+        env |= dict.fromkeys(eqn.outvars, _from(join_origins(taken)))
+    known = [None if isinstance(v, jex.Literal) else env.get(v) for v in jaxpr.outvars]
+    return [value.origin if value else frozenset() for value in known]
+
+
+def _origins_of_carry(closed, consts, carry, xs=()) -> list[Origin]:
+    """Where each value that a loop carries is from, after any number of rounds."""
+    origins = [value.origin for value in carry]
+    while True:
+        known = [_from(origin) for origin in origins]
+        outs = _origins(closed.jaxpr, [*consts, *known, *xs])
+        after = [join_origins([a, _from(b)]) for a, b in zip(known, outs, strict=False)]
+        if after == origins:
+            return origins
+        origins = after

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
-from jax.interpreters import partial_eval
 
-from hybrid_jax.core import interpreter, paths
-from hybrid_jax.core.affine import CALLS, REMAT, Affine, Chains, affine_chains
+from hybrid_jax.core import interpreter, paths, versions
+from hybrid_jax.core.affine import Affine, Chains, affine_chains
 from hybrid_jax.core.graph import Graph, abstract, memoize_trace
 from hybrid_jax.core.sites import Site
 
@@ -171,10 +170,9 @@ def _inlined(fn: Callable[..., Any]) -> Callable[..., Any]:
         def level(jaxpr, path):
             for index, eqn in enumerate(jaxpr.eqns):
                 here = (*path, index)
-                if eqn.primitive.name in (*CALLS, *REMAT):
+                if eqn.primitive.name in (*versions.CALLS, *versions.REMAT):
                     active.add(here)
-                    (inner,) = interpreter.subjaxprs(eqn, here).values()
-                    level(inner.jaxpr, (*here, "body"))
+                    level(versions.body(eqn).jaxpr, (*here, "body"))
 
         level(closed.jaxpr, ())
         outs, _ = interpreter.evaluate(
@@ -201,12 +199,12 @@ def _live(f: Callable[..., Any], *types: Any) -> tuple[Callable[..., Any], Any, 
       arguments are needed.
     """
     closed, out = jax.make_jaxpr(f, return_shape=True)(*types)
-    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, closed.consts))
+    needed, used = versions.live(closed)
+    run = jex.jaxpr_as_fun(needed)
 
     def call(*args):
         leaves = jax.tree.leaves(args, is_leaf=lambda leaf: leaf is None)
-        needed = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
-        return jax.tree.unflatten(jax.tree.structure(out), run(*needed))
+        taken = [leaf for leaf, use in zip(leaves, used, strict=True) if use]
+        return jax.tree.unflatten(jax.tree.structure(out), run(*taken))
 
     return call, out, used

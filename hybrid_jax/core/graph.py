@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from hybrid_jax.core import checks, derivatives, interpreter, paths
+from hybrid_jax.core import checks, interpreter, paths
 from hybrid_jax.core.analysis import Analysis
 from hybrid_jax.core.channels import Group, group_channels
 from hybrid_jax.core.joins import Join, Joins, find_joins
@@ -173,7 +173,7 @@ def from_analysis(
         out_tree,
         parameters,
         batch,
-        tuple(site for path, site in scaled.items() if not derivatives.in_derivative(path)),
+        tuple(site for path, site in scaled.items() if not interpreter.in_derivative(path)),
         analysis.macs // max(batch, 1),
         tuple(arguments),
         tuple(outputs),

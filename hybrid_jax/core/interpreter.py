@@ -13,10 +13,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-from hybrid_jax.core import derivatives
+from hybrid_jax.core import versions
 
 Path = tuple[int | str, ...]
 Rule = Callable[[Path, jex.JaxprEqn, list[Any]], tuple[list[Any], dict[str, Any]]]
+
+# The jaxprs that hold a custom derivative. A rule may call its own function, and so without end:
+# a custom function nested deeper than this stands for its primal computation, so that derivatives
+# up to this order are those of the rules.
+DERIVATIVES = ("jvp", "fwd", "bwd")
+ORDER = 2
+
+
+def in_derivative(path: Path) -> bool:
+    """Whether `path` lies in the rule of a custom derivative."""
+    return any(step in DERIVATIVES for step in path)
+
+
+def is_spent(path: Path) -> bool:
+    """Whether a custom function at `path` stands for its primal computation."""
+    return sum(step in DERIVATIVES for step in path) >= ORDER
 
 
 def evaluate(
@@ -69,7 +85,7 @@ def evaluate(
             if rebuild is None:
                 outs, found = rule(here, eqn, values)
             else:
-                outs, found = rebuild(eqn.params, values, inner, derivatives.is_spent(here))
+                outs, found = rebuild(eqn, values, inner, is_spent(here))
             records |= found
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], records
@@ -85,64 +101,40 @@ def bind(eqn: jex.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
 
 def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
     """The jaxprs that interpreting `eqn` runs, by name; {} for an equation without any."""
-    params, name = eqn.params, eqn.primitive.name
-    if name in ("jit", "pjit", "scan"):
-        return {"body": params["jaxpr"]}
-    if name in ("remat2", "checkpoint", "remat"):
-        return {"body": jex.ClosedJaxpr(params["jaxpr"], ())}
-    if name in ("closed_call", "core_call"):
-        return {"body": _close(params["call_jaxpr"])}
-    if name == "while":
-        return {"cond": params["cond_jaxpr"], "body": params["body_jaxpr"]}
-    if name == "cond":
-        return {str(i): branch for i, branch in enumerate(params["branches"])}
-    if name == "custom_jvp_call":
-        found = {"body": params["call_jaxpr"]}
-        return (
-            found
-            if derivatives.is_spent(path)
-            else found | {"jvp": derivatives.jvp_jaxpr(params)[0]}
-        )
-    if name == "custom_vjp_call":
-        found = {"body": params["call_jaxpr"]}
-        return (
-            found if derivatives.is_spent(path) else found | {"fwd": derivatives.fwd_jaxpr(params)}
-        )
-    return {}
+    name, found = eqn.primitive.name, versions.jaxprs(eqn)
+    if name == "custom_jvp_call" and not is_spent(path):
+        found["jvp"] = versions.jvp_jaxpr(eqn.params)[0]
+    if name == "custom_vjp_call" and not is_spent(path):
+        found["fwd"] = versions.fwd_jaxpr(eqn.params)
+    return found
 
 
-def _close(jaxpr: Any) -> jex.ClosedJaxpr:
-    return jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
-
-
-def _call(params, values, inner, _):
-    jaxpr = _close(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
+def _call(eqn, values, inner, _=False):
+    jaxpr = versions.body(eqn)
     return inner("body", jaxpr.jaxpr, jaxpr.consts, values)
 
 
-def _remat(params, values, inner, _):
+def _remat(eqn, values, inner, _):
     body = jax.checkpoint(
-        lambda *args: inner("body", params["jaxpr"], (), args),
-        prevent_cse=params["prevent_cse"],
-        policy=params["policy"],
+        lambda *args: _call(eqn, args, inner),
+        prevent_cse=eqn.params["prevent_cse"],
+        policy=eqn.params["policy"],
     )
     return body(*values)
 
 
-def _scan(params, values, inner, _):
-    jaxpr, consts = params["jaxpr"], params["num_consts"]
-    carried = consts + params["num_carry"]
+def _scan(eqn, values, inner, _):
+    params = eqn.params
+    consts, split = versions.scan_counts(params)
 
     def body(carry, xs):
-        args = [*values[:consts], *carry, *xs]
-        outs, records = inner("body", jaxpr.jaxpr, jaxpr.consts, args)
-        split = params["num_carry"]
+        outs, records = _call(eqn, [*values[:consts], *carry, *xs], inner)
         return tuple(outs[:split]), (tuple(outs[split:]), records)
 
     carry, (ys, records) = lax.scan(
         body,
-        tuple(values[consts:carried]),
-        tuple(values[carried:]),
+        tuple(values[consts : consts + split]),
+        tuple(values[consts + split :]),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -150,9 +142,9 @@ def _scan(params, values, inner, _):
     return [*carry, *ys], records
 
 
-def _while(params, values, inner, _):
-    conds, bodies = params["cond_nconsts"], params["body_nconsts"]
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
+def _while(eqn, values, inner, _):
+    conds, bodies = versions.while_counts(eqn.params)
+    cond, body = versions.jaxprs(eqn).values()
     cond_consts, body_consts = values[:conds], values[conds : conds + bodies]
     outs = lax.while_loop(
         lambda carry: inner("cond", cond.jaxpr, cond.consts, [*cond_consts, *carry])[0][0],
@@ -162,11 +154,11 @@ def _while(params, values, inner, _):
     return list(outs), {}
 
 
-def _cond(params, values, inner, _):
+def _cond(eqn, values, inner, _):
     index, *operands = values
     branches = [
-        lambda *args, name=str(i), branch=branch: inner(name, branch.jaxpr, branch.consts, args)
-        for i, branch in enumerate(params["branches"])
+        lambda *args, name=name, branch=branch: inner(name, branch.jaxpr, branch.consts, args)
+        for name, branch in versions.jaxprs(eqn).items()
     ]
     shapes = {}
     for branch in branches:
@@ -183,18 +175,18 @@ def _cond(params, values, inner, _):
     return lax.switch(index, [padded(branch) for branch in branches], *operands)
 
 
-def _custom_jvp(params, values, inner, spent):
-    body, consts = params["call_jaxpr"], values[: params["num_consts"]]
+def _custom_jvp(eqn, values, inner, spent):
+    params, count = eqn.params, versions.custom_consts(eqn.params)
     if spent:
-        return inner("body", body.jaxpr, body.consts, values)
+        return _call(eqn, values, inner)
 
     @jax.custom_jvp
     def call(*primals):
-        return inner("body", body.jaxpr, body.consts, [*consts, *primals])
+        return _call(eqn, [*values[:count], *primals], inner)
 
     @call.defjvp
     def rule(primals, tangents):
-        jaxpr, zeros = derivatives.jvp_jaxpr(params)
+        jaxpr, zeros = versions.jvp_jaxpr(params)
         outs, records = inner("jvp", jaxpr.jaxpr, jaxpr.consts, [*primals, *tangents])
         split = len(zeros)
         given = iter(outs[split:])
@@ -204,33 +196,31 @@ def _custom_jvp(params, values, inner, spent):
         ]
         return (outs[:split], records), (out_tangents, jax.tree.map(_zero_tangent, records))
 
-    return call(*values[params["num_consts"] :])
+    return call(*values[count:])
 
 
-def _custom_vjp(params, values, inner, spent):
-    body, consts = params["call_jaxpr"], values[: params["num_consts"]]
+def _custom_vjp(eqn, values, inner, spent):
+    params, count = eqn.params, versions.custom_consts(eqn.params)
     if spent:
-        return inner("body", body.jaxpr, body.consts, values)
+        return _call(eqn, values, inner)
 
     @jax.custom_vjp
     def call(*primals):
-        return inner("body", body.jaxpr, body.consts, [*consts, *primals])
+        return _call(eqn, [*values[:count], *primals], inner)
 
     def forward(*primals):
-        jaxpr = derivatives.fwd_jaxpr(params)
+        jaxpr = versions.fwd_jaxpr(params)
         outs, records = inner("fwd", jaxpr.jaxpr, jaxpr.consts, primals)
-        residuals, outs = derivatives.split_residuals(params, outs, primals)
+        taken = [*values[:count], *primals]
+        residuals, outs = versions.split_residuals(params, outs, taken)
         return (outs, records), residuals
 
     def backward(residuals, cotangents):
-        full, _ = derivatives.split_residuals(
-            params, derivatives.fwd_jaxpr(params).out_avals, params["call_jaxpr"].in_avals
-        )
-        jaxpr = derivatives.bwd_jaxpr(params, full)
+        jaxpr = versions.bwd_jaxpr(params)
         return tuple(inner("bwd", jaxpr.jaxpr, jaxpr.consts, [*residuals, *cotangents[0]])[0])
 
     call.defvjp(forward, backward)
-    return call(*values[params["num_consts"] :])
+    return call(*values[count:])
 
 
 def _zero_tangent(x):
@@ -241,17 +231,11 @@ def _zero_tangent(x):
 
 
 REBUILD = {
-    "jit": _call,
-    "pjit": _call,
-    "closed_call": _call,
-    "core_call": _call,
-    "remat": _remat,
-    "remat2": _remat,
-    "checkpoint": _remat,
+    **dict.fromkeys(versions.CALLS, _call),
+    **dict.fromkeys(versions.REMAT, _remat),
+    **dict(zip(versions.CUSTOM, (_custom_jvp, _custom_vjp), strict=True)),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
 }
 """Primitives that hold jaxprs -> how to build them anew around the interpreted ones."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from hybrid_jax.core import derivatives, interpreter
+from hybrid_jax.core import interpreter, versions
 from hybrid_jax.core.sites import Site
 
 _KINDS = {
@@ -115,7 +115,7 @@ def find_joins(
       batched: For each argument whether its leading axis is that of the examples.
       site_at: {path of an equation: its site}.
     """
-    names = [s.name for path, s in site_at.items() if not derivatives.in_derivative(path)]
+    names = [s.name for path, s in site_at.items() if not interpreter.in_derivative(path)]
     found: dict[interpreter.Path, list[tuple[str, int | None, _Seen]]] = {}
     takers: dict[int, str] = {}
     readers: dict[int, list[tuple[interpreter.Path, int]]] = collections.defaultdict(list)
@@ -146,8 +146,8 @@ def find_joins(
 
     def step(eqn, values, here):
         name = eqn.primitive.name
-        inner = {} if name.startswith("custom_") else interpreter.subjaxprs(eqn, here)
-        if name not in ("cond", "while", "scan") and inner:
+        inner = {} if name in versions.CUSTOM else interpreter.subjaxprs(eqn, here)
+        if name not in versions.CONTROL and inner:
             return walk(inner["body"].jaxpr, values, (*here, "body"))
         last = max((value.last for value in values), default=-1)
         clean = _without_noise(eqn, values)

@@ -9,8 +9,8 @@ import numpy as np
 
 from hybrid_jax.core.analysis import Analysis
 from hybrid_jax.core.channels import components, kept_along
-from hybrid_jax.core.derivatives import in_derivative
 from hybrid_jax.core.graph import Graph, from_analysis
+from hybrid_jax.core.interpreter import in_derivative
 from hybrid_jax.core.labels import Value
 from hybrid_jax.core.sites import count_macs, describe
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax.core.labels import INPUT, Value
@@ -52,15 +53,44 @@ def is_contraction(eqn: jex.JaxprEqn) -> bool:
 
 
 def count_macs(eqn: jex.JaxprEqn, operands: Sequence[Value], result: Value) -> int:
-    """Multiply-accumulates of one run of a contraction, for the whole batch."""
+    """Multiply-accumulates of one run of a contraction, for the whole batch.
+
+    None where no operand depends on an input: that is done once, for all images.
+    """
+    if all(isinstance(value.origin, frozenset) for value in operands):
+        return 0
     x, y = (value.shape for value in operands)
-    out = math.prod(result.shape)
     if eqn.primitive.name == "dot_general":
         contracted = math.prod(x[axis] for axis in eqn.params["dimension_numbers"][0][0])
-        return out * contracted
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    # Of the taps of a transposed convolution only every lhs_dilation-th meets an entry of x.
-    return out * (math.prod(y) // max(y[out_axis], 1)) // math.prod(eqn.params["lhs_dilation"])
+        return math.prod(result.shape) * contracted
+    x_spec, y_spec, out_spec = eqn.params["dimension_numbers"]
+    meetings = [
+        _meetings(x[i], y[j], result.shape[k], *along)
+        for i, j, k, *along in zip(
+            x_spec[2:],
+            y_spec[2:],
+            out_spec[2:],
+            eqn.params["window_strides"],
+            eqn.params["lhs_dilation"],
+            eqn.params["rhs_dilation"],
+            eqn.params["padding"],
+            strict=True,
+        )
+    ]
+    # C of one group times O, for each example.
+    channels = y[y_spec[1]] * math.prod(result.shape[axis] for axis in out_spec[:2])
+    return channels * math.prod(meetings)
+
+
+def _meetings(entries, taps, places, stride, dilation, tap_dilation, padding) -> int:
+    """How often a tap meets an entry along one axis of a convolution, paddings included.
+
+    Between the entries of a dilated input (a transposed convolution) lie zeros, which cost nothing.
+    A tap meets each entry at most once, so that wide paddings cost nothing either.
+    """
+    starts = np.arange(places)[:, None] * stride - padding[0]
+    met = (starts + np.arange(taps) * tap_dilation) % dilation == 0
+    return min(int(met.sum()), entries * taps)
 
 
 def kernel_operand(eqn: jex.JaxprEqn, values: list[Value]) -> int | None:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from hybrid_jax import core
+from hybrid_jax.core import versions
 
 # Equations that read an input after they began to write the output cannot run in place.
 _MOVING = ("conv_general_dilated", "dot_general", "reduce_window", "concatenate", "transpose")
-_LOOPS = ("scan", "while", "cond")
 
 OUTPUT = None
 """The reader of what the model returns, which is stored in 32 bits."""
@@ -148,7 +148,7 @@ def _steps(graph, measure, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) ->
         if not any(values):
             continue
         bodies = list(_bodies(eqn, values, measure))
-        if eqn.primitive.name not in _LOOPS and bodies:
+        if eqn.primitive.name not in versions.CONTROL and bodies:
             [(name, called, _)] = bodies
             outs = _steps(graph, measure, called, values, (*here, name), steps)
         else:
@@ -167,19 +167,16 @@ def _steps(graph, measure, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) ->
 
 def _bodies(eqn, values, measure) -> Iterator[tuple[str, jex.Jaxpr, list[Activation | None]]]:
     """Name, jaxpr and arguments of each jaxpr that an equation runs."""
-    params, name = eqn.params, eqn.primitive.name
-    if name == "cond":
-        found = [(str(i), closed, values[1:]) for i, closed in enumerate(params["branches"])]
-    elif name == "while":
-        found = [("body", params["body_jaxpr"], values[params["cond_nconsts"] :])]
-    else:
-        found = [("body", params.get("jaxpr", params.get("call_jaxpr")), values)]
-    for name, body, values in found:
-        if body is not None:
-            jaxpr = getattr(body, "jaxpr", body)
-            arguments = []
-            for atom, value in zip(jaxpr.invars, values, strict=True):
-                # A scan hands on a slice of what it runs over: the last axes.
-                axes = value.axes[len(value.axes) - atom.aval.ndim :] if value else ()
-                arguments.append(Activation(measure(axes), axes) if value else None)
-            yield name, jaxpr, arguments
+    found = versions.jaxprs(eqn)
+    if eqn.primitive.name == "cond":
+        values = values[1:]
+    if eqn.primitive.name == "while":
+        del found["cond"]
+        values = values[versions.while_counts(eqn.params)[0] :]
+    for name, body in found.items():
+        arguments = []
+        for atom, value in zip(body.jaxpr.invars, values, strict=True):
+            # A scan hands on a slice of what it runs over: the last axes.
+            axes = value.axes[len(value.axes) - atom.aval.ndim :] if value else ()
+            arguments.append(Activation(measure(axes), axes) if value else None)
+        yield name, body.jaxpr, arguments

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core as jex
-from jax.interpreters import partial_eval
 
 from hybrid_jax import core
-from hybrid_jax.core import interpreter
+from hybrid_jax.core import interpreter, versions
 from hybrid_jax.deploy.builder import Builder, Node
 from hybrid_jax.deploy.encoding import encode
 from hybrid_jax.deploy.primitives import RULES
@@ -154,33 +153,19 @@ def _known_values(graph, leaves) -> dict[Any, np.ndarray]:
     return dict(zip(wanted, map(np.asarray, values), strict=True))
 
 
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-
-
 def _inlined(fn):
     """The same function with every inner call inlined, and without what its result does not need.
 
     Derivative rules go: what is deployed is not differentiated.
     """
 
-    def run(jaxpr, consts, args):
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    def run(closed, args):
+        jaxpr = closed.jaxpr
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
         for eqn in jaxpr.eqns:
             values = [a.val if isinstance(a, jex.Literal) else env[a] for a in eqn.invars]
-            if eqn.primitive.name in _CALLS:
-                inner = eqn.params[_CALLS[eqn.primitive.name]]
-                closed = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
-                outs = run(closed.jaxpr, closed.consts, values)
+            if eqn.primitive.name in (*versions.CALLS, *versions.REMAT, *versions.CUSTOM):
+                outs = run(versions.body(eqn), values)
             else:
                 outs = interpreter.bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -189,10 +174,7 @@ def _inlined(fn):
     def flat(params, x):
         leaves = jax.tree.leaves((params, x))
         closed = jax.make_jaxpr(fn)(params, x)
-        inlined = jax.make_jaxpr(lambda *args: run(closed.jaxpr, closed.consts, args))(*leaves)
-        jaxpr, _ = partial_eval.dce_jaxpr(
-            inlined.jaxpr, [True] * len(inlined.jaxpr.outvars), instantiate=True
-        )
-        return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, inlined.consts))(*leaves)
+        inlined = jax.make_jaxpr(lambda *args: run(closed, args))(*leaves)
+        return jex.jaxpr_as_fun(versions.live(inlined, keep=True)[0])(*leaves)
 
     return flat

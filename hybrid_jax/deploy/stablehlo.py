@@ -244,11 +244,14 @@ def _run_elsewhere(path, images, size, platform):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": platform,
-            "JAX_TRACEBACK_FILTERING": "off",  # so that the last line is the error
+            "JAX_TRACEBACK_FILTERING": "off",  # so that the error comes last
         }
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            # What follows the traceback's frames, which are indented, is the error.
+            lines = done.stderr.rstrip().splitlines() or [f"exit code {done.returncode}"]
+            frames = [i for i, line in enumerate(lines[:-1]) if line.startswith("  ")]
+            reason = " ".join(map(str.strip, lines[frames[-1] + 1 if frames else -1 :]))
             raise RuntimeError(f"{path} did not run in a new process: {reason}")
         return np.load(got)
 

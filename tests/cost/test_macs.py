@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -62,6 +63,130 @@ def test_products_of_activations_and_repeated_kernels():
     assert found.macs == found.dense_macs == 420
     assert [row.bytes for row in found.sites] == [80, 0]
     assert (found.parameters, found.bytes) == (20, 80)
+
+
+def every_account(fn, params, x):
+    """The MACs of one example by each that counts them, which must agree; so does any batch."""
+    found = set()
+    for batch in (1, 6):
+        graph = core.trace(fn, params, jnp.ones((batch, *x.shape[1:])))
+        counted = cost.count(graph)
+        assert counted.bops == 1024 * counted.macs
+        found |= {graph.macs, counted.macs, counted.dense_macs, core.narrow_graph(graph, {}).macs}
+        found |= {cost.formula(graph).count()["macs"], sum(site.macs for site in graph.sites)}
+        found |= {*core.shrink(fn, params, {}, jnp.ones((batch, *x.shape[1:])))[2].macs}
+    (macs,) = found
+    return macs
+
+
+@pytest.mark.parametrize(
+    ("padding", "size", "kernel", "stride"),
+    [
+        ("SAME", 4, 2, 2),
+        ("SAME", 4, 3, 2),
+        ("VALID", 4, 3, 2),
+        ("VALID", 1, 3, 2),
+        ("VALID", 1, 3, 1),
+    ],
+)
+def test_each_entry_of_a_transposed_convolution_meets_each_tap_once(padding, size, kernel, stride):
+    def fn(params, x):
+        return lax.conv_transpose(x, params["k"], (stride, stride), padding)
+
+    params = {"k": jnp.ones((kernel, kernel, 32, 1))}
+    found = every_account(fn, params, jnp.ones((1, size, size, 32)))
+    assert found == size**2 * kernel**2 * 32
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options", "each_axis"),
+    [
+        # Entries a b c d with a zero between: a0b0c0d. Every second place: a0b, b0c, c0d.
+        (4, 3, {"strides": 2, "lhs_dilation": 2}, 3 * 2),
+        # a0b0c under two taps with a hole between: ab at 0, zeros at 1, bc at 2.
+        (3, 2, {"strides": 1, "lhs_dilation": 2, "rhs_dilation": 2}, 2 + 0 + 2),
+        # Two zeros between, a00b, all but the middle cut off: 0 0 under one tap.
+        (2, 1, {"strides": 1, "lhs_dilation": 3, "padding": (-1, -1)}, 0),
+        # A kernel with holes on plain entries: 5 - 2 places of two taps each.
+        (5, 2, {"strides": 1, "rhs_dilation": 2}, 3 * 2),
+        # Padding taps count where there are no more places than entries: 3 places of 3 taps.
+        (3, 3, {"strides": 1, "padding": (1, 1)}, 3 * 3),
+        # One entry between two zeros on each side: 3 places, but it meets each of 3 taps once.
+        (1, 3, {"strides": 1, "padding": (2, 2)}, 3),
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_strides_dilations_and_paddings_by_hand(size, kernel, options, each_axis, groups):
+    padding = options.get("padding", (0, 0))
+    two = {name: (n, n) for name, n in options.items() if name.endswith("dilation")}
+
+    def fn(params, x):
+        return lax.conv_general_dilated(
+            x,
+            params["k"],
+            (options["strides"],) * 2,
+            (padding, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            **two,
+        )
+
+    params = {"k": jnp.ones((kernel, kernel, 4 // groups, 6))}
+    found = every_account(fn, params, jnp.ones((1, size, size, 4)))
+    assert found == each_axis**2 * (4 // groups) * 6
+
+
+def spectral_norm(p, x):
+    sigma = p["v"] @ p["w"] @ p["u"]
+    return x @ (p["w"] / sigma)
+
+
+def power_iteration(p, x):
+    u = lax.fori_loop(0, 3, lambda _, u: p["w"].T @ (p["w"] @ u), p["u"])
+    return x @ (p["w"] * u[None])
+
+
+def beside_an_input(p, x):
+    def body(carry, _):
+        x, u = carry
+        return (x + 1, p["w"].T @ (p["w"] @ u)), None
+
+    (x, u), _ = lax.scan(body, (x, p["u"]), length=3)
+    return x @ (p["w"] * u[None])
+
+
+def while_beside_an_input(p, x):
+    def body(carry):
+        i, x, u = carry
+        return i + 1, x + 1, p["w"].T @ (p["w"] @ u)
+
+    _, x, u = lax.while_loop(lambda carry: carry[0] < 3, body, (0, x, p["u"]))
+    return x @ (p["w"] * u[None])
+
+
+def over_examples(p, x):
+    return jax.vmap(lambda x: x @ (p["w"] * (p["v"] @ p["w"])[None]))(x[:, None])
+
+
+def product_with_a_constant(p, x):
+    mix = jnp.array(np.tri(4), jnp.float32)
+    return x @ (p["w"] @ (mix @ mix))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        spectral_norm,
+        power_iteration,
+        beside_an_input,
+        while_beside_an_input,
+        over_examples,
+        product_with_a_constant,
+    ],
+)
+def test_products_of_parameters_alone_cost_an_image_nothing(fn):
+    params = {"w": jnp.ones((3, 4)), "u": jnp.ones(4), "v": jnp.ones(3)}
+    assert every_account(fn, params, jnp.ones((1, 3))) == 3 * 4
 
 
 # Places × weights, in order.
