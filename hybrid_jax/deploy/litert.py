@@ -9,6 +9,10 @@ one step at most: an addition whose sum is all but halfway between two integers;
 and 'tanh' in another encoding than LiteRT's own, 1/256 and 1/128 a step; and a range of 255
 integers, whose lower end LiteRT takes one lower. An operation from integers to floats, as the last
 layer, computes in floats, from a kernel stored in int8.
+
+Kernels of fewer than 8 bits are stored in int8 too. The converter would write those of 4 bits as
+int4, but XNNPACK has no convolution of them, and LiteRT's own takes about twice the time and rounds
+otherwise.
 """
 
 import importlib.metadata
@@ -76,7 +80,7 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
 
     Returns:
       The manifest: kind, litert_converter (its version), signatures, inputs and outputs (lists of
-      shape and dtype, a batch that can be resized written 'b'), bytes and sha256.
+      shape and dtype, a batch that can be resized written 'b'), kernel_bits, bytes and sha256.
 
     Raises:
       ImportError, ValueError: As `to_litert`.
@@ -88,12 +92,14 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
         {"shape": [batch, *shape], "dtype": "float32"}
         for shape in (program.input_shape, program.output_shape)
     )
+    kernels = [op.weights for part in program.parts for op in part.weighted]
     facts = {
         "kind": KIND,
         "litert_converter": importlib.metadata.version("litert-converter"),
         "signatures": list(_parts(program)),
         "inputs": [x],
         "outputs": [y],
+        "kernel_bits": sorted({32 if kernel.scale is None else 8 for kernel in kernels}),
     }
     return artifact.write(path, data, facts)
 

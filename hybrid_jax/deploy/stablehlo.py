@@ -4,6 +4,7 @@ Who receives the file needs `jax` alone: `jax.export.deserialize(data).call(x)`.
 exported as `experts.one_of`, which runs the gate and one expert for each image of the batch.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -27,6 +28,9 @@ KIND = "stablehlo"
 
 _BATCH = "b"
 _ALLOWED_CALLS = {"shape_assertion"}  # the check of a symbolic batch; no code of a backend
+_KERNELS = re.compile(
+    r"stablehlo\.(?:convolution|dot_general).* : \(.*, tensor<(?:\d+x)+[a-z]+(\d+)"
+)
 
 
 def export(
@@ -51,7 +55,8 @@ def export(
 
     Returns:
       The manifest: kind, jax version, calling_convention_version, platforms, inputs and outputs
-      (lists of shape and dtype, an open batch written 'b'), bytes and sha256.
+      (lists of shape and dtype, an open batch written 'b'), kernel_bits (of the right operands of
+      convolutions and products), bytes and sha256.
 
     Raises:
       ValueError: If a platform is unknown or none is given, an input has no batch axis, or `fn`
@@ -73,8 +78,10 @@ def export(
     def inference(*args):
         return fn(params, *args)
 
-    exported = jax.export.export(jax.jit(inference), platforms=tuple(platforms))(*specs)
-    calls = set(re.findall(r"custom_call @([\w.$]+)", exported.mlir_module())) - _ALLOWED_CALLS
+    with _without_tracebacks():
+        exported = jax.export.export(jax.jit(inference), platforms=tuple(platforms))(*specs)
+    text = exported.mlir_module()
+    calls = set(re.findall(r"custom_call @([\w.$]+)", text)) - _ALLOWED_CALLS
     if calls:
         raise ValueError(
             f"fn must lower to plain StableHLO for {', '.join(platforms)}, "
@@ -87,6 +94,7 @@ def export(
         "platforms": list(exported.platforms),
         "inputs": [_describe(aval) for aval in exported.in_avals],
         "outputs": [_describe(aval) for aval in exported.out_avals],
+        "kernel_bits": sorted({int(bits) for bits in _KERNELS.findall(text)}),
     }
     return artifact.write(path, bytes(exported.serialize()), facts)
 
@@ -266,6 +274,18 @@ def _read(path):
 
 def _version(text):
     return tuple(int(number) for number in text.split(".")[:2])
+
+
+@contextlib.contextmanager
+def _without_tracebacks():
+    """The lines of Python behind each operation are no part of a model, and 5 % of its file."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _specs(inputs, symbolic_batch):

@@ -447,6 +447,7 @@ def test_packed_weights_take_half_the_flash_and_give_the_same(tmp_path):
     # Bytes: 5 · 27 + 5 · 5 + 45 + 4 · 5 and, with whole bytes for each kernel of a convolution and
     # of the depthwise one, 5 · 14 + 5 · 3 + 23 + 4 · 3.
     assert plain["flash"] - packed["flash"] == (135 + 25 + 45 + 20) - (70 + 15 + 23 + 12)
+    assert (plain["kernel_bits"], packed["kernel_bits"]) == ([8], [4])
     for flags in (["-O3"], SANITIZED):
         assert_same_bits(
             run_c(tmp_path, {"net": (program, x)}, flags, pack=True)["net"], expected(program, x)
@@ -456,7 +457,7 @@ def test_packed_weights_take_half_the_flash_and_give_the_same(tmp_path):
 def test_weights_beyond_4_bits_are_not_packed():
     b = Build((3, 3, 2)).conv(2)
     assert (b.operations[-1].weights.values % 16).any()
-    assert c.to_c(b.program(), pack=True) == c.to_c(b.program())
+    assert c.to_c(b.program()) == c.to_c(b.program(), pack=False)
 
 
 def mixture():
@@ -514,7 +515,7 @@ def test_softmax_is_that_of_the_c_library(tmp_path):
 @pytest.mark.parametrize("name", ["residual", "squeeze_and_excite", "average_pool", "low_bits"])
 def test_a_32_bit_object_file_has_the_flash_and_ram_that_are_stated(tmp_path, name):
     program = low_bits() if name == "low_bits" else programs()[name]
-    code = c.to_c(program, pack=True)
+    code = c.to_c(program)
     (tmp_path / "m.c").write_text(code)
     flash, ram = (int(re.search(rf"MODEL_{n} (\d+)", code)[1]) for n in ("FLASH", "RAM"))
     target = ["-m32", "-msse2", "-mfpmath=sse", "-ffreestanding", "-fno-pie"]
