@@ -29,7 +29,7 @@ from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.litert_marks import MARK, evaluate, mark, marked
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
 
 KIND = "litert"
 
@@ -92,14 +92,13 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
         {"shape": [batch, *shape], "dtype": "float32"}
         for shape in (program.input_shape, program.output_shape)
     )
-    kernels = [op.weights for part in program.parts for op in part.weighted]
     facts = {
         "kind": KIND,
         "litert_converter": importlib.metadata.version("litert-converter"),
         "signatures": list(_parts(program)),
         "inputs": [x],
         "outputs": [y],
-        "kernel_bits": sorted({32 if kernel.scale is None else 8 for kernel in kernels}),
+        "kernel_bits": kernel_bits(program),
     }
     return artifact.write(path, data, facts)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact, reference
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -28,9 +28,6 @@ KIND = "stablehlo"
 
 _BATCH = "b"
 _ALLOWED_CALLS = {"shape_assertion"}  # the check of a symbolic batch; no code of a backend
-_KERNELS = re.compile(
-    r"stablehlo\.(?:convolution|dot_general).* : \(.*, tensor<(?:\d+x)+[a-z]+(\d+)"
-)
 
 
 def export(
@@ -55,8 +52,7 @@ def export(
 
     Returns:
       The manifest: kind, jax version, calling_convention_version, platforms, inputs and outputs
-      (lists of shape and dtype, an open batch written 'b'), kernel_bits (of the right operands of
-      convolutions and products), bytes and sha256.
+      (lists of shape and dtype, an open batch written 'b'), bytes and sha256.
 
     Raises:
       ValueError: If a platform is unknown or none is given, an input has no batch axis, or `fn`
@@ -68,6 +64,10 @@ def export(
       >>> manifest['inputs'], manifest['platforms']
       ([{'shape': ['b', 2], 'dtype': 'float32'}], ['cpu', 'cuda', 'tpu'])
     """
+    return _write(path, fn, params, inputs, platforms, symbolic_batch, {})
+
+
+def _write(path, fn, params, inputs, platforms, symbolic_batch, facts):
     if not platforms:
         raise ValueError(f"platforms must hold at least one of {', '.join(PLATFORMS)}, got none")
     for platform in platforms:
@@ -80,21 +80,19 @@ def export(
 
     with _without_tracebacks():
         exported = jax.export.export(jax.jit(inference), platforms=tuple(platforms))(*specs)
-    text = exported.mlir_module()
-    calls = set(re.findall(r"custom_call @([\w.$]+)", text)) - _ALLOWED_CALLS
+    calls = set(re.findall(r"custom_call @([\w.$]+)", exported.mlir_module())) - _ALLOWED_CALLS
     if calls:
         raise ValueError(
             f"fn must lower to plain StableHLO for {', '.join(platforms)}, "
             f"got custom calls: {', '.join(sorted(calls))}"
         )
-    facts = {
+    facts |= {
         "kind": KIND,
         "jax": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
         "platforms": list(exported.platforms),
         "inputs": [_describe(aval) for aval in exported.in_avals],
         "outputs": [_describe(aval) for aval in exported.out_avals],
-        "kernel_bits": sorted({int(bits) for bits in _KERNELS.findall(text)}),
     }
     return artifact.write(path, bytes(exported.serialize()), facts)
 
@@ -119,7 +117,7 @@ def export_program(
       simulated: Whether it computes in floats what `simulate` does.
 
     Returns:
-      The manifest, as `export`.
+      The manifest, as `export`, and kernel_bits.
 
     Raises:
       ValueError: As for `export` and `run`.
@@ -134,9 +132,8 @@ def export_program(
     """
     fn = (reference.simulate if simulated else reference.run)(program, forms)
     x = jax.ShapeDtypeStruct((1, *program.input_shape), jnp.float32)
-    return export(
-        path, lambda _, x: fn(x), (), x, platforms=platforms, symbolic_batch=symbolic_batch
-    )
+    facts = {"kernel_bits": kernel_bits(program)}
+    return _write(path, lambda _, x: fn(x), (), [x], platforms, symbolic_batch, facts)
 
 
 def load(path: str | os.PathLike) -> Callable[..., Any]:
