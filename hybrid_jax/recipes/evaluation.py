@@ -9,7 +9,7 @@ import numpy as np
 from hybrid_jax import core, cost, deploy, experts
 from hybrid_jax.recipes import controls
 from hybrid_jax.recipes.job import Job
-from hybrid_jax.recipes.programs import Models, Programs, best_expert, logits
+from hybrid_jax.recipes.programs import Models, Programs, artifact, best_expert, logits
 
 
 class Price(NamedTuple):
@@ -56,8 +56,8 @@ def evaluate(job: Job, models: Models, programs: Programs) -> dict:
     add("dense parent", "dense", dense_logits, _price(cost.count(dense_graph)), "dense", "dense")
     for e, spec in enumerate(models.made.specs):
         note = f"{spec.criterion}, {spec.weight_bits}-bit weights"
-        file, time = f"expert_{e}", spec.sparsity
-        add(f"expert {e}", "expert", expert_logits[e], prices[e], file, time, note)
+        name = f"expert {e}"
+        add(name, "expert", expert_logits[e], prices[e], name, spec.sparsity, note)
     for k in dict.fromkeys((1, job.config.gate.k)):
         weights = experts.top_k(k)(gate_logits).weights
         time, note = ("top-1", "") if k == 1 else ("all", "timed with all experts run")
@@ -80,7 +80,7 @@ def evaluate(job: Job, models: Models, programs: Programs) -> dict:
     for name, single in models.singles.items():
         (spec,), (price,) = single.specs, [_price(c) for c in controls.costs(single)]
         note = f"{spec.sparsity:.0%} of channels removed, {spec.weight_bits}-bit weights"
-        add(name, "control", logits(job, single, test)[0], price, _stem(name), name, note)
+        add(name, "control", logits(job, single, test)[0], price, name, name, note)
 
     return {
         "rows": rows,
@@ -115,24 +115,20 @@ def gate_use(gate_logits: jax.Array, labels: jax.Array, num_classes: int) -> dic
 
 
 def _files(job, programs) -> dict[str, dict]:
-    """{name of a file: its path in the run and its bytes}."""
+    """{model: where its packed file lies in the run, and its bytes}."""
     own = {
         "dense": programs.dense,
-        **{f"expert_{e}": program for e, program in enumerate(programs.experts)},
+        **{f"expert {e}": program for e, program in enumerate(programs.experts)},
         "mixture": programs.mixture,
         "expert": programs.best,
-        **{_stem(name): program for name, program in programs.singles.items()},
+        **programs.singles,
     }
     files = {}
     for name, program in own.items():
-        file = f"deploy/{name}{deploy.TARGETS['packed'].suffix}"
+        file = artifact(name, "packed")
         written = deploy.export_to("packed", job.workdir / file, program)
         files[name] = {"artifact": file, "bytes": written["bytes"]}
     return files
-
-
-def _stem(name):
-    return name.replace(" ", "_")
 
 
 def _row(name, kind, correct, rows, price, file, ratio, note):

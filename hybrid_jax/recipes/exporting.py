@@ -7,7 +7,14 @@ import numpy as np
 
 from hybrid_jax import deploy
 from hybrid_jax.recipes.job import Job
-from hybrid_jax.recipes.programs import Models, Programs, best_expert, logits, top_1_logits
+from hybrid_jax.recipes.programs import (
+    Models,
+    Programs,
+    artifact,
+    best_expert,
+    logits,
+    top_1_logits,
+)
 
 
 class Exported(NamedTuple):
@@ -57,9 +64,8 @@ def write(
     for target in targets:
         reference = None
         for name, (program, expected) in made.items():
-            file = f"{name.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
-            path = job.workdir / "deploy" / file
-            record = {"target": target, "model": name, "artifact": f"deploy/{file}"}
+            record = {"target": target, "model": name, "artifact": artifact(name, target)}
+            path = job.workdir / record["artifact"]
             try:
                 manifest = deploy.export_to(target, path, program, **options.get(target, {}))
                 # C has no floats, and starts at 8 bits.

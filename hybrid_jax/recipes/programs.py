@@ -84,6 +84,16 @@ def lower(job: Job, models: Models) -> Programs:
     )
 
 
+def artifact(model: str, target: str) -> str:
+    """Returns where in the work directory the file of a model for a target lies.
+
+    Example:
+      >>> artifact("dense int8", "c")
+      'deploy/dense_int8.c'
+    """
+    return f"deploy/{model.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
+
+
 def calibration_images(job: Job) -> jax.Array:
     """Returns training images (B, H, W, C) as a network takes them, always the same."""
     return job.normalize(job.splits.train.images[:CALIBRATION_IMAGES])
