@@ -491,7 +491,7 @@ def test_a_mixture_takes_the_memory_of_its_largest_part_and_shares_equal_constan
     assert both["flash"] == sum(part["flash"] for part in alone)
     twice = c.export_c(tmp_path / "m.c", Mixture(two(gate), (a, a)))
     # Descriptors are counted again, arrays are not.
-    arrays = 135 + 25 + 45 + 20 + 8 * (5 + 5 + 5 + 4)
+    arrays = 70 + 15 + 23 + 12 + 8 * (5 + 5 + 5 + 4)
     assert twice["flash"] == alone[0]["flash"] + 2 * alone[1]["flash"] - arrays
 
 
