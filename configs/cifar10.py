@@ -10,10 +10,10 @@ joint.steps, at one batch size.
 
 Result, mean ± standard deviation over seeds 0, 1 and 2 (--config.seed=0 and so on), on the 5,000
 JPEG test images of a prepared copy: dense parent 62.91 ± 0.50 %, top-1 mixture 57.55 ± 0.42 % at
-60.6 kB and 124 M BOPs, best single expert 56.33 ± 0.21 %, average of all experts 57.58 ± 0.53 %,
-random gate 54.45 ± 1.53 %, oracle gate 71.35 ± 0.97 %, one network of equal bytes 62.07 ± 0.29 %,
-of equal BOPs 57.53 ± 1.62 %. Gate and joint training were settled on 10,000 validation images of
-other runs.
+60.6 kB of packed weights and 124 M BOPs, best single expert 56.33 ± 0.21 %, average of all experts
+57.58 ± 0.53 %, random gate 54.45 ± 1.53 %, oracle gate 71.35 ± 0.97 %, one network of equal bytes
+62.07 ± 0.29 %, of equal BOPs 57.53 ± 1.62 %. Gate and joint training were settled on 10,000
+validation images of other runs.
 
 Hardware and time: one x86 core for each seed, shared with other work, 28 to 34 minutes (seed 0: the
 parent 8, the experts 6, gate and joint training 5, the controls 7, evaluation and deployment 2).

@@ -7,9 +7,9 @@ the file there, beside the dense float model's. `export_program` writes StableHL
 and `load_program` a packed file, `packed` any named arrays; `to_c` is C99, `to_litert` a .tflite
 flatbuffer, `to_onnx` an ONNX model.
 
-`export` writes any function with its parameters to a StableHLO file, `load` reads it back, `verify`
-runs it in a new process against the model. `latency` times one function against another, `seconds`
-one call, `width_latencies` the widths that channels may be cut to.
+`export` writes any function with its parameters to a StableHLO file, `load` reads it back.
+`latency` times one function against another, `seconds` one call, `width_latencies` the widths that
+channels may be cut to.
 """
 
 from hybrid_jax.deploy import packed
@@ -21,14 +21,7 @@ from hybrid_jax.deploy.lowering import lower
 from hybrid_jax.deploy.onnx_writer import to_onnx
 from hybrid_jax.deploy.program import Encoding, Mixture, Program, Tensor, Weights
 from hybrid_jax.deploy.reference import run, simulate
-from hybrid_jax.deploy.stablehlo import (
-    PLATFORMS,
-    Verification,
-    export,
-    export_program,
-    load,
-    verify,
-)
+from hybrid_jax.deploy.stablehlo import PLATFORMS, export, export_program, load
 from hybrid_jax.deploy.storage import load_program, save_program
 from hybrid_jax.deploy.targets import TARGETS
 from hybrid_jax.deploy.timing import Latency, latency, seconds, width_latencies
@@ -42,7 +35,6 @@ __all__ = [
     "Mixture",
     "Program",
     "Tensor",
-    "Verification",
     "Weights",
     "check",
     "export",
@@ -61,6 +53,5 @@ __all__ = [
     "to_c",
     "to_litert",
     "to_onnx",
-    "verify",
     "width_latencies",
 ]

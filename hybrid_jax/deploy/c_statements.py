@@ -36,10 +36,11 @@ _ONE = Encoding(1.0)
 
 
 class Body(NamedTuple):
-    """The statements of a function, and the bytes of the arena that it works in."""
+    """The statements of a function, the bytes of the arena that it works in, its kernels' bits."""
 
     text: str
     ram: int
+    kernel_bits: set[int]
 
 
 def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
@@ -63,7 +64,8 @@ def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
         for op in program.operations
         if not memory.is_view(program, op)
     ]
-    return Body("\n".join(texts), context.plan.size)
+    bits = {4 if op.output in scratch else 8 for op in program.weighted}
+    return Body("\n".join(texts), context.plan.size, bits)
 
 
 class _Context(NamedTuple):

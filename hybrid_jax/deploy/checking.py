@@ -21,7 +21,7 @@ class Check(NamedTuple):
       bytes: Of the file; of C what its constants take, as the file is text.
       dense_bytes: Of the dense model's, alike.
       max_difference: Largest absolute difference of an output from those expected.
-      agreement: Share of inputs with the same top-1 class, in [0, 1].
+      agreement: Share of inputs with the same top-1 class, in [0, 1]; NaN names no class.
       count: Number of inputs compared.
       latencies: {batch size: times, in seconds, and their ratio to the dense model's}.
     """
@@ -122,6 +122,7 @@ def check(
     outputs = np.concatenate([np.asarray(part) for part in parts])
     if outputs.shape != expected.shape:
         raise ValueError(f"expected must have shape {outputs.shape}, got {expected.shape}")
+    named, wanted = (np.asarray(core.top_class(logits)) for logits in (outputs, expected))
     latencies = {}
     for batch in batches:
         ours, dense = (
@@ -132,7 +133,7 @@ def check(
         target,
         *(_stored_bytes(file) for file in (path, dense_path)),
         float(np.abs(outputs - expected).max()),
-        float((outputs.argmax(-1) == expected.argmax(-1)).mean()),
+        float(((named == wanted) & (named >= 0)).mean()),
         len(x),
         latencies,
     )

@@ -9,6 +9,10 @@ one step at most: an addition whose sum is all but halfway between two integers;
 and 'tanh' in another encoding than LiteRT's own, 1/256 and 1/128 a step; and a range of 255
 integers, whose lower end LiteRT takes one lower. An operation from integers to floats, as the last
 layer, computes in floats, from a kernel stored in int8.
+
+Kernels of fewer than 8 bits are stored in int8 too. The converter would write those of 4 bits as
+int4, but XNNPACK has no convolution of them, and LiteRT's own takes about twice the time and rounds
+otherwise.
 """
 
 import importlib.metadata
@@ -25,7 +29,7 @@ from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.litert_marks import MARK, evaluate, mark, marked
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
 
 KIND = "litert"
 
@@ -76,7 +80,7 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
 
     Returns:
       The manifest: kind, litert_converter (its version), signatures, inputs and outputs (lists of
-      shape and dtype, a batch that can be resized written 'b'), bytes and sha256.
+      shape and dtype, a batch that can be resized written 'b'), kernel_bits, bytes and sha256.
 
     Raises:
       ImportError, ValueError: As `to_litert`.
@@ -94,6 +98,7 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
         "signatures": list(_parts(program)),
         "inputs": [x],
         "outputs": [y],
+        "kernel_bits": kernel_bits(program),
     }
     return artifact.write(path, data, facts)
 

@@ -26,7 +26,7 @@ from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.onnx_operations import written
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
 
 KIND = "onnx"
 OLDEST_OPSET = 13  # the first whose QuantizeLinear has a scale for each channel
@@ -89,7 +89,7 @@ def export_onnx(
 
     Returns:
       The manifest: kind, onnx (its version), opset, vnni, inputs and outputs (lists of shape and
-      dtype, the open batch written 'N'), bytes and sha256.
+      dtype, the open batch written 'N'), kernel_bits, bytes and sha256.
 
     Raises:
       ImportError, ValueError: As `to_onnx`.
@@ -101,6 +101,7 @@ def export_onnx(
         "onnx": require("onnx", "onnx").__version__,
         "opset": opset,
         "vnni": vnni,
+        "kernel_bits": kernel_bits(program),
         "inputs": [_describe(value) for value in model.graph.input],
         "outputs": [_describe(value) for value in model.graph.output],
     }

@@ -50,7 +50,7 @@ compare the SHA-256 of the manifest, got from where you trust.
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +89,7 @@ def save(
     tensors: Mapping[str, Tensor],
     metadata: Any = None,
     *,
-    compress: bool = False,
+    compress: Collection[str] = (),
 ) -> dict[str, Any]:
     """Writes tensors to a packed file, and a manifest to `path` + '.json'.
 
@@ -99,7 +99,7 @@ def save(
       path: Target; its folder is made if it is missing.
       tensors: {name: tensor}.
       metadata: What JSON can hold.
-      compress: Whether to apply zlib to what it makes smaller.
+      compress: Names of the tensors to apply zlib to, where it makes them smaller.
 
     Returns:
       The manifest: 'bytes' of the file, 'payload_bytes' of the arrays in it, and 'sha256'. The
@@ -163,7 +163,9 @@ def load(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> tuple[dict[str,
         raise ValueError(f"{path} is no packed file to read: {error}") from error
 
 
-def encode(tensors: Mapping[str, Tensor], metadata: Any = None, *, compress: bool = False) -> bytes:
+def encode(
+    tensors: Mapping[str, Tensor], metadata: Any = None, *, compress: Collection[str] = ()
+) -> bytes:
     """The contents of a packed file.
 
     Args:
@@ -186,7 +188,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Any = None, *, compress: boo
         for part, array in arrays.items():
             key = f"{name}:{part}"
             records[key], stored[key] = packed_codec.encode(
-                parts[part], array, fill if part == "values" else 0, compress
+                parts[part], array, fill if part == "values" else 0, name in compress
             )
     lengths = {key: len(data) for key, data in stored.items()}
     header, order = packed_header.format_header(records, lengths, metadata)

@@ -319,3 +319,16 @@ class Mixture:
     def output_shape(self) -> tuple[int, ...]:
         """Of one example."""
         return self.experts[0].output_shape
+
+
+def kernel_bits(program: Program | Mixture) -> list[int]:
+    """Bits of the kernels as `Weights.values` has them, for files that hold them as they are.
+
+    Example:
+      >>> weights = Weights(np.int8([[16]]), np.float32([0.5]), np.float32([1.0]), bits=4)
+      >>> tensors = {'x': Tensor((1,)), 'y': Tensor((1,))}
+      >>> kernel_bits(Program('x', 'y', tensors, (Dense(('x',), 'y', 'dense', weights),)))
+      [8]
+    """
+    kernels = (op.weights.values for part in program.parts for op in part.weighted)
+    return sorted({8 * values.itemsize for values in kernels})

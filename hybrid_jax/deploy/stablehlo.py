@@ -4,22 +4,18 @@ Who receives the file needs `jax` alone: `jax.export.deserialize(data).call(x)`.
 exported as `experts.one_of`, which runs the gate and one expert for each image of the batch.
 """
 
+import contextlib
 import os
-import pathlib
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact, reference
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -58,11 +54,16 @@ def export(
         needs a backend's custom call, which the other platforms do not have.
 
     Example:
+      >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     manifest = export(f'{folder}/f', lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
       >>> manifest['inputs'], manifest['platforms']
       ([{'shape': ['b', 2], 'dtype': 'float32'}], ['cpu', 'cuda', 'tpu'])
     """
+    return _write(path, fn, params, inputs, platforms, symbolic_batch, {})
+
+
+def _write(path, fn, params, inputs, platforms, symbolic_batch, facts):
     if not platforms:
         raise ValueError(f"platforms must hold at least one of {', '.join(PLATFORMS)}, got none")
     for platform in platforms:
@@ -73,14 +74,15 @@ def export(
     def inference(*args):
         return fn(params, *args)
 
-    exported = jax.export.export(jax.jit(inference), platforms=tuple(platforms))(*specs)
+    with _without_tracebacks():
+        exported = jax.export.export(jax.jit(inference), platforms=tuple(platforms))(*specs)
     calls = set(re.findall(r"custom_call @([\w.$]+)", exported.mlir_module())) - _ALLOWED_CALLS
     if calls:
         raise ValueError(
             f"fn must lower to plain StableHLO for {', '.join(platforms)}, "
             f"got custom calls: {', '.join(sorted(calls))}"
         )
-    facts = {
+    facts |= {
         "kind": KIND,
         "jax": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
@@ -111,12 +113,13 @@ def export_program(
       simulated: Whether it computes in floats what `simulate` does.
 
     Returns:
-      The manifest, as `export`.
+      The manifest, as `export`, and kernel_bits.
 
     Raises:
       ValueError: As for `export` and `run`.
 
     Example:
+      >>> import tempfile
       >>> from hybrid_jax import deploy
       >>> program = deploy.lower(lambda w, x: x @ w, jnp.eye(2), None, None, jnp.ones((1, 2)))
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -126,9 +129,8 @@ def export_program(
     """
     fn = (reference.simulate if simulated else reference.run)(program, forms)
     x = jax.ShapeDtypeStruct((1, *program.input_shape), jnp.float32)
-    return export(
-        path, lambda _, x: fn(x), (), x, platforms=platforms, symbolic_batch=symbolic_batch
-    )
+    facts = {"kernel_bits": kernel_bits(program)}
+    return _write(path, lambda _, x: fn(x), (), [x], platforms, symbolic_batch, facts)
 
 
 def load(path: str | os.PathLike) -> Callable[..., Any]:
@@ -139,6 +141,7 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
       ValueError: If it was changed or damaged, is no StableHLO file, or was made by a newer jax.
 
     Example:
+      >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     _ = export(f'{folder}/f', lambda w, x: x * w, jnp.float32(3), jnp.ones((1, 2)))
       ...     load(f'{folder}/f')(jnp.ones((2, 2)))
@@ -147,113 +150,6 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
     """
     data, _ = _read(path)
     return jax.jit(jax.export.deserialize(bytearray(data)).call)
-
-
-class Verification(NamedTuple):
-    """How an exported file compares with the model that it was made from.
-
-    Attributes:
-      max_difference: Largest absolute difference of a logit; NaN if one of them is NaN.
-      agreement: Share of images with the same top-1 class, in [0, 1].
-      count: Number of images compared.
-    """
-
-    max_difference: float
-    agreement: float
-    count: int
-
-
-def verify(
-    path: str | os.PathLike,
-    images: Any,
-    expected_logits: Any,
-    *,
-    batch_size: int = 256,
-    platform: str = "cpu",
-) -> Verification:
-    """Runs an exported file in a new process, which imports jax and numpy only, and compares.
-
-    Args:
-      path: File of a function with one input and one output.
-      images: `(n, ...)`, n >= 1, of the dtype that was exported.
-      expected_logits: `(n, N)`, what the model gave for them.
-      batch_size: Images for each call; a file with a fixed batch is called with that.
-      platform: Where the new process runs it.
-
-    Raises:
-      FileNotFoundError, ValueError: As for `load`; and if the images have another shape or dtype
-        than the file takes, are none or no whole number of fixed batches, or if the logits have
-        another shape than the expected ones.
-      RuntimeError: If the process fails, with its reason.
-
-    Example:
-      >>> x = np.ones((3, 2), np.float32)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = export(f'{folder}/f', lambda w, x: x * w, jnp.float32(3), x)
-      ...     verify(f'{folder}/f', x, 3 * x)
-      Verification(max_difference=0.0, agreement=1.0, count=3)
-    """
-    images, expected = np.asarray(images), np.asarray(expected_logits)
-    _, manifest = _read(path)
-    core.check_choice("platform", platform, manifest["platforms"])
-    size = _batch_size(manifest["inputs"], images, batch_size)
-    logits = _run_elsewhere(path, images, size, platform)
-    if logits.shape != expected.shape:
-        raise ValueError(f"expected_logits must have shape {logits.shape}, got {expected.shape}")
-    return Verification(
-        float(np.abs(logits - expected).max()),
-        float((logits.argmax(-1) == expected.argmax(-1)).mean()),
-        len(images),
-    )
-
-
-def _batch_size(inputs, images, batch_size):
-    """What to call the file with, after a check that it takes these images."""
-    core.check_integer("batch_size", batch_size, 1)
-    (fixed, *shape), dtype = inputs[0]["shape"], inputs[0]["dtype"]
-    if list(images.shape[1:]) != shape or images.dtype != dtype:
-        raise ValueError(
-            f"images must be {dtype} of shape {(fixed, *shape)}, got {images.dtype} {images.shape}"
-        )
-    multiple = 1 if fixed == _BATCH else fixed
-    if not len(images) or len(images) % multiple:
-        raise ValueError(f"images must hold a positive multiple of {multiple}, got {len(images)}")
-    return batch_size if fixed == _BATCH else fixed
-
-
-_RUN = """
-import sys
-import jax
-import numpy as np
-from jax import export
-path, images, logits, size = sys.argv[1:]
-with open(path, "rb") as file:
-    call = jax.jit(export.deserialize(bytearray(file.read())).call)
-x, size = np.load(images), int(size)
-np.save(logits, np.concatenate([call(x[i : i + size]) for i in range(0, len(x), size)]))
-assert "hybrid_jax" not in sys.modules
-"""
-
-
-def _run_elsewhere(path, images, size, platform):
-    with tempfile.TemporaryDirectory() as folder:
-        given, got = pathlib.Path(folder, "images.npy"), pathlib.Path(folder, "logits.npy")
-        np.save(given, images)
-        # -P keeps the current folder, and with it this package's sources, off the path.
-        command = [sys.executable, "-P", "-c", _RUN, *map(str, (path, given, got, size))]
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": platform,
-            "JAX_TRACEBACK_FILTERING": "off",  # so that the error comes last
-        }
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            # What follows the traceback's frames, which are indented, is the error.
-            lines = done.stderr.rstrip().splitlines() or [f"exit code {done.returncode}"]
-            frames = [i for i, line in enumerate(lines[:-1]) if line.startswith("  ")]
-            reason = " ".join(map(str.strip, lines[frames[-1] + 1 if frames else -1 :]))
-            raise RuntimeError(f"{path} did not run in a new process: {reason}")
-        return np.load(got)
 
 
 def _read(path):
@@ -269,6 +165,18 @@ def _read(path):
 
 def _version(text):
     return tuple(int(number) for number in text.split(".")[:2])
+
+
+@contextlib.contextmanager
+def _without_tracebacks():
+    """The lines of Python behind each operation are no part of a model, and 5 % of its file."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _specs(inputs, symbolic_batch):

@@ -1,6 +1,7 @@
 """Programs in packed files: the graph as metadata, the weights in the bits that they need."""
 
 import dataclasses
+import json
 import math
 import os
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.deploy import packed, reference
+from hybrid_jax.deploy import artifact, packed, packed_header, reference
 from hybrid_jax.deploy import program as graph
 from hybrid_jax.deploy.program import Conv, Dense, Encoding, Mixture, Program, Weights
 from hybrid_jax.quantization import integer_step
@@ -21,29 +22,40 @@ _OPERATIONS = {
 }
 
 
-def save_program(
-    path: str | os.PathLike, program: Program | Mixture, *, compress: bool = False
-) -> dict[str, Any]:
+_WEIGHTED = (Conv.__name__, Dense.__name__)
+_GRAPH, _SCALES, _BIASES = "programs", "scales", "biases"
+
+
+def save_program(path: str | os.PathLike, program: Program | Mixture) -> dict[str, Any]:
     """Writes a program to a packed file, from which `load_program` gives back the exact integers.
 
-    The file's metadata is the graph; its tensors are '0/<site>/kernel', '0/<site>/bias' and so on,
-    the number being that of the program: of a mixture 0 is the gate, 1 the first expert.
+    Its tensors are '0/0', '0/1', …: the kernels of the convolutions and dense layers of program 0
+    (of a mixture the gate; 1 is the first expert) in running order, each in its bits; 'scales' and
+    'biases', those of all output channels in the same order; and 'programs', the graphs as JSON
+    under zlib. Header and graph are a small part of the file: a kernel is named by its place.
 
     Args:
       path: Target; the manifest is `path` + '.json'. With a full disk the old file stays.
       program: In floats, in integers or mixed.
-      compress: Whether to apply zlib to what it makes smaller.
 
     Returns:
-      The manifest of `packed.save`.
+      The manifest: kind, kernel_bits, bytes and sha256.
     """
-    tensors = {}
+    kernels, scales, biases = {}, [], []
     for place, part in enumerate(program.parts):
-        for op in part.weighted:
-            tensors[f"{place}/{op.name}/kernel"] = _packed_kernel(op.weights)
-            tensors[f"{place}/{op.name}/bias"] = packed.Tensor(op.weights.bias)
-    metadata = {"programs": [_description(part) for part in program.parts]}
-    return packed.save(path, tensors, metadata, compress=compress)
+        for number, op in enumerate(part.weighted):
+            kernels[f"{place}/{number}"] = _packed_kernel(op.weights)
+            scales.append(_steps(op.weights))
+            biases.append(op.weights.bias)
+    graphs = json.dumps([_description(part) for part in program.parts], separators=(",", ":"))
+    tensors = kernels | {
+        _SCALES: packed.Tensor(np.concatenate([np.zeros(0, np.float32), *scales])),
+        _BIASES: packed.Tensor(np.concatenate([np.zeros(0, np.float32), *biases])),
+        _GRAPH: packed.Tensor(np.frombuffer(graphs.encode(), np.uint8)),
+    }
+    bits = {kernel.bits or 8 * kernel.values.dtype.itemsize for kernel in kernels.values()}
+    facts = {"kind": packed_header.FORMAT, "kernel_bits": sorted(bits)}
+    return artifact.write(path, packed.encode(tensors, compress=[_GRAPH]), facts)
 
 
 def load_program(path: str | os.PathLike, max_bytes: int = packed.MAX_BYTES) -> Program | Mixture:
@@ -69,15 +81,17 @@ def load_program(path: str | os.PathLike, max_bytes: int = packed.MAX_BYTES) -> 
       [[1. 0.]
        [0. 1.]]
     """
-    tensors, metadata = packed.load(path, max_bytes)
+    tensors, _ = packed.load(path, max_bytes)
     try:
-        programs = [
-            _program(text, tensors, place) for place, text in enumerate(metadata["programs"])
-        ]
+        graphs = json.loads(tensors[_GRAPH].values.tobytes())
+        weights = _all_weights(tensors, graphs)
+        programs = [_program(text, weights) for text in graphs]
         for part in programs:
             _check(part)
         return programs[0] if len(programs) == 1 else Mixture(programs[0], tuple(programs[1:]))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (
+        KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} must hold a program as save_program writes it: {error}") from None
 
 
@@ -85,23 +99,46 @@ def _packed_kernel(weights):
     rows = (weights.values.ndim - 1,)
     if weights.scale is None:
         return packed.Tensor(weights.values, rows=rows)
-    step = integer_step(weights.bits)
-    scale = weights.scale.reshape((1,) * (weights.values.ndim - 1) + (-1,)) * np.float32(step)
-    # Signs are −1 and 1, which no integer of one bit has.
-    values = weights.values > 0 if weights.bits == 1 else weights.values // step
-    return packed.Tensor(values, weights.bits, rows, scale)
+    if weights.bits == 1:  # signs are −1 and 1, which no integer of one bit has
+        return packed.Tensor(weights.values > 0, 1, rows)
+    return packed.Tensor(weights.values // integer_step(weights.bits), weights.bits, rows)
 
 
-def _kernel(kernel, bias):
-    values, scale = np.asarray(kernel.values), kernel.scale
-    if scale is None:
-        return Weights(values, None, np.asarray(bias.values))
+def _steps(weights):
+    """The scales of a kernel as it is packed; none of a float one."""
+    if weights.scale is None:
+        return np.zeros(0, np.float32)
+    return weights.scale * np.float32(integer_step(weights.bits))
+
+
+def _all_weights(tensors, graphs):
+    """Iterates over the weights of all programs, in running order."""
+    counts = [sum(op["kind"] in _WEIGHTED for op in text["operations"]) for text in graphs]
+    kernels = [tensors[f"{place}/{i}"] for place, count in enumerate(counts) for i in range(count)]
+    channels = np.array([kernel.values.shape[-1] for kernel in kernels], int)
+    quantized = np.array([kernel.values.dtype != np.float32 for kernel in kernels], int)
+    scales = _split(tensors, _SCALES, channels * quantized)
+    return map(_weights, kernels, scales, _split(tensors, _BIASES, channels))
+
+
+def _split(tensors, name, sizes):
+    values = np.asarray(tensors[name].values)
+    if values.dtype != np.float32 or values.shape != (sum(sizes),):
+        raise ValueError(
+            f"{name} must be float32 of shape ({sum(sizes)},), got {values.dtype} {values.shape}"
+        )
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+def _weights(kernel, scale, bias):
+    values = np.asarray(kernel.values)
+    if values.dtype == np.float32:
+        return Weights(values, None, bias)
     if values.dtype == bool:
         values = 2 * values.astype(np.int8) - 1
-    bits = core.check_integer("bits of a kernel", kernel.bits or 8, 1, 8)
+    bits = core.check_integer("bits of a kernel", kernel.bits, 1, 8)
     step = integer_step(bits)
-    scale = np.asarray(scale).reshape(-1) / np.float32(step)
-    return Weights(values * np.int8(step), scale, np.asarray(bias.values), bits)
+    return Weights(values * np.int8(step), scale / np.float32(step), bias, bits)
 
 
 def _description(program):
@@ -139,14 +176,13 @@ def _restored(value):
     return float(value) if value in ("inf", "-inf") else value
 
 
-def _program(text, tensors, place):
+def _program(text, weights):
     operations = []
     for entry in text["operations"]:
         fields = {name: _restored(value) for name, value in entry.items() if name != "kind"}
         kind = _OPERATIONS[entry["kind"]]
-        if kind in (Conv, Dense):
-            own = f"{place}/{fields['name']}"
-            fields["weights"] = _kernel(tensors[f"{own}/kernel"], tensors[f"{own}/bias"])
+        if kind.__name__ in _WEIGHTED:
+            fields["weights"] = next(weights)
         operations.append(kind(**fields))
     described = {
         name: graph.Tensor(tuple(shape), encoding and Encoding(*encoding))

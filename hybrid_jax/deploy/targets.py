@@ -24,7 +24,9 @@ class Target(NamedTuple):
 
     Attributes:
       suffix: Of its files.
-      export: export(path, program, **options) -> manifest.
+      export: export(path, program, **options) -> manifest. Its 'kernel_bits' are those in which the
+        file holds kernels, [4, 8] where some take 4; what a runtime only computes in integers from
+        more bits is stored in more.
       session: session(path, batch, threads) -> fn(x (batch, …)) -> outputs, float32. The file is
         opened as its user opens it, with no option but the number of threads, and not even that
         where `threads` is None.

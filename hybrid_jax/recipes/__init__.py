@@ -13,13 +13,13 @@ from hybrid_jax.recipes.config import (
     flatten,
     nearest_key,
 )
-from hybrid_jax.recipes.evaluation import Models, evaluate
-from hybrid_jax.recipes.exporting import export, programs, resume
+from hybrid_jax.recipes.evaluation import evaluate
 from hybrid_jax.recipes.job import Job, Network
 from hybrid_jax.recipes.parent import parent
 from hybrid_jax.recipes.phase1 import Experts, compress
 from hybrid_jax.recipes.phase2 import Gate, fine_tune, learn_gate
-from hybrid_jax.recipes.pipeline import make, prepare, run
+from hybrid_jax.recipes.pipeline import export, make, prepare, resume, run
+from hybrid_jax.recipes.programs import Models, Programs, lower
 
 __all__ = [
     "ExpertSpec",
@@ -28,6 +28,7 @@ __all__ = [
     "Job",
     "Models",
     "Network",
+    "Programs",
     "check_config",
     "collapse",
     "compress",
@@ -38,11 +39,11 @@ __all__ = [
     "fine_tune",
     "flatten",
     "learn_gate",
+    "lower",
     "make",
     "nearest_key",
     "parent",
     "prepare",
-    "programs",
     "resume",
     "run",
 ]

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from hybrid_jax import experts, pruning, training
-from hybrid_jax.recipes import evaluation, phase1
+from hybrid_jax.recipes import phase1, programs
 from hybrid_jax.recipes.job import Job, optimizer
 from hybrid_jax.recipes.phase1 import Experts
 from hybrid_jax.recipes.phase2 import Gate
@@ -90,7 +90,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
     """
     experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
     settings = job.config.collapse
-    start = phase1.select(made, int(evaluation.validation_accuracies(job, made).argmax()))
+    start = phase1.select(made, int(programs.validation_accuracies(job, made).argmax()))
     (expert,), (mask,) = experts.unstack(start.stack), start.masks
     params = {name: expert[name] for name in ("params", "ranges")}
     held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])}

@@ -1,111 +1,86 @@
 """The table: every model and every control on the test images, which nothing reads before."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core, cost, data, deploy, experts
-from hybrid_jax.recipes import controls, deployment, phase1
-from hybrid_jax.recipes.job import Job, Network
-from hybrid_jax.recipes.phase1 import Experts
-from hybrid_jax.recipes.phase2 import Gate
-
-
-class Models(NamedTuple):
-    """What a run has made.
-
-    Attributes:
-      dense: The parent.
-      variables: The parent's variables.
-      made: The experts of the mixture.
-      before: The experts as they were before joint fine-tuning.
-      gate: The gate.
-      singles: {name: a single compressed network}, the trained controls.
-    """
-
-    dense: Network
-    variables: Any
-    made: Experts
-    before: Experts
-    gate: Gate
-    singles: dict[str, Experts]
+from hybrid_jax import core, cost, deploy, experts
+from hybrid_jax.recipes import controls
+from hybrid_jax.recipes.job import Job
+from hybrid_jax.recipes.programs import Models, Programs, artifact, best_expert, logits
 
 
 class Price(NamedTuple):
     """What using a model costs: everything stored, and what runs for one image."""
 
     parameters_total: float
-    bytes: float
     parameters_active: float
     macs: float
     bops: float
 
 
-def evaluate(job: Job, models: Models) -> dict:
+def evaluate(job: Job, models: Models, programs: Programs) -> dict:
     """Returns the parts of `results.json` that come from the test images: rows, gate, layers.
+
+    Writes every model that can be shipped to a packed file in deploy/; a row's size is its file's.
 
     Args:
       job: The run.
       models: What it has made.
-
-    Raises:
-      ValueError: If the gate was fitted to other experts.
+      programs: Its inference graphs.
     """
-    experts.check_fitted(models.gate.fitted_to, phase1.trained(models.made.stack))
     test, count = job.splits.test, len(models.made.specs)
     labels = jnp.asarray(test.labels)
     expert_logits = jnp.asarray(logits(job, models.made, test))
     gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
     prices = [_price(c) for c in controls.costs(models.made)]
     gate_price = _price(controls.gate_cost(models.gate))
-    nothing = Price(0, 0, 0, 0, 0)
-    times = _latencies(job, models)
+    nothing = Price(0, 0, 0, 0)
+    times, files = _latencies(job, models, programs), _files(job, programs)
     rows: list[dict] = []
 
-    def add(name, kind, logits, price, time=None, note=""):
+    def add(name, kind, logits, price, file=None, time=None, note=""):
         correct = np.asarray(core.top_class(logits) == labels)
         ratio = None if time is None else times[time]
-        rows.append(_row(name, kind, correct, rows, price, ratio, note))
+        rows.append(_row(name, kind, correct, rows, price, files.get(file, {}), ratio, note))
 
-    def add_mixture(name, kind, weights, gate, time=None, note=""):
+    def add_mixture(name, kind, weights, gate, file=None, time=None, note=""):
         used = np.asarray(weights > 0).mean(0)
         price = _mixture_price(prices, gate, used)
-        add(name, kind, experts.combine(expert_logits, weights), price, time, note)
+        add(name, kind, experts.combine(expert_logits, weights), price, file, time, note)
 
     dense_logits = job.logits(models.dense.predict, models.variables, test)
     dense_graph = core.trace(models.dense.predict, models.variables, job.images)
-    add("dense parent", "dense", dense_logits, _price(cost.count(dense_graph)), "dense")
+    add("dense parent", "dense", dense_logits, _price(cost.count(dense_graph)), "dense", "dense")
     for e, spec in enumerate(models.made.specs):
         note = f"{spec.criterion}, {spec.weight_bits}-bit weights"
-        add(f"expert {e}", "expert", expert_logits[e], prices[e], spec.sparsity, note)
+        name = f"expert {e}"
+        add(name, "expert", expert_logits[e], prices[e], name, spec.sparsity, note)
     for k in dict.fromkeys((1, job.config.gate.k)):
         weights = experts.top_k(k)(gate_logits).weights
         time, note = ("top-1", "") if k == 1 else ("all", "timed with all experts run")
-        add_mixture(f"top-{k} mixture", "mixture", weights, gate_price, time, note)
-    add_mixture("soft mixture", "mixture", experts.soft()(gate_logits).weights, gate_price, "all")
+        add_mixture(f"top-{k} mixture", "mixture", weights, gate_price, "mixture", time, note)
+    softly = experts.soft()(gate_logits).weights
+    add_mixture("soft mixture", "mixture", softly, gate_price, "mixture", "all")
 
-    stage, best = _best_expert(job, models)
-    source = models.made if stage == "phase 2" else models.before
+    source, best = best_expert(job, models)
     best_logits = logits(job, source, test)[best]
-    note = (
-        f"expert {best} {'after' if stage == 'phase 2' else 'before'} joint training, by validation"
-    )
+    when = "after" if source is models.made else "before"
+    note = f"expert {best} {when} joint training, by validation"
     width = models.made.specs[best].sparsity
-    add("best single expert", "control", best_logits, prices[best], width, note)
-    even = jnp.full(gate_logits.shape, 1 / count)
-    add_mixture(
-        "average of all experts", "control", even, nothing, "all", "of logits; timed with the gate"
-    )
-    drawn = experts.random()(gate_logits, job.key("random gate")).weights
-    add_mixture("random gate", "control", drawn, nothing, "random", "not deployable: a bound")
-    known = experts.oracle(expert_logits, labels)
-    add_mixture("oracle gate", "control", known, nothing, None, "not deployable: reads the label")
+    add("best single expert", "control", best_logits, prices[best], "expert", width, note)
+    even, note = jnp.full(gate_logits.shape, 1 / count), "of logits; timed with the gate"
+    add_mixture("average of all experts", "control", even, nothing, time="all", note=note)
+    drawn, note = experts.random()(gate_logits, job.key("random gate")), "not deployable: a bound"
+    add_mixture("random gate", "control", drawn.weights, nothing, time="random", note=note)
+    known, note = experts.oracle(expert_logits, labels), "not deployable: reads the label"
+    add_mixture("oracle gate", "control", known, nothing, note=note)
     for name, single in models.singles.items():
         (spec,), (price,) = single.specs, [_price(c) for c in controls.costs(single)]
         note = f"{spec.sparsity:.0%} of channels removed, {spec.weight_bits}-bit weights"
-        add(name, "control", logits(job, single, test)[0], price, name, note)
+        add(name, "control", logits(job, single, test)[0], price, name, name, note)
 
     return {
         "rows": rows,
@@ -139,37 +114,24 @@ def gate_use(gate_logits: jax.Array, labels: jax.Array, num_classes: int) -> dic
     }
 
 
-def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
-    """Returns the logits (E, n, N) of all experts."""
-    return np.stack(
-        [job.logits(made.predict, expert, arrays) for expert in experts.unstack(made.stack)]
-    )
+def _files(job, programs) -> dict[str, dict]:
+    """{model: where its packed file lies in the run, and its bytes}."""
+    own = {
+        "dense": programs.dense,
+        **{f"expert {e}": program for e, program in enumerate(programs.experts)},
+        "mixture": programs.mixture,
+        "expert": programs.best,
+        **programs.singles,
+    }
+    files = {}
+    for name, program in own.items():
+        file = artifact(name, "packed")
+        written = deploy.export_to("packed", job.workdir / file, program)
+        files[name] = {"artifact": file, "bytes": written["bytes"]}
+    return files
 
 
-def top_1_logits(job: Job, models: Models) -> np.ndarray:
-    """Returns the logits (n, N) of the top-1 mixture for the test images."""
-    test = job.splits.test
-    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
-    expert_logits = jnp.asarray(logits(job, models.made, test))
-    return np.asarray(experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights))
-
-
-def validation_accuracies(job: Job, made: Experts) -> np.ndarray:
-    """Returns the accuracy (E,) of each expert on the validation images."""
-    validation = job.splits.validation
-    named = np.asarray(core.top_class(logits(job, made, validation)))
-    return (named == validation.labels).mean(-1)
-
-
-def _best_expert(job, models):
-    """(stage, index) of the expert that is best on validation, before or after phase 2."""
-    scores = {}
-    for stage, made in (("phase 2", models.made), ("phase 1", models.before)):
-        scores |= {(stage, e): mean for e, mean in enumerate(validation_accuracies(job, made))}
-    return max(scores, key=scores.get)
-
-
-def _row(name, kind, correct, rows, price, ratio, note):
+def _row(name, kind, correct, rows, price, file, ratio, note):
     accuracy = float(correct.mean())
     return {
         "name": name,
@@ -178,6 +140,9 @@ def _row(name, kind, correct, rows, price, ratio, note):
         "delta": accuracy - (rows[0]["accuracy"] if rows else accuracy),
         "correct": correct.astype(int).tolist(),
         **price._asdict(),
+        "artifact": None,
+        "bytes": None,
+        **file,
         "latency_ratio": ratio,
         "note": note,
     }
@@ -185,7 +150,7 @@ def _row(name, kind, correct, rows, price, ratio, note):
 
 def _price(counted: cost.Cost) -> Price:
     parameters = counted.nonzero
-    return Price(parameters, counted.bytes, parameters, counted.macs, counted.bops)
+    return Price(parameters, parameters, counted.macs, counted.bops)
 
 
 def _mixture_price(prices, gate, used) -> Price:
@@ -196,38 +161,34 @@ def _mixture_price(prices, gate, used) -> Price:
 
     return Price(
         sum(p.parameters_total for p in prices) + gate.parameters_total,
-        sum(p.bytes for p in prices) + gate.bytes,
         expected("parameters_active") + gate.parameters_active,
         expected("macs") + gate.macs,
         expected("bops") + gate.bops,
     )
 
 
-def _latencies(job, models):
-    """Time of each model for one image as a ratio to the dense parent's, in this process."""
+def _latencies(job, models, programs):
+    """Time of each model for one image as a ratio to the dense parent's, in this process.
+
+    In floats: of the dense parent, and of the others fake-quantized.
+    """
     image = job.normalize(job.splits.validation.images[:1])
+    gate, *each = map(deploy.simulate, programs.mixture.parts)
 
-    def runner(fn, params):
-        return jax.jit(lambda x: fn(params, x))  # parameters as constants, as in what is deployed
-
-    each = deployment.deployed_experts(job, models.made)
-    gate = deployment.deployed_gate(job, models.gate)
-
-    def every(params, x):
-        weights = jax.nn.softmax(gate[0](params[0], x))
-        outputs = [fn(own, x) for (fn, _), own in zip(each, params[1], strict=True)]
-        return experts.combine(jnp.stack(outputs), weights)
+    def every(x):
+        weights = jax.nn.softmax(gate(x))
+        return experts.combine(jnp.stack([expert(x) for expert in each]), weights)
 
     run = {
-        "dense": runner(models.dense.predict, models.variables),
-        "top-1": runner(*deployment.deployed_mixture(job, models.made, models.gate)),
-        "all": runner(every, (gate[1], [params for _, params in each])),
+        "dense": deploy.simulate(programs.dense),
+        "top-1": deploy.simulate(programs.mixture),
+        "all": every,
     }
     # One of each width: experts of equal shape take equally long.
     widths = [spec.sparsity for spec in models.made.specs]
-    run |= {width: runner(*expert) for width, expert in zip(widths, each, strict=True)}
-    for name, single in models.singles.items():
-        run[name] = runner(*deployment.deployed_experts(job, single)[0])
+    run |= dict(zip(widths, each, strict=True))
+    run |= {name: deploy.simulate(program) for name, program in programs.singles.items()}
+    run = {name: jax.jit(fn) for name, fn in run.items()}
     calls = job.config.evaluation.latency_calls
     times = {
         name: deploy.latency(fn, run["dense"], image, pairs=calls).ratio for name, fn in run.items()

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -12,12 +13,22 @@ from ml_collections import ConfigDict
 
 from hybrid_jax import core, data, report, training
 from hybrid_jax.recipes import config as configuration
-from hybrid_jax.recipes import controls, deployment, diversity, evaluation, phase1, phase2, workdir
+from hybrid_jax.recipes import (
+    controls,
+    diversity,
+    evaluation,
+    exporting,
+    phase1,
+    phase2,
+    programs,
+    workdir,
+)
 from hybrid_jax.recipes.checks import check_config
 from hybrid_jax.recipes.collapse import collapsed_mixture
-from hybrid_jax.recipes.evaluation import Models
+from hybrid_jax.recipes.exporting import Exported
 from hybrid_jax.recipes.job import Job
 from hybrid_jax.recipes.parent import network, parent
+from hybrid_jax.recipes.programs import Models
 
 
 def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> Job:
@@ -39,6 +50,34 @@ def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> 
     return job
 
 
+def resume(path: str | pathlib.Path) -> Job:
+    """Returns the job of a finished run, with the configuration that it was made with.
+
+    Raises:
+      FileNotFoundError: If the directory holds no finished run.
+      ValueError: If its data is not where it was, or another version made it.
+    """
+    path = pathlib.Path(path)
+    for file in ("config.json", "results.json"):
+        if not (path / file).is_file():
+            raise FileNotFoundError(f"workdir must hold a finished run, got {path} without {file}")
+    config = configuration.default_config()
+    nested: dict[str, Any] = {}
+    for key, value in json.loads((path / "config.json").read_text()).items():
+        *sections, name = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        config.update(ConfigDict(nested))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"workdir must hold a run of this version, got another configuration: {error.args[0]}"
+        ) from None
+    return prepare(config, path)
+
+
 def run(job: Job) -> dict:
     """Runs what is not done yet, writes `results.json` and the report, and returns the results.
 
@@ -55,6 +94,31 @@ def run(job: Job) -> dict:
         workdir.write_json(file, results)
     report.write(results, job.workdir)
     return results
+
+
+def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
+    """Writes what a finished run has made for devices, and checks every file, see `write`.
+
+    The dense parent in floats and in 8 bits, the best single expert and the top-1 mixture. In
+    `results.json` the entries take the place of those of the same targets.
+
+    Args:
+      job: A finished run.
+      targets: Of `deploy.TARGETS`.
+      pairs: How many pairs of calls each latency is taken over.
+
+    Returns:
+      The entries, which `results.json` then has under 'exports' too.
+    """
+    models = make(job)
+    dense, *others = exporting.exported(job, models, programs.lower(job, models)).items()
+    integers = ("dense int8", Exported(*programs.dense_integers(job, models)))
+    records = exporting.write(job, dict([dense, integers, *others]), targets, pairs)
+    file = job.workdir / "results.json"
+    results = json.loads(file.read_text())
+    kept = [record for record in results.get("exports", ()) if record["target"] not in targets]
+    workdir.write_json(file, results | {"exports": kept + records})
+    return records
 
 
 def make(job: Job) -> Models:
@@ -91,10 +155,12 @@ def make(job: Job) -> Models:
 def _results(job: Job) -> dict:
     config, models = job.config, make(job)
     with workdir.stage(job.workdir, "evaluation"):
-        results = evaluation.evaluate(job, models)
+        lowered = programs.lower(job, models)
+        results = evaluation.evaluate(job, models, lowered)
     with workdir.stage(job.workdir, "deployment"):
-        expected = evaluation.top_1_logits(job, models)
-        deployed = deployment.deploy_mixture(job, models.made, models.gate, expected)
+        made = exporting.exported(job, models, lowered)
+        pairs = config.evaluation.latency_calls
+        exports = exporting.write(job, made, ["stablehlo"], pairs)
     records = training.read_records(job.workdir / "records.jsonl")
     names = list(dict.fromkeys(record["name"] for record in records))
     results["gate"]["per_epoch"] = [
@@ -112,13 +178,15 @@ def _results(job: Job) -> dict:
                 part: len(getattr(job.splits, part).labels)
                 for part in ("train", "validation", "test")
             },
+            "mean": list(job.splits.mean),
+            "std": list(job.splits.std),
         },
         **results,
         "certificates": [
             {"difference": c.difference, "macs": c.macs, "parameters": c.parameters}
             for c in (cut.certificate for cut in models.made.cuts)
         ],
-        "deploy": [deployed],
+        "exports": exports,
         "history": {name: [r for r in records if r["name"] == name] for name in names},
         "environment": {
             "jax": jax.__version__,

@@ -14,7 +14,6 @@ SIGNIFICANCE = 0.05
 SUSPICIOUS_GAIN = 0.01
 ORACLE_GAP = 0.01
 ALIKE = 0.005
-AGREEMENT = 0.999
 UNEQUAL = 0.05
 
 
@@ -208,7 +207,6 @@ def warnings(results: dict) -> list[str]:
         *_unequal_controls(results),
         *_gate_warnings(results),
         *_expert_warnings(results),
-        *_deploy_warnings(results),
         *exports.warnings(results.get("exports") or ()),
     ]
 
@@ -358,14 +356,4 @@ def _expert_warnings(results):
             yield (
                 f"The gain of {100 * gain:.2f} points over the best expert is more than ensembles "
                 "of independent networks usually reach: check it"
-            )
-
-
-def _deploy_warnings(results):
-    for record in results.get("deploy") or ():
-        agreement = formatting.finite(record.get("agreement"))
-        if agreement is not None and agreement < AGREEMENT:
-            yield (
-                f"{record['artifact']} agrees with the model on only "
-                f"{formatting.percent(agreement)} of the test images"
             )

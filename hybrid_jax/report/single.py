@@ -18,10 +18,11 @@ from hybrid_jax.report.formatting import (
 )
 
 GLOSSARY = (
-    "Bytes are those of the packed weights of everything stored; a mixture stores all its "
-    "experts and its gate. MACs, BOPs (MACs × weight bits × activation bits) and active "
-    "parameters are those of one image. Latency is at batch 1, relative to dense in the same "
-    "run: below 1 is faster. Δ is against dense, in percentage points. 1 kB = 1000 bytes."
+    "Size is that of the packed file in deploy/: kernels in their bits, scales, biases and the "
+    "graph. A mixture's holds its gate and all its experts; what does not ship has none. MACs, "
+    "BOPs (MACs × weight bits × activation bits) and active parameters are those of one image. "
+    "Latency is at batch 1, relative to dense in the same run, both in floats: below 1 is faster. "
+    "Δ is against dense, in percentage points. 1 kB = 1000 bytes."
 )
 TEST = (
     "Difference is mixture minus rival, in percentage points. “Only mixture” and “only rival” "
@@ -39,8 +40,7 @@ def write(results: dict, directory) -> pathlib.Path:
     Args:
         results: What a run leaves in results.json: `rows` with one entry per model (accuracies
             and deltas as fractions, sizes in bytes) and optionally `config`, `dataset`, `layers`,
-            `gate`, `disagreement`, `deploy`, `exports`, `history`, `environment`,
-            `command`, `seconds`.
+            `gate`, `disagreement`, `exports`, `history`, `environment`, `command`, `seconds`.
             The first row of kind "mixture" is the one that is compared; `correct` (n,) of zeros
             and ones in a row allows the tests; `gate["usage"]` is (N, E), `gate["share"]` (E,) and
             `gate["per_epoch"]` the usage entropy of each epoch in nats; a record of `history`
@@ -76,8 +76,7 @@ def describe(results: dict) -> Document:
         _gate_section(results),
         _layer_section(results),
         _training_section(results),
-        _deploy_section(results),
-        exports.section(results.get("exports") or ()),
+        exports.section(results.get("exports") or (), results.get("dataset")),
         _run_section(results),
     ]
     return Document(
@@ -217,25 +216,6 @@ def _training_section(results) -> Section | None:
         )
     )
     return Section("Training", plots=drawn) if drawn else None
-
-
-def _deploy_section(results) -> Section | None:
-    records = results.get("deploy")
-    if not records:
-        return None
-    rows = [
-        (
-            record["artifact"],
-            ", ".join(record.get("platforms") or ()) or MISSING,
-            si(record.get("bytes"), "B"),
-            MISSING if record.get("max_difference") is None else f"{record['max_difference']:.1e}",
-            percent(record.get("agreement")),
-        )
-        for record in records
-    ]
-    header = ("artifact", "platforms", "size", "largest difference", "same top-1")
-    text = "Each artifact was loaded again and run against the model it was made from."
-    return Section("Deployed artifacts", text, Table(header, rows))
 
 
 def _run_section(results) -> Section | None:

@@ -447,6 +447,7 @@ def test_packed_weights_take_half_the_flash_and_give_the_same(tmp_path):
     # Bytes: 5 · 27 + 5 · 5 + 45 + 4 · 5 and, with whole bytes for each kernel of a convolution and
     # of the depthwise one, 5 · 14 + 5 · 3 + 23 + 4 · 3.
     assert plain["flash"] - packed["flash"] == (135 + 25 + 45 + 20) - (70 + 15 + 23 + 12)
+    assert (plain["kernel_bits"], packed["kernel_bits"]) == ([8], [4])
     for flags in (["-O3"], SANITIZED):
         assert_same_bits(
             run_c(tmp_path, {"net": (program, x)}, flags, pack=True)["net"], expected(program, x)
@@ -456,7 +457,7 @@ def test_packed_weights_take_half_the_flash_and_give_the_same(tmp_path):
 def test_weights_beyond_4_bits_are_not_packed():
     b = Build((3, 3, 2)).conv(2)
     assert (b.operations[-1].weights.values % 16).any()
-    assert c.to_c(b.program(), pack=True) == c.to_c(b.program())
+    assert c.to_c(b.program()) == c.to_c(b.program(), pack=False)
 
 
 def mixture():
@@ -490,7 +491,7 @@ def test_a_mixture_takes_the_memory_of_its_largest_part_and_shares_equal_constan
     assert both["flash"] == sum(part["flash"] for part in alone)
     twice = c.export_c(tmp_path / "m.c", Mixture(two(gate), (a, a)))
     # Descriptors are counted again, arrays are not.
-    arrays = 135 + 25 + 45 + 20 + 8 * (5 + 5 + 5 + 4)
+    arrays = 70 + 15 + 23 + 12 + 8 * (5 + 5 + 5 + 4)
     assert twice["flash"] == alone[0]["flash"] + 2 * alone[1]["flash"] - arrays
 
 
@@ -514,7 +515,7 @@ def test_softmax_is_that_of_the_c_library(tmp_path):
 @pytest.mark.parametrize("name", ["residual", "squeeze_and_excite", "average_pool", "low_bits"])
 def test_a_32_bit_object_file_has_the_flash_and_ram_that_are_stated(tmp_path, name):
     program = low_bits() if name == "low_bits" else programs()[name]
-    code = c.to_c(program, pack=True)
+    code = c.to_c(program)
     (tmp_path / "m.c").write_text(code)
     flash, ram = (int(re.search(rf"MODEL_{n} (\d+)", code)[1]) for n in ("FLASH", "RAM"))
     target = ["-m32", "-msse2", "-mfpmath=sse", "-ffreestanding", "-fno-pie"]
@@ -548,12 +549,12 @@ def test_export_writes_a_manifest(tmp_path):
     manifest = c.export_c(tmp_path / "net.c", program, name="net")
     assert manifest == json.loads((tmp_path / "net.c.json").read_text())
     assert (tmp_path / "net.c").read_text() == c.to_c(program, "net")
-    # What is live at once is most in the first convolution: 6 · 5 · 3 bytes in, 6 · 5 · 5 out, and
-    # in the second, 150 in and 150 out.
-    assert manifest["ram"] == 300
-    # Weights; bias and multiplier of each channel; Window, Layer and Result of 14, 6 and 4 words
-    # for each of four layers, Window and Result for the mean.
-    assert manifest["flash"] == 135 + 25 + 45 + 20 + 8 * 19 + 4 * (4 * 24 + 18)
+    # What is live at once is most in the depthwise convolution: 6 · 5 · 5 bytes in, as many out,
+    # and its kernel of 45 entries unpacked.
+    assert manifest["ram"] == 150 + 150 + 45
+    # Weights, two to a byte; bias and multiplier of each channel; Window, Layer and Result of 14, 6
+    # and 4 words for each of four layers, Window and Result for the mean.
+    assert manifest["flash"] == 70 + 15 + 23 + 12 + 8 * 19 + 4 * (4 * 24 + 18)
 
 
 def test_the_text_is_the_same_each_time():

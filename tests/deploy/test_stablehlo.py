@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -39,6 +42,30 @@ def gate_params(images):
     return jax.jit(GATE.init)(jax.random.key(9), images)
 
 
+RUN = """
+import sys
+import jax
+import numpy as np
+from jax import export
+path, images, logits, size = sys.argv[1:]
+with open(path, "rb") as file:
+    call = jax.jit(export.deserialize(bytearray(file.read())).call)
+x, size = np.load(images), int(size)
+np.save(logits, np.concatenate([call(x[i : i + size]) for i in range(0, len(x), size)]))
+assert "hybrid_jax" not in sys.modules
+"""
+
+
+def run_elsewhere(path, images, size):
+    """What a file gives in a new process, which has jax and NumPy only."""
+    given, got = path.with_suffix(".in.npy"), path.with_suffix(".out.npy")
+    np.save(given, images)
+    # -P keeps the current folder, and with it this package's sources, off the path.
+    command = [sys.executable, "-P", "-c", RUN, *map(str, (path, given, got, size))]
+    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
+    return np.load(got)
+
+
 def test_round_trip_at_any_batch(tmp_path, parameters, images):
     path = tmp_path / "net.stablehlo"
     manifest = deploy.export(path, NET.apply, parameters[0], images)
@@ -69,10 +96,8 @@ def test_mixture_at_any_batch_and_one_by_one(tmp_path, parameters, gate_params, 
     for path, x, is_open in [("batch", images, True), ("single", images[:1], False)]:
         fn, params = lambda p, x: edge(*p, x), (parameters, gate_params)
         deploy.export(tmp_path / path, fn, params, x, symbolic_batch=is_open)
-        verification = deploy.verify(tmp_path / path, images, want, batch_size=4)
-        assert verification.max_difference < 1e-5
-        assert verification.agreement == 1
-        assert verification.count == 7
+        got = run_elsewhere(tmp_path / path, images, size=4 if is_open else 1)
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_mixture_switches_between_experts(tmp_path, parameters, gate_params, images):
@@ -145,8 +170,7 @@ def test_a_program_takes_a_byte_for_each_weight(tmp_path, images, form):
     assert ("stablehlo.convolution" in text) == (form == "conv")
     want = jax.jit(deploy.run(program))(images)
     # The integers are the same in the new process, in either form.
-    verification = deploy.verify(tmp_path / "f", images, want, batch_size=3)
-    assert verification == (0.0, 1.0, len(images))
+    np.testing.assert_array_equal(run_elsewhere(tmp_path / "f", images, size=3), want)
 
 
 def test_a_mixture_of_programs(tmp_path, images):
@@ -154,7 +178,7 @@ def test_a_mixture_of_programs(tmp_path, images):
     want = jax.jit(deploy.run(mixture))(images)
     forms = [{"stem": "matmul"}, {"stem": "conv"}, {}]
     deploy.export_program(tmp_path / "f", mixture, forms=forms, platforms=["cpu"])
-    assert deploy.verify(tmp_path / "f", images, want, batch_size=4) == (0.0, 1.0, len(images))
+    np.testing.assert_array_equal(run_elsewhere(tmp_path / "f", images, size=4), want)
     text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
     assert text.count('"stablehlo.case"') == 1
     assert text.count("stablehlo.convolution") == 2
@@ -167,7 +191,7 @@ def test_a_simulated_program(tmp_path, images):
     )
     assert manifest["inputs"] == [{"shape": [1, 8, 8, 3], "dtype": "float32"}]
     want = jax.jit(deploy.simulate(program))(images)
-    assert deploy.verify(tmp_path / "f", images, want).max_difference < 1e-4
+    np.testing.assert_allclose(run_elsewhere(tmp_path / "f", images, size=1), want, atol=1e-4)
     text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
     # Kernels are stored as integers all the same; nothing is summed in int32.
     assert "tensor<512x4xi8>" in text
@@ -179,29 +203,6 @@ def test_several_inputs_share_the_batch(tmp_path):
     deploy.export(tmp_path / "f", lambda w, x, y: w * x + y, jnp.float32(2), *shapes)
     got = deploy.load(tmp_path / "f")(jnp.ones((3, 2)), jnp.ones((3, 2)))
     np.testing.assert_array_equal(got, np.full((3, 2), 3))
-
-
-def test_verify_sees_a_difference(tmp_path):
-    # Images 3 and 1 of 4 get another class, the largest change is 5.
-    x = np.array([[3.0, 0.0], [0.0, 2.0], [4.0, 1.0], [1.0, 0.0]], np.float32)
-    deploy.export(tmp_path / "f", lambda w, x: x * w, jnp.float32(1), x)
-    changed = x + np.array([[0, 0], [2.5, 0], [0, 0], [0, 5]], np.float32)
-    assert deploy.verify(tmp_path / "f", x, changed) == (5.0, 0.5, 4)
-
-
-def test_verify_bad_arguments(tmp_path):
-    x = np.ones((4, 2), np.float32)
-    deploy.export(tmp_path / "f", lambda w, x: x * w, jnp.float32(1), x, symbolic_batch=False)
-    with pytest.raises(ValueError, match="images must hold a positive multiple of 4, got 3"):
-        deploy.verify(tmp_path / "f", x[:3], x[:3])
-    with pytest.raises(ValueError, match=r"logits must have shape \(4, 2\), got \(4, 3\)"):
-        deploy.verify(tmp_path / "f", x, np.ones((4, 3)))
-    with pytest.raises(ValueError, match="platform must be one of cpu, cuda, tpu, got 'gpu'"):
-        deploy.verify(tmp_path / "f", x, x, platform="gpu")
-    with pytest.raises(ValueError, match=r"float32 of shape \(4, 2\), got int32 \(4, 2\)"):
-        deploy.verify(tmp_path / "f", x.astype(np.int32), x)
-    with pytest.raises(RuntimeError, match=r"f did not run in a new process: .*tpu"):
-        deploy.verify(tmp_path / "f", x, x, platform="tpu")
 
 
 def test_export_bad_arguments(tmp_path):

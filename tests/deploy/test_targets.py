@@ -6,15 +6,19 @@ and that the C file is the integer reference to the bit, is in the tests of thes
 
 import dataclasses
 import errno
+import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy
 
 from hybrid_jax import core, deploy, models, quantization
+from hybrid_jax.deploy import litert
 from hybrid_jax.deploy import program as graph
 
 EXTRAS = {"openvino": "openvino"}
@@ -162,11 +166,14 @@ def test_a_packed_kernel_takes_its_bits(tmp_path, bits):
     }
     steps = (graph.Convert(("x",), "q"), graph.Dense(("q",), "y", "dense", weights))
     manifest = deploy.save_program(tmp_path / "model", deploy.Program("x", "y", tensors, steps))
+    assert manifest["kernel_bits"] == [bits]
     # 15 weights, and a scale and a bias of 4 bytes for each of 3 channels.
-    assert manifest["payload_bytes"] == -(-15 * bits // 8) + 24
-    kernel = deploy.packed.load(tmp_path / "model")[0]["0/dense/kernel"]
-    np.testing.assert_array_equal(kernel.values, q > 0 if bits == 1 else q)
-    np.testing.assert_array_equal(kernel.scale, scale[None])
+    stored = {name: array.nbytes for name, array in numpy.load_file(tmp_path / "model").items()}
+    assert stored["0/0:values"] == -(-15 * bits // 8)
+    assert stored["scales:values"] == stored["biases:values"] == 12
+    packed, _ = deploy.packed.load(tmp_path / "model")
+    np.testing.assert_array_equal(packed["0/0"].values, q > 0 if bits == 1 else q)
+    np.testing.assert_array_equal(packed["scales"].values, scale)
     loaded = next(deploy.load_program(tmp_path / "model").weighted).weights
     np.testing.assert_array_equal(loaded.values, weights.values)
     np.testing.assert_array_equal(loaded.scale, weights.scale)
@@ -195,17 +202,87 @@ def test_a_packed_mixture_comes_back(tmp_path, lowered):
 
     gate = deploy.lower(fn, jnp.ones((64, 1)), None, None, lowered.images[:1])
     path = tmp_path / "model.safetensors"
-    deploy.save_program(path, deploy.Mixture(gate, (lowered.integers,)), compress=True)
+    deploy.save_program(path, deploy.Mixture(gate, (lowered.integers,)))
     loaded = deploy.load_program(path)
     x = lowered.images[:1]
     np.testing.assert_array_equal(deploy.run(loaded)(x), deploy.run(lowered.integers)(x))
 
 
+def chain(*bits, channels=16, seed=0):
+    """A float image to integers, a 3×3 convolution of each of these bits, a mean to floats."""
+    rng = np.random.default_rng(seed)
+    tensors = {"x": deploy.Tensor((4, 4, channels))}
+    steps, last = [graph.Convert(("x",), "0")], "0"
+    for i, width in enumerate(bits):
+        tensors[last] = deploy.Tensor((4, 4, channels), deploy.Encoding(0.1, 128))
+        most, step = 2 ** (width - 1) - 1, 2 ** (8 - width)
+        values = (rng.integers(-most, most + 1, (3, 3, channels, channels)) * step).astype(np.int8)
+        scale, bias = rng.uniform(0.001, 0.002, (2, channels)).astype(np.float32)
+        weights = deploy.Weights(values, scale, bias, width)
+        steps.append(
+            graph.Conv((last,), str(i + 1), f"conv {i}", weights, padding=((1, 1), (1, 1)))
+        )
+        last = str(i + 1)
+    tensors[last] = deploy.Tensor((4, 4, channels), deploy.Encoding(0.1, 128))
+    tensors |= {"mean": deploy.Tensor((channels,), deploy.Encoding(0.1, 128))}
+    tensors |= {"y": deploy.Tensor((channels,))}
+    steps += [graph.Mean((last,), "mean"), graph.Convert(("mean",), "y")]
+    return deploy.Program("x", "y", tensors, tuple(steps))
+
+
+def test_header_and_graph_are_a_small_part_of_a_packed_file(tmp_path):
+    gate, slim = chain(8, channels=4), graph.Slice(("x",), "slim", (0, 0, 0), (4, 4, 4), (1, 1, 1))
+    ends = {"x": deploy.Tensor((4, 4, 16)), "slim": deploy.Tensor((4, 4, 4))}
+    steps = (slim, graph.Convert(("slim",), "0"), *gate.operations[1:])
+    gate = deploy.Program("x", "y", gate.tensors | ends, steps)
+    mixture = deploy.Mixture(gate, tuple(chain(*[4] * 10, seed=seed) for seed in range(4)))
+    path = tmp_path / "model.safetensors"
+    size = deploy.save_program(path, mixture)["bytes"]
+    assert size == path.stat().st_size
+    # Four experts of ten kernels in half bytes and 16 scales and biases each, and a gate of one.
+    weights = 4 * 10 * (9 * 16 * 16 // 2 + 8 * 16) + 9 * 4 * 4 + 8 * 4
+    assert weights < size < 1.25 * weights
+    loaded = deploy.load_program(path)
+    for ours, theirs in zip(loaded.parts, mixture.parts, strict=True):
+        assert (ours.tensors, len(ours.operations)) == (theirs.tensors, len(theirs.operations))
+        for a, b in zip(ours.weighted, theirs.weighted, strict=True):
+            assert (a.name, a.inputs, a.output) == (b.name, b.inputs, b.output)
+            for field in ("values", "scale", "bias"):
+                np.testing.assert_array_equal(getattr(a.weights, field), getattr(b.weights, field))
+
+
+KERNEL_BITS = {"stablehlo": [8], "tflite": [8], "packed": [4, 8], "c": [4, 8]}
+
+
+@pytest.mark.parametrize("target", KERNEL_BITS)
+def test_the_manifest_says_in_how_many_bits_a_file_holds_kernels(target, tmp_path):
+    path = tmp_path / "model"
+    assert deploy.export_to(target, path, chain(8, 4))["kernel_bits"] == KERNEL_BITS[target]
+    if target == "tflite":
+        details = litert.interpret(path).get_tensor_details()
+        kernels = [d["dtype"] for d in details if tuple(d["shape"]) == (16, 3, 3, 16)]
+        assert kernels == [np.int8] * 2
+    if target == "stablehlo":
+        text = jax.export.deserialize(bytearray(path.read_bytes())).mlir_module()
+        assert len(re.findall(r"constant dense<.*tensor<3x3x16x16xi8>", text)) == 2
+    if target == "c":
+        assert re.findall(r"int8_t weights_\d+\[(\d+)\]", path.read_text()) == ["2304", "1152"]
+
+
+def test_the_manifest_of_floats_says_32_bits(tmp_path, lowered):
+    for target in ("stablehlo", "tflite", "packed"):
+        manifest = deploy.export_to(target, tmp_path / "model", lowered.floats)
+        assert manifest["kernel_bits"] == [32], target
+
+
 HOSTILE = {
-    "no programs": {},
-    "an unknown operation": {"kind": "System"},
+    "'programs'": {},
+    "'System'": {"kind": "System"},
     "what was made before": {"kind": "Mean", "inputs": ["nowhere"], "output": "z"},
-    "the shape": {"kind": "Reshape", "inputs": ["x"], "output": "y"},
+    "cannot reshape": {"kind": "Reshape", "inputs": ["x"], "output": "y"},
+    "'0/0'": {"kind": "Dense", "inputs": ["x"], "output": "y", "name": "dense"},
+    r"biases must be float32 of shape \(0,\), got float32 \(3,\)": {"kind": "Mean"},
+    "recursion": "[" * 10**5,
 }
 
 
@@ -219,8 +296,15 @@ def test_a_packed_file_that_holds_no_program_is_refused(tmp_path, reason):
         "tensors": {"x": [[4], None], "y": [[3], None], "z": [[4], None]},
         "operations": [operation],
     }
-    deploy.packed.save(path, {}, {"programs": [graph]} if operation else {"other": 1})
-    with pytest.raises(ValueError, match="must hold a program"):
+    text = operation if isinstance(operation, str) else json.dumps([graph])
+    tensors = {
+        "programs": np.frombuffer(text.encode(), np.uint8),
+        "scales": np.zeros(0, np.float32),
+        "biases": np.zeros(3 if "biases" in reason else 0, np.float32),
+    }
+    tensors = {name: deploy.packed.Tensor(values) for name, values in tensors.items()}
+    deploy.packed.save(path, tensors if operation else {})
+    with pytest.raises(ValueError, match=f"must hold a program.*{reason}"):
         deploy.load_program(path)
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import core, experts, recipes, training
-from hybrid_jax.recipes import controls, deployment, evaluation, phase1, pipeline
-from hybrid_jax.report import comparison
+from hybrid_jax import core, experts, quantization, recipes, training
+from hybrid_jax.recipes import controls, evaluation, phase1, pipeline, programs
+from hybrid_jax.report import comparison, formatting
 from launch import export
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,8 @@ def done(tmp_path_factory):
 
 
 def test_results_have_every_row_and_number(done):
-    _, _, results = done
+    job, _, results = done
+    report = (job.workdir / "report.md").read_text()
     assert [row["name"] for row in results["rows"]] == [
         "dense parent",
         "expert 0",
@@ -66,8 +67,14 @@ def test_results_have_every_row_and_number(done):
     ]
     for row in results["rows"]:
         assert row["accuracy"] == pytest.approx(np.mean(row["correct"]))
-        assert min(row["bytes"], row["macs"], row["bops"], row["parameters_active"]) > 0
+        assert min(row["macs"], row["bops"], row["parameters_active"]) > 0
         assert (row["latency_ratio"] is None) == (row["name"] == "oracle gate")
+        # A size is that of a file; what cannot be shipped as one has none.
+        if row["name"] in ("average of all experts", "random gate", "oracle gate"):
+            assert row["bytes"] is row["artifact"] is None
+        else:
+            assert row["bytes"] == (job.workdir / row["artifact"]).stat().st_size
+            assert formatting.si(row["bytes"], "B") in report
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["oracle gate"]["accuracy"] >= max(
         rows[name]["accuracy"] for name in ("expert 0", "expert 1", "top-1 mixture")
@@ -103,19 +110,26 @@ def test_channels_are_physically_removed(done):
 
 def test_what_is_deployed_computes_what_was_evaluated(done):
     job, models, results = done
-    (record,) = results["deploy"]
-    assert record["agreement"] == 1.0
-    assert record["max_difference"] < 1e-4
-    images = job.normalize(job.splits.validation.images[:16])
+    assert [(r["target"], r["model"], r["kernel_bits"]) for r in results["exports"]] == [
+        ("stablehlo", "dense", [32]),
+        ("stablehlo", "expert", [8]),
+        ("stablehlo", "mixture", [8]),
+    ]
+    for record in results["exports"]:
+        assert record["agreement"] >= 0.995
+        assert record["bytes"] == (job.workdir / record["artifact"]).stat().st_size
     # The cheap expert is deployed at its own widths: masked in the stack it computes the same.
-    same_as_evaluated(models.made, deployment.deployed_experts(job, models.made), images)
+    same_as_evaluated(models.made, job.normalize(job.splits.validation.images[:16]))
 
 
-def same_as_evaluated(made, deployed, images):
-    (expert, *_), (fn, params) = experts.unstack(made.stack), deployed[0]
-    assert params["kernels"]["params/stem/conv/kernel"].values.dtype == np.int8
+def same_as_evaluated(made, images):
+    (expert, *_), (alone, *_) = experts.unstack(made.stack), phase1.alone(made)
+    fn = quantization.fake_quantized(alone.predict, alone.quantizer)
     np.testing.assert_allclose(
-        fn(params, images), made.predict(expert, images), atol=1e-5, rtol=1e-5
+        fn(alone.variables, alone.ranges, images),
+        made.predict(expert, images),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -129,7 +143,7 @@ def test_a_gate_that_was_fitted_to_other_experts_is_refused(done):
     with pytest.raises(ValueError, match=r"gate must be fitted to the experts .*: fit it again"):
         recipes.fine_tune(job, models.dense, models.variables, models.before, models.gate)
     with pytest.raises(ValueError, match="gate must be fitted to the experts"):
-        recipes.evaluate(job, models._replace(made=models.before))
+        recipes.lower(job, models._replace(made=models.before))
 
 
 def test_a_gate_that_collapses_is_detected_and_reported(done, tmp_path):
@@ -198,7 +212,7 @@ def test_pruned_weights_stay_zero_through_both_phases(tmp_path):
     )
     made = recipes.make(job).made
     images = job.normalize(job.splits.validation.images[:16])
-    same_as_evaluated(made, deployment.deployed_experts(job, made), images)
+    same_as_evaluated(made, images)
     for expert, masks in zip(experts.unstack(made.stack), made.masks, strict=True):
         masks = {p: m for p, m in core.flatten_paths(masks).items() if not core.is_masked_node(m)}
         assert masks
@@ -230,10 +244,10 @@ def test_identical_experts_are_one(done, tmp_path):
     )
     degenerate = recipes.prepare(config, tmp_path / "run")
     models = recipes.make(degenerate)
-    logits = evaluation.logits(degenerate, models.made, degenerate.splits.test)
+    logits = programs.logits(degenerate, models.made, degenerate.splits.test)
     np.testing.assert_array_equal(experts.disagreement(jnp.asarray(logits)), np.zeros((2, 2)))
     # Whichever the gate chooses, the mixture is that one network.
-    mixture = evaluation.top_1_logits(degenerate, models)
+    mixture = programs.top_1_logits(degenerate, models)
     np.testing.assert_allclose(mixture, logits[0], atol=1e-5)
 
 
@@ -251,7 +265,12 @@ def test_planned_cost_is_the_cost(done):
 
 
 def test_exports_of_a_finished_run(done, capsys):
-    job, _, _ = done
+    job, _, results = done
+    written = {
+        row["artifact"]: (job.workdir / row["artifact"]).read_bytes()
+        for row in results["rows"]
+        if row["artifact"]
+    }
     targets = ["stablehlo", "onnx", "tflite", "packed", "c"]
     argv = ["export", f"--workdir={job.workdir}", f"--target={','.join(targets)}", "--pairs=2"]
     assert export.cli(argv) == 0
@@ -267,6 +286,11 @@ def test_exports_of_a_finished_run(done, capsys):
         # After so few steps the classes are close together: the digits network agrees to 99.9 %.
         assert record["agreement"] >= 0.9, name
         assert set(record["latency"]) == {"1", "32"}
+    bits = {r["target"]: r["kernel_bits"] for r in records if r["model"] == "mixture"}
+    assert (bits["packed"], bits["c"], bits["tflite"]) == ([4, 8], [4, 8], [8])
+    # One path, one file: whoever writes it.
+    for path, content in written.items():
+        assert (job.workdir / path).read_bytes() == content, path
     text = (job.workdir / "report.md").read_text()
     assert "## Exports" in text
     assert "There is no c file of the dense" in text

@@ -48,6 +48,8 @@ def make_results():
                 "num_classes": 10,
                 "class_names": [str(n) for n in range(10)],
                 "sizes": {"train": 1257, "validation": 180, "test": IMAGES},
+                "mean": [0.25],
+                "std": [0.5],
             },
             "rows": [_row(entry, seed) for entry in ROWS],
             "layers": [
@@ -70,13 +72,22 @@ def make_results():
                 "per_epoch": [0.4, 0.9, 1.1, 1.2],
             },
             "disagreement": (0.03 * (1 - np.eye(4))).tolist(),
-            "deploy": [
+            "exports": [
                 {
-                    "artifact": "mixture.stablehlo",
-                    "platforms": ["cpu", "cuda", "tpu"],
-                    "bytes": 412_345,
+                    "target": "packed",
+                    "model": "mixture",
+                    "artifact": "deploy/mixture.safetensors",
+                    "reference": "dense",
+                    "bytes": 57_900,
+                    "reference_bytes": 312_000,
+                    "kernel_bits": [4, 8],
                     "max_difference": 3.1e-6,
                     "agreement": 1.0,
+                    "images": IMAGES,
+                    "larger": False,
+                    "slower": [],
+                    "latency": {"1": {"p50": 1e-4, "p95": 2e-4, "ratio": 0.7}},
+                    "memory": {},
                 }
             ],
             "history": {

@@ -172,8 +172,11 @@ def test_a_gain_beyond_what_ensembles_reach_is_warned_of(make_results):
 
 
 def test_a_deployed_model_that_differs_is_warned_of(make_results):
-    (found,) = _change(make_results, deploy=[{"artifact": "m.onnx", "agreement": 0.99}])
-    assert found == "m.onnx agrees with the model on only 99.00 % of the test images"
+    (record,) = make_results()["exports"]
+    (found,) = _change(make_results, exports=[record | {"agreement": 0.99}])
+    assert found == (
+        "The packed file of the mixture agrees with the model on only 99.00 % of the test images"
+    )
 
 
 def test_effective_experts():

@@ -35,7 +35,15 @@ def test_a_run_gives_tables_plots_and_warnings(make_results, tmp_path):
     ) in text
     assert "| oracle gate | control | 100.00 % | +1.67 |" in text
     assert "- **Warning: mixture top-2 is slower than dense: 1.31× its latency.**" in text
-    assert "| mixture.stablehlo | cpu, cuda, tpu | 412 kB | 3.1e-06 | 100.00 % |" in text
+    # 57.9 / 312 = 0.186; of batch 32 there is nothing.
+    assert (
+        "| packed | mixture | 100.00 % | 3.1e-06 | 4, 8 | 57.9 kB | 0.19× | 0.1 ms | 0.2 ms "
+        "| 0.70× | – | – |  |"
+    ) in text
+    assert (
+        "float32 images, (pixel / 255 − mean) / deviation, with mean 0.25 and deviation 0.5."
+        in text
+    )
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == PLOTS
     page = (tmp_path / "report.html").read_text()
     assert "<td>97.78 %</td><td>−0.56</td>" in page
@@ -47,7 +55,7 @@ def test_a_run_gives_tables_plots_and_warnings(make_results, tmp_path):
 def test_markdown_tables_are_rectangular(make_results, tmp_path):
     report.write(make_results(), tmp_path)
     blocks = re.findall(r"(?:^\|.*\n)+", (tmp_path / "report.md").read_text(), re.MULTILINE)
-    assert len(blocks) == 5  # results, controls, disagreement, deployed, this run
+    assert len(blocks) == 5  # results, controls, disagreement, exports, this run
     for block in blocks:
         header, rule, *rows = block.splitlines()
         assert rows
@@ -78,7 +86,7 @@ def test_missing_and_non_finite_numbers_are_dashes(tmp_path):
         {"name": "mix", "kind": "mixture", **nothing},
     ]
     results = {
-        "rows": rows, "gate": None, "layers": None, "deploy": None, "history": None,
+        "rows": rows, "gate": None, "layers": None, "exports": None, "history": None,
         "disagreement": None, "environment": None, "dataset": None, "seconds": None,
     }  # fmt: skip
     report.write(json.loads(json.dumps(results)), tmp_path)
@@ -105,10 +113,10 @@ def test_notes_get_a_column_where_there_is_one(make_results, tmp_path):
 
 
 def test_a_report_replaces_the_old_one_and_leaves_other_files(make_results, tmp_path):
-    (tmp_path / "report.md").write_text("old")
+    (tmp_path / "report.md").write_text("obsolete")
     (tmp_path / "notes.txt").write_text("mine")
     report.write(make_results(), tmp_path)
-    assert "old" not in (tmp_path / "report.md").read_text()
+    assert "obsolete" not in (tmp_path / "report.md").read_text()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -1,0 +1,154 @@
+"""What a run has made: its models, their answers, and the inference graphs that are deployed."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core, data, deploy, experts, quantization
+from hybrid_jax.recipes import phase1
+from hybrid_jax.recipes.job import Job, Network
+from hybrid_jax.recipes.phase1 import Alone, Experts
+from hybrid_jax.recipes.phase2 import Gate
+
+CALIBRATION_IMAGES = 512
+
+
+class Models(NamedTuple):
+    """What a run has made.
+
+    Attributes:
+      dense: The parent.
+      variables: The parent's variables.
+      made: The experts of the mixture.
+      before: The experts as they were before joint fine-tuning.
+      gate: The gate.
+      singles: {name: a single compressed network}, the trained controls.
+    """
+
+    dense: Network
+    variables: Any
+    made: Experts
+    before: Experts
+    gate: Gate
+    singles: dict[str, Experts]
+
+
+class Programs(NamedTuple):
+    """The inference graphs of `Models`; all take images as `Job.normalize` makes them.
+
+    Attributes:
+      dense: The parent, in floats.
+      experts: The experts of the mixture.
+      gate: The gate.
+      best: The best single expert, see `best_expert`.
+      singles: {name: the trained control}.
+    """
+
+    dense: deploy.Program
+    experts: tuple[deploy.Program, ...]
+    gate: deploy.Program
+    best: deploy.Program
+    singles: dict[str, deploy.Program]
+
+    @property
+    def mixture(self) -> deploy.Mixture:
+        """The top-1 mixture, which runs the gate and one expert."""
+        return deploy.Mixture(self.gate, self.experts)
+
+
+def lower(job: Job, models: Models) -> Programs:
+    """Returns the inference graph of everything that can be deployed.
+
+    Raises:
+      ValueError: If the gate was fitted to other experts.
+    """
+    experts.check_fitted(models.gate.fitted_to, phase1.trained(models.made.stack))
+    images, gate = calibration_images(job), models.gate
+
+    def lowered(expert: Alone) -> deploy.Program:
+        return deploy.lower(
+            expert.predict, expert.variables, expert.quantizer, expert.ranges, images
+        )
+
+    each = tuple(map(lowered, phase1.alone(models.made)))
+    source, best = best_expert(job, models)
+    variables, ranges = gate.params["variables"], gate.params["ranges"]
+    return Programs(
+        deploy.lower(models.dense.predict, models.variables, None, None, images),
+        each,
+        deploy.lower(gate.float_predict, variables, gate.quantizer, ranges, images),
+        each[best] if source is models.made else lowered(phase1.alone(source)[best]),
+        {name: lowered(*phase1.alone(single)) for name, single in models.singles.items()},
+    )
+
+
+def artifact(model: str, target: str) -> str:
+    """Returns where in the work directory the file of a model for a target lies.
+
+    Example:
+      >>> artifact("dense int8", "c")
+      'deploy/dense_int8.c'
+    """
+    return f"deploy/{model.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
+
+
+def calibration_images(job: Job) -> jax.Array:
+    """Returns training images (B, H, W, C) as a network takes them, always the same."""
+    return job.normalize(job.splits.train.images[:CALIBRATION_IMAGES])
+
+
+def dense_integers(job: Job, models: Models) -> tuple[deploy.Program, np.ndarray]:
+    """Returns the parent in integers, without training, and its logits (n, N) on the test images.
+
+    Its kernels have 7 bits: stored in int8 they are no larger than those of 8, for which an ONNX
+    file that is right on every x86 needs slower kernels.
+    """
+    images, predict = calibration_images(job), models.dense.predict
+    graph = core.trace(predict, models.variables, job.images)
+    spec = quantization.spec(graph, weight_bits=7, first_last_bits=7, deployable=True)
+    ranges = quantization.calibrate(predict, models.variables, [(images,)], spec)
+    quantized = quantization.fake_quantized(predict, spec)
+    program = deploy.lower(predict, models.variables, spec, ranges, images)
+
+    def answer(variables, x):
+        return quantized(variables, ranges, x)
+
+    return program, job.logits(answer, models.variables, job.splits.test)
+
+
+def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
+    """Returns the logits (E, n, N) of all experts."""
+    return np.stack(
+        [job.logits(made.predict, expert, arrays) for expert in experts.unstack(made.stack)]
+    )
+
+
+def top_1_logits(job: Job, models: Models) -> np.ndarray:
+    """Returns the logits (n, N) of the top-1 mixture for the test images."""
+    test = job.splits.test
+    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
+    expert_logits = jnp.asarray(logits(job, models.made, test))
+    return np.asarray(experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights))
+
+
+def validation_accuracies(job: Job, made: Experts) -> np.ndarray:
+    """Returns the accuracy (E,) of each expert on the validation images."""
+    validation = job.splits.validation
+    named = np.asarray(core.top_class(logits(job, made, validation)))
+    return (named == validation.labels).mean(-1)
+
+
+def best_expert(job: Job, models: Models) -> tuple[Experts, int]:
+    """Returns the experts, those after joint training or before, and the index of the best.
+
+    On the validation images, of all of both; of equals the first, and one after joint training.
+    """
+    scores = [
+        (accuracy, made, e)
+        for made in (models.made, models.before)
+        for e, accuracy in enumerate(validation_accuracies(job, made))
+    ]
+    _, made, best = max(scores, key=lambda score: score[0])
+    return made, best

@@ -1,0 +1,65 @@
+"""Files of a run: their sizes, their bits and what they are compared with, of small programs."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax import deploy
+from hybrid_jax.deploy.program import Convert, Dense
+from hybrid_jax.recipes import exporting, programs
+
+
+@pytest.fixture
+def job(tmp_path):
+    """What `write` asks of a job: six images of two pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 2), np.uint8)
+    return types.SimpleNamespace(
+        workdir=tmp_path,
+        splits=types.SimpleNamespace(test=types.SimpleNamespace(images=images)),
+        config=types.SimpleNamespace(deploy=types.SimpleNamespace(platforms=["cpu"])),
+        normalize=lambda images: images / np.float32(255),
+    )
+
+
+def dense(bits=None):
+    """A layer of 2 × 3 weights, in floats or in integers of 4 bits."""
+    bias, ends = np.float32([0, 1, 2]), {"x": deploy.Tensor((2,)), "y": deploy.Tensor((3,))}
+    values = np.int8([[16, -32, 48], [64, 80, -112]])
+    if bits is None:
+        weights = deploy.Weights(values.astype(np.float32), None, bias)
+        return deploy.Program("x", "y", ends, (Dense(("x",), "y", "dense", weights),))
+    weights = deploy.Weights(values, np.float32([0.01, 0.02, 0.03]), bias, bits)
+    steps = Convert(("x",), "q"), Dense(("q",), "y", "dense", weights)
+    tensors = ends | {"q": deploy.Tensor((2,), deploy.Encoding(1 / 255))}
+    return deploy.Program("x", "y", tensors, steps)
+
+
+def test_a_record_states_what_its_file_is(job):
+    images = job.normalize(job.splits.test.images)
+    made = {
+        name: exporting.Exported(program, np.asarray(jax.jit(deploy.run(program))(images)))
+        for name, program in (("dense", dense()), ("equal bytes", dense(bits=4)))
+    }
+    records = exporting.write(job, made, ["stablehlo", "packed", "c"], pairs=1)
+    found = {(r["target"], r["model"]): r for r in records}
+    assert "float32" in found.pop(("c", "dense"))["error"]
+    for (target, model), record in found.items():
+        assert record["artifact"] == programs.artifact(model, target)
+        path = job.workdir / record["artifact"]
+        manifest = json.loads(path.with_name(path.name + ".json").read_text())
+        # C is text: its size is what its constants take.
+        size = manifest["flash"] if target == "c" else path.stat().st_size
+        assert (record["bytes"], record["agreement"]) == (size, 1.0)
+        assert record["reference"] == ("equal bytes" if target == "c" else "dense")
+        if target == "stablehlo":
+            assert manifest["platforms"] == ["cpu"]
+    assert {name: r["kernel_bits"] for name, r in found.items()} == {
+        ("stablehlo", "dense"): [32],
+        ("stablehlo", "equal bytes"): [8],
+        ("packed", "dense"): [32],
+        ("packed", "equal bytes"): [4],
+        ("c", "equal bytes"): [4],
+    }
