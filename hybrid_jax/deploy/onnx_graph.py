@@ -25,15 +25,24 @@ class Graph:
       x: Name of the value that is its input, (N, …) in the program's order of axes.
       prefix: Of every name that is made.
       vnni: Whether all kernels of integers are int8.
+      opset: Version of ONNX's operations.
 
     Attributes:
       nodes: `onnx.NodeProto`s, in running order.
       stored: {tensor: name of the value that holds it}.
-      vnni: As given.
+      vnni, opset: As given.
     """
 
-    def __init__(self, onnx: Any, program: Program, x: str, prefix: str = "", vnni: bool = False):
-        self.vnni = vnni
+    def __init__(
+        self,
+        onnx: Any,
+        program: Program,
+        x: str,
+        prefix: str = "",
+        vnni: bool = False,
+        opset: int = 21,
+    ):
+        self.vnni, self.opset = vnni, opset
         self.nodes: list[Any] = []
         self._onnx, self._program = onnx, program
         self._names = (f"{prefix}{number}" for number in itertools.count())
@@ -125,6 +134,22 @@ class Graph:
             made = self._onnx.numpy_helper.from_array(value, next(self._names))
             self._constants[key] = made
         return self._constants[key].name
+
+    def halves(self, value: np.ndarray, step: int) -> str:
+        """An int8 of multiples of `step`, of which the file holds 4 bits each.
+
+        Runtimes make it an int8 when they open the file, and compute as with any other.
+        """
+        types, helper = self._onnx.TensorProto, self._onnx.helper
+        even = np.pad((value // step).ravel(), (0, value.size % 2))
+        data = (even[::2] & 15 | even[1::2] << 4).tobytes()
+        key = types.INT4, value.shape, data
+        if key not in self._constants:
+            made = helper.make_tensor(next(self._names), types.INT4, value.shape, data, raw=True)
+            self._constants[key] = made
+        whole = self.node("Cast", [self._constants[key].name], to=types.INT32)
+        steps = self.node("Mul", [whole, self.constant(np.int32(step))])
+        return self.node("Cast", [steps], to=types.INT8)
 
     def _parameters_of(self, encoding):
         scale, zero = np.float32(encoding.scale), np.uint8(encoding.zero_point)

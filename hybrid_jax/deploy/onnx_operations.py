@@ -29,11 +29,21 @@ from hybrid_jax.deploy.program import (
     Slice,
     Softmax,
     Transpose,
+    Weights,
 )
+from hybrid_jax.quantization import integer_step
+
+OF_HALVES = 21  # the first opset that casts an int4
+
+
+def stored_bits(weights: Weights, opset: int) -> int:
+    """Bits of each entry of a kernel in the file."""
+    halves = weights.bits <= 4 and opset >= OF_HALVES
+    return 4 if halves else 8 * weights.values.itemsize
 
 
 def written(
-    onnx: Any, program: Program, x: str, y: str, prefix: str = "", vnni: bool = False
+    onnx: Any, program: Program, x: str, y: str, prefix: str = "", **options: Any
 ) -> tuple[list, list]:
     """The nodes and constants that make a program's output of its input.
 
@@ -43,12 +53,12 @@ def written(
       x: Name of the value that is the input.
       y: Name of the value that will be the output.
       prefix: Of every other name.
-      vnni: Whether all kernels of integers are int8.
+      **options: Of `Graph`.
 
     Raises:
       ValueError: If an operation has no rule, or its rule refuses it.
     """
-    graph = Graph(onnx, program, x, prefix, vnni)
+    graph = Graph(onnx, program, x, prefix, **options)
     for op in program.operations:
         if type(op) not in _RULES:
             known = ", ".join(kind.__name__ for kind in _RULES)
@@ -94,9 +104,13 @@ def _weights(graph, op, order):
     kernel, zero = weights.values.transpose(order), np.int8(0)
     if not graph.vnni and arithmetic.saturates(weights, encoding):
         kernel, zero = (kernel.astype(np.int16) + 128).astype(np.uint8), np.uint8(128)
+    if stored_bits(weights, graph.opset) == 4:
+        kernel = graph.halves(kernel, integer_step(4))
+    else:
+        kernel = graph.constant(kernel)
     zeros = graph.constant(np.full(weights.scale.shape, zero))
     step = graph.constant(np.float32(encoding.scale) * weights.scale)
-    kernel = [graph.constant(kernel), graph.constant(weights.scale), zeros]
+    kernel = [kernel, graph.constant(weights.scale), zeros]
     bias = [graph.constant(arithmetic.integer_bias(weights, encoding)), step]
     return (
         graph.node("DequantizeLinear", kernel, axis=order.index(len(order) - 1)),

@@ -10,7 +10,8 @@ A file is right in a session opened with no options, on every processor. x86 wit
 products of uint8 and int8 in pairs that stop at ±2^15 (`arithmetic.saturates`): kernels of up to 7
 bits never reach that, and are stored as int8; those of 8 bits that may are uint8 with zero point
 128, for which the runtimes have slower kernels. With `vnni` they are int8, which is right on
-processors with VNNI and on Arm alone. Kernels that take floats are stored in float32. Where the
+processors with VNNI and on Arm alone. Kernels of up to 4 bits are int4 in the file, from opset 21
+on, and int8 once it is opened. Kernels that take floats are stored in float32. Where the
 runtimes differ from `reference.run`: both compute sums, products, concatenations and conversions of
 encoded tensors in floats, and may round what lies next to a tie the other way; ONNX Runtime does a
 convolution from integers to floats in floats; and OpenVINO leaves a convolution unrounded that it
@@ -25,8 +26,8 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
-from hybrid_jax.deploy.onnx_operations import written
-from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
+from hybrid_jax.deploy.onnx_operations import stored_bits, written
+from hybrid_jax.deploy.program import Mixture, Program
 
 KIND = "onnx"
 OLDEST_OPSET = 13  # the first whose QuantizeLinear has a scale for each channel
@@ -63,12 +64,12 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) 
     """
     onnx = require("onnx", "onnx")
     core.check_integer("opset", opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
-    nodes, constants = [], []
+    nodes, constants, options = [], [], {"vnni": vnni, "opset": opset}
     if isinstance(program, Mixture):
-        body = _of_an_image(onnx, program, vnni)
+        body = _of_an_image(onnx, program, options)
         nodes = [onnx.helper.make_node("Scan", ["x"], ["y"], body=body, num_scan_inputs=1)]
     else:
-        nodes, constants = written(onnx, program, "x", "y", vnni=vnni)
+        nodes, constants = written(onnx, program, "x", "y", **options)
     x = _value(onnx, "x", (_BATCH, *program.input_shape))
     y = _value(onnx, "y", (_BATCH, *program.output_shape))
     opsets = [onnx.helper.make_opsetid("", opset)]
@@ -96,12 +97,13 @@ def export_onnx(
       OSError: If it cannot be written; what was there stays.
     """
     model = to_onnx(program, opset=opset, vnni=vnni)
+    layers = [op for part in program.parts for op in part.weighted]
     facts = {
         "kind": KIND,
         "onnx": require("onnx", "onnx").__version__,
         "opset": opset,
         "vnni": vnni,
-        "kernel_bits": kernel_bits(program),
+        "kernel_bits": sorted({stored_bits(op.weights, opset) for op in layers}),
         "inputs": [_describe(value) for value in model.graph.input],
         "outputs": [_describe(value) for value in model.graph.output],
     }
@@ -117,12 +119,12 @@ def _describe(value):
     return {"shape": shape, "dtype": "float32"}
 
 
-def _of_an_image(onnx, mixture, vnni):
+def _of_an_image(onnx, mixture, options):
     """The graph of what a mixture makes of one image 'image': gate, choice, one expert."""
     make, gate = onnx.helper.make_node, mixture.gate
     shapes = [p.tensors[name].shape for p in mixture.experts[:1] for name in (p.input, p.output)]
-    expert = _one_of(onnx, mixture.experts, 0, len(mixture.experts), vnni)
-    nodes, constants = _of_a_batch_of_one(onnx, gate, "scores", "g", vnni)
+    expert = _one_of(onnx, mixture.experts, 0, len(mixture.experts), options)
+    nodes, constants = _of_a_batch_of_one(onnx, gate, "scores", "g", options)
     nodes = [
         *nodes,
         make("ArgMax", ["scores"], ["choice"], axis=1, keepdims=0),
@@ -141,15 +143,15 @@ def _of_an_image(onnx, mixture, vnni):
     return onnx.helper.make_graph(nodes, "mixture", *ends, constants)
 
 
-def _one_of(onnx, experts, first, stop, vnni):
+def _one_of(onnx, experts, first, stop, options):
     """The graph of what expert number 'choice', in [first, stop), makes of 'image'."""
     make, y = onnx.helper.make_node, f"y_{first}_{stop}"
     if stop - first == 1:
-        nodes, constants = _of_a_batch_of_one(onnx, experts[first], y, f"e{first}_", vnni)
+        nodes, constants = _of_a_batch_of_one(onnx, experts[first], y, f"e{first}_", options)
     else:
         middle = (first + stop) // 2
         halves = (first, middle), (middle, stop)
-        low, high = (_one_of(onnx, experts, *ends, vnni) for ends in halves)
+        low, high = (_one_of(onnx, experts, *ends, options) for ends in halves)
         number, below = f"middle_{first}_{stop}", f"below_{first}_{stop}"
         nodes = [
             make("Less", ["choice", number], [below]),
@@ -160,14 +162,14 @@ def _one_of(onnx, experts, first, stop, vnni):
     return onnx.helper.make_graph(nodes, y, [], [_value(onnx, y, (1, *shape))], constants)
 
 
-def _of_a_batch_of_one(onnx, program, y, prefix, vnni):
+def _of_a_batch_of_one(onnx, program, y, prefix, options):
     """Nodes and constants of a program whose input is 'image' with a batch of one around it.
 
     Gate and experts put it around for themselves: if they shared that reshape, ONNX Runtime would
     move the gate's QuantizeLinear before it, and the experts would see what the gate sees.
     """
     x, shape = f"{prefix}x", f"{prefix}x_shape"
-    nodes, constants = written(onnx, program, x, y, prefix, vnni)
+    nodes, constants = written(onnx, program, x, y, prefix, **options)
     sizes = {shape: np.int64([1, *program.tensors[program.input].shape])}
     reshape = onnx.helper.make_node("Reshape", ["image", shape], [x])
     return [reshape, *nodes], [*constants, *_constants(onnx, sizes)]

@@ -436,6 +436,23 @@ def test_kernels_whose_pairs_of_products_saturate_are_unsigned(values, encoding,
     assert found.dtype == stored
 
 
+@pytest.mark.parametrize(("opset", "stored"), [(20, 8), (21, 4)])
+def test_kernels_of_four_bits_take_four_and_compute_as_int8(session, opset, stored, tmp_path):
+    rng = np.random.default_rng(4)
+    kernel = weights(rng, 3, 3, 16, 9)
+    few = Weights(kernel.values // 16 * 8, kernel.scale, kernel.bias, 4)
+    program = single(conv(few, padding=SAME), [image(POSITIVE)], image(SIGNED, (6, 6, 9)))
+    manifest = onnx_writer.export_onnx(tmp_path / "model.onnx", program, opset=opset)
+    assert manifest["kernel_bits"] == [stored]
+    model = onnx.load(tmp_path / "model.onnx")
+    sizes = {len(constant.raw_data) for constant in model.graph.initializer}
+    assert 3 * 3 * 16 * 9 * stored // 8 in sizes
+    assert optimized(model, tmp_path)["QLinearConv"] == 1
+    x = rng.integers(0, 256, (5, *IMAGE)).astype(np.float32) * np.float32(POSITIVE.scale)
+    got, want = session(model.SerializeToString())(x), jax.jit(deploy.run(program))(x)
+    assert np.abs(np.rint((got - want) / SIGNED.scale)).max() <= allowed(session)
+
+
 def test_an_encoding_after_another_is_not_merged_with_it(session, tmp_path):
     # ONNX Runtime makes of two pairs of QuantizeLinear and DequantizeLinear one with its own scale,
     # although the bias behind is in steps of the second.
