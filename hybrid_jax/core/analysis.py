@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax.core import derivatives, interpreter
+from hybrid_jax.core.arrangement import moved, scanned
 from hybrid_jax.core.labels import (
     TANGENT,
     Labels,
@@ -73,6 +74,10 @@ class Analysis:
                 if outs is None:
                     self.barriers.add(here)
                     outs = barrier(self.labels, eqn, values, f"goes through {eqn.primitive.name}")
+                outs = [
+                    dataclasses.replace(out, arrangement=arrangement)
+                    for out, arrangement in zip(outs, moved(eqn, values), strict=True)
+                ]
                 if is_contraction(eqn):
                     self._contraction(eqn, values, outs[0], here, calls)
             self.equations[here] = values, outs
@@ -111,7 +116,10 @@ class Analysis:
         xs = []
         for value in values[consts + carried :]:
             self.labels.freeze(value.labels[0], "is the axis that a scan runs over")
-            xs.append(Value(value.labels[1:], value.rest[1:], value.origin))
+            arrangement = scanned(value.arrangement)
+            xs.append(
+                Value(value.labels[1:], value.rest[1:], value.origin, arrangement=arrangement)
+            )
         length = eqn.params["length"]
 
         def body(carry):
@@ -138,7 +146,9 @@ class Analysis:
     def _settle(self, carry, values, body):
         """Walks the body of a loop until what is known of its carry holds after every round."""
         origin = join_origins(values)
-        carry = [dataclasses.replace(v, constant=None, origin=origin) for v in carry]
+        carry = [
+            dataclasses.replace(v, constant=None, origin=origin, arrangement=None) for v in carry
+        ]
         while True:
             outs = body(carry)
             settled = [self._merge([a, b]) for a, b in zip(carry, outs, strict=False)]
@@ -166,7 +176,8 @@ class Analysis:
             for axes in zip(*[v.labels for v in values], strict=True)
         )
         constant = common([v.constant for v in values])
-        return Value(labels, rest, join_origins(values), constant)
+        arrangement = common([v.arrangement for v in values])
+        return Value(labels, rest, join_origins(values), constant, arrangement)
 
     def _custom(self, eqn, inner, values, path, calls):
         names = self._names.copy()
