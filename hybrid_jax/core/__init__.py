@@ -1,5 +1,6 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
+from hybrid_jax.core.arrangement import Kernel
 from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
     check_batches,
@@ -28,6 +29,7 @@ from hybrid_jax.core.paths import (
     REQUIRED,
     flatten_paths,
     is_masked_node,
+    map_state,
     map_with_path,
     match_rules,
     path_string,
@@ -39,6 +41,7 @@ from hybrid_jax.core.shrink import (
     mask_removed,
     narrow,
     shrink,
+    slice_state,
     slice_tree,
 )
 from hybrid_jax.core.sites import Site
@@ -51,6 +54,7 @@ __all__ = [
     "Graph",
     "Group",
     "Join",
+    "Kernel",
     "Member",
     "Site",
     "at_sites",
@@ -77,6 +81,7 @@ __all__ = [
     "kept_indices",
     "kernel_from_matrix",
     "kernel_matrix",
+    "map_state",
     "map_with_path",
     "mask_removed",
     "match_rules",
@@ -86,6 +91,7 @@ __all__ = [
     "patches",
     "path_string",
     "shrink",
+    "slice_state",
     "slice_tree",
     "sweep_rows",
     "trace",
