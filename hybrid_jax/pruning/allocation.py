@@ -100,6 +100,7 @@ def erk(kernels: Kernels) -> Allocation:
       ValueError: From `masks`, if what is scored is no kernel.
 
     Example:
+      >>> from hybrid_jax import core
       >>> from hybrid_jax.pruning import masks
       >>> params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((8, 8))}  # (4+4)/16 : (8+8)/64 = 2 : 1
       >>> fn = lambda p, x: (x[:, :4] @ p['a'], x @ p['b'])
