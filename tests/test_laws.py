@@ -88,7 +88,7 @@ def test_two_of_four_runs_along_the_contracted_axis(name, small_model):
     scores = core.map_with_path(
         lambda path, leaf: jnp.abs(leaf) if path in fits else optax.MaskedNode(), variables
     )
-    masks = core.flatten_paths(pruning.masks(scores, granularity=pruning.n_m(2, 4)))
+    masks = core.flatten_paths(pruning.masks(scores, granularity=pruning.n_m(graph.kernels, 2, 4)))
     assert fits
     for path, axis in fits.items():
         blocks = np.moveaxis(np.asarray(masks[path]), axis, -1)
