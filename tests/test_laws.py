@@ -64,8 +64,9 @@ def test_a_target_is_met_from_below_and_costs_are_those_of_the_shrunk_network(na
 
 @pytest.mark.parametrize("name", models.names())
 def test_a_mask_keeps_exactly_what_its_sparsity_means(name, small_model):
-    variables = small_model(name).params
-    masks = jax.jit(lambda v, sparsity: pruning.masks(pruning.magnitude(v), sparsity))(
+    fn, _, variables, x = small_model(name)
+    kernels = core.trace(fn, variables, x).kernels
+    masks = jax.jit(lambda v, sparsity: pruning.masks(pruning.magnitude(kernels, v), sparsity))(
         variables, 0.8
     )
     for path, mask in core.flatten_paths(masks).items():
@@ -87,7 +88,7 @@ def test_two_of_four_runs_along_the_contracted_axis(name, small_model):
     scores = core.map_with_path(
         lambda path, leaf: jnp.abs(leaf) if path in fits else optax.MaskedNode(), variables
     )
-    masks = core.flatten_paths(pruning.masks(scores, granularity=pruning.n_m(2, 4)))
+    masks = core.flatten_paths(pruning.masks(scores, granularity=pruning.n_m(graph.kernels, 2, 4)))
     assert fits
     for path, axis in fits.items():
         blocks = np.moveaxis(np.asarray(masks[path]), axis, -1)
@@ -125,7 +126,7 @@ def test_one_compilation_for_all_bits_ranges_and_sparsities(name, small_model):
 
     @jax.jit
     def pruned_and_quantized(variables, ranges, bits, sparsity):
-        masks = pruning.masks(pruning.magnitude(variables), sparsity)
+        masks = pruning.masks(pruning.magnitude(graph.kernels, variables), sparsity)
         variables = pruning.apply_masks(variables, masks)
         return quantization.fake_quantized(fn, spec)(variables, ranges, x, bits=bits)
 

@@ -1,5 +1,6 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
+from hybrid_jax.core.arrangement import Kernel
 from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
     batch_size,
@@ -39,6 +40,7 @@ from hybrid_jax.core.paths import (
     REQUIRED,
     flatten_paths,
     is_masked_node,
+    map_state,
     map_with_path,
     match_rules,
     path_string,
@@ -50,6 +52,7 @@ from hybrid_jax.core.shrink import (
     mask_removed,
     narrow,
     shrink,
+    slice_state,
     slice_tree,
 )
 from hybrid_jax.core.sites import Site
@@ -62,6 +65,7 @@ __all__ = [
     "Graph",
     "Group",
     "Join",
+    "Kernel",
     "Member",
     "Site",
     "at_sites",
@@ -92,6 +96,7 @@ __all__ = [
     "kept_indices",
     "kernel_from_matrix",
     "kernel_matrix",
+    "map_state",
     "map_with_path",
     "mask_removed",
     "match_rules",
@@ -103,6 +108,7 @@ __all__ = [
     "path_string",
     "selected",
     "shrink",
+    "slice_state",
     "slice_tree",
     "sweep_rows",
     "top_class",

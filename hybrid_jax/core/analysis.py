@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter, versions
+from hybrid_jax.core.arrangement import moved, scanned
 from hybrid_jax.core.labels import (
     TANGENT,
     Labels,
@@ -74,6 +75,10 @@ class Analysis:
                 if outs is None:
                     self.barriers.add(here)
                     outs = barrier(self.labels, eqn, values, f"goes through {eqn.primitive.name}")
+                outs = [
+                    dataclasses.replace(out, arrangement=arrangement)
+                    for out, arrangement in zip(outs, moved(eqn, values), strict=True)
+                ]
                 if is_contraction(eqn):
                     self._contraction(eqn, values, outs[0], here, calls)
             self.equations[here] = values, outs
@@ -112,7 +117,10 @@ class Analysis:
         xs = []
         for value in values[consts + carried :]:
             self.labels.freeze(value.labels[0], "is the axis that a scan runs over")
-            xs.append(Value(value.labels[1:], value.rest[1:], value.origin))
+            arrangement = scanned(value.arrangement)
+            xs.append(
+                Value(value.labels[1:], value.rest[1:], value.origin, arrangement=arrangement)
+            )
         length = eqn.params["length"]
 
         def body(carry):
@@ -147,7 +155,7 @@ class Analysis:
     def _settle(self, carry, origins, body):
         """Walks the body of a loop until what is known of its carry holds after every round."""
         carry = [
-            dataclasses.replace(v, constant=None, origin=origin)
+            dataclasses.replace(v, constant=None, origin=origin, arrangement=None)
             for v, origin in zip(carry, origins, strict=True)
         ]
         while True:
@@ -177,7 +185,8 @@ class Analysis:
             for axes in zip(*[v.labels for v in values], strict=True)
         )
         constant = common([v.constant for v in values])
-        return Value(labels, rest, join_origins(values), constant)
+        arrangement = common([v.arrangement for v in values])
+        return Value(labels, rest, join_origins(values), constant, arrangement)
 
     def _custom(self, eqn, inner, values, path, calls):
         names = self._names.copy()

@@ -12,6 +12,7 @@ from jax.extend import core as jex
 
 from hybrid_jax.core import checks, interpreter, paths
 from hybrid_jax.core.analysis import Analysis
+from hybrid_jax.core.arrangement import Kernel, find_kernels, whole
 from hybrid_jax.core.channels import Group, group_channels
 from hybrid_jax.core.joins import Join, Joins, find_joins
 from hybrid_jax.core.labels import INPUT, Value, sizes
@@ -69,6 +70,15 @@ class Graph:
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
         """(path, axis, reason) of every parameter axis of which some index cannot be removed."""
         return self._grouped[1]
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        """{path: kernel} of the floating parameters that are kernels of the sites, in their order.
+
+        Of a parameter that is one every entry is: itself, stacked for a scan, in slices, moved or
+        changed element by element. What is computed otherwise, or is a kernel in part, is none.
+        """
+        return find_kernels(self.sites, self.parameters)
 
     @functools.cached_property
     def found_joins(self) -> Joins:
@@ -144,7 +154,8 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     analysis = Analysis({path: leaf.size for path, leaf in parameters.items()})
     arguments = []
     for path, leaf in parameters.items():
-        arguments.append(analysis.labels.value(leaf.shape, frozenset([path]), rest=0.0))
+        value = analysis.labels.value(leaf.shape, frozenset([path]), rest=0.0)
+        arguments.append(dataclasses.replace(value, arrangement=whole(path, leaf.shape)))
     for leaf in jax.tree.leaves(shapes[1:]):
         zeros = tuple(np.zeros(n, np.int32) for n in sizes(leaf.shape))
         arguments.append(Value(zeros, (None,) * len(zeros), INPUT))

@@ -22,6 +22,31 @@ Origin = frozenset[str] | str
 """Paths of the parameters that an array is computed from alone, or INPUT, or TANGENT."""
 
 
+Factor = tuple[int, int, int]
+"""(axis of a parameter, n, step): n of its indices, `step` apart."""
+Factors = tuple[Factor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """Which entries of a parameter an array holds, element by element.
+
+    Attributes:
+      path: The parameter's path.
+      count: How many of the parameter's entries are in the array and its stack.
+      start: Index in the parameter of the first entry.
+      stack: Factors that are not in the array: the layers of a scan around it.
+      axes: For each axis of the array its factors, the slowest first; None where a removal has left
+        no even ones.
+    """
+
+    path: str
+    count: int
+    start: tuple[int, ...]
+    stack: Factors
+    axes: tuple[Factors, ...] | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
     """What is known of an array: per axis its labels (int32[n]) and rest, and where it is from."""
@@ -30,6 +55,7 @@ class Value:
     rest: tuple[float | None, ...]
     origin: Origin
     constant: float | None = None
+    arrangement: Arrangement | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

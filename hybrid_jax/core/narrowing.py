@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_jax.core.analysis import Analysis
+from hybrid_jax.core.arrangement import narrowed
 from hybrid_jax.core.channels import components, kept_along
 from hybrid_jax.core.graph import Graph, from_analysis
 from hybrid_jax.core.interpreter import in_derivative
@@ -47,12 +48,13 @@ def narrow_graph(graph: Graph, keep: Mapping[str, Any]) -> Graph:
     for member, stays in kept_along(keep, graph.groups):
         removed[of[arguments[member.path].labels[member.axis][~stays]]] = True
     cut = _cutter(~removed[of])
-    analysis = _cut_analysis(graph.analysis, cut)
     small = tuple(cut(value) for value in graph.arguments)
     parameters = {
         path: leaf.update(shape=value.shape)
         for (path, leaf), value in zip(graph.parameters.items(), small, strict=False)
     }
+    shapes = {path: (leaf.shape, parameters[path].shape) for path, leaf in graph.parameters.items()}
+    analysis = _cut_analysis(graph.analysis, cut, shapes)
     outputs = [cut(value) for value in graph.outputs]
     return from_analysis(
         graph.jaxpr, graph.out_tree, parameters, graph.batch, small, outputs, analysis
@@ -76,7 +78,7 @@ def _cutter(alive: np.ndarray):
     return cut
 
 
-def _cut_analysis(analysis: Analysis, cut) -> Analysis:
+def _cut_analysis(analysis: Analysis, cut, shapes) -> Analysis:
     small = copy.copy(analysis)
     small.equations = {
         path: ([cut(v) for v in ins], [cut(v) for v in outs])
@@ -99,5 +101,8 @@ def _cut_analysis(analysis: Analysis, cut) -> Analysis:
         if path in analysis.sites:
             old = analysis.sites[path]
             new = describe(eqn, values, results[0], old.kernel_operand, calls, analysis.counts)
-            small.sites[path] = dataclasses.replace(new, name=old.name, path=old.path)
+            arrangement = narrowed(old.arrangement, *shapes[old.path])
+            small.sites[path] = dataclasses.replace(
+                new, name=old.name, path=old.path, arrangement=arrangement
+            )
     return small

@@ -58,6 +58,42 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
+def map_state(
+    tx: optax.GradientTransformation,
+    f: Callable[..., Any],
+    state: Any,
+    *rest: Any,
+    others: Callable[[Any], Any] = lambda leaf: leaf,
+) -> Any:
+    """Maps `f(entry, *leaves of rest)` over what an optimizer's state holds for each parameter.
+
+    Args:
+      tx: The optimizer that the state is of.
+      f: Also called with a `MaskedNode`, which counts as a leaf.
+      state: Its state.
+      *rest: Pytrees like the parameters.
+      others: Maps what belongs to no parameter (counts, rates).
+
+    Raises:
+      ValueError: If `tx.init` takes no pytree but the parameters, or the state is of another `tx`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx, params = optax.trace(0.9), {'w': jnp.ones(2)}
+      >>> map_state(tx, lambda entry, name: name, tx.init(params), {'w': 'moment of w'})
+      TraceState(trace={'w': 'moment of w'})
+    """
+    try:
+        return optax.tree_map_params(
+            tx, f, state, *rest, transform_non_params=others, is_leaf=is_masked_node
+        )
+    except Exception as error:
+        raise ValueError(
+            "the optimizer must have an init that takes any pytree, as optax.tree_map_params asks, "
+            f"and the state be its own, got {type(error).__name__}: {error}"
+        ) from error
+
+
 def match_rules(
     rules: Iterable[tuple[str, Any]], paths: Iterable[str], default: Any = REQUIRED
 ) -> dict[str, Any]:

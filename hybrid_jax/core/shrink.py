@@ -1,12 +1,13 @@
 """Physical removal of channels: the same program on smaller arrays, whoever wrote it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hybrid_jax.core import interpreter, paths
 from hybrid_jax.core.graph import Graph, abstract, memoize_trace, trace
@@ -22,7 +23,7 @@ class Certificate:
         network on the given inputs; None if these were only shapes.
       macs: Multiply-accumulates for one example, (before, after).
       parameters: Number of parameters, (before, after).
-      kept: The indices that stay, for `narrow` and `slice_tree`.
+      kept: The indices that stay, for `narrow`, `slice_tree` and `slice_state`.
     """
 
     difference: float | None
@@ -123,42 +124,85 @@ def kept_indices(graph: Graph, masks: Any) -> Kept:
 
 
 def slice_tree(tree: Any, kept: Kept) -> Any:
-    """Slices a pytree of arrays laid out like the parameters: moments, averages, gradients.
-
-    A leaf belongs to the parameter whose path ends its own, so that whole optimizer states can be
-    given; what belongs to none (a step count) is returned as it is.
+    """Slices parameters, or what has their paths and shapes: gradients, averages, some of them.
 
     Args:
-      tree: Pytree of arrays or `optax.MaskedNode()`s.
+      tree: Pytree of arrays or `optax.MaskedNode()`s; the path of each is a parameter's.
       kept: A certificate's `kept`.
 
     Raises:
-      ValueError: If a leaf that belongs to a parameter has not its shape.
+      ValueError: If a path is no parameter's, or a leaf has not the parameter's shape. The state of
+        an optimizer is sliced by `slice_state`, what else there is by its owner.
 
     Example:
       >>> kept = {'w': (np.array([0, 2]),)}
-      >>> slice_tree({'count': 1, 'mu': {'w': jnp.arange(3)}}, kept)['mu']['w'].tolist()
+      >>> slice_tree({'w': jnp.arange(3)}, kept)['w'].tolist()
       [0, 2]
+      >>> slice_tree({'metrics': {'w': jnp.arange(9)}}, kept)
+      Traceback (most recent call last):
+      ...
+      ValueError: tree must have the paths of parameters, got 'metrics/w' among: w
     """
 
     def cut(path, leaf):
-        steps = path.split("/")
-        owner = next((o for i in range(len(steps)) if (o := "/".join(steps[i:])) in kept), None)
-        if owner is None or paths.is_masked_node(leaf) or not np.shape(leaf):
-            return leaf
-        indices = kept[owner]
-        if len(indices) != np.ndim(leaf) or any(
-            len(i) and i[-1] >= n for i, n in zip(indices, np.shape(leaf), strict=True)
-        ):
+        if path not in kept:
             raise ValueError(
-                f"tree must have the shape of {owner!r} at {path!r}, got {np.shape(leaf)}"
+                f"tree must have the paths of parameters, got {path!r} among: {', '.join(kept)}"
             )
-        if isinstance(leaf, jax.core.Tracer):
-            return take(leaf, indices)
-        # On the host: a gather on the device is compiled anew for every shape.
-        return jnp.asarray(np.asarray(leaf)[np.ix_(*indices)])
+        return _sliced(path, leaf, kept[path])
 
     return paths.map_with_path(cut, tree)
+
+
+def slice_state(tx: optax.GradientTransformation, state: Any, params: Any, kept: Kept) -> Any:
+    """Slices what an optimizer's state holds for each parameter: moments, averages, held masks.
+
+    Args:
+      tx: The optimizer.
+      state: Its state.
+      params: The parameters that it is of, or their shapes: the whole pytree, before the removal.
+      kept: A certificate's `kept`.
+
+    Raises:
+      ValueError: If a path of `params` is none of `kept`, an entry has not its parameter's shape (a
+        factored moment), or what `core.map_state` raises.
+
+    Example:
+      >>> kept, params = {'w': (np.array([0, 2]),)}, {'w': jnp.arange(3.0)}
+      >>> tx = optax.trace(0.9)
+      >>> slice_state(tx, tx.init(params), params, kept).trace['w'].shape
+      (2,)
+    """
+    slice_tree(jax.tree.map(lambda leaf: optax.MaskedNode(), params), kept)
+    whole = paths.map_with_path(lambda path, leaf: _Whole(path, np.shape(leaf)), params)
+
+    def cut(entry, own):
+        if not paths.is_masked_node(entry) and np.shape(entry) != own.shape:
+            raise ValueError(
+                f"state must have shape {own.shape} for {own.path!r}, got {np.shape(entry)}"
+            )
+        return _sliced(own.path, entry, kept[own.path])
+
+    return paths.map_state(tx, cut, state, whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    path: str
+    shape: tuple[int, ...]
+
+
+def _sliced(path: str, leaf: Any, indices: Sequence[np.ndarray]) -> Any:
+    if paths.is_masked_node(leaf):
+        return leaf
+    if len(indices) != np.ndim(leaf) or any(
+        len(i) and i[-1] >= n for i, n in zip(indices, np.shape(leaf), strict=True)
+    ):
+        raise ValueError(f"tree must have the shape of {path!r} there, got {np.shape(leaf)}")
+    if isinstance(leaf, jax.core.Tracer):
+        return take(leaf, indices)
+    # On the host: a gather on the device is compiled anew for every shape.
+    return jnp.asarray(np.asarray(leaf)[np.ix_(*indices)])
 
 
 def mask_removed(params: Any, kept: Kept) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.extend import core as jex
 
-from hybrid_jax.core.labels import INPUT, Value
+from hybrid_jax.core.arrangement import by_role
+from hybrid_jax.core.labels import INPUT, Arrangement, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Site:
       kernel_operand: Position of the kernel among the operation's two operands.
       groups: Number of feature groups of a convolution; C for a depthwise one.
       calls: How often it runs (the length of the scans around it).
+      arrangement: Which entries of the parameter at `path` the kernel holds, with axes (taps, in,
+        out); None if it is computed from them otherwise. `Graph.kernels` is read from it.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Site:
     kernel_operand: int
     groups: int
     calls: int
+    arrangement: Arrangement | None = None
 
 
 def is_contraction(eqn: jex.JaxprEqn) -> bool:
@@ -125,7 +129,9 @@ def describe(
     numbers = eqn.params["dimension_numbers"]
     x, kernel = values[1 - operand].shape, values[operand].shape
     if conv:
-        out_axes, in_axes = (numbers.rhs_spec[0],), tuple(sorted(numbers.rhs_spec[1:]))
+        out, inside, *taps = numbers.rhs_spec
+        roles = (), taps, (inside,), (out,)
+        out_axes, in_axes = (out,), tuple(sorted((inside, *taps)))
         feature, results = numbers.lhs_spec[1], (numbers.out_spec[1],)
         groups = x[feature] // max(kernel[numbers.rhs_spec[1]], 1)
     else:
@@ -135,11 +141,15 @@ def describe(
         feature = contracted[1 - operand][-1] if contracted[1 - operand] else -1
         used = {*in_axes, *batch[operand]}
         out_axes = tuple(axis for axis in range(len(kernel)) if axis not in used)
+        roles = batch[operand], (), sorted(in_axes), out_axes
         # A result has the batch axes first, then what is left of either operand.
         rank = eqn.outvars[0].aval.ndim
         first = rank - len(out_axes) if operand == 1 else len(batch[operand])
         results = tuple(range(first, first + len(out_axes)))
     path = max(sorted(values[operand].origin), key=counts.__getitem__)
+    arrangement = values[operand].arrangement
+    # A product that sums over nothing scales: what it scales by is no kernel.
+    own = arrangement is not None and arrangement.path == path and in_axes
     return Site(
         name=path,
         path=path,
@@ -155,4 +165,5 @@ def describe(
         kernel_operand=operand,
         groups=groups,
         calls=calls,
+        arrangement=by_role(arrangement, roles) if own else None,
     )

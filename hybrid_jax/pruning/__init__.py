@@ -1,11 +1,13 @@
 """Pruning: which weights or channels leave, when, and what is left.
 
-Weights, a criterion → granularity and allocation → masks; or along a schedule, in any optimizer:
+Weights, a criterion → granularity and allocation → masks; or along a schedule, in any optimizer.
+Which parameters are kernels, and how each one lies in its parameter, the trace knows:
 
-    scores = pruning.magnitude(params)
-    masks = pruning.masks(scores, 0.5, pruning.unstructured(), pruning.erk())
-    prune = pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(0.5, begin=0, end=1000))
-    tx = optax.chain(optax.adam(1e-3), prune)
+    graph = core.trace(fn, params, x)
+    scores = pruning.magnitude(graph.kernels, params)
+    masks = pruning.masks(scores, 0.5, pruning.unstructured(), pruning.erk(graph.kernels))
+    score = functools.partial(pruning.magnitude, graph.kernels)
+    tx = pruning.prune_by_schedule(optax.adam(1e-3), score, pruning.cubic(0.5, begin=0, end=1000))
 
 Channels, with all that leaves with each, down to a target and out of the network:
 
@@ -24,7 +26,7 @@ What each layer, or group of channels, bears alone, and which to leave out:
     masks = pruning.masks(scores, 0.5, each, exempt=pruning.sensitive(losses, limit))
 """
 
-from hybrid_jax.core import expand, narrow, shrink, slice_tree
+from hybrid_jax.core import expand, narrow, shrink, slice_state, slice_tree
 from hybrid_jax.pruning.allocation import Allocation, erk, global_, uniform
 from hybrid_jax.pruning.coupling import channels, group_scores, keep_channels
 from hybrid_jax.pruning.criteria import (
@@ -146,6 +148,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shrink",
+    "slice_state",
     "slice_tree",
     "snip",
     "straight_through",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.pruning.granularity import Shape, Units
+from hybrid_jax.pruning.granularity import Kernels, Units
 from hybrid_jax.pruning.selection import in_steps, keep_best, removed_count, whole_steps
 
 
@@ -20,14 +20,14 @@ class Allocation:
 
     Attributes:
       name: How errors call it.
-      allocate: `allocate(units, shapes, sparsity, at_least) -> kept`, where `units` are {name:
-        (rows, n) scores} as a granularity splits them, `shapes` {name: shape of the kernel},
-        `kept` {name: (rows, n) bool}, and a row keeps `at_least` units whatever the sparsity.
+      allocate: `allocate(units, paths, sparsity, at_least) -> kept`, where `units` are {name:
+        (rows, n) scores} as a granularity splits them, `paths` {name: path of the kernel}, `kept`
+        {name: (rows, n) bool}, and a row keeps `at_least` units whatever the sparsity.
       by_row: Whether every row loses the same fraction. Only this goes with N:M.
     """
 
     name: str
-    allocate: Callable[[Units, dict[str, Shape], float | jax.Array, int], Units]
+    allocate: Callable[[Units, dict[str, str], float | jax.Array, int], Units]
     by_row: bool = False
 
 
@@ -40,8 +40,8 @@ def uniform() -> Allocation:
       {'a': Array([[ True, False, False,  True]], dtype=bool)}
     """
 
-    def allocate(units, shapes, sparsity, at_least):
-        del shapes
+    def allocate(units, paths, sparsity, at_least):
+        del paths
 
         def keep(rows):
             n = rows.shape[-1]
@@ -69,8 +69,8 @@ def global_() -> Allocation:
       [[True, False]]
     """
 
-    def allocate(units, shapes, sparsity, at_least):
-        del shapes
+    def allocate(units, paths, sparsity, at_least):
+        del paths
         sizes = [rows.size for rows in units.values()]
         scores = jnp.concatenate([_hold(rows, at_least).ravel() for rows in units.values()])
         least = sum(len(rows) * min(at_least, rows.shape[-1]) for rows in units.values())
@@ -84,26 +84,45 @@ def global_() -> Allocation:
     return Allocation("global_", allocate)
 
 
-def erk() -> Allocation:
-    """Keeps in each leaf a fraction in proportion to (sum of its sizes) / (product of its sizes).
+def erk(kernels: Kernels) -> Allocation:
+    """Keeps in each kernel a fraction in proportion to (sum of its sizes) / (product of its sizes).
 
-    The Erdős–Rényi-Kernel densities of U. Evci et al., Rigging the Lottery (arXiv 1911.11134):
-    small leaves stay denser; a leaf that would exceed 1 is dense and the others share what is
-    left. The network loses exactly floor(sparsity · n + ½) of its n units, and each leaf keeps
-    its share rounded up or down. The sizes are those of the leaf, or of the kernel that makes a
-    group of channels, also where a unit is more than a weight.
+    The Erdős–Rényi-Kernel densities of U. Evci et al., Rigging the Lottery (arXiv 1911.11134), with
+    the sizes H, W, C and O: small kernels stay denser; one that would exceed 1 is dense and the
+    others share what is left. The network loses exactly floor(sparsity · n + ½) of its n units, and
+    each leaf keeps its share rounded up or down. The sizes are those of the kernel, or of the one
+    that makes a group of channels, also where a unit is more than a weight.
+
+    Args:
+      kernels: `core.trace(...).kernels`, which know the sizes in any layout.
+
+    Raises:
+      ValueError: From `masks`, if what is scored is no kernel.
 
     Example:
+      >>> from hybrid_jax import core
       >>> from hybrid_jax.pruning import masks
-      >>> scores = {'a': jnp.ones((4, 4)), 'b': jnp.ones((8, 8))}  # (4+4)/16 : (8+8)/64 = 2 : 1
-      >>> kept = masks(scores, 0.7, allocation=erk())  # 24 = 8 + 16 are kept
+      >>> params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((8, 8))}  # (4+4)/16 : (8+8)/64 = 2 : 1
+      >>> fn = lambda p, x: (x[:, :4] @ p['a'], x @ p['b'])
+      >>> kernels = core.trace(fn, params, jnp.ones((1, 8))).kernels
+      >>> kept = masks(params, 0.7, allocation=erk(kernels))  # 24 = 8 + 16 are kept
       >>> [int(mask.sum()) for mask in kept.values()]
       [8, 16]
     """
 
-    def allocate(units, shapes, sparsity, at_least):
+    def raw_density(path):
+        if path not in kernels:
+            raise ValueError(
+                f"scores must be of kernels with erk, got some at {path!r}, expected at: "
+                f"{', '.join(kernels) or 'none'}"
+            )
+        _, _, c, o = kernels[path].known_sizes()
+        sizes = *kernels[path].taps, c, o
+        return sum(sizes) / np.prod(sizes)
+
+    def allocate(units, paths, sparsity, at_least):
         sizes = np.array([rows.size for rows in units.values()])
-        raw = np.array([max(sum(shapes[name]), 1) / np.prod(shapes[name]) for name in units])
+        raw = np.array([raw_density(paths[name]) for name in units])
         total = int(sizes.sum())
         counts = _erk_counts(raw, sizes, total - removed_count(sparsity, total))
         counts = _lift(counts, sizes, at_least)
@@ -117,7 +136,7 @@ def erk() -> Allocation:
 
 def keep_units(
     units: Units,
-    shapes: dict[str, Shape],
+    paths: dict[str, str],
     sparsity: float | jax.Array,
     allocation: Allocation,
     at_least: int = 0,
@@ -129,9 +148,9 @@ def keep_units(
     (half a step up); a row always keeps its first step.
     """
     if multiple == 1:
-        return allocation.allocate(units, shapes, sparsity, at_least)
+        return allocation.allocate(units, paths, sparsity, at_least)
     steps = {name: in_steps(rows, multiple) for name, rows in units.items()}
-    kept = allocation.allocate(steps, shapes, sparsity, max(at_least, multiple))
+    kept = allocation.allocate(steps, paths, sparsity, max(at_least, multiple))
     return {name: whole_steps(rows, kept[name], multiple) for name, rows in units.items()}
 
 

@@ -50,8 +50,9 @@ def channels(
       >>> from hybrid_jax import pruning
       >>> fn = lambda params, x: jax.nn.relu(x @ params['a'] + params['b'][None]) @ params['c']
       >>> params = {'a': jnp.array([[1.0, 2.0]]), 'b': jnp.ones(2), 'c': jnp.ones((2, 3))}
-      >>> groups = core.trace(fn, params, jnp.ones((1, 1))).groups
-      >>> masks = pruning.masks(pruning.magnitude(params), 0.5, channels(groups))
+      >>> graph = core.trace(fn, params, jnp.ones((1, 1)))
+      >>> scores = pruning.magnitude(graph.kernels, params)
+      >>> masks = pruning.masks(scores, 0.5, channels(graph.groups))
       >>> masks['a'].tolist(), masks['b'].tolist(), masks['c'].sum(axis=1).tolist()
       ([[False, True]], [False, True], [0, 3])
     """
@@ -74,7 +75,7 @@ def channels(
 
     return Granularity(
         "channels",
-        lambda leaves: {name: _maker(group).shape for name, group in by_name.items()},
+        lambda leaves: {name: _maker(group).path for name, group in by_name.items()},
         split,
         merge,
         at_least=at_least,

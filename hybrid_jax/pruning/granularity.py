@@ -17,8 +17,7 @@ from hybrid_jax import core
 
 Leaves = dict[str, Any]
 Units = dict[str, jax.Array]
-Shape = tuple[int, ...]
-Axes = int | tuple[int, int]
+Kernels = Mapping[str, core.Kernel]
 
 REDUCTIONS = {
     "sum": lambda entries: jnp.sum(entries, axis=-1),
@@ -37,8 +36,8 @@ class Granularity:
 
     Attributes:
       name: How errors call it.
-      shapes: `shapes(leaves) -> {name: shape}` of all there is to prune: the leaves by their
-        paths, or the groups of channels by theirs, with the shapes of their kernels.
+      paths: `paths(leaves) -> {name: path}` of all there is to prune: the leaves, each with its own
+        path for a name, or the groups of channels by theirs, with the paths of their kernels.
       split: `split(leaves, names) -> {name: (rows, n) scores of units}`.
       merge: `merge({name: (rows, n) bool}, leaves) -> {path: mask}`.
       max_sparsity: The largest fraction that every single row may lose.
@@ -47,7 +46,7 @@ class Granularity:
     """
 
     name: str
-    shapes: Callable[[Leaves], dict[str, Shape]]
+    paths: Callable[[Leaves], dict[str, str]]
     split: Callable[[Leaves, Iterable[str]], Units]
     merge: Callable[[Units, Leaves], Leaves]
     max_sparsity: float = 1.0
@@ -70,15 +69,15 @@ def unstructured(at_least: int = 0) -> Granularity:
       >>> masks({'w': jnp.array([[4.0, 1.0], [3.0, 2.0]])}, 0.5, unstructured())['w'].tolist()
       [[True, False], [True, False]]
     """
+    return _within_leaves(
+        "unstructured",
+        lambda path, leaf: leaf.reshape(1, -1, 1),
+        lambda path, weights, shape: weights.reshape(shape),
+        at_least=at_least,
+    )
 
-    def arrange(path, shape):
-        del path
-        return shape, range(len(shape)), (1, math.prod(shape), 1)
 
-    return _within_leaves("unstructured", arrange, at_least=at_least)
-
-
-def n_m(n: int, m: int, axis: int | Mapping[str, int] = -2) -> Granularity:
+def n_m(kernels: Kernels, n: int, m: int) -> Granularity:
     """At least `n` of every `m` consecutive weights along the contracted axis are kept.
 
     Every m weights are a row that loses floor(sparsity · m + ½): exactly m − n at sparsity
@@ -86,37 +85,34 @@ def n_m(n: int, m: int, axis: int | Mapping[str, int] = -2) -> Granularity:
     Neural Networks (arXiv 2104.08378).
 
     Args:
+      kernels: `core.trace(...).kernels`, which know the inputs C that an output sums over.
       n: Weights kept of each m, from 1.
-      m: Length of a row; must divide the axis.
-      axis: The contracted axis: −2 is C of kernels (H, W, C, O) and (C, O). For other layouts
-        {path: axis}.
+      m: Length of a row; must divide C.
 
     Raises:
-      ValueError: If `n` is not in [1, m]. From `masks`, if `m` does not divide the axis of a
-        leaf, `axis` is none of its axes, or the allocation is not `uniform()`.
+      ValueError: If `n` is not in [1, m]. From `masks`, if `m` does not divide the C of a kernel,
+        what is scored is no kernel, or the allocation is not `uniform()`.
 
     Example:
       >>> from hybrid_jax.pruning import masks
-      >>> scores = jnp.array([[1.0], [2.0], [4.0], [3.0]])  # C = 4, O = 1
-      >>> masks({'w': scores}, 0.5, n_m(2, 4))['w'][:, 0].tolist()
-      [False, False, True, True]
+      >>> params = {'w': jnp.array([[1.0, 2.0, 4.0, 3.0]])}  # O = 1, C = 4
+      >>> kernels = core.trace(lambda p, x: x @ p['w'].T, params, jnp.ones((1, 4))).kernels
+      >>> masks(params, 0.5, n_m(kernels, 2, 4))['w'].tolist()
+      [[False, False, True, True]]
     """
     core.check_integer("m", m, 1)
     core.check_integer("n", n, 1, m)
 
-    def arrange(path, shape):
-        (along,) = _own_axes("axis must be the contracted axis", axis, path, shape, 1)
-        return *_cut(path, shape, {along: ("m", m)}), (-1, m, 1)
+    def cut(kernel):
+        layers, taps, c, o = kernel.known_sizes()
+        _check_divides("m", m, "C", c, kernel)
+        return (layers, taps, c // m, m, o), (0, 1, 2, 4, 3), (-1, m, 1)
 
-    return _within_leaves(f"n_m({n}, {m})", arrange, max_sparsity=1 - n / m)
+    return _within_kernels(f"n_m({n}, {m})", kernels, cut, max_sparsity=1 - n / m)
 
 
 def blocks(
-    bc: int,
-    bo: int,
-    axes: tuple[int, int] | Mapping[str, tuple[int, int]] = (-2, -1),
-    reduce: str = "sum",
-    at_least: int = 0,
+    kernels: Kernels, bc: int, bo: int, reduce: str = "sum", at_least: int = 0
 ) -> Granularity:
     """Blocks of `bc` input by `bo` output channels leave as a whole, at each place of a kernel.
 
@@ -124,38 +120,38 @@ def blocks(
     (arXiv 1711.02782). Of equal scores the block kept is the first in (H, W, C/bc, O/bo).
 
     Args:
+      kernels: As for `n_m`.
       bc: Input channels of a block; must divide C.
       bo: Output channels of a block; must divide O.
-      axes: The axes of C and O, as in kernels (H, W, C, O) and (C, O). For other layouts
-        {path: (axis, axis)}.
       reduce: 'sum', 'mean', 'max' or 'l2' of the scores in a block.
       at_least: Blocks that each leaf keeps whatever the sparsity.
 
     Raises:
       ValueError: If a size is below 1, or `reduce` unknown. From `masks`, if a block does not
-        divide a leaf: no part of a block is a unit, so exempt the path.
+        divide a kernel (no part of a block is a unit, so exempt the path), or what is scored is no
+        kernel.
 
     Example:
       >>> from hybrid_jax.pruning import masks
-      >>> scores = jnp.array([[9.0, 0.0, 3.0, 4.0]])  # C = 1, O = 4
-      >>> masks({'w': scores}, 0.5, blocks(1, 2))['w'].tolist()  # 9 + 0 and 3 + 4
+      >>> params = {'w': jnp.array([[9.0, 0.0, 3.0, 4.0]])}  # C = 1, O = 4
+      >>> kernels = core.trace(lambda p, x: x @ p['w'], params, jnp.ones((1, 1))).kernels
+      >>> masks(params, 0.5, blocks(kernels, 1, 2))['w'].tolist()  # 9 + 0 and 3 + 4
       [[True, True, False, False]]
     """
     core.check_integer("bc", bc, 1)
     core.check_integer("bo", bo, 1)
 
-    def arrange(path, shape):
-        c, o = _own_axes("axes must be those of C and O", axes, path, shape, 2)
-        return *_cut(path, shape, {c: ("bc", bc), o: ("bo", bo)}), (1, -1, bc * bo)
+    def cut(kernel):
+        layers, taps, c, o = kernel.known_sizes()
+        _check_divides("bc", bc, "C", c, kernel)
+        _check_divides("bo", bo, "O", o, kernel)
+        dims = layers, taps, c // bc, bc, o // bo, bo
+        return dims, (0, 1, 2, 4, 3, 5), (1, -1, bc * bo)
 
-    return _within_leaves(f"blocks({bc}, {bo})", arrange, reduce, at_least=at_least)
+    return _within_kernels(f"blocks({bc}, {bo})", kernels, cut, reduce, at_least=at_least)
 
 
-def kernels(
-    axes: tuple[int, int] | Mapping[str, tuple[int, int]] = (-2, -1),
-    reduce: str = "sum",
-    at_least: int = 0,
-) -> Granularity:
+def kernels(kernels: Kernels, reduce: str = "sum", at_least: int = 0) -> Granularity:
     """The H×W kernel of one input and one output channel leaves as a whole.
 
     In a dense layer, or one of 1×1 convolutions, this is a single weight. H. Mao et al.,
@@ -163,63 +159,89 @@ def kernels(
     (arXiv 1705.08922).
 
     Args:
-      axes: The axes of C and O, as in kernels (H, W, C, O). For other layouts
-        {path: (axis, axis)}.
+      kernels: As for `n_m`.
       reduce: 'sum', 'mean', 'max' or 'l2' of the scores in a kernel. Under `global_`, where
         kernels of several sizes compete, a sum favours the large ones.
       at_least: Kernels that each leaf keeps whatever the sparsity.
 
     Raises:
-      ValueError: If `reduce` is unknown. From `masks`, if `axes` are not two axes of a leaf.
+      ValueError: If `reduce` is unknown. From `masks`, if what is scored is no kernel.
 
     Example:
       >>> from hybrid_jax.pruning import masks
-      >>> scores = jnp.array([[[[1.0, 5.0]], [[3.0, 0.0]]]])  # H = 1, W = 2, C = 1, O = 2
-      >>> masks({'w': scores}, 0.5, kernels())['w'][0, :, 0].tolist()  # 1 + 3 and 5 + 0
-      [[False, True], [False, True]]
+      >>> params = {'w': jnp.array([[[[1.0, 3.0]]], [[[5.0, 0.0]]]])}  # O = 2, C = H = 1, W = 2
+      >>> fn = lambda params, x: jax.lax.conv(x, params['w'], (1, 1), 'SAME')
+      >>> known = core.trace(fn, params, jnp.ones((1, 1, 2, 2))).kernels
+      >>> masks(params, 0.5, kernels(known))['w'][:, 0, 0].tolist()  # 1 + 3 and 5 + 0
+      [[False, False], [True, True]]
     """
 
-    def arrange(path, shape):
-        own = _own_axes("axes must be those of C and O", axes, path, shape, 2)
-        spatial = [axis for axis in range(len(shape)) if axis not in own]
-        size = math.prod(shape[axis] for axis in spatial)
-        return shape, [*own, *spatial], (1, -1, size)
+    def cut(kernel):
+        sizes = kernel.known_sizes()
+        return sizes, (0, 2, 3, 1), (1, -1, sizes[1])
 
-    return _within_leaves("kernels", arrange, reduce, at_least=at_least)
+    return _within_kernels("kernels", kernels, cut, reduce, at_least=at_least)
+
+
+def _within_kernels(
+    name: str,
+    kernels: Kernels,
+    cut: Callable[[core.Kernel], tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]],
+    reduce: str = "sum",
+    at_least: int = 0,
+    **attributes: Any,
+) -> Granularity:
+    """The granularity whose units are parts of a kernel in the form (L, T, C, O).
+
+    `cut(kernel) -> (dims, order, view)`: reshaped to `dims`, its axes transposed to `order`, and
+    reshaped to `view` that form is (rows, n, weights of a unit).
+    """
+
+    def known(path):
+        if path not in kernels:
+            raise ValueError(
+                f"scores must be of kernels with {name}, got some at {path!r}, expected at: "
+                f"{', '.join(kernels) or 'none'}"
+            )
+        return kernels[path], *cut(kernels[path])
+
+    def arrange(path, leaf):
+        kernel, dims, order, view = known(path)
+        return kernel.canonical(leaf).reshape(dims).transpose(order).reshape(view)
+
+    def restore(path, weights, shape):
+        kernel, dims, order, _ = known(path)
+        moved = weights.reshape([dims[axis] for axis in order])
+        return kernel.restore(moved.transpose(np.argsort(order)))
+
+    return _within_leaves(name, arrange, restore, reduce, at_least, **attributes)
 
 
 def _within_leaves(
     name: str,
-    arrange: Callable[[str, Shape], tuple[Iterable[int], Iterable[int], Shape]],
+    arrange: Callable[[str, jax.Array], jax.Array],
+    restore: Callable[[str, jax.Array, tuple[int, ...]], jax.Array],
     reduce: str = "sum",
     at_least: int = 0,
     **attributes: Any,
 ) -> Granularity:
     """The granularity whose units are parts of one leaf.
 
-    `arrange(path, shape) -> (dims, order, view)`: reshaped to `dims`, its axes transposed to
-    `order`, and reshaped to `view` a leaf is (rows, n, weights of a unit).
+    `arrange(path, leaf)` is (rows, n, weights of a unit), and `restore(path, it, shape)` the leaf.
     """
     core.check_choice("reduce", reduce, REDUCTIONS)
     core.check_integer("at_least", at_least, 0)
 
-    def shapes(leaves):
-        return {path: x.shape for path, x in leaves.items() if not core.is_masked_node(x)}
-
     def units(path, leaf):
-        dims, order, view = arrange(path, leaf.shape)
-        return REDUCTIONS[reduce](leaf.reshape(dims).transpose(order).reshape(view))
+        return REDUCTIONS[reduce](arrange(path, leaf))
 
     def mask(path, kept, shape):
-        dims, order, view = arrange(path, shape)
-        size = view[-1]
-        entries = jnp.broadcast_to(kept[..., None], (*kept.shape, size))
-        entries = entries.reshape([dims[axis] for axis in order])
-        return entries.transpose(np.argsort(order)).reshape(shape)
+        size = math.prod(shape) // kept.size
+        return restore(path, jnp.broadcast_to(kept[..., None], (*kept.shape, size)), shape)
 
     return Granularity(
         name,
-        shapes,
+        lambda leaves: {p: p for p, leaf in leaves.items() if not core.is_masked_node(leaf)},
         split=lambda leaves, names: {path: units(path, leaves[path]) for path in names},
         merge=lambda kept, leaves: {p: mask(p, x, leaves[p].shape) for p, x in kept.items()},
         at_least=at_least,
@@ -227,36 +249,9 @@ def _within_leaves(
     )
 
 
-def _own_axes(
-    expected: str, axes: Axes | Mapping[str, Axes], path: str, shape: Shape, count: int
-) -> list[int]:
-    """The `count` axes of one leaf, counted from 0."""
-    given = axes.get(path) if isinstance(axes, Mapping) else axes
-    own = given if isinstance(given, tuple) else (given,)
-    rank = len(shape)
-    valid = all(isinstance(axis, int) and -rank <= axis < rank for axis in own)
-    own = [axis % rank for axis in own] if valid else []
-    if len(set(own)) != count:
-        raise ValueError(f"{expected} of {path!r} with shape {shape}, got {given!r}")
-    return own
-
-
-def _cut(
-    path: str, shape: Shape, sizes: Mapping[int, tuple[str, int]]
-) -> tuple[list[int], list[int]]:
-    """Cuts axes into parts of a size, {axis: (its name, size)}: new dims, the order of them.
-
-    In that order the axes inside the parts come last.
-    """
-    dims, outer, inner = [], [], []
-    for axis, length in enumerate(shape):
-        name, size = sizes.get(axis, ("", 1))
-        if length % size:
-            raise ValueError(
-                f"{name} must divide axis {axis - len(shape)} of {path!r} with shape {shape}, "
-                f"got {size}; exempt the path or choose another {name}"
-            )
-        dims += [length // size, size]
-        outer.append(2 * axis)
-        inner.append(2 * axis + 1)
-    return dims, outer + inner
+def _check_divides(name: str, size: int, axis: str, length: int, kernel: core.Kernel) -> None:
+    if length % size:
+        raise ValueError(
+            f"{name} must divide {axis} = {length} of {kernel.path!r} with shape {kernel.shape}, "
+            f"got {size}; exempt the path or choose another {name}"
+        )

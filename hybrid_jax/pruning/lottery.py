@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax.pruning.allocation import Allocation
-from hybrid_jax.pruning.criteria import magnitude
 from hybrid_jax.pruning.granularity import Granularity
 from hybrid_jax.pruning.masking import apply_masks
 from hybrid_jax.pruning.schedules import iterative
@@ -34,13 +33,13 @@ class Ticket(NamedTuple):
 def lottery_tickets(
     train: Train,
     params: Any,
+    criterion: Callable[[Any], Any],
     key: jax.Array,
     rounds: int,
     fraction: float | jax.Array = 0.2,
     granularity: Granularity | None = None,
     allocation: Allocation | None = None,
     *,
-    criterion: Callable[[Any], Any] = magnitude,
     exempt: Sequence[str] = (),
 ) -> list[Ticket]:
     """Iterative pruning with rewinding: train, prune, rewind, and so on for some rounds.
@@ -57,12 +56,12 @@ def lottery_tickets(
       train: `train(params, masks, key) -> trained`, from where `params` were taken to the end,
         with what `masks` remove held at zero (as by `hold_masks`); `key` for the data order.
       params: Pytree of parameters to rewind to.
+      criterion: `criterion(trained) -> scores`, such as `functools.partial(magnitude, kernels)`.
       key: A key of `jax.random.key`; every training has its own.
       rounds: How many times to prune, from 0.
       fraction: Removed of what remains in each round.
       granularity: As for `masks`.
       allocation: As for `masks`. The papers' is `global_()` except for small networks.
-      criterion: `criterion(trained) -> scores`.
       exempt: As for `masks`.
 
     Returns:
@@ -74,10 +73,13 @@ def lottery_tickets(
         less than the last sparsity; what `masks` raises on these parameters.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import functools
+      >>> from hybrid_jax.pruning import magnitude
       >>> train = lambda params, masks, key: {'w': 10 * params['w']}
       >>> params = {'w': jnp.array([[1.0, -2.0, 3.0, -4.0]])}
-      >>> for ticket in lottery_tickets(train, params, jax.random.key(0), 2, fraction=0.5):
+      >>> graph = core.trace(lambda params, x: x @ params['w'], params, jnp.ones((1, 1)))
+      >>> score = functools.partial(magnitude, graph.kernels)
+      >>> for ticket in lottery_tickets(train, params, score, jax.random.key(0), 2, fraction=0.5):
       ...     print(ticket.sparsity, ticket.trained['w'])
       0.0 [[ 10. -20.  30. -40.]]
       0.5 [[  0.   0.  30. -40.]]

@@ -34,9 +34,9 @@ def masks(
         counts stay exact.
       sparsity: () fraction of the units removed, in [0, 1]; None for the largest that
         `granularity` allows.
-      granularity: `unstructured()` (default), `n_m(n, m)`, `blocks(bc, bo)`, `kernels()` or
-        `channels(groups)`.
-      allocation: `uniform()` (default), `erk()` or `global_()`.
+      granularity: `unstructured()` (default), `n_m(kernels, n, m)`, `blocks(kernels, bc, bo)`,
+        `kernels(kernels)` or `channels(groups)`.
+      allocation: `uniform()` (default), `erk(kernels)` or `global_()`.
       exempt: Regular expressions on whole paths of leaves to leave alone, on whole names of groups
         with `channels`. What is exempt does not count.
       previous: Masks made before: a unit that they remove ranks below all others.
@@ -72,17 +72,17 @@ def masks(
     sparsity = jnp.minimum(jnp.asarray(sparsity, jnp.float32), jnp.float32(most))
 
     leaves = check_scores(scores)
-    shapes = granularity.shapes(leaves)
-    left_out = core.match_rules([(p, True) for p in exempt], shapes, default=False)
-    shapes = {name: shape for name, shape in shapes.items() if not left_out[name]}
-    if not shapes:
+    paths = granularity.paths(leaves)
+    left_out = core.match_rules([(p, True) for p in exempt], paths, default=False)
+    paths = {name: path for name, path in paths.items() if not left_out[name]}
+    if not paths:
         raise ValueError("scores must have a leaf to prune, got none that is not exempt")
-    units = {name: rankable(rows) for name, rows in granularity.split(leaves, shapes).items()}
+    units = {name: rankable(rows) for name, rows in granularity.split(leaves, paths).items()}
     if previous is not None:
-        alive = granularity.split(_kept_before(previous, leaves), shapes)
+        alive = granularity.split(_kept_before(previous, leaves), paths)
         units = {name: jnp.where(alive[name] > 0, rows, -jnp.inf) for name, rows in units.items()}
     kept = keep_units(
-        units, shapes, sparsity, allocation, granularity.at_least, granularity.multiple
+        units, paths, sparsity, allocation, granularity.at_least, granularity.multiple
     )
     merged = granularity.merge(kept, leaves)
     return core.map_with_path(lambda path, _: merged.get(path, optax.MaskedNode()), scores)

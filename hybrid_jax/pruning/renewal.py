@@ -1,7 +1,8 @@
 """What every transformation that changes its masks does: renew them when due, land on them.
 
 An optimizer is known by its `init` and `update` alone. Its state per parameter is found by
-`optax.tree_map_params`.
+`core.map_state`; what of it is a copy or an average of the parameters, by what `init` makes of
+their values.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core as jex
 
 from hybrid_jax import core
 from hybrid_jax.pruning.masking import apply_masks
@@ -54,7 +56,7 @@ def renew(
     updates: Any,
     params: Any,
 ) -> tuple[Any, Any, Any]:
-    """Changes the masks if `due`, and lands on them.
+    """Changes the masks if `due`, and lands on them, with all parameters that `inner` holds.
 
     A weight that comes back starts at exactly zero, and its entries in the state of `inner`, like
     those of a weight that leaves, at what `inner.init` gives them. If not due, the step costs the
@@ -80,37 +82,73 @@ def renew(
         stays = jax.tree.map(jnp.logical_and, masks, new)
         return new, stays, _refreshed(inner, inner_state, stays, apply_masks(candidate, stays))
 
+    inner_state, _ = split_copies(inner, inner_state, masks, params)
     new, stays, inner_state = jax.lax.cond(due, renewed, lambda: (masks, masks, inner_state))
     return onto_masks(updates, stays, params), new, inner_state
 
 
-def _refreshed(inner: optax.GradientTransformation, state: Any, stays: Any, params: Any) -> Any:
-    """Sets what belongs to a weight that does not stay to what `inner.init` gives it.
+def split_copies(
+    inner: optax.GradientTransformation, state: Any, masks: Any, params: Any
+) -> tuple[Any, Any]:
+    """Puts on the masks what a state holds of the parameters themselves (averages, slow weights).
 
-    Entries without a shape like their parameter's (factored moments) are left as they are.
+    What schedule-free optimizers are evaluated at is made of such an entry, and of the parameters.
+
+    Returns:
+      (state, hidden): `hidden` are the leaves of the state as they were, `optax.MaskedNode()` for
+      those that stay; () if all do.
+    """
+    copies = _copies(inner, params)
+    if not any(copies):
+        return state, ()
+    old, structure = jax.tree.flatten(state)
+    found = jax.tree.leaves(_masks_in(inner, state, masks))
+    found = [mask if copy else False for copy, mask in zip(copies, found, strict=True)]
+    held = [x if m is False else jnp.where(m, x, jnp.zeros_like(x)) for m, x in zip(found, old)]
+    hidden = tuple(optax.MaskedNode() if m is False else x for m, x in zip(found, old))
+    return jax.tree.unflatten(structure, held), hidden
+
+
+def join_copies(state: Any, hidden: tuple[Any, ...]) -> Any:
+    """The state that `split_copies` split."""
+    leaves, structure = jax.tree.flatten(state)
+    joined = [x if core.is_masked_node(own) else own for own, x in zip(hidden or leaves, leaves)]
+    return jax.tree.unflatten(structure, joined)
+
+
+def _copies(inner: optax.GradientTransformation, params: Any) -> list[bool]:
+    """Of each leaf of the state whether `inner.init` makes it of the parameters' values."""
+    jaxpr = jax.make_jaxpr(inner.init)(params).jaxpr
+    made = set(jaxpr.invars)
+
+    def depends(atoms):
+        return any(not isinstance(atom, jex.Literal) and atom in made for atom in atoms)
+
+    for eqn in jaxpr.eqns:
+        if depends(eqn.invars):
+            made |= set(eqn.outvars)
+    return [depends([atom]) for atom in jaxpr.outvars]
+
+
+def _masks_in(inner: optax.GradientTransformation, state: Any, masks: Any) -> Any:
+    """Like the state, the mask of each entry that has the shape of a masked parameter, or False.
+
+    Entries without a shape like their parameter's (factored moments) are not masked.
     """
 
-    def resets(entry, stay):
-        known = not core.is_masked_node(entry) and not core.is_masked_node(stay)
-        return ~stay if known and entry.shape == stay.shape else False
+    def own(entry, mask):
+        if core.is_masked_node(entry):
+            return entry
+        return mask if not core.is_masked_node(mask) and entry.shape == mask.shape else False
 
-    try:
-        reset = optax.tree_map_params(
-            inner,
-            resets,
-            state,
-            stays,
-            transform_non_params=lambda _: False,
-            is_leaf=core.is_masked_node,
-        )
-    except Exception as error:
-        raise ValueError(
-            "inner must have an init that takes any pytree, as optax.tree_map_params asks, got "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    return core.map_state(inner, own, state, masks, others=lambda _: False)
+
+
+def _refreshed(inner: optax.GradientTransformation, state: Any, stays: Any, params: Any) -> Any:
+    """Sets what belongs to a weight that does not stay to what `inner.init` gives it."""
     return jax.tree.map(
-        lambda r, old, new: old if r is False else jnp.where(r, new, old),
-        reset,
+        lambda stay, old, new: old if stay is False else jnp.where(stay, old, new),
+        _masks_in(inner, state, stays),
         state,
         inner.init(params),
     )

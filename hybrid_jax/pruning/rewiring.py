@@ -12,7 +12,7 @@ from hybrid_jax import core
 from hybrid_jax.pruning import renewal
 from hybrid_jax.pruning.allocation import Allocation
 from hybrid_jax.pruning.criteria import magnitude, random
-from hybrid_jax.pruning.granularity import Granularity, unstructured
+from hybrid_jax.pruning.granularity import Granularity, Kernels, unstructured
 from hybrid_jax.pruning.masking import apply_masks
 from hybrid_jax.pruning.masking import masks as make_masks
 from hybrid_jax.pruning.selection import check_sparsity, keep_best, removed_count
@@ -36,6 +36,7 @@ class RewireState(NamedTuple):
 
 def rigl(
     inner: optax.GradientTransformation,
+    kernels: Kernels,
     sparsity: float | jax.Array,
     key: jax.Array,
     end: int,
@@ -61,15 +62,16 @@ def rigl(
     It is a wrapper because growing takes the gradients as they are before the optimizer.
 
     Args:
-      inner: As for `prune_by_schedule`.
+      inner: As for `hold_masks`.
+      kernels: `core.trace(...).kernels`, what is pruned.
       sparsity: () fraction removed, in [0, 1].
       key: A key of `jax.random.key`, for the first masks.
       end: The step from which masks stay. The paper's is three quarters of all steps.
-      granularity: As for `masks`, of single weights: `unstructured()` or `n_m(n, m)`.
-      allocation: As for `masks`, for the first masks. The paper's best is `erk()`.
+      granularity: As for `masks`, of single weights: `unstructured()` or `n_m(kernels, n, m)`.
+      allocation: As for `masks`, for the first masks. The paper's best is `erk(kernels)`.
       every: Steps between rewirings, from 1.
       drop: Fraction of the kept weights dropped at first, in [0, 1].
-      initial: `initial(params) -> scores` for the first masks; None for random ones.
+      initial: `initial(kernels, params) -> scores` for the first masks; None for random ones.
       exempt: As for `masks`.
 
     Raises:
@@ -80,7 +82,8 @@ def rigl(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> params = {'w': jnp.array([[4.0, 3.0, 2.0, 1.0]])}
-      >>> tx = rigl(optax.sgd(0.1), 0.5, jax.random.key(0), 10, every=1, drop=0.5,
+      >>> kernels = core.trace(lambda p, x: x @ p['w'], params, jnp.ones((1, 1))).kernels
+      >>> tx = rigl(optax.sgd(0.1), kernels, 0.5, jax.random.key(0), 10, every=1, drop=0.5,
       ...           initial=magnitude)
       >>> state = tx.init(params)
       >>> for _ in range(2):  # of 4 and 3 the second is dropped, for the larger gradient
@@ -92,6 +95,7 @@ def rigl(
     """
     return _rewiring(
         inner,
+        kernels,
         sparsity,
         key,
         end,
@@ -102,12 +106,13 @@ def rigl(
         initial,
         exempt,
         fraction=lambda step: 0.5 * drop * (1 + jnp.cos(jnp.pi * step.astype(jnp.float32) / end)),
-        growth=lambda gradients, key: magnitude(gradients),
+        growth=lambda gradients, key: magnitude(kernels, gradients),
     )
 
 
 def set_(
     inner: optax.GradientTransformation,
+    kernels: Kernels,
     sparsity: float | jax.Array,
     key: jax.Array,
     end: int,
@@ -128,11 +133,12 @@ def set_(
 
     Args:
       inner: As for `rigl`.
+      kernels: As for `rigl`.
       sparsity: As for `rigl`.
       key: A key of `jax.random.key`, for the first masks and for what grows.
       end: The step from which masks stay.
       granularity: As for `rigl`.
-      allocation: As for `rigl`. The paper's first masks are random, of `erk()` densities.
+      allocation: As for `rigl`. The paper's first masks are random, of `erk(kernels)` densities.
       every: As for `rigl`.
       drop: ζ, the fraction of the kept weights dropped, in [0, 1].
       initial: As for `rigl`.
@@ -144,7 +150,8 @@ def set_(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> params = {'w': jnp.arange(1.0, 101.0).reshape(10, 10)}
-      >>> tx = set_(optax.sgd(0.1), 0.8, jax.random.key(0), end=10, every=1)
+      >>> kernels = core.trace(lambda p, x: x @ p['w'], params, jnp.ones((1, 10))).kernels
+      >>> tx = set_(optax.sgd(0.1), kernels, 0.8, jax.random.key(0), end=10, every=1)
       >>> first = tx.init(params)
       >>> zero = {'w': jnp.zeros((10, 10))}
       >>> _, state = tx.update(zero, tx.update(zero, first, params)[1], params)
@@ -153,6 +160,7 @@ def set_(
     """
     return _rewiring(
         inner,
+        kernels,
         sparsity,
         key,
         end,
@@ -163,12 +171,13 @@ def set_(
         initial,
         exempt,
         fraction=lambda step: drop,
-        growth=random,
+        growth=functools.partial(random, kernels),
     )
 
 
 def _rewiring(
     inner,
+    kernels,
     sparsity,
     key,
     end,
@@ -191,8 +200,10 @@ def _rewiring(
     initial = functools.partial(random, key=key) if initial is None else initial
 
     def init(params):
-        masks = make_masks(initial(params), sparsity, granularity, allocation, exempt)
-        _check_single_weights(masks, granularity)
+        masks = params  # What the state is made of, asked as `core.map_state` does.
+        if jax.tree.leaves(params):
+            masks = make_masks(initial(kernels, params), sparsity, granularity, allocation, exempt)
+            _check_single_weights(masks, granularity)
         return RewireState(
             step=jnp.zeros((), jnp.int32),
             # Data, as optimizers around this one cannot select typed keys; copied, to be donated.
@@ -239,7 +250,8 @@ def rewire(
       weights: Pytree of floating arrays like `masks`.
       growth: Pytree of floating scores like `masks`.
       drop: () fraction in [0, 1].
-      granularity: `unstructured()` (default) or `n_m(n, m)`: every row of it keeps its count.
+      granularity: `unstructured()` (default) or `n_m(kernels, n, m)`, of which every row keeps its
+        count.
 
     Returns:
       Pytree like `masks`, with as many True in each leaf.
@@ -265,7 +277,7 @@ def rewire(
 
     leaves = core.flatten_paths(masks)
     ranked = core.flatten_paths(core.map_with_path(rank, masks, weights, growth))
-    names = granularity.shapes(leaves)
+    names = granularity.paths(leaves)
     held, rows = granularity.split(leaves, names), granularity.split(ranked, names)
     counts = {n: jnp.sum(held[n], axis=-1, keepdims=True, dtype=jnp.int32) for n in names}
     grown = granularity.merge({n: keep_best(rows[n], counts[n]) for n in names}, leaves)
@@ -274,7 +286,7 @@ def rewire(
 
 def _check_single_weights(masks: Any, granularity: Granularity) -> None:
     leaves = core.flatten_paths(masks)
-    split = jax.eval_shape(lambda: granularity.split(leaves, granularity.shapes(leaves)))
+    split = jax.eval_shape(lambda: granularity.split(leaves, granularity.paths(leaves)))
     units = sum(rows.size for rows in split.values())
     weights = sum(mask.size for mask in jax.tree.leaves(masks))
     if units != weights:

@@ -24,9 +24,10 @@ def prune_in_rounds(
     tree: Any,
     graph: core.Graph,
     sparsities: Sequence[float],
-    score: Callable[[Fns, Any, Sequence[core.Group]], Scores],
+    score: Callable[[Fns, Any, core.Graph], Scores],
     train: Callable[[Fns, Any], Any],
     choose: Callable[[Scores, float], Mapping[str, Any]] = keep_channels,
+    cut: Callable[[Any, Mapping[str, Any]], Any] = core.slice_tree,
 ) -> tuple[list[Callable[..., Any]], Any, dict[str, np.ndarray]]:
     """Alternates score → remove → train, once for each of `sparsities`.
 
@@ -40,23 +41,24 @@ def prune_in_rounds(
       fns: Functions fn(params, *inputs) of the parameters, for inference and for training.
       params: The parameters that `graph` was traced with (in Linen the whole variables dict), or
         their shapes.
-      tree: Pytree of all that is laid out like `params`, such as a train state: a leaf belongs to
-        the parameter whose path ends its own.
+      tree: Pytree of all that training goes on with: the parameters, or a train state.
       graph: Of the first of `fns`, before any removal.
       sparsities: The sparsity of each round, not falling.
-      score: score(fns, tree, groups) -> {group name: (n,) scores} of the network as it is now, such
-        as `group_scores` of a criterion.
+      score: score(fns, tree, graph) -> {group name: (n,) scores} of the network as it is now, whose
+        kernels and groups `graph` has, such as `group_scores` of a criterion.
       train: train(fns, tree) -> tree. It compiles anew: shapes have changed.
       choose: choose(scores, sparsity) -> {group name: (n,) bool}, with scores at the first widths,
         lowest where removed. `keep_channels` with other arguments; or with `to_target`, and
         targets in the place of sparsities.
+      cut: cut(tree, kept) -> tree: `core.slice_tree` of what has the parameters' paths, and
+        `core.slice_state` of an optimizer's state.
 
     Returns:
       (small_fns, tree, keep): what the last round left, and the channels kept of the first widths.
 
     Raises:
       ValueError: If there is no round, a round would bring back a channel that is removed, or what
-        `choose` and `core.slice_tree` raise.
+        `choose` and `cut` raise.
 
     Example:
       >>> import jax
@@ -65,7 +67,8 @@ def prune_in_rounds(
       >>> params = {'a': jnp.arange(24.0).reshape(3, 8), 'b': jnp.ones((8, 2))}
       >>> (small_fn,), small, keep = prune_in_rounds(
       ...     [fn], params, params, core.trace(fn, params, jnp.ones((1, 3))), (0.25, 0.5),
-      ...     score=lambda fns, params, groups: group_scores(magnitude(params), groups),
+      ...     score=lambda fns, params, graph: group_scores(
+      ...         magnitude(graph.kernels, params), graph.groups),
       ...     train=lambda fns, params: params)
       >>> small['a'].shape, keep['a'].tolist()
       ((3, 4), [False, False, False, False, True, True, True, True])
@@ -76,10 +79,10 @@ def prune_in_rounds(
     kept = core.keep_indices(keep, graph.groups, params)
     small = list(fns)
     for sparsity in sparsities:
-        scores = score(small, tree, core.narrow_graph(graph, keep).groups)
+        scores = score(small, tree, core.narrow_graph(graph, keep))
         keep = _chosen(choose(_at_first_widths(scores, keep), sparsity), keep)
         before, kept = kept, core.keep_indices(keep, graph.groups, params)
-        tree = core.slice_tree(tree, _relative(kept, before))
+        tree = cut(tree, _relative(kept, before))
         small = [core.narrow(fn, params, kept) for fn in fns]
         tree = train(small, tree)
     return small, tree, keep

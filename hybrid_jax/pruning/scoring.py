@@ -47,6 +47,8 @@ class Scoring:
 
     def nothing_removed(self, params: Any) -> Any:
         """Masks all True; raises what `masks` raises on these parameters."""
+        if not jax.tree.leaves(params):
+            return params  # What the state is made of, asked as `core.map_state` does.
         like = jax.eval_shape(
             lambda p: self.masks(p, [p] * len(self.needs), jnp.float32(0.0)), params
         )

@@ -62,11 +62,13 @@ def sensitivity(
       >>> params = {'a': jnp.array([[1.0, 2.0]]), 'b': jnp.array([[3.0], [4.0]])}
       >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
       >>> loss, x = lambda params, x: jnp.sum(fn(params, x)), jnp.ones((1, 1))
-      >>> losses = sensitivity(loss, params, magnitude(params), [0.0, 0.5, 1.0], x)
+      >>> graph = core.trace(fn, params, x)
+      >>> scores = magnitude(graph.kernels, params)
+      >>> losses = sensitivity(loss, params, scores, [0.0, 0.5, 1.0], x)
       >>> {path: own.tolist() for path, own in losses.items()}
       {'a': [11.0, 8.0, 0.0], 'b': [11.0, 8.0, 0.0]}
-      >>> hidden = channels(core.trace(fn, params, x).groups)
-      >>> sensitivity(loss, params, magnitude(params), [0.5], x, granularity=hidden)
+      >>> hidden = channels(graph.groups)
+      >>> sensitivity(loss, params, scores, [0.5], x, granularity=hidden)
       {'a': Array([8.], dtype=float32)}
     """
     granularity = _WEIGHTS if granularity is None else granularity
@@ -74,7 +76,7 @@ def sensitivity(
     core.check_integer("batch_size", batch_size, 1)
     core.check_same_paths("scores", scores, "params", params)
     leaves = check_scores(scores)
-    names = tuple(granularity.shapes(leaves))
+    names = tuple(granularity.paths(leaves))
     if not names:
         raise ValueError("scores must have a leaf to prune, got none")
     most = granularity.max_sparsity

@@ -24,7 +24,10 @@ class StraightThroughState(NamedTuple):
       masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
       dense: The weights behind the parameters, `optax.MaskedNode()` where nothing is pruned.
       accumulated: What `accumulate` gave last, or ().
-      inner: State of the inner optimizer, which trains `dense`.
+      inner: State of the inner optimizer, which trains `dense`; what it holds of the weights
+        themselves (averages) is on the mask, as the parameters are.
+      hidden: Of the leaves of `inner` those entries before the mask, `optax.MaskedNode()` for the
+        others; () if there are none.
     """
 
     step: jax.Array
@@ -33,6 +36,7 @@ class StraightThroughState(NamedTuple):
     dense: Any
     accumulated: Any
     inner: Any
+    hidden: Any
 
 
 def straight_through(
@@ -78,10 +82,12 @@ def straight_through(
       ValueError: As for `prune_by_schedule`.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import functools, jax.numpy as jnp, optax
       >>> from hybrid_jax.pruning import magnitude, one_shot
       >>> params = {'w': jnp.array([[1.0, 2.0]])}
-      >>> tx = straight_through(optax.sgd(1.0), magnitude, one_shot(0.5))
+      >>> graph = core.trace(lambda params, x: x @ params['w'], params, jnp.ones((1, 1)))
+      >>> score = functools.partial(magnitude, graph.kernels)
+      >>> tx = straight_through(optax.sgd(1.0), score, one_shot(0.5))
       >>> state = tx.init(params)
       >>> for gradient in ([[0.0, 0.25]], [[-3.0, 0.25]]):  # dense: 1, 1.75, then 4, 1.5
       ...     updates, state = tx.update({'w': jnp.array(gradient)}, state, params)
@@ -97,6 +103,7 @@ def straight_through(
 
     def init(params):
         masks = scoring.nothing_removed(params)
+        inner_state, hidden = renewal.split_copies(inner, inner.init(params), masks, params)
         return StraightThroughState(
             step=jnp.zeros((), jnp.int32),
             sparsity=jnp.zeros((), jnp.float32),
@@ -108,7 +115,8 @@ def straight_through(
                 params,
             ),
             accumulated=scoring.start(params),
-            inner=inner.init(params),
+            inner=inner_state,
+            hidden=jax.tree.map(jnp.array, hidden),
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -124,11 +132,13 @@ def straight_through(
         gradients = core.map_with_path(
             lambda path, mask, g, w: _decayed(mask, g, w, decay), state.masks, gradients, weights
         )
-        updates, inner_state = inner.update(gradients, state.inner, weights, **extra_args)
+        inner_state = renewal.join_copies(state.inner, state.hidden)
+        updates, inner_state = inner.update(gradients, inner_state, weights, **extra_args)
         weights = optax.apply_updates(weights, updates)
         masks = jax.lax.cond(
             due, lambda: scoring.masks(weights, needed, sparsity), lambda: state.masks
         )
+        inner_state, hidden = renewal.split_copies(inner, inner_state, masks, weights)
         return core.map_with_path(_from_params, masks, updates, weights, params), (
             StraightThroughState(
                 step=optax.safe_increment(state.step),
@@ -139,6 +149,7 @@ def straight_through(
                 ),
                 accumulated=accumulated,
                 inner=inner_state,
+                hidden=hidden,
             )
         )
 

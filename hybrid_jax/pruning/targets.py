@@ -60,7 +60,7 @@ def to_target(
       >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
       >>> params = {'a': jnp.arange(24.0).reshape(3, 8), 'b': jnp.ones((8, 2))}
       >>> graph = core.trace(fn, params, jnp.ones((1, 3)))  # 5 MACs for each of 8 hidden units
-      >>> scores = group_scores(magnitude(params), graph.groups)
+      >>> scores = group_scores(magnitude(graph.kernels, params), graph.groups)
       >>> found = to_target(
       ...     lambda sparsity: keep_channels(scores, sparsity),
       ...     lambda keep: cost.count(core.narrow_graph(graph, keep)).macs,

@@ -1,8 +1,10 @@
 """Pruning in an optax transformation: plain `optax.apply_updates` lands on the mask.
 
-Nothing may follow such a transformation in a chain: a link after it would move what it set to
-zero, and no transformation can see what follows it. Around it may be what calls it or does not,
-as `optax.MultiSteps`, `optax.apply_if_finite`, `optax.partition`, `optax.inject_hyperparams`.
+Such a transformation wraps the optimizer: `inner` sees the gradients of kept weights alone, and
+what it holds of the parameters itself, as a schedule-free optimizer does, is held on the mask too.
+Nothing may follow it in a chain: a link after it would move what it set to zero, and no
+transformation can see what follows it. Around it may be what calls it or does not, as
+`optax.MultiSteps`, `optax.apply_if_finite`, `optax.partition`, `optax.inject_hyperparams`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +28,11 @@ class HoldMasksState(NamedTuple):
 
     Attributes:
       masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
+      inner: State of the inner optimizer.
     """
 
     masks: Any
+    inner: Any
 
 
 class PruneState(NamedTuple):
@@ -49,51 +53,65 @@ class PruneState(NamedTuple):
     inner: Any
 
 
-def hold_masks(masks: Any) -> optax.GradientTransformationExtraArgs:
-    """Keeps what `masks` remove at exactly zero, after any optimizer.
+def hold_masks(
+    inner: optax.GradientTransformation, masks: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps what `masks` remove at exactly zero, in any optimizer.
 
-    Must be the last link of the chain. The update is −w where a weight is removed, so that
-    `optax.apply_updates` gives 0.0 there whatever the links before it did (momentum, decoupled
-    weight decay, averaging); elsewhere updates pass unchanged. Parameters that were never masked
-    land on the mask with the first update.
+    The update is −w where a weight is removed, so that `optax.apply_updates` gives 0.0 there
+    whatever `inner` did (momentum, decoupled weight decay, averaging); elsewhere updates pass
+    unchanged. So does what `inner` holds of the parameters: what
+    `optax.contrib.schedule_free_eval_params` makes of it is on the masks. Parameters that were
+    never masked land on the mask with the first update.
 
     Args:
+      inner: Any optax optimizer to wrap. `update` hands it extra arguments.
       masks: Pytree of bool like the parameters, True where kept, `optax.MaskedNode()` where
         nothing is pruned.
 
     Raises:
-      ValueError: From `init`, if `masks` do not fit the parameters; from `update`, if it is
-        called without the parameters.
+      ValueError: If `inner` is no optimizer; from `init`, if `masks` do not fit the parameters;
+        from `update`, if it is called without the parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> params = {'w': jnp.array([1.0, 2.0])}
-      >>> masks = {'w': jnp.array([True, False])}
-      >>> tx = optax.chain(optax.sgd(0.5), hold_masks(masks))
+      >>> tx = hold_masks(optax.sgd(0.5), {'w': jnp.array([True, False])})
       >>> updates, _ = tx.update({'w': jnp.ones(2)}, tx.init(params), params)
       >>> optax.apply_updates(params, updates)
       {'w': Array([0.5, 0. ], dtype=float32)}
     """
+    inner = renewal.check_inner(inner)
 
     def init(params):
+        if not jax.tree.leaves(
+            params
+        ):  # What the state is made of, asked as `core.map_state` does.
+            return HoldMasksState(params, inner.init(params))
         core.check_masks(params, masks)
         # Copied, so that a training step may donate its state.
-        return HoldMasksState(jax.tree.map(jnp.array, masks))
+        return HoldMasksState(
+            jax.tree.map(jnp.array, masks), inner.init(apply_masks(params, masks))
+        )
 
     def update(updates, state, params=None, **extra_args):
-        del extra_args
-        return renewal.onto_masks(updates, state.masks, params), state
+        renewal.check_params(params)
+        updates = apply_masks(updates, state.masks)
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        inner_state, _ = renewal.split_copies(inner, inner_state, state.masks, params)
+        updates = renewal.onto_masks(updates, state.masks, params)
+        return updates, HoldMasksState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def prune_by_schedule(
+    inner: optax.GradientTransformation,
     criterion: Callable[..., Any],
     schedule: Schedule,
     granularity: Granularity | None = None,
     allocation: Allocation | None = None,
     *,
-    inner: optax.GradientTransformation | None = None,
     every: int = 1,
     exempt: Sequence[str] = (),
     needs: Sequence[str] = (),
@@ -107,45 +125,41 @@ def prune_by_schedule(
     To prune, or not to prune (arXiv 1710.01878); with a schedule made by `cyclic` this is AC/DC or
     cyclical pruning.
 
-    It is the last link of a chain, after any optimizer; or it wraps the optimizer, given as
-    `inner`, and then nothing can follow it by mistake, criteria get the gradients with no more
-    said, `inner` sees the gradients of kept weights alone, and a weight that comes back has the
-    state that `inner.init` gives it.
+    A weight that comes back has the state that `inner.init` gives it.
 
     Args:
-      criterion: `criterion(params) -> scores`, such as `magnitude`, or with `needs`
-        `criterion(params, *needed) -> scores`, such as `taylor`.
+      inner: As for `hold_masks`.
+      criterion: `criterion(params) -> scores`, such as `functools.partial(magnitude, kernels)`, or
+        with `needs` `criterion(params, *needed) -> scores`, such as `partial(taylor, kernels)`.
       schedule: `schedule(step) -> sparsity`, from step 0 at the first update.
       granularity: As for `masks`.
       allocation: As for `masks`.
-      inner: Any optax optimizer to wrap; None for a link after one. `update` hands it extra
-        arguments as `optax.chain` would.
       every: Steps between new masks, from 1.
       exempt: As for `masks`.
-      needs: What to hand to `criterion`, by name: 'accumulated' is what `accumulate` keeps, any
-        other is a keyword argument of `update`, shaped like the parameters. With `inner`,
-        'gradients' are those that `update` is called with; a link in a chain sees only what the
-        optimizer made of them, and so they are a keyword argument there too.
+      needs: What to hand to `criterion`, by name: 'gradients' are those that `update` is called
+        with, 'accumulated' is what `accumulate` keeps, any other is a keyword argument of `update`,
+        shaped like the parameters.
       accumulate: `accumulate(accumulated, params, gradients) -> accumulated`, called at every
         step, from zeros shaped like the parameters (float32 where these are floating).
 
     Raises:
       ValueError: If `inner` is no optimizer, `every` is below 1, only one of `accumulate` and
         'accumulated' is given, or the schedule ends above what `granularity` allows. From `init`,
-        what `masks` raises on these parameters. From `update`, if the parameters, an argument in
-        `needs` or the gradients for `accumulate` are not given.
+        what `masks` raises on these parameters. From `update`, if the parameters or an argument in
+        `needs` are not given.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import functools, jax.numpy as jnp, optax
       >>> from hybrid_jax.pruning import magnitude, one_shot
       >>> params = {'w': jnp.array([[1.0, 2.0, 3.0, 4.0]])}
-      >>> tx = optax.chain(optax.sgd(0.5), prune_by_schedule(magnitude, one_shot(0.5)))
+      >>> graph = core.trace(lambda params, x: x @ params['w'], params, jnp.ones((1, 1)))
+      >>> score = functools.partial(magnitude, graph.kernels)
+      >>> tx = prune_by_schedule(optax.sgd(0.5), score, one_shot(0.5))
       >>> updates, _ = tx.update({'w': jnp.ones((1, 4))}, tx.init(params), params)
       >>> optax.apply_updates(params, updates)
       {'w': Array([[0. , 0. , 2.5, 3.5]], dtype=float32)}
     """
-    wraps = inner is not None
-    inner = renewal.check_inner(inner if wraps else optax.identity())
+    inner = renewal.check_inner(inner)
     scoring = Scoring(
         criterion, schedule, granularity, allocation, every, tuple(exempt), tuple(needs), accumulate
     )
@@ -161,7 +175,7 @@ def prune_by_schedule(
 
     def update(updates, state, params=None, **extra_args):
         renewal.check_params(params)
-        known = {**extra_args, "gradients": updates} if wraps else extra_args
+        known = {**extra_args, "gradients": updates}
         accumulated = scoring.add(state.accumulated, params, known)
         needed = scoring.gather(accumulated, known)
         sparsity = jnp.asarray(schedule(state.step), jnp.float32)

@@ -94,7 +94,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
     (expert,), (mask,) = experts.unstack(start.stack), start.masks
     params = {name: expert[name] for name in ("params", "ranges")}
     held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])}
-    tx = optimizer(settings.learning_rate, 0.0, settings.steps, pruning.hold_masks(held))
+    tx = pruning.hold_masks(optimizer(settings.learning_rate, 0.0, settings.steps), held)
     fixed = {name: expert[name] for name in ("batch_stats", "bits")}
     routing = experts.soft() if settings.routing == "soft" else experts.top_k(1)
     student = collapse(

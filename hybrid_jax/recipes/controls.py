@@ -143,12 +143,15 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
       spec: Says how its weights are thinned and quantized.
     """
     quantizer = phase1.quantizer(graph, spec)
-    masks = {path: _planned_mask(leaf, spec) for path, leaf in graph.parameters.items()}
+    masks = {
+        path: _planned_mask(leaf, graph.kernels.get(path), spec)
+        for path, leaf in graph.parameters.items()
+    }
     return cost.count(graph, masks, quantizer.weight_bits, quantizer.activation_bits)
 
 
-def _planned_mask(leaf, spec):
+def _planned_mask(leaf, kernel, spec):
     """A mask of the count that `cutting.weight_masks` will have: costs depend on counts alone."""
-    sparsity = cutting.kernel_sparsity(leaf.shape, spec)
+    sparsity = cutting.kernel_sparsity(kernel, spec)
     removed = math.floor(sparsity * leaf.size + 0.5)
     return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

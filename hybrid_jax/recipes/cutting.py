@@ -1,6 +1,6 @@
 """What phase 1 removes from the parent: channels for good, and weights by masks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ from hybrid_jax import core, pruning, training
 from hybrid_jax.recipes import config as configuration
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.job import Job, Network
+
+Kernels = Mapping[str, core.Kernel]
 
 
 class Own(NamedTuple):
@@ -99,7 +101,7 @@ def channel_scores(
 
     @jax.jit
     def score(variables):
-        scores = criterion(job, dense, variables, spec.criterion)
+        scores = criterion(job, dense, graph.kernels, variables, spec.criterion)
         return pruning.group_scores(scores, graph.groups)
 
     scores = score(variables)
@@ -113,7 +115,7 @@ def channel_scores(
 keep_channels = jax.jit(pruning.keep_channels, static_argnames="multiple")
 
 
-def criterion(job: Job, dense: Network, variables: Any, name: str) -> Any:
+def criterion(job: Job, dense: Network, kernels: Kernels, variables: Any, name: str) -> Any:
     """Returns the scores of the parent's weights by one of `config.CRITERIA`."""
     if name == "taylor":
         images, labels = _first_images(job)
@@ -121,60 +123,62 @@ def criterion(job: Job, dense: Network, variables: Any, name: str) -> Any:
         def loss(variables):
             return training.cross_entropy(dense.predict(variables, images), labels)
 
-        return pruning.taylor(variables, jax.grad(loss)(variables))
+        return pruning.taylor(kernels, variables, jax.grad(loss)(variables))
     return {
-        "magnitude_l1": lambda: pruning.magnitude(variables, p=1),
-        "magnitude_l2": lambda: pruning.magnitude(variables, p=2),
+        "magnitude_l1": lambda: pruning.magnitude(kernels, variables, p=1),
+        "magnitude_l2": lambda: pruning.magnitude(kernels, variables, p=2),
         "batchnorm_scale": lambda: pruning.batchnorm_scale(variables),
-        "geometric_median": lambda: pruning.geometric_median(variables),
+        "geometric_median": lambda: pruning.geometric_median(kernels, variables),
     }[name]()
 
 
-def kernel_sparsity(shape: tuple[int, ...], spec: ExpertSpec) -> float:
+def kernel_sparsity(kernel: core.Kernel | None, spec: ExpertSpec) -> float:
     """Returns the fraction of a parameter's weights that `spec` sets to zero.
 
-    Vectors have none, nor has a kernel whose input channels are no multiple of the M of N:M.
+    What is no kernel (None) has none, nor has one whose inputs are no multiple of the M of N:M.
     """
     n_m = configuration.parse_granularity(spec.granularity)
-    if len(shape) < 2:
+    if kernel is None:
         return 0.0
     if n_m is None:
         return spec.weight_sparsity
-    return 0.0 if shape[-2] % n_m[1] else 1 - n_m[0] / n_m[1]
+    return 0.0 if kernel.known_sizes()[2] % n_m[1] else 1 - n_m[0] / n_m[1]
 
 
-def weight_masks(params: Any, spec: ExpertSpec) -> Any:
+def weight_masks(kernels: Kernels, params: Any, spec: ExpertSpec) -> Any:
     """Returns which weights of a cut network are kept: bool like `params`, or `MaskedNode`."""
     n_m = configuration.parse_granularity(spec.granularity)
-    granularity = pruning.n_m(*n_m) if n_m else pruning.unstructured()
-    sparsities = {kernel_sparsity(leaf.shape, spec) for leaf in jax.tree.leaves(params)} - {0.0}
-    if not sparsities:
+    granularity = pruning.n_m(kernels, *n_m) if n_m else pruning.unstructured()
+    thinned = {path: own for path, own in kernels.items() if kernel_sparsity(own, spec)}
+    if not thinned:
         return jax.tree.map(lambda _: optax.MaskedNode(), params)
-    scores = jax.tree.map(
-        lambda leaf, score: score if kernel_sparsity(leaf.shape, spec) else optax.MaskedNode(),
-        params,
-        pruning.magnitude(params),
-    )
-    return pruning.masks(scores, max(sparsities), granularity)
+    sparsity = max(kernel_sparsity(own, spec) for own in thinned.values())
+    return pruning.masks(pruning.magnitude(thinned, params), sparsity, granularity)
 
 
-def stack_masks(made: Cut, spec: ExpertSpec) -> Any:
-    """Returns `weight_masks` of an expert's own channels, with all others of the stack masked."""
-    params = made.variables["params"]
+def stack_masks(made: Cut, kernels: Kernels, spec: ExpertSpec) -> Any:
+    """Returns `weight_masks` of an expert's own channels, with all others of the stack masked.
+
+    Args:
+      made: The expert.
+      kernels: Those of the stack.
+      spec: Says how its weights are thinned.
+    """
+    params = {"params": made.variables["params"]}
     if made.own is None:
-        return weight_masks(params, spec)
+        return weight_masks(kernels, params, spec)["params"]
     kept = made.own.kept
     own = core.flatten_paths(
-        weight_masks(core.slice_tree({"params": params}, kept)["params"], spec)
+        weight_masks(made.own.graph.kernels, core.slice_tree(params, kept), spec)
     )
 
     def widen(path, leaf):
         mask = np.zeros(leaf.shape, bool)
         inside = True if core.is_masked_node(own[path]) else own[path]
-        mask[np.ix_(*kept[f"params/{path}"])] = inside
+        mask[np.ix_(*kept[path])] = inside
         return jnp.asarray(mask)
 
-    return core.map_with_path(widen, params)
+    return core.map_with_path(widen, params)["params"]
 
 
 def _first_images(job, count=256):

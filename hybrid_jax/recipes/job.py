@@ -160,7 +160,7 @@ class Job:
 
 
 def optimizer(
-    learning_rate: float, weight_decay: float, steps: int, *last: optax.GradientTransformation
+    learning_rate: float, weight_decay: float, steps: int
 ) -> optax.GradientTransformation:
     """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay.
 
@@ -170,7 +170,6 @@ def optimizer(
       learning_rate: At its peak.
       weight_decay: Per step and unit of learning rate.
       steps: Steps in all.
-      *last: Links that end the chain, such as `pruning.hold_masks`.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
 
@@ -180,7 +179,7 @@ def optimizer(
     # Flattened to one vector: a few operations to compile and to launch, instead of a few per leaf.
     adam = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()))
     decay = optax.add_decayed_weights(weight_decay, mask=kernels)
-    return optax.chain(adam, decay, optax.scale_by_learning_rate(schedule), *last)
+    return optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
 
 
 def _number(name: str) -> int:

@@ -96,7 +96,9 @@ def compress(
     stack = experts.stack([c.variables for c in cuts])
     graph = core.trace(small.predict, cuts[0].variables, job.images)
     method = _method(job, name, small.predict, stack)
-    masks = [cutting.stack_masks(c, spec) for c, spec in zip(cuts, specs, strict=True)]
+    masks = [
+        cutting.stack_masks(c, graph.kernels, spec) for c, spec in zip(cuts, specs, strict=True)
+    ]
     params = pruning.apply_masks(stack["params"], experts.stack(masks))
     stack = stack | {"params": params}
 
@@ -128,8 +130,8 @@ def compress(
             lambda leaf, i=i: leaf[i], (stack["params"], ranges, stack["batch_stats"], bits)
         )
         held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), ranges_i)}
-        tx = optimizer(
-            settings.learning_rate, settings.weight_decay, steps, pruning.hold_masks(held)
+        tx = pruning.hold_masks(
+            optimizer(settings.learning_rate, settings.weight_decay, steps), held
         )
         states.append(
             training.create_state(

@@ -145,7 +145,7 @@ def fine_tune(
     }
     held = jax.tree.map(lambda _: optax.MaskedNode(), params)
     held["experts"]["params"] = experts.stack(made.masks)
-    tx = optimizer(settings.learning_rate, 0.0, settings.steps, pruning.hold_masks(held))
+    tx = pruning.hold_masks(optimizer(settings.learning_rate, 0.0, settings.steps), held)
     loss_fn = _loss(
         job, made, gate.predict, lambda params, state: (params["experts"] | state, params["gate"])
     )

@@ -66,7 +66,7 @@ def _variants(module, size):
     """{variant: its program}; 'dense float32' first."""
     (fn, params), images = _model(module, size)
     graph = core.trace(fn, params, images[:1])
-    scores = pruning.group_scores(pruning.magnitude(params), graph.groups)
+    scores = pruning.group_scores(pruning.magnitude(graph.kernels, params), graph.groups)
     masks = core.expand(pruning.keep_channels(scores, 0.5), graph.groups, params)
     small_fn, small, _ = core.shrink(fn, params, masks, images[:1])
     for width, model in {"dense": (fn, params), "half": (small_fn, small)}.items():

@@ -14,6 +14,8 @@ import optax
 from hybrid_jax import deploy, models, training
 
 Batch = dict[str, jax.Array]
+Sparse = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+"""Wraps an optimizer."""
 
 
 class Row(NamedTuple):
@@ -153,9 +155,9 @@ def train(module: nn.Module) -> Callable[[Any, jax.Array], tuple[jax.Array, Any]
     return lambda variables, images: module.apply(variables, images, True, mutable=["batch_stats"])
 
 
-def optimizer(*last: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Momentum with decoupled weight decay, the same for each side of a pair, then `last`."""
-    return optax.chain(_MOMENTUM, *last) if last else _MOMENTUM
+def optimizer(sparse: Sparse = lambda inner: inner) -> optax.GradientTransformation:
+    """Momentum with decoupled weight decay, the same for each side of a pair; `sparse` wraps it."""
+    return sparse(_MOMENTUM)
 
 
 def training_batch(size: Size) -> Batch:
@@ -179,19 +181,19 @@ def plain_step(module: nn.Module) -> Callable[..., Any]:
 
 
 def plain_state(
-    size: Size, *last: optax.GradientTransformation, seed: int = 0
+    size: Size, sparse: Sparse = lambda inner: inner, seed: int = 0
 ) -> training.TrainState:
-    """Makes the state of the small model before its first step; `last` ends the optimizer."""
+    """Makes the state of the small model before its first step; `sparse` wraps the optimizer."""
     made = variables(size.small, size.small_image, seed)
     state = {"batch_stats": made["batch_stats"]}
-    return training.create_state(made["params"], state, optimizer(*last), jax.random.key(seed))
+    return training.create_state(made["params"], state, optimizer(sparse), jax.random.key(seed))
 
 
 def plain_stepping(
-    size: Size, *last: optax.GradientTransformation, steps: int = 1
+    size: Size, sparse: Sparse = lambda inner: inner, steps: int = 1
 ) -> Callable[[], Any]:
     """Makes a call that takes `steps` training steps of the small model."""
-    state = plain_state(size, *last)
+    state = plain_state(size, sparse)
     return stepping(plain_step(size.small), state, training_batch(size), steps)
 
 

@@ -1,5 +1,6 @@
 """A training step that prunes against one that does not, and what there is to work out before."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,35 +21,36 @@ SPARSITIES = (0.2, 0.5, 0.8, 0.9)
 def hold_masks(size: Size) -> Iterator[Row]:
     """A step on fixed masks."""
     params = measure.variables(size.small, size.small_image)["params"]
-    masks = jax.jit(lambda params: pruning.masks(pruning.magnitude(params), SPARSITY))(params)
+    score = _magnitude(size.small, size.small_image)
+    masks = jax.jit(lambda params: pruning.masks(score(params), SPARSITY))(params)
     name = "training step with hold_masks / plain"
-    yield _against_plain(name, size, pruning.hold_masks(masks), target=1.05)
+    sparse = functools.partial(pruning.hold_masks, masks=masks)
+    yield _against_plain(name, size, sparse, target=1.05)
 
 
 def schedule_at_rest(size: Size) -> Iterator[Row]:
     """A step of a schedule, between two updates of the masks."""
     # The first step prunes to the initial sparsity, no later one again.
-    tx = _by_schedule(every=10**6)
+    sparse = _by_schedule(size, every=10**6)
     name = "training step with prune_by_schedule, no mask update / plain"
-    yield _against_plain(name, size, tx, target=1.05)
+    yield _against_plain(name, size, sparse, target=1.05)
 
 
 def schedule_with_updates(size: Size) -> Iterator[Row]:
     """The mean of ten steps of a schedule, one of which updates the masks."""
-    tx = _by_schedule(every=EVERY)
+    sparse = _by_schedule(size, every=EVERY)
     name = f"{EVERY} training steps with prune_by_schedule, 1 mask update / plain"
-    yield _against_plain(name, size, tx, target=1.15, steps=EVERY)
+    yield _against_plain(name, size, sparse, target=1.15, steps=EVERY)
 
 
 def mask_computation(size: Size) -> Iterator[Row]:
     """Seconds from the parameters of the large model to their masks, compiled."""
     params = measure.variables(size.large, size.large_image)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    score = _magnitude(size.large, size.large_image)
     for allocation in (pruning.uniform, pruning.global_):
         masks = jax.jit(
-            lambda params, a=allocation: pruning.masks(
-                pruning.magnitude(params), SPARSITY, allocation=a()
-            )
+            lambda params, a=allocation: pruning.masks(score(params), SPARSITY, allocation=a())
         )
         name = f"masks of {count / 1e6:.3g} M parameters, {allocation.__name__.strip('_')}"
         yield measure.seconds(name, lambda masks=masks: masks(params), calls=size.calls)
@@ -59,7 +61,7 @@ def target_search(size: Size) -> Iterator[Row]:
     params = measure.variables(size.large, size.large_image)
     image = jax.ShapeDtypeStruct((1, *size.large_image), jnp.float32)
     graph = core.trace(measure.predict(size.large), params, image)
-    scores = pruning.group_scores(pruning.magnitude(params), graph.groups)
+    scores = pruning.group_scores(pruning.magnitude(graph.kernels, params), graph.groups)
 
     def run():
         return pruning.to_target(
@@ -74,7 +76,9 @@ def target_search(size: Size) -> Iterator[Row]:
 def sensitivity_sweep(size: Size) -> Iterator[Row]:
     """Seconds for the loss of the small model with each kernel pruned alone, on one batch."""
     params, predict = measure.variables(size.small, size.small_image), measure.predict(size.small)
-    scores, batch = pruning.magnitude(params), measure.training_batch(size)
+    batch = measure.training_batch(size)
+    kernels = core.trace(predict, params, batch["image"]).kernels
+    scores = pruning.magnitude(kernels, params)
 
     def loss(params, images, labels):
         logits = predict(params, images)
@@ -99,15 +103,29 @@ BENCHMARKS = (
 )
 
 
-def _by_schedule(every):
+def _magnitude(module, shape):
+    """`magnitude` of the model's params, without its statistics."""
+    variables, image = (
+        measure.variables(module, shape),
+        jax.ShapeDtypeStruct((1, *shape), "float32"),
+    )
+    predict = measure.predict(module)
+    kernels = core.trace(
+        lambda params, x: predict({**variables, "params": params}, x), variables["params"], image
+    ).kernels
+    return functools.partial(pruning.magnitude, kernels)
+
+
+def _by_schedule(size, every):
     schedule = pruning.cubic(SPARSITY, begin=0, end=10**5, initial=SPARSITY / 2)
-    return pruning.prune_by_schedule(pruning.magnitude, schedule, every=every)
+    score = _magnitude(size.small, size.small_image)
+    return lambda inner: pruning.prune_by_schedule(inner, score, schedule, every=every)
 
 
 def _against_plain(
-    name: str, size: Size, last: optax.GradientTransformation, target: float, steps: int = 1
+    name: str, size: Size, sparse: measure.Sparse, target: float, steps: int = 1
 ) -> Row:
-    pruned = measure.plain_stepping(size, last, steps=steps)
+    pruned = measure.plain_stepping(size, sparse, steps=steps)
     plain = measure.plain_stepping(size, steps=steps)
     pairs = size.step_pairs if steps == 1 else max(size.step_pairs // 3, 1)
     row = measure.ratio(name, pruned, plain, pairs=pairs, target=target)

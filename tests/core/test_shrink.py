@@ -407,7 +407,7 @@ def test_training_goes_on_from_sliced_optimizer_state():
     hold = functools.partial(core.mask_removed, kept=certificate.kept)
     masked, state = steps(fn, masked, tx.init(masked), hold)
     small = core.slice_tree(masked, certificate.kept)
-    small_state = core.slice_tree(state, certificate.kept)
+    small_state = core.slice_state(tx, state, params, certificate.kept)
     masked, _ = steps(fn, masked, state, hold)
     small, _ = steps(small_fn, small, small_state, lambda gradient: gradient)
     expected = core.slice_tree(masked, certificate.kept)
@@ -446,3 +446,31 @@ def test_a_function_that_uses_a_removed_channel_is_refused():
     same = core.narrow(fn, params, certificate.kept)
     with pytest.raises(ValueError, match="params must have shape"):
         same(params, x)
+
+
+def test_only_parameters_are_sliced_as_such():
+    kept = {"w": (np.array([0, 2]),)}
+    assert core.slice_tree({"w": jnp.arange(3)}, kept)["w"].tolist() == [0, 2]
+    # Other things of that name are no parameters: a metric, an average under a name of its own.
+    for tree in ({"metrics": {"w": jnp.arange(9)}}, {"w": jnp.arange(3), "count": jnp.int32(1)}):
+        with pytest.raises(
+            ValueError, match=r"must have the paths of parameters, got '.*' among: w"
+        ):
+            core.slice_tree(tree, kept)
+    with pytest.raises(ValueError, match=r"tree must have the shape of 'w' there, got \(2,\)"):
+        core.slice_tree({"w": jnp.arange(2)}, kept)
+
+
+def test_an_optimizer_state_is_sliced_by_what_init_makes_of_parameters():
+    kept, params = {"w": (np.arange(2), np.array([0, 2]))}, {"w": jnp.arange(6.0).reshape(2, 3)}
+    # The rate has the name of a parameter, and nothing to do with it.
+    tx = optax.inject_hyperparams(lambda w: optax.adam(w))(w=0.1)
+    state = tx.init(params)
+    small = core.slice_state(tx, state, params, kept)
+    assert small.hyperparams["w"] == state.hyperparams["w"]
+    assert small.inner_state[0].mu["w"].shape == (2, 2)
+    with pytest.raises(ValueError, match="must have the paths of parameters, got 'v' among: w"):
+        core.slice_state(tx, state, {"v": params["w"]}, kept)
+    factored = optax.adafactor(0.1, min_dim_size_to_factor=2)
+    with pytest.raises(ValueError, match=r"state must have shape \(2, 3\) for 'w', got \("):
+        core.slice_state(factored, factored.init(params), params, kept)

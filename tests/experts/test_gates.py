@@ -142,7 +142,7 @@ def test_counted_pruned_and_quantized_as_any_model(make, images):
     assert whole.macs == 1728 + 18
 
     # Half of the 6 channels leave: 864 + 9 MACs.
-    scores = pruning.group_scores(pruning.magnitude(params), graph.groups)
+    scores = pruning.group_scores(pruning.magnitude(graph.kernels, params), graph.groups)
     (group,) = graph.groups
     keep = {group.name: scores[group.name] >= jnp.median(scores[group.name])}
     masks = core.expand(jax.tree.map(np.asarray, keep), graph.groups, params)

@@ -57,7 +57,8 @@ def test_wanda():
     np.testing.assert_allclose(norms["first"], np.sqrt([[10, 10], [4, 4], [4, 4]]), rtol=1e-6)
     np.testing.assert_allclose(norms["second"], [[82**0.5] * 2, [2, 2]], rtol=1e-6)
     assert norms["bias"] == optax.MaskedNode()
-    scores = pruning.wanda(NET, norms)
+    kernels = core.trace(two_layers, NET, EXAMPLES).kernels
+    scores = pruning.wanda(kernels, NET, norms)
     ten = 10**0.5
     np.testing.assert_allclose(scores["first"], [[ten, 2 * ten], [0, 4], [6, 1]], rtol=1e-6)
     np.testing.assert_allclose(scores["second"], [[82**0.5, 4 * 82**0.5], [4, 2]], rtol=1e-6)
@@ -71,7 +72,8 @@ def test_chip():
     params = {"k": jnp.eye(2)[None, None]}
     independence = pruning.channel_independence(conv(NHWC), params, [(images,)])
     a, b = (3 + 5**0.5 - 2) / 2, (4 + 5**0.5 - 1) / 2
-    scores = pruning.chip(params, independence)["k"]
+    kernels = core.trace(conv(NHWC), params, images).kernels
+    scores = pruning.chip(kernels, params, independence)["k"]
     np.testing.assert_allclose(scores, [[[[a / 2, b / 2], [a / 2, b / 2]]]], rtol=1e-5)
 
 
@@ -193,8 +195,11 @@ def test_readers_of_a_channel_add_the_same_to_all_of_its_group(key):
     params = {"a": jax.random.normal(key, (3, 3, 2, 5)), "b": jax.random.normal(key, (3, 3, 5, 2))}
     params["a"] = params["a"].at[..., 4].set(0.0)
     x = jax.random.normal(key, (4, 6, 6, 2))
-    scores = pruning.chip(params, pruning.channel_independence(two_convs, params, [(x,)]))
-    groups = core.trace(two_convs, params, x).groups
+    graph = core.trace(two_convs, params, x)
+    scores = pruning.chip(
+        graph.kernels, params, pruning.channel_independence(two_convs, params, [(x,)])
+    )
+    groups = graph.groups
     reduced = pruning.group_scores(scores, groups, "sum", normalize="none")["a"]
     added = reduced - scores["a"].sum((0, 1, 2))
     np.testing.assert_allclose(added, np.full(5, added[0]), rtol=1e-5)
@@ -205,6 +210,7 @@ def test_readers_of_a_channel_add_the_same_to_all_of_its_group(key):
 def test_informed_criteria_lose_less_accuracy_than_random_on_real_images(digits):
     fn, params = digits.fn, digits.params
     images, labels = digits.images[:1024], digits.labels[:1024]
+    kernels = core.trace(fn, params, images[:1]).kernels
 
     @jax.jit
     def taylor(images, labels):
@@ -212,14 +218,18 @@ def test_informed_criteria_lose_less_accuracy_than_random_on_real_images(digits)
             logits = fn(params, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        return pruning.taylor(params, jax.grad(loss)(params))
+        return pruning.taylor(kernels, params, jax.grad(loss)(params))
 
     # Over batches, because of all images at once a trained network's gradient is near zero.
     by_batch = [taylor(images[i : i + 64], labels[i : i + 64]) for i in range(0, 1024, 64)]
     sensitivity = jax.tree.map(lambda *scores: sum(scores), *by_batch)
     norms = pruning.activation_norms(fn, params, [(images[:512],), (images[512:],)])
-    informed = [pruning.magnitude(params), sensitivity, pruning.wanda(params, norms)]
-    controls = [pruning.random(params, jax.random.key(seed)) for seed in range(3)]
+    informed = [
+        pruning.magnitude(kernels, params),
+        sensitivity,
+        pruning.wanda(kernels, params, norms),
+    ]
+    controls = [pruning.random(kernels, params, jax.random.key(seed)) for seed in range(3)]
     predict = jax.jit(fn)
 
     def accuracy(scores):
@@ -228,3 +238,35 @@ def test_informed_criteria_lose_less_accuracy_than_random_on_real_images(digits)
         return float((logits.argmax(-1) == digits.held_out_labels).mean())
 
     assert min(map(accuracy, informed)) > max(map(accuracy, controls))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_sums_over_examples_are_of_float32(dtype):
+    # 2048 times (3, 4): √(2048 · 9) and √(2048 · 16); maps 3 and 4, of norm 5 − 4 and 5 − 3.
+    params, images = (
+        {"w": jnp.eye(2, dtype=dtype)},
+        jnp.tile(jnp.array([[3.0, 4.0]], dtype), (2048, 1)),
+    )
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    norms = pruning.activation_norms(fn, params, [(images,)])["w"]
+    np.testing.assert_allclose(norms[:, 0], [18432**0.5, 32768**0.5], rtol=1e-6)
+    independence = pruning.channel_independence(fn, params, [(images,)])["w"]
+    np.testing.assert_allclose(independence.sum(0), [1.0, 2.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_how_examples_are_divided_into_batches_makes_no_difference(name, key):
+    images = jax.random.normal(key, (9, 3)) * jnp.arange(1.0, 10)[:, None]
+
+    def of(*sizes):
+        parts = np.split(images, np.cumsum(sizes)[:-1])
+        return STATISTICS[name](two_layers, NET, [(part,) for part in parts])["first"]
+
+    whole = of(9)
+    for sizes in ((3, 3, 3), (8, 1), (4, 0, 5)):
+        np.testing.assert_allclose(of(*sizes), whole, rtol=1e-5)
+    with pytest.raises(ValueError, match="batches must hold at least one example, got none"):
+        STATISTICS[name](two_layers, NET, [(images[:0],)])

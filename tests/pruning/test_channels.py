@@ -1,3 +1,4 @@
+import functools
 from fractions import Fraction
 
 import jax
@@ -22,9 +23,12 @@ PARAMS = {
 }
 
 
+GRAPH = core.trace(two_layers, PARAMS, jnp.ones((4, 2)))
+
+
 @pytest.fixture(scope="module")
 def groups():
-    return core.trace(two_layers, PARAMS, jnp.ones((4, 2))).groups
+    return GRAPH.groups
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ def groups():
     ],
 )
 def test_scores_reduce_over_the_whole_group(groups, reduce, expected):
-    scores = pruning.magnitude(PARAMS)
+    scores = pruning.magnitude(GRAPH.kernels, PARAMS)
     plain = pruning.group_scores(scores, groups, reduce, normalize="none")
     assert list(plain) == ["first"]
     np.testing.assert_allclose(plain["first"], expected, rtol=1e-6)
@@ -68,11 +72,14 @@ def test_units_of_several_indices():
 
 def test_all_zero_scores_stay_zero(groups):
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
-    assert pruning.group_scores(pruning.magnitude(zero), groups)["first"].tolist() == [0.0] * 3
+    assert (
+        pruning.group_scores(pruning.magnitude(GRAPH.kernels, zero), groups)["first"].tolist()
+        == [0.0] * 3
+    )
 
 
 def test_group_scores_name_what_is_wrong(groups):
-    scores = pruning.magnitude(PARAMS)
+    scores = pruning.magnitude(GRAPH.kernels, PARAMS)
     with pytest.raises(ValueError, match=r"reduce must be one of .* did you mean mean"):
         pruning.group_scores(scores, groups, reduce="men")
     with pytest.raises(ValueError, match="normalize must be one of"):
@@ -154,11 +161,11 @@ def test_global_widths_move_in_steps():
 
 def test_uniform_experts_stack_whatever_their_criterion(groups, key):
     chosen = [
-        pruning.keep_channels(pruning.group_scores(criterion(PARAMS), groups), 0.4)
+        pruning.keep_channels(pruning.group_scores(criterion(GRAPH.kernels, PARAMS), groups), 0.4)
         for criterion in (
             pruning.magnitude,
             pruning.geometric_median,
-            lambda p: pruning.random(p, key),
+            functools.partial(pruning.random, key=key),
         )
     ]
     assert [int(keep["first"].sum()) for keep in chosen] == [2, 2, 2]
@@ -207,7 +214,8 @@ DEEP = {
     name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
     for name, shape in {"a": (3, 8), "bias": (8,), "c": (8, 12), "d": (12, 2)}.items()
 }
-DEEP_GROUPS = core.trace(three_layers, DEEP, jnp.ones((1, 3))).groups
+DEEP_GRAPH = core.trace(three_layers, DEEP, jnp.ones((1, 3)))
+DEEP_GROUPS, DEEP_KERNELS = DEEP_GRAPH.groups, DEEP_GRAPH.kernels
 
 
 def widths(masks):
@@ -219,7 +227,7 @@ def widths(masks):
     ("name", "allocation"), [("uniform", pruning.uniform()), ("global", pruning.global_())]
 )
 def test_masks_of_channels_are_those_of_the_channels_kept(name, allocation, multiple):
-    scores = pruning.magnitude(DEEP)
+    scores = pruning.magnitude(DEEP_KERNELS, DEEP)
     granularity = pruning.channels(DEEP_GROUPS, "l2", "max", multiple)
     compiled = jax.jit(lambda s: pruning.masks(scores, s, granularity, allocation))
     group_scores = pruning.group_scores(scores, DEEP_GROUPS, "l2", "max")
@@ -238,13 +246,16 @@ def test_erk_of_channels_has_the_densities_of_their_kernels():
     # Raw densities (3+8)/24 and (8+12)/96 of 8 and 12 channels: shares 3.67 : 2.5 of the
     # 20 − floor(0.5 · 20 + ½) = 10 that stay, 5.95 and 4.05; totals are rounded down to 5, 10.
     masks = pruning.masks(
-        pruning.magnitude(DEEP), 0.5, pruning.channels(DEEP_GROUPS), pruning.erk()
+        pruning.magnitude(DEEP_KERNELS, DEEP),
+        0.5,
+        pruning.channels(DEEP_GROUPS),
+        pruning.erk(DEEP_KERNELS),
     )
     assert widths(masks) == {"a": 5, "c": 5}
 
 
 def test_exempt_channels_are_named_by_their_group():
-    scores = pruning.magnitude(DEEP)
+    scores = pruning.magnitude(DEEP_KERNELS, DEEP)
     masks = pruning.masks(scores, 0.5, pruning.channels(DEEP_GROUPS), exempt=["a"])
     # The rows of "c" are channels of "a": all of them stay.
     assert masks["a"] == masks["bias"] == optax.MaskedNode()
@@ -257,7 +268,7 @@ def test_exempt_channels_are_named_by_their_group():
 
 
 def test_a_group_keeps_its_last_channel():
-    scores = pruning.magnitude(DEEP)
+    scores = pruning.magnitude(DEEP_KERNELS, DEEP)
     kept = pruning.masks(scores, 1.0, pruning.channels(DEEP_GROUPS))
     assert widths(kept) == {"a": 1, "c": 1}
     kept = pruning.masks(scores, 1.0, pruning.channels(DEEP_GROUPS, at_least=0))
@@ -265,7 +276,7 @@ def test_a_group_keeps_its_last_channel():
 
 
 def test_a_channel_of_nan_leaves_first():
-    scores = pruning.magnitude(DEEP)
+    scores = pruning.magnitude(DEEP_KERNELS, DEEP)
     scores["a"] = scores["a"].at[0, 5].set(jnp.nan)
     granularity = pruning.channels(DEEP_GROUPS)
     masks = jax.jit(lambda s: pruning.masks(s, 0.05, granularity, pruning.global_()))(scores)
@@ -278,10 +289,12 @@ def test_a_scheduled_channel_that_left_stays_away():
     # The second scores are the inverse of the first, so that what left would rank best; and the
     # channels of "a" have weights in "c" that left with those of "c", and yet stay.
     granularity = pruning.channels(DEEP_GROUPS)
-    first = pruning.masks(pruning.magnitude(DEEP), 0.5, granularity, pruning.global_())
+    first = pruning.masks(
+        pruning.magnitude(DEEP_KERNELS, DEEP), 0.5, granularity, pruning.global_()
+    )
     other = jax.tree.map(lambda w: 1 / (1e-3 + jnp.abs(w)), DEEP)
     second = pruning.masks(
-        pruning.magnitude(other), 0.6, granularity, pruning.global_(), previous=first
+        pruning.magnitude(DEEP_KERNELS, other), 0.6, granularity, pruning.global_(), previous=first
     )
     for name in DEEP:
         assert (np.asarray(second[name]) <= np.asarray(first[name])).all()
@@ -295,7 +308,7 @@ def test_a_scheduled_channel_that_left_stays_away():
 
 
 def test_channels_name_what_is_wrong():
-    scores = pruning.magnitude(DEEP)
+    scores = pruning.magnitude(DEEP_KERNELS, DEEP)
     granularity = pruning.channels(DEEP_GROUPS)
     with pytest.raises(ValueError, match="groups must hold a coupled group"):
         pruning.channels([])
@@ -313,7 +326,9 @@ def test_channels_name_what_is_wrong():
 
 def test_masked_equals_shrunk(groups, key):
     x = jax.random.normal(key, (4, 2))
-    keep = pruning.keep_channels(pruning.group_scores(pruning.magnitude(PARAMS), groups), 0.3)
+    keep = pruning.keep_channels(
+        pruning.group_scores(pruning.magnitude(GRAPH.kernels, PARAMS), groups), 0.3
+    )
     masks = pruning.expand(keep, groups, PARAMS)
     small_fn, small, certificate = pruning.shrink(two_layers, PARAMS, masks, x)
     # floor(0.3 · 3 + ½) = 1 channel leaves, the last: its column sums to the least.
@@ -344,23 +359,25 @@ def residual():
         lambda leaf: leaf + jnp.linspace(0.1, 0.6, leaf.size) if leaf.ndim == 1 else leaf, variables
     )
     graph = core.trace(model.apply, variables, x)
-    return model.apply, variables, x, graph.groups
+    return model.apply, variables, x, graph
 
 
 @pytest.mark.parametrize(
     "criterion",
     [
         pruning.magnitude,
-        lambda v: pruning.taylor(v, jax.tree.map(jnp.cos, v)),
-        lambda v: pruning.fisher(v, jax.tree.map(jnp.square, v)),
-        pruning.batchnorm_scale,
+        lambda k, v: pruning.taylor(k, v, jax.tree.map(jnp.cos, v)),
+        lambda k, v: pruning.fisher(k, v, jax.tree.map(jnp.square, v)),
+        lambda k, v: pruning.batchnorm_scale(v),
         pruning.geometric_median,
     ],
     ids=["magnitude", "taylor", "fisher", "batchnorm_scale", "geometric_median"],
 )
 def test_masked_equals_shrunk_in_a_residual_network(residual, criterion):
-    apply, variables, x, groups = residual
-    keep = pruning.keep_channels(pruning.group_scores(criterion(variables), groups), 0.5)
+    apply, variables, x, graph = residual
+    groups = graph.groups
+    scores = criterion(graph.kernels, variables)
+    keep = pruning.keep_channels(pruning.group_scores(scores, groups), 0.5)
     masks = pruning.expand(keep, groups, variables)
     small_fn, small, certificate = pruning.shrink(apply, variables, masks, x)
     assert certificate.difference <= 1e-5

@@ -3,6 +3,7 @@
 Whoever adds one adds it to its registry here.
 """
 
+import functools
 import inspect
 from fractions import Fraction
 
@@ -37,47 +38,48 @@ PARAMS = {
     "steps": jnp.zeros((), jnp.int32),
 }
 IMAGES = leaf(7, 2, 4, 4, 4)
-GROUPS = core.trace(network, PARAMS, IMAGES).groups
+GRAPH = core.trace(network, PARAMS, IMAGES)
+GROUPS, KERNELS = GRAPH.groups, GRAPH.kernels
 GRAMS = core.input_grams(network, PARAMS, [(IMAGES,)])
 
 # {name in `pruning`: its scores of some parameters}.
 CRITERIA = {
     "batchnorm_scale": pruning.batchnorm_scale,
-    "chip": lambda p: pruning.chip(p, p),
-    "fisher": lambda p: pruning.fisher(p, p),
-    "geometric_median": pruning.geometric_median,
-    "grasp": lambda p: pruning.grasp(p, p),
-    "lamp": pruning.lamp,
-    "magnitude": pruning.magnitude,
-    "movement": lambda p: pruning.movement(p, p),
+    "chip": lambda p: pruning.chip(KERNELS, p, p),
+    "fisher": lambda p: pruning.fisher(KERNELS, p, p),
+    "geometric_median": functools.partial(pruning.geometric_median, KERNELS),
+    "grasp": lambda p: pruning.grasp(KERNELS, p, p),
+    "lamp": functools.partial(pruning.lamp, KERNELS),
+    "magnitude": functools.partial(pruning.magnitude, KERNELS),
+    "movement": lambda p: pruning.movement(KERNELS, p, p),
     "obs": lambda p: pruning.obs(p, GRAMS),
-    "random": lambda p: pruning.random(p, jax.random.key(0)),
-    "snip": lambda p: pruning.snip(p, p),
-    "synflow": lambda p: pruning.synflow(p, p),
-    "taylor": lambda p: pruning.taylor(p, p),
-    "wanda": lambda p: pruning.wanda(p, p),
+    "random": lambda p: pruning.random(KERNELS, p, jax.random.key(0)),
+    "snip": lambda p: pruning.snip(KERNELS, p, p),
+    "synflow": lambda p: pruning.synflow(KERNELS, p, p),
+    "taylor": lambda p: pruning.taylor(KERNELS, p, p),
+    "wanda": lambda p: pruning.wanda(KERNELS, p, p),
 }
 # {name: (granularity, f(indices of a leaf's axes, its shape) -> (row, unit) of each weight)}.
 GRANULARITIES = {
     "unstructured": (pruning.unstructured(), lambda i, n: (0 * i[0], ravel(i, n))),
     "n_m": (
-        pruning.n_m(2, 4),
+        pruning.n_m(KERNELS, 2, 4),
         lambda i, n: (ravel((*i[:-2], i[-2] // 4, i[-1]), (*n[:-2], n[-2] // 4, n[-1])), i[-2] % 4),
     ),
     "blocks": (
-        pruning.blocks(2, 2),
+        pruning.blocks(KERNELS, 2, 2),
         lambda i, n: (
             0 * i[0],
             ravel((*i[:-2], i[-2] // 2, i[-1] // 2), (*n[:-2], n[-2] // 2, n[-1] // 2)),
         ),
     ),
-    "kernels": (pruning.kernels(), lambda i, n: (0 * i[0], ravel(i[-2:], n[-2:]))),
+    "kernels": (pruning.kernels(KERNELS), lambda i, n: (0 * i[0], ravel(i[-2:], n[-2:]))),
     "channels": (pruning.channels(GROUPS), None),
 }
 ALLOCATIONS = {
     "uniform": pruning.uniform(),
     "global_": pruning.global_(),
-    "erk": pruning.erk(),
+    "erk": pruning.erk(KERNELS),
 }
 SCHEDULES = {
     "cubic": pruning.cubic(0.5, begin=1, end=5, initial=0.1),
@@ -215,10 +217,11 @@ def check_exact(granularity, allocation, units, sparsity, masks):
         np.testing.assert_array_equal(all_kept, best(scores, wanted))
 
 
-def fits(granularity, scores):
-    """Whether the leaves scored have the axes that the granularity speaks of."""
-    ranks = {s.ndim for s in jax.tree.leaves(scores)}
-    return granularity in ("unstructured", "channels") or min(ranks) >= 2
+def fits(granularity, allocation, scores):
+    """Whether what is scored has the axes that granularity and allocation speak of."""
+    scored = {path for path, s in core.flatten_paths(scores).items() if not core.is_masked_node(s)}
+    free = granularity == "channels" or (granularity == "unstructured" and allocation != "erk")
+    return free or scored <= set(KERNELS)
 
 
 @pytest.mark.parametrize(("granularity", "allocation"), COMBINATIONS)
@@ -233,8 +236,8 @@ def test_masks_are_exact_compiled_once_and_equal_eager(
     compiled, compilations = jax.jit(masks), 0
     sparsities = {float(s(step)) for s in SCHEDULES.values() for step in range(7)} | {0.37}
     for alike in scores_by_structure:
-        if not fits(granularity, alike[0]):
-            with pytest.raises(ValueError, match=r"ax[ie]s must be .* of 'first/scale'"):
+        if not fits(granularity, allocation, alike[0]):
+            with pytest.raises(ValueError, match=r"must be of kernels with .* 'first/scale'"):
                 masks(alike[0], 0.5)
             continue
         bulk = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alike)
@@ -259,11 +262,11 @@ def test_a_schedule_prunes_what_stays_pruned(granularity):
     kind = GRANULARITIES[granularity][0]
     allocation = "uniform" if granularity == "n_m" else "global_"
     tx = pruning.prune_by_schedule(
-        pruning.magnitude,
+        optax.sgd(0.1, momentum=0.9),
+        CRITERIA["magnitude"],
         SCHEDULES["cubic"],
         kind,
         ALLOCATIONS[allocation],
-        inner=optax.sgd(0.1, momentum=0.9),
     )
     params = {name: PARAMS[name] for name in ("first", "second", "head")}
 

@@ -1,35 +1,50 @@
-import jax
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import pruning
+from hybrid_jax import core, pruning
+
+
+def flax_kernels(params):
+    """The kernels of a network that uses these leaves as Flax does, (H, W, C, O) and (C, O)."""
+    floating = {
+        path: leaf.shape
+        for path, leaf in core.flatten_paths(params).items()
+        if not core.is_masked_node(leaf)
+        and leaf.ndim > 1
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {
+        path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
+        for path, n in floating.items()
+    }
+
+
+def kind(granularity, *args, **options):
+    return lambda kernels: granularity(kernels, *args, **options)
+
+
+def masked(scores, sparsity=None, granularity=None):
+    scores = {"w": scores}
+    return pruning.masks(scores, sparsity, granularity(flax_kernels(scores)))
 
 
 def test_n_m_runs_along_the_contracted_axis():
     # Kernel (C = 4, O = 2): the best two of each column of four.
     scores = jnp.array([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
     expected = [[False, True], [False, True], [True, False], [True, False]]
-    assert pruning.masks({"w": scores}, 0.5, pruning.n_m(2, 4))["w"].tolist() == expected
+    assert masked(scores, 0.5, kind(pruning.n_m, 2, 4))["w"].tolist() == expected
     # By default as many as 1:2 allows; equal scores within a pair keep the first.
     tied = jnp.array([[1.0, 2.0], [1.0, 3.0], [0.0, 9.0], [5.0, 9.0]])
     expected = [[True, False], [False, True], [False, True], [True, False]]
-    assert pruning.masks({"w": tied}, granularity=pruning.n_m(1, 2))["w"].tolist() == expected
-
-
-def test_n_m_of_a_convolution_and_of_another_layout(key):
-    scores = jax.random.uniform(key, (3, 3, 8, 5))
-    mask = pruning.masks({"w": scores}, 0.5, pruning.n_m(2, 4))["w"]
-    assert (mask.reshape(3, 3, 2, 4, 5).sum(3) == 2).all()
-    turned = pruning.masks(
-        {"w": jnp.moveaxis(scores, 2, 0)}, 0.5, pruning.n_m(2, 4, axis={"w": 0})
-    )["w"]
-    np.testing.assert_array_equal(jnp.moveaxis(turned, 0, 2), mask)
+    assert masked(tied, granularity=kind(pruning.n_m, 1, 2))["w"].tolist() == expected
 
 
 def test_n_m_on_its_way_there():
     # 2:4 at sparsity 0.25 loses floor(0.25 · 4 + ½) = 1 of each four.
-    mask = pruning.masks({"w": jnp.arange(8.0).reshape(8, 1)}, 0.25, pruning.n_m(2, 4))["w"]
+    mask = masked(jnp.arange(8.0).reshape(8, 1), 0.25, kind(pruning.n_m, 2, 4))["w"]
     assert mask[:, 0].tolist() == [False, True, True, True] * 2
 
 
@@ -48,7 +63,7 @@ BLOCKS = jnp.array(
     ("reduce", "lost"), [("sum", "lower left"), ("mean", "lower left"), ("max", "upper left")]
 )
 def test_blocks_leave_as_a_whole(reduce, lost):
-    mask = pruning.masks({"w": BLOCKS}, 0.25, pruning.blocks(2, 2, reduce=reduce))["w"]
+    mask = masked(BLOCKS, 0.25, kind(pruning.blocks, 2, 2, reduce=reduce))["w"]
     expected = np.ones((4, 4), bool)
     expected[{"upper left": slice(0, 2), "lower left": slice(2, 4)}[lost], :2] = False
     np.testing.assert_array_equal(mask, expected)
@@ -56,7 +71,7 @@ def test_blocks_leave_as_a_whole(reduce, lost):
 
 def test_the_norm_of_a_block():
     # ‖(1, 1, 1, 1)‖ = 2 < ‖(2, 0, 0, 1)‖ = √5 < 5 < 6: both blocks on the left.
-    mask = pruning.masks({"w": BLOCKS}, 0.5, pruning.blocks(2, 2, reduce="l2"))["w"]
+    mask = masked(BLOCKS, 0.5, kind(pruning.blocks, 2, 2, reduce="l2"))["w"]
     assert mask.tolist() == [[False, False, True, True]] * 4
 
 
@@ -64,10 +79,10 @@ def test_blocks_are_those_of_one_place_in_the_kernel():
     # (H, W, C, O) = (1, 2, 2, 4), blocks of 2×2. At (0, 0) sums 4 and 8, at (0, 1) 2 and 6.
     scores = jnp.stack([jnp.repeat(jnp.array([[x, y]]), 2, 1) for x, y in ((1.0, 2.0), (0.5, 1.5))])
     scores = jnp.broadcast_to(scores[None], (1, 2, 2, 4))
-    mask = pruning.masks({"w": scores}, 0.5, pruning.blocks(2, 2))["w"]
+    mask = masked(scores, 0.5, kind(pruning.blocks, 2, 2))["w"]
     assert mask[0, 0].tolist() == mask[0, 1].tolist() == [[False, False, True, True]] * 2
     # Equal scores: the first of (H, W, C/2, O/2), here both at (0, 0).
-    mask = pruning.masks({"w": jnp.ones((1, 2, 2, 4))}, 0.5, pruning.blocks(2, 2))["w"]
+    mask = masked(jnp.ones((1, 2, 2, 4)), 0.5, kind(pruning.blocks, 2, 2))["w"]
     assert mask[0].all(axis=(1, 2)).tolist() == [True, False]
     assert not mask[0, 1].any()
 
@@ -76,27 +91,16 @@ def test_kernels_leave_as_a_whole():
     # (H, W, C, O) = (1, 2, 2, 2), the kernel of (c, o) sums to 1 + 2, 6 + 0 / 4 + 4, 2 + 2.
     first = [[1.0, 6.0], [4.0, 2.0]]
     second = [[2.0, 0.0], [4.0, 2.0]]
-    mask = pruning.masks({"w": jnp.array([[first, second]])}, 0.5, pruning.kernels())["w"]
+    mask = masked(jnp.array([[first, second]]), 0.5, kind(pruning.kernels))["w"]
     assert mask[0, 0].tolist() == mask[0, 1].tolist() == [[False, True], [True, False]]
-
-
-def test_other_layouts_name_their_axes(key):
-    scores = jax.random.uniform(key, (3, 3, 8, 4))
-    turned = {"w": scores.transpose(3, 2, 0, 1)}  # (O, C, H, W)
-    for usual, other in (
-        (pruning.kernels(), pruning.kernels(axes={"w": (1, 0)})),
-        (pruning.blocks(4, 2), pruning.blocks(4, 2, axes=(1, 0))),
-    ):
-        mask = pruning.masks({"w": scores}, 0.5, usual)["w"]
-        got = pruning.masks(turned, 0.5, other)["w"]
-        np.testing.assert_array_equal(got.transpose(2, 3, 1, 0), mask)
 
 
 def test_erk_of_kernels_has_the_densities_of_their_leaves():
     # Raw densities (3+3+4+8)/288 = 1/16 and (1+1+8+6)/48 = 1/3, of 32 and 48 kernels: shares as
     # 2 : 16. At 0.5 floor(0.5 · 80 + ½) = 40 of 80 leave and 40 stay: 4.44 and 35.56.
     scores = {"a": jnp.ones((3, 3, 4, 8)), "b": jnp.ones((1, 1, 8, 6))}
-    kept = pruning.masks(scores, 0.5, pruning.kernels(), pruning.erk())
+    kernels = flax_kernels(scores)
+    kept = pruning.masks(scores, 0.5, pruning.kernels(kernels), pruning.erk(kernels))
     counts = {name: int(mask.any(axis=(0, 1)).sum()) for name, mask in kept.items()}
     assert counts == {"a": 4, "b": 36}
     assert int(kept["a"].sum()) == 4 * 9
@@ -104,41 +108,43 @@ def test_erk_of_kernels_has_the_densities_of_their_leaves():
 
 def test_a_leaf_keeps_a_kernel():
     scores = {"a": jnp.ones((3, 3, 2, 2)), "b": 2 * jnp.ones((3, 3, 2, 2))}
-    kept = pruning.masks(scores, 0.5, pruning.kernels(at_least=1), pruning.global_())
+    granularity = pruning.kernels(flax_kernels(scores), at_least=1)
+    kept = pruning.masks(scores, 0.5, granularity, pruning.global_())
     assert {name: int(mask.sum()) for name, mask in kept.items()} == {"a": 9, "b": 27}
 
 
 def test_bad_input_is_named():
-    scores = {"w": jnp.ones((6, 4))}
+    scores = jnp.ones((6, 4))
     with pytest.raises(ValueError, match=r"in \[0, 0.5\], got 0.8"):
-        pruning.masks(scores, 0.8, pruning.n_m(2, 4))
+        masked(scores, 0.8, kind(pruning.n_m, 2, 4))
     with pytest.raises(
-        ValueError, match=r"m must divide axis -2 of 'w' with shape \(6, 4\), got 4"
+        ValueError, match=r"m must divide C = 6 of 'w' with shape \(6, 4\), got 4; exempt"
     ):
-        pruning.masks(scores, 0.5, pruning.n_m(2, 4))
-    for axis in ({"other": 0}, 2, (0, 1)):
-        with pytest.raises(ValueError, match="contracted axis of 'w' with shape"):
-            pruning.masks(scores, 0.5, pruning.n_m(2, 4, axis=axis))
-    with pytest.raises(ValueError, match="contracted axis of 'w' with shape"):
-        pruning.masks({"w": jnp.ones(4)}, 0.5, pruning.n_m(2, 4))
+        masked(scores, 0.5, kind(pruning.n_m, 2, 4))
     # A single row is no exception.
     for shape in ((6, 4), (2, 1)):
+        kernels = flax_kernels({"w": jnp.ones(shape)})
         with pytest.raises(ValueError, match=r"must be uniform\(\) with n_m\(1, 2\).*got erk\(\)"):
-            pruning.masks({"w": jnp.ones(shape)}, 0.5, pruning.n_m(1, 2), pruning.erk())
+            pruning.masks(
+                {"w": jnp.ones(shape)}, 0.5, pruning.n_m(kernels, 1, 2), pruning.erk(kernels)
+            )
     with pytest.raises(ValueError, match=r"n must be an integer in \[1, 4\], got 5"):
-        pruning.n_m(5, 4)
-    with pytest.raises(ValueError, match=r"bc must divide axis -2 of 'w' .* got 4; exempt"):
-        pruning.masks(scores, 0.5, pruning.blocks(4, 2))
-    with pytest.raises(ValueError, match=r"bo must divide axis -1 of 'w' .* got 3; exempt"):
-        pruning.masks(scores, 0.5, pruning.blocks(2, 3))
+        pruning.n_m({}, 5, 4)
+    with pytest.raises(ValueError, match=r"bc must divide C = 6 of 'w' .* got 4; exempt"):
+        masked(scores, 0.5, kind(pruning.blocks, 4, 2))
+    with pytest.raises(ValueError, match=r"bo must divide O = 4 of 'w' .* got 3; exempt"):
+        masked(scores, 0.5, kind(pruning.blocks, 2, 3))
     with pytest.raises(ValueError, match="bo must be an integer of at least 1, got 0"):
-        pruning.blocks(2, 0)
-    for granularity in (pruning.kernels(axes=(-1, 1)), pruning.blocks(2, 2, axes={"v": (0, 1)})):
-        with pytest.raises(ValueError, match=r"axes must be those of C and O of 'w'"):
-            pruning.masks(scores, 0.5, granularity)
-    with pytest.raises(ValueError, match=r"axes must be those of C and O of 'bias'"):
-        pruning.masks({"bias": jnp.ones(4)}, 0.5, pruning.kernels())
+        pruning.blocks({}, 2, 0)
+    kernels = flax_kernels({"w": scores})
+    for granularity in (pruning.kernels(kernels), pruning.blocks(kernels, 2, 2)):
+        with pytest.raises(
+            ValueError, match=rf"must be of kernels with {granularity.name[:6]}.* at 'bias', .*: w"
+        ):
+            pruning.masks({"bias": jnp.ones(4)}, 0.5, granularity)
+        with pytest.raises(ValueError, match=r"'w' must have shape \(6, 4\), got \(4, 6\)"):
+            pruning.masks({"w": scores.T}, 0.5, granularity)
     with pytest.raises(ValueError, match="reduce must be one of"):
-        pruning.kernels(reduce="median")
+        pruning.kernels({}, reduce="median")
     with pytest.raises(ValueError, match="at_least must be an integer of at least 0, got -1"):
         pruning.unstructured(at_least=-1)

@@ -15,21 +15,21 @@ import pytest
 
 from hybrid_jax import core, models, pruning
 
-# criterion(params, statistics of either sign, statistics that are not negative)
+# criterion(kernels, params, statistics of either sign, statistics that are not negative)
 CRITERIA = {
-    "magnitude": lambda p, signed, positive: pruning.magnitude(p),
-    "random": lambda p, signed, positive: pruning.random(p, jax.random.key(3)),
-    "lamp": lambda p, signed, positive: pruning.lamp(p),
-    "geometric_median": lambda p, signed, positive: pruning.geometric_median(p),
-    "taylor": lambda p, signed, positive: pruning.taylor(p, signed),
-    "snip": lambda p, signed, positive: pruning.snip(p, signed),
-    "grasp": lambda p, signed, positive: pruning.grasp(p, signed),
-    "fisher": lambda p, signed, positive: pruning.fisher(p, positive),
-    "movement": lambda p, signed, positive: pruning.movement(p, signed),
-    "synflow": lambda p, signed, positive: pruning.synflow(p, positive),
-    "wanda": lambda p, signed, positive: pruning.wanda(p, positive),
-    "chip": lambda p, signed, positive: pruning.chip(p, positive),
-    "batchnorm_scale": lambda p, signed, positive: pruning.batchnorm_scale(p),
+    "magnitude": lambda k, p, signed, positive: pruning.magnitude(k, p),
+    "random": lambda k, p, signed, positive: pruning.random(k, p, jax.random.key(3)),
+    "lamp": lambda k, p, signed, positive: pruning.lamp(k, p),
+    "geometric_median": lambda k, p, signed, positive: pruning.geometric_median(k, p),
+    "taylor": lambda k, p, signed, positive: pruning.taylor(k, p, signed),
+    "snip": lambda k, p, signed, positive: pruning.snip(k, p, signed),
+    "grasp": lambda k, p, signed, positive: pruning.grasp(k, p, signed),
+    "fisher": lambda k, p, signed, positive: pruning.fisher(k, p, positive),
+    "movement": lambda k, p, signed, positive: pruning.movement(k, p, signed),
+    "synflow": lambda k, p, signed, positive: pruning.synflow(k, p, positive),
+    "wanda": lambda k, p, signed, positive: pruning.wanda(k, p, positive),
+    "chip": lambda k, p, signed, positive: pruning.chip(k, p, positive),
+    "batchnorm_scale": lambda k, p, signed, positive: pruning.batchnorm_scale(p),
 }
 REDUCTION = dict(zip(models.names(), itertools.cycle(("sum", "mean", "max", "l2"))))
 CRITERION = dict(zip(models.names(), itertools.cycle(CRITERIA)))
@@ -50,7 +50,9 @@ def kept_by_criterion(small_model, name):
     signed = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f"), params)
     positive = jax.tree.map(np.abs, signed)
     # Not compiled as a whole: the models share shapes, and with them what is compiled for each.
-    *of_kernels, of_scales = [score(params, signed, positive) for score in CRITERIA.values()]
+    *of_kernels, of_scales = [
+        score(graph.kernels, params, signed, positive) for score in CRITERIA.values()
+    ]
 
     @jax.jit
     def reduced(of_kernels, of_scales):
@@ -126,9 +128,7 @@ def test_masked_equals_shrunk_after_twenty_more_steps(name, small_model, in_doub
     masks = core.expand(kept_by[CRITERION[name]], graph.groups, params)
     kept = core.kept_indices(graph, masks)
     params, images = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, images))
-    tx = optax.chain(
-        optax.sgd(0.001, momentum=0.9), pruning.hold_masks({"params": masks["params"]})
-    )
+    tx = pruning.hold_masks(optax.sgd(0.001, momentum=0.9), {"params": masks["params"]})
 
     def stepper(train):
         @jax.jit
@@ -149,13 +149,14 @@ def test_masked_equals_shrunk_after_twenty_more_steps(name, small_model, in_doub
     # One step before the removal, so that there is momentum to be sliced with the rest.
     state = tx.init({"params": params["params"]})
     masked, state = step(pruning.apply_masks(params, masks), state, batches[0])
-    small, small_state = core.slice_tree(masked, kept), core.slice_tree(state, kept)
+    small = core.slice_tree(masked, kept)
+    small_state = core.slice_state(tx, state, {"params": params["params"]}, kept)
     for i in range(20):
         masked, state = step(masked, state, batches[i % 3])
         small, small_state = small_step(small, small_state, batches[i % 3])
     for path, before in core.flatten_paths(core.slice_tree(params, kept)).items():
         if path.endswith("kernel"):
             assert np.abs(core.flatten_paths(small)[path] - before).max() > 1e-4, path
-    assert all(leaf.size == 0 or leaf.all() for leaf in jax.tree.leaves(small_state[-1].masks))
+    assert all(leaf.size == 0 or leaf.all() for leaf in jax.tree.leaves(small_state.masks))
     close(core.slice_tree(masked, kept), small)
     close(masked, pruning.apply_masks(masked, masks))

@@ -6,9 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import pruning
+from hybrid_jax import core, pruning
 
 KEY = jax.random.key(0)
+
+
+def magnitude(params):
+    """Of a dense layer without bias."""
+    shape = jax.ShapeDtypeStruct((1, params["w"].shape[0]), "float32")
+    kernels = core.trace(lambda params, x: x @ params["w"], params, shape).kernels
+    return pruning.magnitude(kernels, params)
 
 
 def test_tickets_by_hand():
@@ -20,7 +27,7 @@ def test_tickets_by_hand():
         return {"w": jnp.where(masks["w"], 10.0 - params["w"], 0.0)}
 
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]])}
-    tickets = pruning.lottery_tickets(train, params, KEY, rounds=2, fraction=0.5)
+    tickets = pruning.lottery_tickets(train, params, magnitude, KEY, rounds=2, fraction=0.5)
     # Trained 9 … 2: the last four leave; of 9 8 7 6 the last two. Each starts from where it was.
     assert starts == [
         [1, 2, 3, 4, 5, 6, 7, 8],
@@ -34,7 +41,7 @@ def test_tickets_by_hand():
 
 def regression(params, masks, key, steps=30):
     """Noisy least squares of y = x · 1 on the mask."""
-    tx = optax.chain(optax.sgd(0.05), pruning.hold_masks(masks))
+    tx = pruning.hold_masks(optax.sgd(0.05), masks)
 
     def step(carry, key):
         params, state = carry
@@ -49,12 +56,14 @@ def regression(params, masks, key, steps=30):
 
 def test_seeds_are_one_vmap():
     train = jax.jit(regression)
-    find = functools.partial(pruning.lottery_tickets, train, rounds=2, fraction=0.5)
+    find = functools.partial(
+        pruning.lottery_tickets, train, criterion=magnitude, rounds=2, fraction=0.5
+    )
     params = {"w": jax.random.normal(KEY, (3, 4, 2))}
     keys = jax.random.split(KEY, 3)
-    stacked = jax.vmap(find)(params, keys)
+    stacked = jax.vmap(lambda params, key: find(params, key=key))(params, keys)
     for i in range(3):
-        alone = find({"w": params["w"][i]}, keys[i])
+        alone = find({"w": params["w"][i]}, key=keys[i])
         for one, ticket in zip(alone, stacked, strict=True):
             np.testing.assert_array_equal(ticket.masks["w"][i], one.masks["w"])
             np.testing.assert_allclose(ticket.trained["w"][i], one.trained["w"], rtol=1e-5)
@@ -112,15 +121,15 @@ def test_bad_input_is_named():
         return params
 
     with pytest.raises(ValueError, match="rounds must be an integer of at least 0, got -1"):
-        pruning.lottery_tickets(train, params, KEY, -1)
+        pruning.lottery_tickets(train, params, magnitude, KEY, -1)
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got 1.2"):
-        pruning.lottery_tickets(train, params, KEY, 1, 1.2)
+        pruning.lottery_tickets(train, params, magnitude, KEY, 1, 1.2)
     with pytest.raises(ValueError, match=r"n_m\(1, 2\) must be in \[0, 0.5\], got 0.75"):
-        pruning.lottery_tickets(train, params, KEY, 2, 0.5, pruning.n_m(1, 2))
-    with pytest.raises(ValueError, match="to prune, got only: b"):
-        pruning.lottery_tickets(train, {"b": jnp.ones(2)}, KEY, 1)
+        pruning.lottery_tickets(train, params, magnitude, KEY, 2, 0.5, pruning.n_m({}, 1, 2))
+    with pytest.raises(ValueError, match="scores must have a leaf to prune"):
+        pruning.lottery_tickets(train, params, lambda p: {"w": optax.MaskedNode()}, KEY, 1)
     with pytest.raises(ValueError, match=r"the result of train must have .* at 'w', got no leaf"):
-        pruning.lottery_tickets(lambda params, masks, key: {}, params, KEY, 1)
+        pruning.lottery_tickets(lambda params, masks, key: {}, params, magnitude, KEY, 1)
     with pytest.raises(ValueError, match="points must be an integer of at least 2, got 1"):
         pruning.errors_between(lambda p: jnp.float32(0), params, params, 1)
     with pytest.raises(ValueError, match="other must have"):

@@ -10,9 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_jax import pruning
+from hybrid_jax import core, pruning
 from hybrid_jax.pruning.allocation import _erk_counts
 from hybrid_jax.pruning.selection import keep_best, removed_count
+
+
+def flax_kernels(params):
+    """The kernels of a network that uses these leaves as Flax does, (H, W, C, O) and (C, O)."""
+    floating = {
+        path: leaf.shape
+        for path, leaf in core.flatten_paths(params).items()
+        if not core.is_masked_node(leaf)
+        and leaf.ndim > 1
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {
+        path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
+        for path, n in floating.items()
+    }
+
+
+def made(allocation, scores):
+    return allocation(flax_kernels(scores)) if allocation is pruning.erk else allocation()
 
 
 def exact_count(sparsity, n):
@@ -63,10 +82,10 @@ def test_erk_densities():
     # the last two would be 0.83 and 2.83, so that the last is dense, and 98 = ε (18 + 14) shares
     # as 18 : 14 → 55.125 and 42.875, rounded to whole weights: 55 and 43.
     scores = {"a": jnp.ones((3, 3, 4, 8)), "b": jnp.ones((8, 6)), "c": jnp.ones((2, 2))}
-    kept = pruning.masks(scores, 0.7, allocation=pruning.erk())
+    kept = pruning.masks(scores, 0.7, allocation=pruning.erk(flax_kernels(scores)))
     assert {name: int(mask.sum()) for name, mask in kept.items()} == {"a": 55, "b": 43, "c": 4}
     # At 0.65: 340 − 221 = 119; "b" overflows too (115 · 14/32 = 50.3 > 48): 119 − 52 = 67.
-    kept = pruning.masks(scores, 0.65, allocation=pruning.erk())
+    kept = pruning.masks(scores, 0.65, allocation=pruning.erk(flax_kernels(scores)))
     assert {name: int(mask.sum()) for name, mask in kept.items()} == {"a": 67, "b": 48, "c": 4}
 
 
@@ -85,7 +104,7 @@ few_values = st.tuples(
 
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_masks(allocation, scores, sparsity):
-    return pruning.masks(scores, sparsity, allocation=allocation())
+    return pruning.masks(scores, sparsity, allocation=made(allocation, scores))
 
 
 @settings(deadline=None, max_examples=40)
@@ -138,15 +157,15 @@ def test_a_sweep_over_sparsity_compiles_once_and_equals_eager(allocation, key):
 
     @jax.jit
     def compiled(scores, sparsity):
-        return pruning.masks(scores, sparsity, allocation=allocation())
+        return pruning.masks(scores, sparsity, allocation=made(allocation, scores))
 
     sparsities = [0.0, 0.123, 0.5, 0.77, 0.9, 1.0]
-    eager = [pruning.masks(scores, s, allocation=allocation()) for s in sparsities]
+    eager = [pruning.masks(scores, s, allocation=made(allocation, scores)) for s in sparsities]
     for sparsity, expected in zip(sparsities, eager, strict=True):
         got = compiled(scores, jnp.float32(sparsity))
         jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert compiled._cache_size() == 1
-    stacked = jax.vmap(lambda s: pruning.masks(scores, s, allocation=allocation()))(
+    stacked = jax.vmap(lambda s: pruning.masks(scores, s, allocation=made(allocation, scores)))(
         jnp.array(sparsities)
     )
     for i, expected in enumerate(eager):
@@ -199,16 +218,22 @@ def test_the_others_pay_for_what_a_leaf_keeps(values, percent):
 
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_least_three(allocation, scores, sparsity):
-    return pruning.masks(scores, sparsity, pruning.unstructured(at_least=3), allocation())
+    return pruning.masks(
+        scores, sparsity, pruning.unstructured(at_least=3), made(allocation, scores)
+    )
 
 
 def test_lamp_is_global_on_its_scores():
     # Squares 1, 4 and 100, 400: LAMP gives 1/5, 1 and 1/5, 1, so that both leaves lose half,
     # where the weights themselves would empty "a".
     params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[10.0, 20.0]])}
-    kept = pruning.masks(pruning.lamp(params), 0.5, allocation=pruning.global_())
+    kept = pruning.masks(
+        pruning.lamp(flax_kernels(params), params), 0.5, allocation=pruning.global_()
+    )
     assert kept["a"].tolist() == kept["b"].tolist() == [[False, True]]
-    kept = pruning.masks(pruning.magnitude(params), 0.5, allocation=pruning.global_())
+    kept = pruning.masks(
+        pruning.magnitude(flax_kernels(params), params), 0.5, allocation=pruning.global_()
+    )
     assert not kept["a"].any()
 
 
@@ -276,10 +301,9 @@ def test_scalars_and_vectors_are_pruned_where_they_are_scored():
     # floor(0.5 · 1 + ½) = 1 of one.
     assert not kept["scalar"]
     assert kept["vector"].tolist() == [False, True]
-    # The raw density of both is 1: the two of three that stay are shared as 2/3 and 4/3, whose
-    # totals are rounded down to 0 and 2.
-    kept = pruning.masks(scores, 0.34, allocation=pruning.erk())
-    assert [int(mask.sum()) for mask in kept.values()] == [0, 2]
+    # They have no sizes C and O.
+    with pytest.raises(ValueError, match="must be of kernels with erk, got some at 'scalar'"):
+        pruning.masks(scores, 0.34, allocation=pruning.erk({}))
 
 
 def test_apply_masks_zeroes_even_what_is_not_finite():

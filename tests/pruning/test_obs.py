@@ -102,10 +102,11 @@ def test_greedy_is_exhaustive_search_at_each_step(seed):
 
 
 def test_compensation_helps_every_layer(digits, digits_grams, layer_errors):
-    plain_scores = pruning.magnitude(digits.params)
+    kernels = core.trace(digits.fn, digits.params, digits.images[:1]).kernels
+    plain_scores = pruning.magnitude(kernels, digits.params)
     for granularity in (pruning.unstructured(), None):
         if granularity is None:  # 2:4 where C is a multiple of 4
-            granularity, exempt = pruning.n_m(2, 4), [".*(stem|depthwise).*"]
+            granularity, exempt = pruning.n_m(kernels, 2, 4), [".*(stem|depthwise).*"]
         else:
             exempt = []
         masks = pruning.masks(plain_scores, 0.5, granularity, exempt=exempt)
@@ -120,8 +121,9 @@ def test_compensation_helps_every_layer(digits, digits_grams, layer_errors):
 
 def test_full_obs_is_better_than_compensated_magnitude(digits, digits_grams, layer_errors):
     errors, accuracies = {}, {}
+    kernels = core.trace(digits.fn, digits.params, digits.images[:1]).kernels
     candidates = {
-        "magnitude": pruning.magnitude(digits.params),
+        "magnitude": pruning.magnitude(kernels, digits.params),
         "obs": pruning.obs(digits.params, digits_grams),
         "greedy": pruning.obs(digits.params, digits_grams, greedy=True),
     }

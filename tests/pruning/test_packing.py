@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from hybrid_jax import cost, pruning
+from hybrid_jax import core, cost, pruning
 
 masks_of_any_shape = st_numpy.arrays(
     bool, st_numpy.array_shapes(min_dims=0, max_dims=4, max_side=5)
@@ -116,18 +118,22 @@ def test_packed_bytes_are_those_of_the_smallest_encoding(mask, bits, seed):
     [
         # Kernel (3, 3, 8, 16): 16 rows of 72, 1152 weights of 8 bits, 1152 bytes dense.
         # 2:4 keeps 576: bitmap 144 + 576 = 720 bytes.
-        (pruning.n_m(2, 4), 0.5, 144 + 576),
+        (lambda kernels: pruning.n_m(kernels, 2, 4), 0.5, 144 + 576),
         # floor(0.97 · 1152 + ½) = 1117 leave, 35 stay: CSR 35 · (8 + 7) + 17 · 6 = 627 bits.
-        (pruning.unstructured(), 0.97, 79),
+        (lambda kernels: pruning.unstructured(), 0.97, 79),
         # floor(0.03 · 128 + ½) = 4 of 128 kernels leave, 1116 weights stay: no layout but dense.
-        (pruning.kernels(), 0.03, 1152),
+        (pruning.kernels, 0.03, 1152),
         # 144 of 9 · 8/2 · 16/2 = 288 blocks of 2×2 stay: 576 weights, as above.
-        (pruning.blocks(2, 2), 0.5, 144 + 576),
+        (lambda kernels: pruning.blocks(kernels, 2, 2), 0.5, 144 + 576),
     ],
     ids=["n_m", "unstructured", "kernels", "blocks"],
 )
 def test_packed_bytes_of_masks(granularity, sparsity, smallest, key):
-    mask = pruning.masks({"w": jax.random.uniform(key, (3, 3, 8, 16))}, sparsity, granularity)["w"]
+    scores, x = {"w": jax.random.uniform(key, (3, 3, 8, 16))}, jnp.ones((1, 4, 4, 8))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=numbers)
+    kernels = core.trace(lambda p, x: conv(x, p["w"], (1, 1), "SAME"), scores, x).kernels
+    mask = pruning.masks(scores, sparsity, granularity(kernels))["w"]
     matrix = np.asarray(mask).reshape(-1, 16).T
     sizes = [-(-len(s) // 8) for s in encoded(matrix, matrix.astype(int), 8).values()]
     assert cost.packed_bytes(16, 72, int(matrix.sum()), 8) == min(sizes) == smallest

@@ -139,7 +139,8 @@ def initial(key):
 def test_a_network_trained_with_group_lasso_loses_less_at_removal(digits):
     x, held_out = (i.reshape(len(i), -1) for i in (digits.images, digits.held_out_images))
     keys = jax.random.split(jax.random.key(0), 3)
-    groups = core.trace(perceptron, initial(keys[0]), x[:1]).groups
+    graph = core.trace(perceptron, initial(keys[0]), x[:1])
+    groups = graph.groups
     tx = optax.sgd(0.1, momentum=0.9)
 
     def train(key, strength):
@@ -164,7 +165,7 @@ def test_a_network_trained_with_group_lasso_loses_less_at_removal(digits):
 
     def lost(params):
         """Accuracy lost at the removal of half and of three quarters of the hidden units."""
-        scores = pruning.group_scores(pruning.magnitude(params, p=2), groups)
+        scores = pruning.group_scores(pruning.magnitude(graph.kernels, params, p=2), groups)
         for sparsity in (0.5, 0.75):
             keep = pruning.keep_channels(scores, sparsity)
             kept = core.keep_indices(keep, groups, params)

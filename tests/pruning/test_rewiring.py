@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +9,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_jax import pruning
+from hybrid_jax import core, pruning
 
 KEY = jax.random.key(0)
+
+
+def flax_kernels(params):
+    """The kernels of a network that uses these leaves as Flax does, (H, W, C, O) and (C, O)."""
+    floating = {
+        path: leaf.shape
+        for path, leaf in core.flatten_paths(params).items()
+        if not core.is_masked_node(leaf)
+        and leaf.ndim > 1
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {
+        path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
+        for path, n in floating.items()
+    }
 
 
 def bits(*values):
     return jnp.array([values], bool)
 
 
-def first_kept(params):
+def first_kept(kernels, params):
     """Scores that keep the first weights: of equal scores the lower index is kept."""
     return jax.tree.map(jnp.ones_like, params)
 
@@ -45,7 +61,7 @@ def test_rewire_keeps_two_of_four():
     weights = {"w": jnp.array([[1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 5.0, 6.0]]).T}
     growth = {"w": jnp.array([[0.0, 0.0, 1.0, 2.0, 9.0, 9.0, 0.0, 0.0]]).T}
     # Half of four, the smallest of the leaf, go: both from the first block, where both grow.
-    got = pruning.rewire(masks, weights, growth, 0.5, pruning.n_m(2, 4))
+    got = pruning.rewire(masks, weights, growth, 0.5, pruning.n_m(flax_kernels(weights), 2, 4))
     np.testing.assert_array_equal(got["w"].T, bits(0, 0, 1, 1, 0, 0, 1, 1))
 
 
@@ -80,11 +96,12 @@ def run(tx, params, gradients):
 
 
 PARAMS = {"w": jnp.array([[5.0, -1.0, 3.0, 2.0, 7.0, 7.0, 7.0, 7.0]])}
+KERNELS = flax_kernels(PARAMS)
 
 
 def test_rigl_by_hand():
     tx = pruning.rigl(
-        optax.sgd(0.1, momentum=0.9), 0.5, KEY, 4, every=2, drop=1.0, initial=first_kept
+        optax.sgd(0.1, momentum=0.9), KERNELS, 0.5, KEY, 4, every=2, drop=1.0, initial=first_kept
     )
     rest, dense = [0.0] * 8, [1.0] * 8
     gradient = [1.0, -0.05, 1.0, 0.25, 0.1, -4.0, 0.3, 0.2]
@@ -112,7 +129,7 @@ def test_rigl_by_hand():
 def test_rigl_drops_along_a_cosine():
     n, end = 1000, 8
     params = {"w": jnp.arange(1.0, 2 * n + 1).reshape(2, n)}
-    tx = pruning.rigl(optax.sgd(0.0), 0.5, KEY, end, every=2, drop=0.4)
+    tx = pruning.rigl(optax.sgd(0.0), flax_kernels(params), 0.5, KEY, end, every=2, drop=0.4)
     state, update = tx.init(params), jax.jit(tx.update)
     changed = []
     for _ in range(10):
@@ -126,13 +143,13 @@ def test_rigl_drops_along_a_cosine():
 
 def test_set_by_hand():
     tx = pruning.set_(
-        optax.sgd(0.1, momentum=0.9), 0.5, KEY, 4, every=1, drop=0.3, initial=first_kept
+        optax.sgd(0.1, momentum=0.9), KERNELS, 0.5, KEY, 4, every=1, drop=0.3, initial=first_kept
     )
     gradient = [1.0, 0.0, 1.0, 0.0, 99.0, 99.0, 99.0, 99.0]
     (_, first), (params, state) = run(tx, PARAMS, [[0.0] * 8, gradient])
     assert first.masks["w"].sum() == 4
     # floor(0.3 · 4 + ½) = 1 is dropped, −1; the best random number of the others grows.
-    scores = pruning.random(PARAMS, jax.random.fold_in(KEY, 1))["w"][0]
+    scores = pruning.random(KERNELS, PARAMS, jax.random.fold_in(KEY, 1))["w"][0]
     grown = int(jnp.argmax(scores.at[jnp.array([0, 2, 3])].set(-1.0)))
     expected = np.array([1, 0, 1, 1, 0, 0, 0, 0], bool)
     expected[grown] = True
@@ -145,7 +162,9 @@ def test_set_grows_anywhere():
     masks, weights = {"w": bits(1, 1, 0, 0, 0, 0)}, {"w": jnp.array([[2.0, 1.0, 0, 0, 0, 0]])}
 
     def grown(key):
-        return pruning.rewire(masks, weights, pruning.random(weights, key), 0.5)["w"][0]
+        return pruning.rewire(
+            masks, weights, pruning.random(flax_kernels(weights), weights, key), 0.5
+        )["w"][0]
 
     share = jax.vmap(grown)(jax.random.split(KEY, 2000)).mean(axis=0)
     # One of the five that are not kept, each in a fifth of the cases: 0.2 ± 4 √(0.16 / 2000).
@@ -153,9 +172,11 @@ def test_set_grows_anywhere():
 
 
 def test_a_grown_weight_gets_the_state_that_init_gives():
+    params = {"w": jnp.array([[4.0, 1.0, 0.0, 0.0]])}
     # Adagrad's sums start at 0.1 and grow by g²: at 0.1 + 4 for what stays, 0.1 for what came.
     tx = pruning.rigl(
         optax.adagrad(0.1, initial_accumulator_value=0.1),
+        flax_kernels(params),
         0.5,
         KEY,
         4,
@@ -163,7 +184,6 @@ def test_a_grown_weight_gets_the_state_that_init_gives():
         drop=0.5,
         initial=first_kept,
     )
-    params = {"w": jnp.array([[4.0, 1.0, 0.0, 0.0]])}
     (_, _), (_, state) = run(tx, params, [[0.0] * 4, [2.0, 0.0, 3.0, 0.0]])
     np.testing.assert_array_equal(state.masks["w"], bits(1, 0, 1, 0))
     sums = state.inner[0].sum_of_squares["w"][0]
@@ -172,12 +192,15 @@ def test_a_grown_weight_gets_the_state_that_init_gives():
 
 def test_first_masks_are_random_or_by_score_with_any_allocation():
     params = {"a": jnp.arange(288.0).reshape(36, 8), "b": jnp.arange(48.0).reshape(8, 6)}
-    rigl = functools.partial(pruning.rigl, optax.sgd(0.1), 0.5, KEY, 10)
+    kernels = flax_kernels(params)
+    rigl = functools.partial(pruning.rigl, optax.sgd(0.1), kernels, 0.5, KEY, 10)
     random = rigl().init(params).masks
-    expected = pruning.masks(pruning.random(params, KEY), 0.5)
+    expected = pruning.masks(pruning.random(kernels, params, KEY), 0.5)
     jax.tree.map(np.testing.assert_array_equal, random, expected)
-    largest = rigl(allocation=pruning.erk(), initial=pruning.magnitude).init(params).masks
-    expected = pruning.masks(pruning.magnitude(params), 0.5, allocation=pruning.erk())
+    largest = rigl(allocation=pruning.erk(kernels), initial=pruning.magnitude).init(params).masks
+    expected = pruning.masks(
+        pruning.magnitude(kernels, params), 0.5, allocation=pruning.erk(kernels)
+    )
     jax.tree.map(np.testing.assert_array_equal, largest, expected)
     exempt = rigl(exempt=["a"]).init(params).masks
     assert exempt["a"] == optax.MaskedNode()
@@ -185,7 +208,9 @@ def test_first_masks_are_random_or_by_score_with_any_allocation():
 
 def test_n_m_holds_through_training():
     params = {"w": jax.random.normal(KEY, (16, 3))}
-    tx = pruning.rigl(optax.sgd(0.1), 0.5, KEY, 9, pruning.n_m(2, 4), every=1, drop=0.5)
+    kernels = flax_kernels(params)
+    two_of_four = pruning.n_m(kernels, 2, 4)
+    tx = pruning.rigl(optax.sgd(0.1), kernels, 0.5, KEY, 9, two_of_four, every=1, drop=0.5)
     state, update, first = tx.init(params), jax.jit(tx.update), tx.init(params).masks["w"]
     for step in range(10):
         gradients = {"w": jax.random.normal(jax.random.key(step), (16, 3))}
@@ -199,19 +224,22 @@ def test_bad_input_is_named():
     sgd = optax.sgd(0.1)
     for method in (pruning.rigl, pruning.set_):
         with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got 1.5"):
-            method(sgd, 1.5, KEY, 10)
+            method(sgd, KERNELS, 1.5, KEY, 10)
         with pytest.raises(ValueError, match=r"drop must be in \[0, 1\], got 2"):
-            method(sgd, 0.5, KEY, 10, drop=2)
+            method(sgd, KERNELS, 0.5, KEY, 10, drop=2)
         with pytest.raises(ValueError, match="end must be an integer of at least 1, got 0"):
-            method(sgd, 0.5, KEY, 0)
+            method(sgd, KERNELS, 0.5, KEY, 0)
         with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
-            method(sgd, 0.5, KEY, 10, every=0)
+            method(sgd, KERNELS, 0.5, KEY, 10, every=0)
         with pytest.raises(ValueError, match=r"inner must be an optax transformation, got 0.1"):
-            method(0.1, 0.5, KEY, 10)
+            method(0.1, KERNELS, 0.5, KEY, 10)
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 0.5\], got 0.8"):
-        pruning.rigl(sgd, 0.8, KEY, 10, pruning.n_m(2, 4)).init({"w": jnp.ones((4, 4))})
+        pruning.rigl(sgd, KERNELS, 0.8, KEY, 10, pruning.n_m(KERNELS, 2, 4)).init(PARAMS)
+    params = {"w": jnp.ones((2, 2, 1, 3))}
+    kernels = flax_kernels(params)
+    tx = pruning.rigl(sgd, kernels, 0.5, KEY, 10, pruning.kernels(kernels))
     with pytest.raises(ValueError, match=r"single weights.*kernels with 3 units for 12 weights"):
-        pruning.rigl(sgd, 0.5, KEY, 10, pruning.kernels()).init({"w": jnp.ones((2, 2, 1, 3))})
+        tx.init(params)
 
 
 def test_an_init_that_looks_into_the_parameters_is_named():
@@ -219,8 +247,8 @@ def test_an_init_that_looks_into_the_parameters_is_named():
         lambda params: {"m": jnp.zeros_like(params["w"])},
         lambda updates, state, params=None: (updates, state),
     )
-    tx = pruning.rigl(peeking, 0.5, KEY, 10)
-    with pytest.raises(ValueError, match=r"inner must have an init that takes any pytree.*TypeErr"):
+    tx = pruning.rigl(peeking, KERNELS, 0.5, KEY, 10)
+    with pytest.raises(ValueError, match=r"must have an init that takes any pytree.*TypeErr"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
@@ -237,7 +265,8 @@ def test_rigl_learns_real_images_where_fixed_random_masks_do_not(digits):
             "hidden": jax.random.normal(keys[0], (images.shape[1], 128)) / 6,
             "head": jax.random.normal(keys[1], (128, 10)) / 8,
         }
-        tx = pruning.rigl(optax.sgd(0.1, momentum=0.9), 0.95, keys[2], end, every=20)
+        sgd = optax.sgd(0.1, momentum=0.9)
+        tx = pruning.rigl(sgd, flax_kernels(params), 0.95, keys[2], end, every=20)
 
         def step(carry, key):
             params, state = carry

@@ -19,8 +19,8 @@ PARAMS = {"a": jnp.arange(1.0, 21.0)[None] * jnp.ones((3, 1)), "b": jnp.ones((20
 GRAPH = core.trace(two_layers, PARAMS, jnp.ones((1, 3)))
 
 
-def by_magnitude(fns, tree, groups):
-    return pruning.group_scores(pruning.magnitude(tree), groups)
+def by_magnitude(fns, tree, graph):
+    return pruning.group_scores(pruning.magnitude(graph.kernels, tree), graph.groups)
 
 
 def rounds(sparsities, score=by_magnitude, train=lambda fns, tree: tree, **options):
@@ -49,7 +49,7 @@ def test_counts_are_of_the_first_width_however_many_rounds():
 
 def test_what_is_removed_does_not_come_back_when_scores_change():
     orders = iter([jnp.arange(20.0), -jnp.arange(15.0), jnp.arange(10.0)])
-    _, small, keep = rounds([0.25, 0.5, 0.75], score=lambda fns, tree, groups: {"a": next(orders)})
+    _, small, keep = rounds([0.25, 0.5, 0.75], score=lambda fns, tree, graph: {"a": next(orders)})
     # The first five leave, then the last five, then of 5..14 the first five.
     assert np.flatnonzero(keep["a"]).tolist() == [10, 11, 12, 13, 14]
     assert small["a"][0].tolist() == [11.0, 12.0, 13.0, 14.0, 15.0]
@@ -143,10 +143,10 @@ def test_training_goes_on_as_the_masked_network_does(digits):
     masks = core.map_with_path(
         lambda path, leaf, mask: jnp.ones(leaf.shape, bool) if core.is_masked_node(mask) else mask,
         params,
-        pruning.masks(pruning.magnitude(params), 0.2),
+        pruning.masks(pruning.magnitude(graph.kernels, params), 0.2),
     )
-    tx = optax.chain(
-        optax.scale_by_adam(), optax.ema(0.9), optax.sgd(1e-3), pruning.hold_masks(masks)
+    tx = pruning.hold_masks(
+        optax.chain(optax.scale_by_adam(), optax.ema(0.9), optax.sgd(1e-3)), masks
     )
 
     def fresh():
@@ -156,8 +156,20 @@ def test_training_goes_on_as_the_masked_network_does(digits):
 
     chosen, small_losses = [], []
 
-    def score(fns, state, groups):
-        return pruning.group_scores(pruning.magnitude(variables_of(state)), groups)
+    def score(fns, state, graph):
+        scores = pruning.magnitude(graph.kernels, variables_of(state))
+        return pruning.group_scores(scores, graph.groups)
+
+    def cut(state, kept):
+        statistics = {"batch_stats": state.state["batch_stats"]}
+        return state.replace(
+            params=core.slice_tree(state.params, kept),
+            state={
+                **core.slice_tree(statistics, kept),
+                "average": core.slice_tree(state.state["average"], kept),
+            },
+            opt_state=core.slice_state(state.tx, state.opt_state, state.params, kept),
+        )
 
     def choose(scores, sparsity):
         chosen.append(pruning.keep_channels(scores, sparsity))
@@ -169,11 +181,19 @@ def test_training_goes_on_as_the_masked_network_does(digits):
         return state
 
     (small_fn, _), small, keep = pruning.prune_in_rounds(
-        [digits.fn, digits.train], digits.params, fresh(), graph, [0.25, 0.5], score, train, choose
+        [digits.fn, digits.train],
+        digits.params,
+        fresh(),
+        graph,
+        [0.25, 0.5],
+        score,
+        train,
+        choose,
+        cut,
     )
     # A half of 8, 12 and 16 channels, in all that a step reads.
     assert [int(k.sum()) for k in keep.values()] == [4, 6, 8]
-    for tree in (small.params, small.state["average"], small.opt_state[-1].masks):
+    for tree in (small.params, small.state["average"], small.opt_state.masks):
         assert tree["params"]["expand"]["kernel"].shape == (3, 3, 4, 6)
 
     masked, losses = fresh(), []
@@ -182,12 +202,12 @@ def test_training_goes_on_as_the_masked_network_does(digits):
         masked, more = trained(digits.train, removed(masked, kept), digits)
         losses += more
     np.testing.assert_allclose(small_losses, losses, rtol=1e-5)
-    left = core.flatten_paths(core.slice_tree(masked, kept))
+    left = core.flatten_paths(cut(masked, kept))
     for path, leaf in core.flatten_paths(small).items():
         if path != "key":
             np.testing.assert_allclose(leaf, left[path], rtol=1e-5, atol=1e-5, err_msg=path)
     for mask, leaf in zip(
-        jax.tree.leaves(small.opt_state[-1].masks), jax.tree.leaves(small.params), strict=True
+        jax.tree.leaves(small.opt_state.masks), jax.tree.leaves(small.params), strict=True
     ):
         assert not leaf[~mask].any()
     x = digits.held_out_images[:8]

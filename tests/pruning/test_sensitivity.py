@@ -29,10 +29,15 @@ def output(params, x):
     return jnp.sum(two_layers(params, x))
 
 
+GRAPH = core.trace(two_layers, PARAMS, X)
+
+
 def test_weights_by_hand():
     # Dense 1·8 + 2·7 + 3·6 + 4·1 = 44. Of `a` leave 1, then 2, then 3: 36, 22, 4; of `b` leave 1,
     # then 6, then 7: 40, 22, 8. 0.8 of 4 is 3.
-    losses = pruning.sensitivity(output, PARAMS, pruning.magnitude(PARAMS), SPARSITIES, X)
+    losses = pruning.sensitivity(
+        output, PARAMS, pruning.magnitude(GRAPH.kernels, PARAMS), SPARSITIES, X
+    )
     assert {path: own.tolist() for path, own in losses.items()} == {
         "a": [44.0, 36.0, 22.0, 4.0],
         "b": [44.0, 40.0, 22.0, 8.0],
@@ -40,9 +45,9 @@ def test_weights_by_hand():
 
 
 def test_channels_by_hand():
-    groups = core.trace(two_layers, PARAMS, X).groups
+    groups = GRAPH.groups
     # With those of `b`, 8, 7, 6 and 1, the units score 9, 8, 14 and 5.
-    scores = pruning.magnitude(PARAMS) | {"a": jnp.array([[1.0, 1.0, 8.0, 4.0]])}
+    scores = pruning.magnitude(GRAPH.kernels, PARAMS) | {"a": jnp.array([[1.0, 1.0, 8.0, 4.0]])}
 
     def losses(multiple):
         granularity = pruning.channels(groups, multiple=multiple)
@@ -70,12 +75,13 @@ def loss_of(digits):
 def test_weights_of_a_network_as_separate_evaluations_in_one_compilation(digits, loss_of):
     loss, traces = loss_of
     batch = digits.images[:32], digits.labels[:32]
-    scores = pruning.magnitude(digits.params)
+    kernels = core.trace(digits.fn, digits.params, batch[0]).kernels
+    scores = pruning.magnitude(kernels, digits.params)
     losses = pruning.sensitivity(loss, digits.params, scores, (0.25, 0.5), *batch)
     assert len(traces) == 1
     # Other sparsities, another number of them, other parameters: nothing is compiled anew.
     other = jax.tree.map(lambda leaf: 1.01 * leaf, digits.params)
-    more = pruning.sensitivity(loss, other, pruning.magnitude(other), (0.9,), *batch)
+    more = pruning.sensitivity(loss, other, pruning.magnitude(kernels, other), (0.9,), *batch)
     assert len(traces) == 1
     assert list(losses) == list(more) == [p for p in core.flatten_paths(scores) if "kernel" in p]
     evaluate = jax.jit(loss)
@@ -91,15 +97,16 @@ def test_weights_of_a_network_as_separate_evaluations_in_one_compilation(digits,
 def test_channels_of_a_network_as_the_shrunk_ones(digits, loss_of):
     loss, traces = loss_of
     batch = digits.images[:32], digits.labels[:32]
-    groups = core.trace(digits.fn, digits.params, batch[0]).groups
-    weight_scores = pruning.magnitude(digits.params)
+    graph = core.trace(digits.fn, digits.params, batch[0])
+    groups, kernels = graph.groups, graph.kernels
+    weight_scores = pruning.magnitude(kernels, digits.params)
     sweep = functools.partial(pruning.sensitivity, loss, granularity=pruning.channels(groups))
     before = len(traces)
     losses = sweep(digits.params, weight_scores, (0.0, 0.5), *batch)
     assert len(traces) == before + 1
     # Other sparsities and parameters: nothing is compiled anew.
     other = jax.tree.map(lambda leaf: 1.01 * leaf, digits.params)
-    sweep(other, pruning.magnitude(other), (0.9,), *batch)
+    sweep(other, pruning.magnitude(kernels, other), (0.9,), *batch)
     assert len(traces) == before + 1
     assert list(losses) == sorted(group.name for group in groups)
     scores = pruning.group_scores(weight_scores, groups)
@@ -113,8 +120,8 @@ def test_channels_of_a_network_as_the_shrunk_ones(digits, loss_of):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 100])
 def test_several_at_once_are_the_same(batch_size):
-    scores = pruning.magnitude(PARAMS)
-    groups = core.trace(two_layers, PARAMS, X).groups
+    scores = pruning.magnitude(GRAPH.kernels, PARAMS)
+    groups = GRAPH.groups
     for granularity in (None, pruning.channels(groups)):
         sweep = functools.partial(
             pruning.sensitivity, output, PARAMS, scores, SPARSITIES, X, granularity=granularity
@@ -124,8 +131,10 @@ def test_several_at_once_are_the_same(batch_size):
 
 
 def test_under_jit_with_traced_sparsities_and_blocks():
-    scores = {"a": pruning.magnitude(PARAMS)["a"].T, "b": optax.MaskedNode()}
-    params = {"a": scores["a"], "b": jnp.ones(3)}
+    # (O, C), and three that are no kernel.
+    scores, params = {"a": PARAMS["a"], "b": optax.MaskedNode()}, PARAMS | {"b": jnp.ones(3)}
+    params = {"a": params["a"], "b": params["b"]}
+    kernels = core.trace(lambda p, x: x @ p["a"].T + p["b"].sum(), params, jnp.ones((1, 4))).kernels
 
     @jax.jit
     def sweep(sparsities):
@@ -134,7 +143,7 @@ def test_under_jit_with_traced_sparsities_and_blocks():
             params,
             scores,
             sparsities,
-            granularity=pruning.n_m(2, 4),
+            granularity=pruning.n_m(kernels, 2, 4),
         )
 
     # One block of 1, 2, 3, 4 loses none, 1, and 1 and 2; more than a half it cannot lose.
@@ -156,7 +165,7 @@ def test_what_is_sensitive_is_exempt():
 
 
 def test_bad_input_is_named():
-    scores = pruning.magnitude(PARAMS)
+    scores = pruning.magnitude(GRAPH.kernels, PARAMS)
 
     def sweep(sparsities=(0.5,), loss=output, params=PARAMS, scores=scores, **options):
         return pruning.sensitivity(loss, params, scores, sparsities, X, **options)
@@ -166,7 +175,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"sparsities must have shape \(S,\), got \(0,\)"):
         sweep(())
     with pytest.raises(ValueError, match=r"sparsities must be in \[0, 0.5\], got 0.75"):
-        sweep((0.75,), granularity=pruning.n_m(2, 4))
+        sweep((0.75,), granularity=pruning.n_m(GRAPH.kernels, 2, 4))
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         sweep(batch_size=0)
     with pytest.raises(ValueError, match="scores must have a leaf to prune, got none"):
@@ -187,7 +196,7 @@ def test_bad_input_is_named():
         sweep(scores=scores | {"a": jnp.ones((1, 4), jnp.int32)})
     with pytest.raises(TypeError, match=r"granularity must be a pruning\.Granularity such as"):
         sweep(granularity=pruning.channels)
-    channels = pruning.channels(core.trace(two_layers, PARAMS, X).groups)
+    channels = pruning.channels(GRAPH.groups)
     less = {"a": PARAMS["a"], "bias": PARAMS["bias"]}
     with pytest.raises(ValueError, match="scores must cover a member of group 'a', got none of"):
         sweep(scores=jax.tree.map(lambda _: optax.MaskedNode(), PARAMS), granularity=channels)
@@ -196,4 +205,4 @@ def test_bad_input_is_named():
     ):
         sweep(params=less, granularity=channels)
     with pytest.raises(ValueError, match=r"scores must have the paths of the groups, .* at 'b'"):
-        sweep(params=less, scores=pruning.magnitude(less), granularity=channels)
+        sweep(params=less, scores={name: scores[name] for name in less}, granularity=channels)

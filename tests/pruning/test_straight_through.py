@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import pruning
+from hybrid_jax import core, pruning
 
 SGD = optax.sgd(1.0)
 
@@ -21,11 +23,13 @@ def run(tx, params, gradients):
     return seen
 
 
-PARAMS = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+PARAMS = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}  # (O, C)
+KERNELS = core.trace(lambda p, x: x @ p["w"].T, PARAMS, jnp.ones((1, 4))).kernels
+magnitude = functools.partial(pruning.magnitude, KERNELS)
 
 
 def test_a_removed_weight_grows_and_returns():
-    tx = pruning.straight_through(SGD, pruning.magnitude, pruning.one_shot(0.5))
+    tx = pruning.straight_through(SGD, magnitude, pruning.one_shot(0.5))
     seen = run(tx, PARAMS, [[0.0, 0.0, 0.0, -2.5], [0.0, 0.0, -2.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
     # Dense 4 3 2 3.5, then 4 3 4 3.5 where of equal weights the lower index is kept, then 1 3 4
     # 3.5: the two largest are shown.
@@ -37,7 +41,7 @@ def test_a_removed_weight_grows_and_returns():
 
 
 def test_masks_are_made_anew_at_every_other_step():
-    tx = pruning.straight_through(SGD, pruning.magnitude, pruning.one_shot(0.5), every=2)
+    tx = pruning.straight_through(SGD, magnitude, pruning.one_shot(0.5), every=2)
     seen = run(tx, PARAMS, [[0.0] * 4, [0.0, 0.0, 0.0, -8.0], [0.0] * 4])
     shown = [[4, 3, 0, 0], [4, 3, 0, 0], [4, 0, 0, 9]]
     assert [params["w"][0].tolist() for params, _ in seen] == shown
@@ -45,7 +49,7 @@ def test_masks_are_made_anew_at_every_other_step():
 
 def test_decay_pulls_at_removed_weights_alone():
     tx = pruning.straight_through(
-        SGD, pruning.magnitude, pruning.one_shot(0.5), pruning.n_m(1, 2, axis=-1), decay=0.25
+        SGD, magnitude, pruning.one_shot(0.5), pruning.n_m(KERNELS, 1, 2), decay=0.25
     )
     (_, first), (params, second) = run(tx, PARAMS, [[0.0] * 4] * 2)
     # Nothing is removed before the first step. In the second 3 and 1 are: 3 − 3/4, 1 − 1/4.
@@ -71,11 +75,11 @@ def test_accumulated_scores_see_the_dense_weights():
 
 def test_other_leaves_keep_their_own_updates():
     params = PARAMS | {"b": jnp.ones(3), "count": jnp.arange(3)}
-    tx = pruning.straight_through(SGD, pruning.magnitude, pruning.one_shot(0.5))
+    tx = pruning.straight_through(SGD, magnitude, pruning.one_shot(0.5))
     state = tx.init(params)
     assert state.dense["b"] == state.dense["count"] == optax.MaskedNode()
     gradients = jax.tree.map(jnp.zeros_like, params) | {"b": jnp.full(3, 0.25)}
-    tx = pruning.straight_through(optax.scale(-1), pruning.magnitude, pruning.one_shot(0.5))
+    tx = pruning.straight_through(optax.scale(-1), magnitude, pruning.one_shot(0.5))
     updates, _ = tx.update(gradients, state, params)
     np.testing.assert_array_equal(updates["b"], [-0.25] * 3)
     np.testing.assert_array_equal(updates["count"], [0] * 3)
@@ -83,7 +87,9 @@ def test_other_leaves_keep_their_own_updates():
 
 def test_kept_parameters_are_the_dense_weights_to_one_rounding():
     params = {"w": jax.random.normal(jax.random.key(0), (20, 30))}
-    tx = pruning.straight_through(optax.sgd(0.3), pruning.magnitude, pruning.one_shot(0.5))
+    kernels = core.trace(lambda p, x: x @ p["w"], params, jnp.ones((1, 20))).kernels
+    score = functools.partial(pruning.magnitude, kernels)
+    tx = pruning.straight_through(optax.sgd(0.3), score, pruning.one_shot(0.5))
     state = tx.init(params)
     update = jax.jit(tx.update)
     for i in range(20):
@@ -98,9 +104,9 @@ def test_kept_parameters_are_the_dense_weights_to_one_rounding():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="inner must be an optax transformation"):
-        pruning.straight_through(pruning.magnitude, pruning.one_shot(0.5), None)
+        pruning.straight_through(magnitude, pruning.one_shot(0.5), None)
     with pytest.raises(ValueError, match=r"n_m\(2, 4\) must be in \[0, 0.5\], got 0.8"):
-        pruning.straight_through(SGD, pruning.magnitude, pruning.one_shot(0.8), pruning.n_m(2, 4))
+        pruning.straight_through(SGD, magnitude, pruning.one_shot(0.8), pruning.n_m(KERNELS, 2, 4))
     tx = pruning.straight_through(
         SGD,
         lambda params, accumulated: accumulated,

@@ -87,7 +87,7 @@ def graph():
     ],
 )
 def test_channels_to_a_target_by_hand(graph, of, per_channel):
-    scores = pruning.group_scores(pruning.magnitude(NET), graph.groups)
+    scores = pruning.group_scores(pruning.magnitude(graph.kernels, NET), graph.groups)
 
     def costs(keep):
         return of(cost.count(core.narrow_graph(graph, keep)))
@@ -102,7 +102,7 @@ def test_channels_to_a_target_by_hand(graph, of, per_channel):
 
 
 def test_weights_to_a_target_by_hand(graph):
-    scores = pruning.magnitude(NET)
+    scores = pruning.magnitude(graph.kernels, NET)
 
     def masks(sparsity):
         return pruning.masks(scores, sparsity, allocation=pruning.global_())
@@ -113,7 +113,7 @@ def test_weights_to_a_target_by_hand(graph):
     # The 18 largest are weights of the convolution, at 16 MACs each; one more would cost 304.
     assert found.cost == 288
     pattern = pruning.to_target(
-        lambda s: pruning.masks({"head": scores["head"]}, s, pruning.n_m(1, 3)),
+        lambda s: pruning.masks({"head": scores["head"]}, s, pruning.n_m(graph.kernels, 1, 3)),
         lambda m: cost.count(graph, m).nonzero,
         62,
         most=2 / 3,

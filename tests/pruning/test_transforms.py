@@ -1,13 +1,16 @@
+import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
-from hybrid_jax import pruning, training
+from hybrid_jax import core, pruning, training
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -67,34 +70,51 @@ OPTIMIZERS = {
 }
 
 
+KERNELS = {
+    path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
+    for path, n in {
+        "Conv_0/kernel": (3, 3, 4, 8),
+        "Dense_0/kernel": (8, 6),
+    }.items()
+}
+LAYER_KERNELS = {"kernel": dataclasses.replace(KERNELS["Conv_0/kernel"], path="kernel")}
+magnitude = functools.partial(pruning.magnitude, KERNELS)
+layer_magnitude = functools.partial(pruning.magnitude, LAYER_KERNELS)
+
 # Each takes an inner optimizer, a sparsity and a key, maybe traced, to a sparse optimizer.
 METHODS = {
-    "hold_masks": lambda inner, sparsity, key: optax.chain(
-        inner,
-        pruning.hold_masks(pruning.masks(pruning.magnitude(LAYER), sparsity)),
+    "hold_masks": lambda inner, sparsity, key: pruning.hold_masks(
+        inner, pruning.masks(layer_magnitude(LAYER), sparsity)
     ),
-    "prune_by_schedule": lambda inner, sparsity, key: optax.chain(
-        inner,
-        pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(sparsity, 2, 20), every=3),
+    "prune_by_schedule": lambda inner, sparsity, key: pruning.prune_by_schedule(
+        inner, layer_magnitude, pruning.cubic(sparsity, 2, 20), every=3
     ),
     "movement": lambda inner, sparsity, key: pruning.prune_by_schedule(
-        pruning.movement,
+        inner,
+        functools.partial(pruning.movement, LAYER_KERNELS),
         pruning.exponential(sparsity, 0, 15),
-        inner=inner,
         allocation=pruning.global_(),
         needs=("accumulated",),
         accumulate=pruning.accumulate_movement,
     ),
     "ac_dc": lambda inner, sparsity, key: pruning.prune_by_schedule(
-        pruning.magnitude, pruning.cyclic(pruning.one_shot(sparsity, 3), 9, 3), inner=inner
+        inner, layer_magnitude, pruning.cyclic(pruning.one_shot(sparsity, 3), 9, 3)
     ),
     "straight_through": lambda inner, sparsity, key: pruning.straight_through(
-        inner, pruning.magnitude, pruning.one_shot(sparsity), every=2, decay=0.01
+        inner, layer_magnitude, pruning.one_shot(sparsity), every=2, decay=0.01
     ),
     "rigl": lambda inner, sparsity, key: pruning.rigl(
-        inner, sparsity, key, end=25, allocation=pruning.erk(), every=4
+        inner,
+        LAYER_KERNELS,
+        sparsity,
+        key,
+        end=25,
+        allocation=pruning.erk(LAYER_KERNELS),
+        every=4,
     ),
-    "set": lambda inner, sparsity, key: pruning.set_(inner, sparsity, key, end=25, every=4),
+    "set": lambda inner, sparsity, key: pruning.set_(
+        inner, LAYER_KERNELS, sparsity, key, end=25, every=4
+    ),
 }
 KEY = jax.random.key(0)
 
@@ -186,30 +206,33 @@ def test_other_leaves_train_as_without_masks(name):
                 params = optax.apply_updates(params, updates)
         return params
 
-    masks = pruning.masks(pruning.magnitude(PARAMS), 0.7, exempt=["Dense_0/.*"])
-    held = end(lambda inner: optax.chain(inner, pruning.hold_masks(masks)))
+    masks = pruning.masks(magnitude(PARAMS), 0.7, exempt=["Dense_0/.*"])
+    held = end(lambda inner: pruning.hold_masks(inner, masks))
     plain = end(lambda inner: inner)
     np.testing.assert_array_equal(held["Conv_0"]["bias"], plain["Conv_0"]["bias"])
     np.testing.assert_array_equal(held["Dense_0"]["kernel"], plain["Dense_0"]["kernel"])
 
 
 CRITERIA = {
-    "l1": (pruning.magnitude, ()),
-    "l2": (functools.partial(pruning.magnitude, p=2), ()),
-    "random": (functools.partial(pruning.random, key=jax.random.key(3, impl="unsafe_rbg")), ()),
-    "taylor": (pruning.taylor, ("gradients",)),
-    "fisher": (pruning.fisher, ("squared_gradients",)),
-    "lamp": (pruning.lamp, ()),
-    "geometric_median": (pruning.geometric_median, ()),
+    "l1": (functools.partial(pruning.magnitude, KERNELS), ()),
+    "l2": (functools.partial(pruning.magnitude, KERNELS, p=2), ()),
+    "random": (
+        functools.partial(pruning.random, KERNELS, key=jax.random.key(3, impl="unsafe_rbg")),
+        (),
+    ),
+    "taylor": (functools.partial(pruning.taylor, KERNELS), ("gradients",)),
+    "fisher": (functools.partial(pruning.fisher, KERNELS), ("squared_gradients",)),
+    "lamp": (functools.partial(pruning.lamp, KERNELS), ()),
+    "geometric_median": (functools.partial(pruning.geometric_median, KERNELS), ()),
 }
 SCHEDULES = {"one_shot": pruning.one_shot(0.5, 1), "cubic": pruning.cubic(0.5, 0, 4)}
 
 
 COMBINATIONS = [
     (pruning.unstructured(), pruning.uniform),
-    (pruning.unstructured(), pruning.erk),
+    (pruning.unstructured(), functools.partial(pruning.erk, KERNELS)),
     (pruning.unstructured(), pruning.global_),
-    (pruning.n_m(2, 4), pruning.uniform),
+    (pruning.n_m(KERNELS, 2, 4), pruning.uniform),
 ]
 
 
@@ -217,7 +240,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize(
     ("granularity", "allocation"),
     COMBINATIONS,
-    ids=lambda x: getattr(x, "name", None) or x.__name__,
+    ids=lambda x: getattr(x, "name", None) or x().name,
 )
 def test_contract(criterion, granularity, allocation):
     score, needs = criterion
@@ -225,7 +248,7 @@ def test_contract(criterion, granularity, allocation):
     def link(schedule):
         inner = optax.sgd(0.1, momentum=0.9)
         return pruning.prune_by_schedule(
-            score, schedule, granularity, allocation(), inner=inner, needs=needs
+            inner, score, schedule, granularity, allocation(), needs=needs
         )
 
     @jax.jit
@@ -271,7 +294,7 @@ def check_contract(tx, step, schedule, granularity, allocation):
         assert counts == {"Conv_0": 144, "Dense_0": 24}
     else:
         assert sum(counts.values()) == 168
-    if allocation is pruning.erk:
+    if allocation().name == "erk":
         # 168 shared as (3+3+4+8) : (8+6) would give 94.5 and 73.5 > 48: the second is dense.
         assert counts == {"Conv_0": 120, "Dense_0": 48}
     if granularity.name != "unstructured":
@@ -281,14 +304,16 @@ def check_contract(tx, step, schedule, granularity, allocation):
 
 def test_updates_of_another_precision_land_on_zero():
     params = {"w": jnp.array([[0.1, 1 / 3]], jnp.bfloat16)}
-    tx = pruning.hold_masks({"w": jnp.array([[False, True]])})
+    tx = pruning.hold_masks(optax.identity(), {"w": jnp.array([[False, True]])})
     updates, _ = tx.update({"w": jnp.ones((1, 2), jnp.float32)}, tx.init(params), params)
     assert updates["w"].dtype == jnp.bfloat16
     assert optax.apply_updates(params, updates)["w"][0, 0] == 0.0
 
 
 def test_masks_change_only_when_due():
-    prune = pruning.prune_by_schedule(pruning.magnitude, pruning.cubic(0.5, 0, 4), every=3)
+    prune = pruning.prune_by_schedule(
+        optax.identity(), magnitude, pruning.cubic(0.5, 0, 4), every=3
+    )
     state, reached = prune.init(PARAMS), []
     update = jax.jit(prune.update)
     for _ in range(8):
@@ -299,10 +324,11 @@ def test_masks_change_only_when_due():
 
 
 def test_a_sweep_of_schedules_is_one_vmap():
+    own = {"kernel": dataclasses.replace(KERNELS["Dense_0/kernel"], path="kernel")}
+    score = functools.partial(pruning.magnitude, own)
+
     def kept(sparsity):
-        tx = pruning.prune_by_schedule(
-            pruning.magnitude, pruning.cubic(sparsity, 0, 3), inner=optax.sgd(0.1)
-        )
+        tx = pruning.prune_by_schedule(optax.sgd(0.1), score, pruning.cubic(sparsity, 0, 3))
         return train(tx, {"kernel": PARAMS["Dense_0"]["kernel"]}, 5)[1][-1].sum()
 
     assert jax.jit(jax.vmap(kept))(jnp.array([0.0, 0.25, 0.5, 1.0])).tolist() == [48, 36, 24, 0]
@@ -310,55 +336,46 @@ def test_a_sweep_of_schedules_is_one_vmap():
 
 def test_exempt_leaves_are_never_masked():
     prune = pruning.prune_by_schedule(
-        pruning.magnitude, pruning.one_shot(0.5), exempt=["Conv_0/kernel"]
+        optax.identity(), magnitude, pruning.one_shot(0.5), exempt=["Conv_0/kernel"]
     )
     state = prune.init(PARAMS)
     assert state.masks["Conv_0"]["kernel"] == optax.MaskedNode()
 
 
 def test_state_may_be_donated():
-    masks = pruning.masks(pruning.magnitude(PARAMS), 0.5)
-    tx = pruning.hold_masks(masks)
+    masks = pruning.masks(magnitude(PARAMS), 0.5)
+    tx = pruning.hold_masks(optax.identity(), masks)
     jax.jit(lambda s: jax.tree.map(jnp.logical_not, s), donate_argnums=0)(tx.init(PARAMS))
     assert leaf_counts(masks) == {"Conv_0": 144, "Dense_0": 24}
 
 
 def test_bad_input_is_named():
-    masks = pruning.masks(pruning.magnitude(PARAMS), 0.5)
+    masks = pruning.masks(magnitude(PARAMS), 0.5)
     with pytest.raises(ValueError, match="masks must have the structure of params"):
-        pruning.hold_masks(masks).init({"Conv_0": PARAMS["Conv_0"]})
-    tx = pruning.hold_masks(masks)
+        pruning.hold_masks(optax.identity(), masks).init({"Conv_0": PARAMS["Conv_0"]})
+    tx = pruning.hold_masks(optax.identity(), masks)
     with pytest.raises(ValueError, match="update must be called with params, got None"):
         tx.update(PARAMS, tx.init(PARAMS))
-    by_schedule = functools.partial(pruning.prune_by_schedule, inner=optax.sgd(0.1))
-    tx = by_schedule(pruning.fisher, pruning.one_shot(0.5), needs=("squared_gradients",))
+    by_schedule = functools.partial(pruning.prune_by_schedule, optax.sgd(0.1))
+    fisher = functools.partial(pruning.fisher, KERNELS)
+    movement = functools.partial(pruning.movement, KERNELS)
+    tx = by_schedule(fisher, pruning.one_shot(0.5), needs=("squared_gradients",))
     with pytest.raises(ValueError, match=r"must be called with squared_gradients=..., got none"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-    # A link of a chain has no gradients but those it is given.
-    needy = {"needs": ("accumulated",), "accumulate": pruning.accumulate_movement}
-    for link in (
-        pruning.prune_by_schedule(pruning.taylor, pruning.one_shot(0.5), needs=("gradients",)),
-        pruning.prune_by_schedule(pruning.movement, pruning.one_shot(0.5), **needy),
-    ):
-        state = link.init(PARAMS)
-        with pytest.raises(ValueError, match=r"must be called with gradients=..., got none"):
-            link.update(PARAMS, state, PARAMS)
-        masks = link.update(PARAMS, state, PARAMS, gradients=PARAMS)[1].masks
-        assert leaf_counts(masks) == {"Conv_0": 144, "Dense_0": 24}
     with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
-        by_schedule(pruning.magnitude, pruning.one_shot(0.5), every=0)
+        by_schedule(magnitude, pruning.one_shot(0.5), every=0)
     with pytest.raises(
         ValueError, match=r"schedule for n_m\(2, 4\) must be in \[0, 0.5\], got 0.8"
     ):
-        by_schedule(pruning.magnitude, pruning.one_shot(0.8), pruning.n_m(2, 4))
-    with pytest.raises(ValueError, match="to prune, got only: b"):
-        by_schedule(pruning.magnitude, pruning.one_shot(0.5)).init({"b": jnp.ones(2)})
+        by_schedule(magnitude, pruning.one_shot(0.8), pruning.n_m(KERNELS, 2, 4))
+    with pytest.raises(ValueError, match="hold kernel 'Conv_0/kernel' to prune, got only: b"):
+        by_schedule(magnitude, pruning.one_shot(0.5)).init({"b": jnp.ones(2)})
     with pytest.raises(ValueError, match="inner must be an optax transformation, got <function"):
-        pruning.prune_by_schedule(pruning.magnitude, pruning.one_shot(0.5), inner=pruning.magnitude)
+        pruning.prune_by_schedule(pruning.magnitude, magnitude, pruning.one_shot(0.5))
     with pytest.raises(ValueError, match="if and only if accumulate is given, got needs=\\(\\)"):
-        by_schedule(pruning.movement, pruning.one_shot(0.5), accumulate=pruning.accumulate_movement)
+        by_schedule(movement, pruning.one_shot(0.5), accumulate=pruning.accumulate_movement)
     with pytest.raises(ValueError, match=r"if and only if accumulate is given.*accumulate=None"):
-        by_schedule(pruning.movement, pruning.one_shot(0.5), needs=("accumulated",))
+        by_schedule(movement, pruning.one_shot(0.5), needs=("accumulated",))
 
 
 def recording(optimizer):
@@ -487,3 +504,78 @@ def test_vectors_scalars_and_integers_are_left_alone(method):
     updates, _ = jax.jit(tx.update)(gradients, state, LAYER | rest)
     for name, leaf in rest.items():
         np.testing.assert_array_equal(updates[name], -leaf)
+
+
+FREE = optax.contrib.schedule_free_sgd(0.1)
+HELD = {"kernel": jnp.arange(8).reshape(2, 4) > 3}
+DENSE = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+OWN = core.trace(lambda p, x: x @ p["kernel"], DENSE, jnp.ones((1, 2))).kernels
+HALF = functools.partial(pruning.magnitude, OWN), pruning.one_shot(0.5)
+FREELY = {
+    "hold_masks": lambda inner: pruning.hold_masks(inner, HELD),
+    "prune_by_schedule": lambda inner: pruning.prune_by_schedule(inner, *HALF),
+    "straight_through": lambda inner: pruning.straight_through(inner, *HALF),
+    "rigl": lambda inner: pruning.rigl(inner, OWN, 0.5, KEY, end=9, every=2),
+    "set": lambda inner: pruning.set_(inner, OWN, 0.5, KEY, end=9, every=2),
+}
+
+
+def is_free(state):
+    return isinstance(state, optax.contrib.ScheduleFreeState)
+
+
+def evaluated(tx, steps):
+    """The mask, and what a schedule-free optimizer inside is evaluated at, after each step."""
+    params, state = DENSE, tx.init(DENSE)
+    for step in range(steps):
+        gradients = {"kernel": 1.0 + jnp.cos(step + DENSE["kernel"])}
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        (inner,) = [s for s in jax.tree.leaves(state, is_leaf=is_free) if is_free(s)]
+        yield (
+            np.asarray(state.masks["kernel"]),
+            np.asarray(optax.contrib.schedule_free_eval_params(inner, params)["kernel"]),
+        )
+
+
+# Noise moves what has no gradient, and what is removed all the same.
+NOISY = optax.contrib.schedule_free(
+    optax.chain(optax.add_noise(0.1, 0.0, jax.random.key(0)), optax.sgd(0.1)), 0.1
+)
+
+
+@pytest.mark.parametrize("inner", [FREE, NOISY], ids=["plain", "noisy"])
+@pytest.mark.parametrize("method", FREELY)
+def test_averages_that_are_evaluated_lie_on_the_mask(method, inner):
+    with jax.numpy_dtype_promotion("standard"):
+        for mask, average in evaluated(FREELY[method](inner), 6):
+            assert mask.sum() == 4
+            assert (average[~mask] == 0.0).all()
+            assert (average[mask] != 0.0).any()
+
+
+def test_the_average_behind_a_mask_is_that_of_the_dense_weights():
+    with jax.numpy_dtype_promotion("standard"):
+        [(mask, shown)] = evaluated(FREELY["straight_through"](FREE), 1)
+        # One step of size 0.1 from w on 1 + cos w: the average of one point is that point.
+        dense = np.asarray(DENSE["kernel"] - 0.1 * (1 + jnp.cos(DENSE["kernel"])))
+    np.testing.assert_allclose(shown, np.where(mask, dense, 0.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_state_of_every_method_is_sliced_with_the_parameters(method):
+    tx = METHODS[method](optax.adam(0.1), 0.5, KEY)
+    state = tx.init(LAYER)
+    kept = {"kernel": (*map(np.arange, (3, 3, 4)), np.array([1, 5])), "bias": (np.array([1, 5]),)}
+    small = core.slice_state(tx, state, LAYER, kept)
+    masks, dense = sparse_state(small).masks["kernel"], sparse_state(state).masks["kernel"]
+    np.testing.assert_array_equal(masks, dense[..., np.array([1, 5])])
+    assert masks.shape == (3, 3, 4, 2)
+    [adam] = [s for s in jax.tree.leaves(small, is_leaf=is_adam) if is_adam(s)]
+    assert adam.mu["kernel"].shape == (3, 3, 4, 2)
+    assert adam.mu["bias"].shape == (2,)
+    assert adam.count.shape == ()
+
+
+def is_adam(state):
+    return isinstance(state, optax.ScaleByAdamState)

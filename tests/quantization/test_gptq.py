@@ -160,7 +160,8 @@ def test_traced_bits_lie_on_their_grids_to_the_bit(model):
 
 @pytest.mark.parametrize("bits", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_jointly_better_than_pruned_and_then_rounded(digits, digits_grams, layer_errors, bits):
-    masks = pruning.masks(pruning.magnitude(digits.params), 0.5)
+    kernels = core.trace(digits.fn, digits.params, digits.images[:1]).kernels
+    masks = pruning.masks(pruning.magnitude(kernels, digits.params), 0.5)
     masked = pruning.apply_masks(digits.params, masks)
     moved = pruning.compensate(digits.params, masks, digits_grams)
     errors = {}

@@ -100,7 +100,7 @@ def test_mixed_precision_beats_uniform_of_the_same_operations(measured, judge, w
 def widths(digits, measured):
     """What it costs to keep three quarters of the channels of each group, or all; the scores."""
     groups = measured.graph.groups
-    scores = pruning.magnitude(digits.params)
+    scores = pruning.magnitude(measured.graph.kernels, digits.params)
     expected = digits.fn(digits.params, measured.images)
 
     def divergence(params, images):

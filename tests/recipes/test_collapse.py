@@ -11,13 +11,14 @@ from hybrid_jax import core, data, experts, pruning, recipes, training
 def test_the_student_agrees_with_the_mixture_better_than_before(digits):
     graph = core.trace(digits.fn, digits.params, digits.images[:1])
     # Two experts: the network as trained, and with half of its weights removed.
-    sparse = pruning.masks(pruning.magnitude(digits.params), 0.5)
+    sparse = pruning.masks(pruning.magnitude(graph.kernels, digits.params), 0.5)
     stack = experts.stack([digits.params, pruning.apply_masks(digits.params, sparse)])
     gate = experts.gate_linear(2)
     gate_params = gate.init(jax.random.key(0), digits.images[:1])
     moe = experts.mixture(digits.fn, gate.apply, experts.soft(), "unroll")
     # The student: the network with a third of its channels removed, and nothing done about it yet.
-    masks = pruning.masks(pruning.magnitude(digits.params), 1 / 3, pruning.channels(graph.groups))
+    scores = pruning.magnitude(graph.kernels, digits.params)
+    masks = pruning.masks(scores, 1 / 3, pruning.channels(graph.groups))
     small_fn, small, certificate = core.shrink(digits.fn, digits.params, masks, digits.images[:1])
     train = core.narrow(digits.train, digits.params, certificate.kept)
     # With labels that say nothing, all it can learn is the mixture.

@@ -41,17 +41,17 @@ def cut(keep):
 
 
 def test_all_but_the_own_channels_are_masked(spec):
-    _, _, made = cut([True, False, True, False])
-    masks = cutting.stack_masks(made, spec)
+    _, graph, made = cut([True, False, True, False])
+    masks = cutting.stack_masks(made, graph.kernels, spec)
     assert masks["a"]["kernel"].tolist() == [[True, False, True, False]] * 3
     assert masks["a"]["bias"].tolist() == [True, False, True, False]
     assert masks["b"]["kernel"].tolist() == [[True] * 2, [False] * 2] * 2
 
 
 def test_weights_are_thinned_among_the_own_channels(spec):
-    variables, _, made = cut([True, False, True, False])
+    variables, graph, made = cut([True, False, True, False])
     half = dataclasses.replace(spec, weight_sparsity=0.5)
-    mask = np.asarray(cutting.stack_masks(made, half)["a"]["kernel"])
+    mask = np.asarray(cutting.stack_masks(made, graph.kernels, half)["a"]["kernel"])
     # Of the 6 weights of the own channels the 3 largest stay.
     own = np.abs(np.asarray(variables["params"]["a"]["kernel"]))[:, [0, 2]]
     np.testing.assert_array_equal(mask[:, [0, 2]], own >= np.sort(own.ravel())[3])
@@ -59,8 +59,8 @@ def test_weights_are_thinned_among_the_own_channels(spec):
 
 
 def test_a_stack_of_one_width_has_no_masks(spec):
-    _, _, made = cut([True] * 4)
-    masks = cutting.stack_masks(made._replace(own=None), spec)
+    _, graph, made = cut([True] * 4)
+    masks = cutting.stack_masks(made._replace(own=None), graph.kernels, spec)
     assert all(core.is_masked_node(m) for m in core.flatten_paths(masks).values())
 
 
@@ -71,7 +71,7 @@ def test_an_expert_alone_computes_what_it_does_in_the_stack(spec):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3)), jnp.float32)
     stack, masks = [], []
     for made in (narrow, wide):
-        mask = cutting.stack_masks(made, spec)
+        mask = cutting.stack_masks(made, graph.kernels, spec)
         masked = variables | {"params": pruning.apply_masks(variables["params"], mask)}
         ranges = quantization.calibrate(fn, masked, [(x,)], quantizer)
         stack.append({**masked, "ranges": ranges, "bits": quantizer.bits()})

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import pruning, training
+from hybrid_jax import core, pruning, training
 
 
 @pytest.fixture
@@ -38,8 +38,10 @@ def test_resume_is_bit_equal(tiny, step, batches, arrays, tmp_path):
     def make_state(seed):
         """Adam, and a mask drawn from the seed that removes weights of the convolution."""
         params = tiny.make_state(seed).params
-        scores = pruning.random(params, jax.random.key(seed))
-        tx = optax.chain(optax.adam(0.01), pruning.hold_masks(pruning.masks(scores, 0.5)))
+        variables = params | tiny.make_state(seed).state
+        kernels = core.trace(tiny.predict, variables, arrays.images[:1]).kernels
+        scores = pruning.random(kernels, params, jax.random.key(seed))
+        tx = pruning.hold_masks(optax.adam(0.01), pruning.masks(scores, 0.5))
         return tiny.make_state(seed, tx)
 
     whole = training.fit(step, make_state(0), batches, records=tmp_path / "whole.jsonl", **settings)

@@ -127,7 +127,7 @@ def test_each_expert_of_a_stack_lands_on_its_own_mask(batch):
         return jnp.sum(params["w"]), (state, {})
 
     def make(mask):
-        tx = optax.chain(optax.sgd(0.25), pruning.hold_masks({"w": jnp.array(mask)}))
+        tx = pruning.hold_masks(optax.sgd(0.25), {"w": jnp.array(mask)})
         return training.create_state({"w": jnp.ones(2)}, {}, tx, jax.random.key(0))
 
     states = training.stack_states([make([True, False]), make([False, True])])

@@ -1,10 +1,11 @@
 """Criteria: how much each weight matters, as a pytree of scores shaped like the parameters.
 
-A criterion is a pure function `criterion(params, *statistics) -> scores`. A score is larger where a
-weight is worth more, and says nothing about how many weights leave: `masks` and `keep_channels` do.
-Scored are the floating leaves of rank 2 or more (kernels); biases, scalars, normalization vectors
-and integers carry `optax.MaskedNode()`. The exception is `batchnorm_scale`, which scores the
-normalization scales and nothing else. For a stack of E experts, `jax.vmap` the criterion over it.
+A criterion is a pure function `criterion(kernels, params, *statistics) -> scores`. A score is
+larger where a weight is worth more, and says nothing about how many weights leave: `masks` and
+`keep_channels` do. Scored are the `kernels` that `core.trace(...)` found, whatever their rank and
+layout; all that is no site's kernel (biases, normalizations, statistics, though stacked by a scan)
+carries `optax.MaskedNode()`. The exception is `batchnorm_scale`, which scores the normalization
+scales and nothing else. For a stack of E experts, `jax.vmap` the criterion over it.
 
 Scores that compare across layers go with `global_` allocation, the others with `uniform` or `erk`.
 

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import check_statistics, score
+from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
 from hybrid_jax.pruning.selection import is_traced
 
 Batches = Iterable[tuple[Any, ...]]
 """Yields the inputs of a model as tuples."""
 
 
-def wanda(params: Any, norms: Any) -> Any:
+def wanda(kernels: Kernels, params: Any, norms: Any) -> Any:
     """Scores a weight by |w| · ‖x‖₂, with x all that it is ever multiplied by.
 
     A small weight on a large input counts as much as a large weight on a small one. M. Sun et al.,
@@ -26,6 +26,7 @@ def wanda(params: Any, norms: Any) -> Any:
     pruned ones before it compute; for that, work out `norms` anew with the masked parameters.
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       norms: ‖x‖₂ for each weight, shaped like `params`: what `activation_norms` gives.
 
@@ -33,15 +34,10 @@ def wanda(params: Any, norms: Any) -> Any:
       float32 scores shaped like `params`; `optax.MaskedNode()` where `norms` has it.
 
     Raises:
-      ValueError: If `norms` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> wanda({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[5.0, 5.0]])})
-      {'w': Array([[ 5., 10.]], dtype=float32)}
+      ValueError: If `norms` has another structure, or `params` not the kernels.
     """
     check_statistics("norms", params, norms)
-    return score(lambda w, norm: jnp.abs(w) * norm, params, norms)
+    return score(lambda kernel, w, norm: jnp.abs(w) * norm, kernels, params, norms)
 
 
 def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> Any:
@@ -57,11 +53,11 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
 
     Returns:
       float32 pytree shaped like `params`, for `wanda`; `optax.MaskedNode()` for what is not the
-      kernel of a site.
+      kernel of a site. Parameters and inputs of less precision are taken to float32.
 
     Raises:
-      ValueError: If there is no batch, or a site lies in a `while` loop or in a function with a
-        derivative rule of its own, out of which nothing is carried back.
+      ValueError: If there is no batch or example, or a site lies in a `while` loop or in a function
+        with a derivative rule of its own, out of which nothing is carried back.
       TypeError: If a batch is not a tuple.
 
     Example:
@@ -81,7 +77,7 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
     return jax.tree.map(jnp.sqrt, total)
 
 
-def chip(params: Any, independence: Any) -> Any:
+def chip(kernels: Kernels, params: Any, independence: Any) -> Any:
     """Scores a filter by the independence of its feature map from the layer's other ones (CHIP).
 
     A feature map that the others nearly span carries little of its own, however large it is. Y.
@@ -91,6 +87,7 @@ def chip(params: Any, independence: Any) -> Any:
     same to all channels.
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       independence: What `channel_independence` gives, shaped like `params`.
 
@@ -98,17 +95,10 @@ def chip(params: Any, independence: Any) -> Any:
       float32 scores shaped like `params`; `optax.MaskedNode()` where `independence` has it.
 
     Raises:
-      ValueError: If `independence` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> fn = lambda params, x: x @ params['w']
-      >>> params, x = {'w': jnp.eye(2)}, jnp.array([[3.0, 4.0]])
-      >>> chip(params, channel_independence(fn, params, [(x,)]))['w'].sum(0)  # 5 − 4, 5 − 3
-      Array([1., 2.], dtype=float32)
+      ValueError: If `independence` has another structure, or `params` not the kernels.
     """
     check_statistics("independence", params, independence)
-    return score(lambda w, shares: shares, params, independence)
+    return score(lambda kernel, w, shares: shares, kernels, params, independence)
 
 
 def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) -> Any:
@@ -196,21 +186,17 @@ def _over_batches(
     step: Callable[..., Any], fn: Callable[..., Any], params: Any, batches: Batches
 ) -> tuple[Any, int]:
     """Sums `step(params, *batch)` over the batches, for kernels of sites; and counts examples."""
-    step, total, sites, count = jax.jit(step), None, (), 0
-    for batch in batches:
-        if not isinstance(batch, tuple):
-            raise TypeError(f"batches must yield tuples of inputs, got {type(batch).__name__}")
-        new, weighed = step(params, *batch)
-        new = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new)
+    step, total, graph, count = jax.jit(step), None, None, 0
+    for batch in core.check_batches(batches):
+        new, weighed = step(*in_float32((params, *batch)))
         total = new if total is None else jax.tree.map(jnp.add, total, new)
-        sites = sites or core.trace(fn, params, *batch).sites
+        graph = graph or core.trace(fn, params, *batch)
         count += len(jax.tree.leaves(batch)[0])
-    if total is None:
-        raise ValueError("batches must hold at least one batch, got none")
-    _check_carried(core.flatten_paths(total), weighed, sites)
-    kernels = {site.path for site in sites}
+    if not count:
+        raise ValueError("batches must hold at least one example, got none")
+    _check_carried(core.flatten_paths(total), weighed, graph.sites)
     of_kernels = core.map_with_path(
-        lambda path, leaf: leaf if path in kernels else optax.MaskedNode(), total
+        lambda path, leaf: leaf if path in graph.kernels else optax.MaskedNode(), total
     )
     return of_kernels, count
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import score
+from hybrid_jax.pruning.criteria.leaves import Kernels, score
 
 
-def geometric_median(params: Any) -> Any:
+def geometric_median(kernels: Kernels, params: Any) -> Any:
     """Scores a filter by the sum of its distances to all filters of its layer (FPGM).
 
     A filter near the geometric median can be replaced by the others, however large it is. The
@@ -19,20 +19,24 @@ def geometric_median(params: Any) -> Any:
     d_o. Y. He et al., Filter Pruning via Geometric Median (arXiv 1811.00250).
 
     Args:
-      params: Pytree of parameters whose last axis is O, as in Flax.
+      kernels: `core.trace(...).kernels`, what is scored: which axis holds the filters is known.
+      params: Pytree of parameters.
 
     Returns:
       float32 scores shaped like `params`.
 
     Raises:
-      ValueError: If `params` has nothing to prune.
+      ValueError: If `params` has not the kernels, or one has no one form (taps, in, out).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> geometric_median({'w': jnp.array([[0.0, 3.0, 3.0], [0.0, 4.0, 0.0]])})['w'].sum(0)
+      >>> params = {'w': jnp.array([[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]])}  # (O, C)
+      >>> kernels = core.trace(lambda p, x: x @ p['w'].T, params, jnp.ones((1, 2))).kernels
+      >>> geometric_median(kernels, params)['w'].sum(1)
       Array([8., 9., 7.], dtype=float32)
     """
-    return score(_distances, params)
+    return score(
+        lambda kernel, w: kernel.restore(jax.vmap(_distances)(kernel.canonical(w))), kernels, params
+    )
 
 
 def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
@@ -73,6 +77,7 @@ def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
 
 @jax.jit
 def _distances(w: jax.Array) -> jax.Array:
+    """What each weight of (T, C, O) has of its filter's distances."""
     filters = w.reshape(-1, w.shape[-1]).T
 
     def shares(own):

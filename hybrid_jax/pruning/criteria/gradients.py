@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import check_statistics, prunable, score
+from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
 
 
-def taylor(params: Any, gradients: Any) -> Any:
+def taylor(kernels: Kernels, params: Any, gradients: Any) -> Any:
     """Scores a weight by |w · g|, the first-order change of the loss when it is set to zero.
 
     P. Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.10771).
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       gradients: Gradients of the loss, shaped like `params`.
 
@@ -23,18 +24,19 @@ def taylor(params: Any, gradients: Any) -> Any:
       float32 scores shaped like `params`.
 
     Raises:
-      ValueError: If `gradients` has another structure, or `params` has nothing to prune.
+      ValueError: If `gradients` has another structure, or `params` not the kernels.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> taylor({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
+      >>> params = {'w': jnp.array([[1.0, -2.0]])}
+      >>> kernels = core.trace(lambda p, x: x @ p['w'], params, jnp.ones((1, 1))).kernels
+      >>> taylor(kernels, params, {'w': jnp.array([[3.0, 0.5]])})
       {'w': Array([[3., 1.]], dtype=float32)}
     """
     check_statistics("gradients", params, gradients)
-    return score(lambda w, g: jnp.abs(w * g), params, gradients)
+    return score(lambda kernel, w, g: jnp.abs(w * g), kernels, params, gradients)
 
 
-def snip(params: Any, gradients: Any) -> Any:
+def snip(kernels: Kernels, params: Any, gradients: Any) -> Any:
     """Scores a weight by |w · g| / Σ |w · g|, its share of the network's connection sensitivity.
 
     The sum runs over all kernels, so that the scores add up to 1. In one network they rank as
@@ -43,6 +45,7 @@ def snip(params: Any, gradients: Any) -> Any:
     Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity (arXiv 1810.02340).
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       gradients: Gradients of the loss, shaped like `params`.
 
@@ -50,19 +53,14 @@ def snip(params: Any, gradients: Any) -> Any:
       float32 scores shaped like `params`, of sum 1; all 0 where every |w · g| is.
 
     Raises:
-      ValueError: If `gradients` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> snip({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
-      {'w': Array([[0.75, 0.25]], dtype=float32)}
+      ValueError: If `gradients` has another structure, or `params` not the kernels.
     """
-    sensitivity = taylor(params, gradients)
+    sensitivity = taylor(kernels, params, gradients)
     total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sensitivity))
     return jax.tree.map(lambda leaf: leaf / jnp.where(total > 0, total, 1.0), sensitivity)
 
 
-def grasp(params: Any, hessian_gradient: Any) -> Any:
+def grasp(kernels: Kernels, params: Any, hessian_gradient: Any) -> Any:
     """Scores a weight by w · (H g): how much of the gradient's norm removing it would cost.
 
     To set w to zero changes gᵀg by −2 w (H g) in the first order. A weight with w · (H g) > 0
@@ -73,6 +71,7 @@ def grasp(params: Any, hessian_gradient: Any) -> Any:
     'mean' and without normalization.
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       hessian_gradient: H g, shaped like `params`: what the function of this name gives.
 
@@ -80,43 +79,38 @@ def grasp(params: Any, hessian_gradient: Any) -> Any:
       float32 scores of either sign, shaped like `params`.
 
     Raises:
-      ValueError: If `hessian_gradient` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> grasp({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
-      {'w': Array([[ 3., -1.]], dtype=float32)}
+      ValueError: If `hessian_gradient` has another structure, or `params` not the kernels.
     """
     check_statistics("hessian_gradient", params, hessian_gradient)
-    return score(lambda w, hg: w * hg, params, hessian_gradient)
+    return score(lambda kernel, w, hg: w * hg, kernels, params, hessian_gradient)
 
 
-def hessian_gradient(loss_fn: Callable[..., jax.Array], params: Any, *inputs: Any) -> Any:
+def hessian_gradient(
+    kernels: Kernels, loss_fn: Callable[..., jax.Array], params: Any, *inputs: Any
+) -> Any:
     """H g: the loss's Hessian times its gradient, both over the kernels only, for `grasp`.
 
     Costs about two gradients; the Hessian is never formed. The authors divide the logits by a
     temperature of 200 before the loss, which `loss_fn` may do.
 
     Args:
+      kernels: As for `grasp`.
       loss_fn: `loss_fn(params, *inputs) -> ()`.
       params: Pytree of floating parameters.
       *inputs: What else `loss_fn` takes: a batch.
 
     Returns:
-      Pytree shaped like `params`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> loss = lambda params: jnp.sum(params['w'] ** 3)  # g = 3 w², H = 6 w on the diagonal
-      >>> hessian_gradient(loss, {'w': jnp.array([[1.0, -1.0]])})
-      {'w': Array([[ 18., -18.]], dtype=float32)}
+      Pytree shaped like `params`. Parameters and inputs of less precision are taken to float32.
     """
+    params, inputs = in_float32((params, inputs))
     gradients, hessian = jax.linearize(lambda p: jax.grad(loss_fn)(p, *inputs), params)
     # Biases and statistics are not pruned: theirs is not the flow that is to be kept.
-    return hessian(jax.tree.map(lambda g: g if prunable(g) else jnp.zeros_like(g), gradients))
+    return hessian(
+        core.map_with_path(lambda path, g: g if path in kernels else jnp.zeros_like(g), gradients)
+    )
 
 
-def fisher(params: Any, squared_gradients: Any) -> Any:
+def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
     """Scores a weight by ½ F w², with F the diagonal of the empirical Fisher information.
 
     The second-order change of the loss, the Hessian of Y. LeCun, J. Denker, S. Solla, Optimal
@@ -124,6 +118,7 @@ def fisher(params: Any, squared_gradients: Any) -> Any:
     prediction with dense networks and Fisher pruning (arXiv 1801.05787).
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       squared_gradients: F, the mean over examples of the squared gradient of each example's
         loss, shaped like `params`: what `mean_squared_gradients` gives.
@@ -132,15 +127,10 @@ def fisher(params: Any, squared_gradients: Any) -> Any:
       float32 scores shaped like `params`.
 
     Raises:
-      ValueError: If `squared_gradients` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> fisher({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[4.0, 1.0]])})
-      {'w': Array([[2., 2.]], dtype=float32)}
+      ValueError: If `squared_gradients` has another structure, or `params` not the kernels.
     """
     check_statistics("squared_gradients", params, squared_gradients)
-    return score(lambda w, f: 0.5 * f * jnp.square(w), params, squared_gradients)
+    return score(lambda kernel, w, f: 0.5 * f * jnp.square(w), kernels, params, squared_gradients)
 
 
 def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examples: Any) -> Any:
@@ -152,7 +142,8 @@ def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examp
       examples: Pytree of arrays with a leading axis B.
 
     Returns:
-      Pytree shaped like `params`, for `fisher`.
+      Pytree shaped like `params`, for `fisher`. Parameters and examples of less precision are taken
+      to float32.
 
     Raises:
       ValueError: If B is 0.
@@ -164,6 +155,7 @@ def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examp
       >>> mean_squared_gradients(loss, {'w': jnp.ones((1, 2))}, x)
       {'w': Array([[5., 2.]], dtype=float32)}
     """
+    params, examples = in_float32((params, examples))
     count = jax.tree.leaves(examples)[0].shape[0]
     if not count:
         raise ValueError("examples must hold at least one example, got none")
@@ -176,7 +168,7 @@ def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examp
     return jax.tree.map(lambda t: t / count, total)
 
 
-def movement(params: Any, accumulated: Any) -> Any:
+def movement(kernels: Kernels, params: Any, accumulated: Any) -> Any:
     """Scores a weight by −Σ w · g over the steps of training: how far it moved away from zero.
 
     A gradient step changes w² by −2 η w g in the first order, so that what grows stays, however
@@ -185,6 +177,7 @@ def movement(params: Any, accumulated: Any) -> Any:
     by 'sum' or 'mean' and without normalization.
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       accumulated: −Σ w · g, shaped like `params`: what `accumulate_movement` adds up.
 
@@ -192,15 +185,10 @@ def movement(params: Any, accumulated: Any) -> Any:
       float32 scores of either sign, shaped like `params`.
 
     Raises:
-      ValueError: If `accumulated` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> movement({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[-3.0, 1.0]])})
-      {'w': Array([[-3.,  1.]], dtype=float32)}
+      ValueError: If `accumulated` has another structure, or `params` not the kernels.
     """
     check_statistics("accumulated", params, accumulated)
-    return score(lambda w, moved: moved, params, accumulated)
+    return score(lambda kernel, w, moved: moved, kernels, params, accumulated)
 
 
 def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
@@ -213,7 +201,7 @@ def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
       gradients: Gradients g of the loss, shaped like `params`.
 
     Returns:
-      The new sum, with the dtypes of `accumulated`. What is no kernel is returned as it was.
+      The new sum, with the dtypes of `accumulated`. What is not floating is returned as it was.
 
     Raises:
       ValueError: If `accumulated` or `gradients` has another structure than `params`.
@@ -229,7 +217,7 @@ def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
 
     def add(path, moved, w, g):
         del path
-        if not prunable(w) or core.is_masked_node(moved):
+        if core.is_masked_node(moved) or not jnp.issubdtype(w.dtype, jnp.floating):
             return moved
         step = w.astype(jnp.float32) * g.astype(jnp.float32)
         return moved - step.astype(moved.dtype)

@@ -1,6 +1,6 @@
 """What every criterion shares: which leaves are scored, and in what."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,39 +10,47 @@ import optax
 
 from hybrid_jax import core
 
-
-def prunable(leaf: Any) -> bool:
-    """Whether a leaf is a kernel: floating, of rank 2 or more."""
-    if core.is_masked_node(leaf):
-        return False
-    return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+Kernels = Mapping[str, core.Kernel]
+"""`core.trace(...).kernels`, or some of them: what is scored."""
 
 
-def score(f: Callable[..., jax.Array], params: Any, *rest: Any) -> Any:
-    """Maps `f` over the prunable leaves (and those of `rest`) in float32.
+def score(f: Callable[..., jax.Array], kernels: Kernels, params: Any, *rest: Any) -> Any:
+    """Maps `f(kernel, leaf, *rest)` over the kernels, leaves and those of `rest` in float32.
 
-    Where a leaf is not prunable, or one of `rest` holds `optax.MaskedNode()`, so does the result.
+    What is no kernel, and where `params` or one of `rest` holds `optax.MaskedNode()`, has none.
 
     Raises:
-      ValueError: If `params` has nothing to prune.
+      ValueError: If there is no kernel, or `params` has not its path and shape.
     """
-
-    def leaf_score(path, leaf, *others):
-        del path
-        if not prunable(leaf) or any(map(core.is_masked_node, others)):
-            return optax.MaskedNode()
-        floats = (
-            x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in others
-        )
-        return f(leaf.astype(jnp.float32), *floats)
-
     paths = core.flatten_paths(params)
-    if not any(map(prunable, paths.values())):
-        raise ValueError(
-            "params must have a floating leaf of rank 2 or more to prune, "
-            f"got only: {', '.join(paths) or 'no leaves'}"
-        )
+    if not kernels:
+        raise ValueError("kernels must hold a kernel to prune, got none")
+    for path, kernel in kernels.items():
+        if path not in paths:
+            names = ", ".join(paths) or "no leaves"
+            raise ValueError(f"params must hold kernel {path!r} to prune, got only: {names}")
+        if not core.is_masked_node(paths[path]) and np.shape(paths[path]) != kernel.shape:
+            raise ValueError(
+                f"params must have shape {kernel.shape} at {path!r}, got {np.shape(paths[path])}"
+            )
+
+    def leaf_score(path, *leaves):
+        if path not in kernels or any(map(core.is_masked_node, leaves)):
+            return optax.MaskedNode()
+        return f(kernels[path], *(leaf.astype(jnp.float32) for leaf in leaves))
+
     return core.map_with_path(leaf_score, params, *rest)
+
+
+def in_float32(tree: Any) -> Any:
+    """Takes floats of less precision to float32: sums in bfloat16 stop growing at 256 terms."""
+
+    def widen(leaf):
+        dtype = jnp.result_type(leaf)
+        half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return leaf.astype(jnp.float32) if half else leaf
+
+    return jax.tree.map(widen, tree)
 
 
 def check_statistics(name: str, params: Any, statistics: Any) -> None:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax.pruning.allocation import global_
-from hybrid_jax.pruning.criteria.leaves import check_statistics, score
+from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
 from hybrid_jax.pruning.criteria.weights import magnitude
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.selection import check_sparsity, is_traced
 
 
-def synflow(params: Any, flow: Any) -> Any:
+def synflow(kernels: Kernels, params: Any, flow: Any) -> Any:
     """Scores a weight by |w| · ∂R/∂|w|: all that flows through it from inputs to outputs.
 
     R is the sum of the outputs of the network of absolute values on inputs of ones: a score is the
@@ -24,6 +24,7 @@ def synflow(params: Any, flow: Any) -> Any:
     2006.05467) do.
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       flow: ∂R/∂|w|, shaped like `params`: what `synaptic_flow` gives.
 
@@ -32,15 +33,10 @@ def synflow(params: Any, flow: Any) -> Any:
       add up to R.
 
     Raises:
-      ValueError: If `flow` has another structure, or `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> synflow({'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])})
-      {'w': Array([[3., 1.]], dtype=float32)}
+      ValueError: If `flow` has another structure, or `params` not the kernels.
     """
     check_statistics("flow", params, flow)
-    return score(lambda w, f: jnp.abs(w) * f, params, flow)
+    return score(lambda kernel, w, f: jnp.abs(w) * f, kernels, params, flow)
 
 
 def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: float = 1.0) -> Any:
@@ -59,7 +55,7 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
       scale: What the inputs are filled with, and the outputs multiplied by; above 0.
 
     Returns:
-      Pytree shaped like `params`.
+      Pytree shaped like `params`. What is of less precision is taken to float32.
 
     Raises:
       ValueError: If `scale` is not above 0.
@@ -76,13 +72,13 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
 
     def filled(leaf):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.full(leaf.shape, scale, leaf.dtype) if floating else leaf
+        return in_float32(jnp.full(leaf.shape, scale, leaf.dtype)) if floating else leaf
 
     def flow(absolute):
         outputs = jax.tree.leaves(fn(absolute, *jax.tree.map(filled, inputs)))
         return sum(scale * jnp.sum(leaf.astype(jnp.float32)) for leaf in outputs)
 
-    return jax.grad(flow)(jax.tree.map(jnp.abs, params))
+    return jax.grad(flow)(jax.tree.map(jnp.abs, in_float32(params)))
 
 
 def synflow_masks(
@@ -127,11 +123,12 @@ def synflow_masks(
     check_sparsity(sparsity)
     core.check_integer("rounds", rounds, 1)
     left = 1.0 - jnp.asarray(sparsity, jnp.float32)
+    kernels = core.trace(fn, params, *inputs).kernels
 
     def prune(k, carry):
         kept, flows = carry
         masked = apply_masks(params, kept)
-        scores = synflow(masked, synaptic_flow(fn, masked, *inputs, scale=scale))
+        scores = synflow(kernels, masked, synaptic_flow(fn, masked, *inputs, scale=scale))
 
         def still(path, flow, score):
             del path
@@ -145,7 +142,7 @@ def synflow_masks(
         kept = masks(scores, reached, allocation=global_(), exempt=exempt, previous=kept)
         return kept, flows
 
-    everything = masks(magnitude(params), 0.0, exempt=exempt)
+    everything = masks(magnitude(kernels, params), 0.0, exempt=exempt)
     start = (everything, jax.tree.map(lambda mask: jnp.array(True), everything))
     kept, flows = jax.lax.fori_loop(0, rounds, prune, start)
     for path, flow in core.flatten_paths(flows).items():

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import score
+from hybrid_jax.pruning.criteria.leaves import Kernels, score
 
 
-def magnitude(params: Any, p: int = 1) -> Any:
+def magnitude(kernels: Kernels, params: Any, p: int = 1) -> Any:
     """Scores a weight by |w| (p = 1) or w² (p = 2).
 
     Summed over a channel these are its L1 norm and its squared L2 norm. S. Han, J. Pool, J. Tran,
@@ -17,6 +17,7 @@ def magnitude(params: Any, p: int = 1) -> Any:
     Pruning Filters for Efficient ConvNets (arXiv 1608.08710).
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       p: 1 or 2.
 
@@ -24,21 +25,23 @@ def magnitude(params: Any, p: int = 1) -> Any:
       float32 scores shaped like `params`.
 
     Raises:
-      ValueError: If `p` is neither, or `params` has nothing to prune.
+      ValueError: If `p` is neither, or `params` has not the kernels.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> magnitude({'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([5.0, 5.0])})
+      >>> params = {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([5.0, 5.0])}
+      >>> fn = lambda params, x: x @ params['kernel'] + params['bias'][None]
+      >>> magnitude(core.trace(fn, params, jnp.ones((1, 1))).kernels, params)
       {'bias': MaskedNode(), 'kernel': Array([[1., 2.]], dtype=float32)}
     """
     core.check_integer("p", p, 1, 2)
-    return score(lambda w: jnp.abs(w) if p == 1 else jnp.square(w), params)
+    return score(lambda kernel, w: jnp.abs(w) if p == 1 else jnp.square(w), kernels, params)
 
 
-def random(params: Any, key: jax.Array) -> Any:
+def random(kernels: Kernels, params: Any, key: jax.Array) -> Any:
     """Scores every weight by an independent uniform number in [0, 1): the control.
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
       key: A key of `jax.random.key`; the same key gives the same scores.
 
@@ -46,47 +49,45 @@ def random(params: Any, key: jax.Array) -> Any:
       float32 scores shaped like `params`.
 
     Raises:
-      ValueError: If `params` has nothing to prune.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> random({'kernel': jnp.ones((2, 3))}, jax.random.key(0))['kernel'].shape
-      (2, 3)
+      ValueError: If `params` has not the kernels.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    keys = treedef.unflatten(jax.random.split(key, max(len(leaves), 1))[: len(leaves)])
-    return score(lambda w, k: jax.random.uniform(k, w.shape), params, keys)
+    keys = dict(zip(kernels, jax.random.split(key, max(len(kernels), 1))))
+
+    def uniform(kernel, w):
+        return kernel.restore(jax.random.uniform(keys[kernel.path], (w.size,)))
+
+    return score(uniform, kernels, params)
 
 
-def lamp(params: Any) -> Any:
-    """Scores a weight by w² over the sum of all squares in its leaf that are not smaller.
+def lamp(kernels: Kernels, params: Any) -> Any:
+    """Scores a weight by w² over the sum of all squares in its layer that are not smaller.
 
     Comparable between layers, so it goes with `global_` allocation. Equal weights are ordered as
     `masks` orders them, the earlier index above. J. Lee et al., Layer-adaptive sparsity for the
     Magnitude-based Pruning (arXiv 2010.07611).
 
     Args:
+      kernels: `core.trace(...).kernels`, what is scored.
       params: Pytree of parameters.
 
     Returns:
       float32 scores in [0, 1], shaped like `params`.
 
     Raises:
-      ValueError: If `params` has nothing to prune.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> lamp({'w': jnp.array([[1.0, -2.0, 2.0]])})  # 1/(1+4+4), 4/4, 4/(4+4)
-      {'w': Array([[0.11111111, 1.        , 0.5       ]], dtype=float32)}
+      ValueError: If `params` has not the kernels.
     """
-    return score(_share_of_larger, params)
+    return score(
+        lambda kernel, w: kernel.restore(jax.vmap(_share_of_larger)(kernel.layers(w))),
+        kernels,
+        params,
+    )
 
 
 @jax.jit
 def _share_of_larger(w: jax.Array) -> jax.Array:
-    square = jnp.square(w).ravel()
+    square = jnp.square(w)
     order = jnp.argsort(-square, stable=True)
     falling = square[order]
     total = jnp.cumsum(falling)
     share = falling / jnp.where(total > 0, total, 1.0)
-    return jnp.zeros_like(square).at[order].set(share).reshape(w.shape)
+    return jnp.zeros_like(square).at[order].set(share)
