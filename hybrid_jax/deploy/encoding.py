@@ -276,8 +276,8 @@ def _choose(program, wanted, given, spans) -> dict[str, Encoding | None]:
 def _within_ratio(*of_tensors):
     """Encodings in which what is always zero has 1/128 of the largest scale, not the least.
 
-    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next. The zero point is
-    then the one integer, so that whatever else the tensor may come to hold is 0 as well.
+    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next. The zero point
+    is then the one integer, so that whatever else the tensor may come to hold is 0 as well.
     """
     given = [encoding for each in of_tensors for encoding in each.values() if encoding]
     room = max((encoding.scale for encoding in given), default=1.0) / 128
