@@ -1,13 +1,13 @@
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from layouts import flax_kernels
 
-from hybrid_jax import core, pruning
+from hybrid_jax import pruning
 
 # x (3) -> hidden (2) -> outputs (2), no biases in the way of the arithmetic.
 FIRST = jnp.array([[1.0, -2.0], [0.0, 2.0], [3.0, 0.5]])
@@ -36,21 +36,6 @@ WITH_STATISTICS = {
     "chip": pruning.chip,
 }
 ALL = ALONE | {name: lambda k, p, c=c: c(k, p, p) for name, c in WITH_STATISTICS.items()}
-
-
-def flax_kernels(params):
-    """The kernels of a network that uses these leaves as Flax does, (H, W, C, O) and (C, O)."""
-    floating = {
-        path: leaf.shape
-        for path, leaf in core.flatten_paths(params).items()
-        if not core.is_masked_node(leaf)
-        and leaf.ndim > 1
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    return {
-        path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
-        for path, n in floating.items()
-    }
 
 
 NET_KERNELS = flax_kernels(NET)

@@ -9,25 +9,11 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import flax_kernels
 
-from hybrid_jax import core, pruning
+from hybrid_jax import pruning
 from hybrid_jax.pruning.allocation import _erk_counts
 from hybrid_jax.pruning.selection import keep_best, removed_count
-
-
-def flax_kernels(params):
-    """The kernels of a network that uses these leaves as Flax does, (H, W, C, O) and (C, O)."""
-    floating = {
-        path: leaf.shape
-        for path, leaf in core.flatten_paths(params).items()
-        if not core.is_masked_node(leaf)
-        and leaf.ndim > 1
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    return {
-        path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
-        for path, n in floating.items()
-    }
 
 
 def made(allocation, scores):

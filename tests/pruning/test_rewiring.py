@@ -1,5 +1,4 @@
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +7,11 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import flax_kernels
 
-from hybrid_jax import core, pruning
+from hybrid_jax import pruning
 
 KEY = jax.random.key(0)
-
-
-def flax_kernels(params):
-    """The kernels of a network that uses these leaves as Flax does, (H, W, C, O) and (C, O)."""
-    floating = {
-        path: leaf.shape
-        for path, leaf in core.flatten_paths(params).items()
-        if not core.is_masked_node(leaf)
-        and leaf.ndim > 1
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    return {
-        path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
-        for path, n in floating.items()
-    }
 
 
 def bits(*values):

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from layouts import flax_kernels
 
 from hybrid_jax import core, pruning, training
 
@@ -70,13 +70,7 @@ OPTIMIZERS = {
 }
 
 
-KERNELS = {
-    path: core.Kernel(path, n, n, (*range(len(n)),), (1, math.prod(n[:-2]), *n[-2:]), n[:-2])
-    for path, n in {
-        "Conv_0/kernel": (3, 3, 4, 8),
-        "Dense_0/kernel": (8, 6),
-    }.items()
-}
+KERNELS = flax_kernels(PARAMS)
 LAYER_KERNELS = {"kernel": dataclasses.replace(KERNELS["Conv_0/kernel"], path="kernel")}
 magnitude = functools.partial(pruning.magnitude, KERNELS)
 layer_magnitude = functools.partial(pruning.magnitude, LAYER_KERNELS)
