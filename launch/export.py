@@ -2,7 +2,7 @@
 
     python -m launch.export --workdir=/tmp/digits --target=stablehlo,onnx,tflite,packed,c
 
-The dense parent in floats and in 8 bits, the best single expert and the top-1 mixture are written
+The dense parent in floats and in integers, the best single expert and the top-1 mixture are written
 to the directory deploy/ of the run, each beside its manifest. Every file is run in its target's
 runtime on the test images and timed against the dense parent's in the same runtime; the report of
 the run is written again with the results. What a target lacks to run is said, and the others go on.

@@ -99,7 +99,7 @@ def run(job: Job) -> dict:
 def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
     """Writes what a finished run has made for devices, and checks every file, see `write`.
 
-    The dense parent in floats and in 8 bits, the best single expert and the top-1 mixture. In
+    The dense parent in floats and in integers, the best single expert and the top-1 mixture. In
     `results.json` the entries take the place of those of the same targets.
 
     Args:
