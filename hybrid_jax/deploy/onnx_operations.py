@@ -19,6 +19,7 @@ from hybrid_jax.deploy.program import (
     Conv,
     Convert,
     Dense,
+    Encoding,
     Lookup,
     MaxPool,
     Mean,
@@ -36,10 +37,11 @@ from hybrid_jax.quantization import integer_step
 OF_HALVES = 21  # the first opset that casts an int4
 
 
-def stored_bits(weights: Weights, opset: int) -> int:
-    """Bits of each entry of a kernel in the file."""
-    halves = weights.bits <= 4 and opset >= OF_HALVES
-    return 4 if halves else 8 * weights.values.itemsize
+def stored_bits(weights: Weights, x: Encoding | None, opset: int) -> int:
+    """Bits of each entry of a kernel in the file; what multiplies floats is stored in floats."""
+    if x is None:
+        return 32
+    return 4 if weights.bits <= 4 and opset >= OF_HALVES else 8
 
 
 def written(
@@ -104,7 +106,7 @@ def _weights(graph, op, order):
     kernel, zero = weights.values.transpose(order), np.int8(0)
     if not graph.vnni and arithmetic.saturates(weights, encoding):
         kernel, zero = (kernel.astype(np.int16) + 128).astype(np.uint8), np.uint8(128)
-    if stored_bits(weights, graph.opset) == 4:
+    if stored_bits(weights, encoding, graph.opset) == 4:
         kernel = graph.halves(kernel, integer_step(4))
     else:
         kernel = graph.constant(kernel)

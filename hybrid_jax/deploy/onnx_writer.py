@@ -97,13 +97,17 @@ def export_onnx(
       OSError: If it cannot be written; what was there stays.
     """
     model = to_onnx(program, opset=opset, vnni=vnni)
-    layers = [op for part in program.parts for op in part.weighted]
+    bits = {
+        stored_bits(op.weights, part.encoding(op.inputs[0]), opset)
+        for part in program.parts
+        for op in part.weighted
+    }
     facts = {
         "kind": KIND,
         "onnx": require("onnx", "onnx").__version__,
         "opset": opset,
         "vnni": vnni,
-        "kernel_bits": sorted({stored_bits(op.weights, opset) for op in layers}),
+        "kernel_bits": sorted(bits),
         "inputs": [_describe(value) for value in model.graph.input],
         "outputs": [_describe(value) for value in model.graph.output],
     }

@@ -453,6 +453,16 @@ def test_kernels_of_four_bits_take_four_and_compute_as_int8(session, opset, stor
     assert np.abs(np.rint((got - want) / SIGNED.scale)).max() <= allowed(session)
 
 
+def test_a_kernel_that_multiplies_floats_takes_32_bits_in_the_file(tmp_path):
+    few = Weights(np.int8([[8, -56], [16, 0]]), np.ones(2, np.float32), np.zeros(2, np.float32), 4)
+    tensors = {"x": Tensor((2,)), "y": Tensor((2,))}
+    program = Program("x", "y", tensors, (Dense(("x",), "y", "dense", few),))
+    manifest = onnx_writer.export_onnx(tmp_path / "model.onnx", program)
+    (kernel,) = (c for c in onnx.load(tmp_path / "model.onnx").graph.initializer if len(c.dims) > 1)
+    assert kernel.data_type == onnx.TensorProto.FLOAT
+    assert manifest["kernel_bits"] == [32]
+
+
 def test_an_encoding_after_another_is_not_merged_with_it(session, tmp_path):
     # ONNX Runtime makes of two pairs of QuantizeLinear and DequantizeLinear one with its own scale,
     # although the bias behind is in steps of the second.
