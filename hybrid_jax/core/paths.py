@@ -1,5 +1,6 @@
 """Pytree paths as strings, and the one rule engine that works on them."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -84,14 +85,22 @@ def map_state(
       TraceState(trace={'w': 'moment of w'})
     """
     try:
-        return optax.tree_map_params(
-            tx, f, state, *rest, transform_non_params=others, is_leaf=is_masked_node
+        calls = optax.tree_map_params(
+            tx,
+            lambda *leaves: functools.partial(f, *leaves),
+            state,
+            *rest,
+            transform_non_params=lambda leaf: functools.partial(others, leaf),
+            is_leaf=is_masked_node,
         )
     except Exception as error:
+        reason = (str(error).splitlines() or ["no reason"])[0]
         raise ValueError(
             "the optimizer must have an init that takes any pytree, as optax.tree_map_params asks, "
-            f"and the state be its own, got {type(error).__name__}: {error}"
+            f"and the state be its own, got {type(error).__name__}: {reason}"
         ) from error
+    # Called out here, so that an error of `f` is told as it is.
+    return jax.tree.map(lambda call: call(), calls)
 
 
 def match_rules(

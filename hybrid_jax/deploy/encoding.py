@@ -276,14 +276,15 @@ def _choose(program, wanted, given, spans) -> dict[str, Encoding | None]:
 def _within_ratio(*of_tensors):
     """Encodings in which what is always zero has 1/128 of the largest scale, not the least.
 
-    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next.
+    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next. The zero point
+    is then the one integer, so that whatever else the tensor may come to hold is 0 as well.
     """
     given = [encoding for each in of_tensors for encoding in each.values() if encoding]
     room = max((encoding.scale for encoding in given), default=1.0) / 128
 
     def awake(encoding):
         dead = encoding and encoding.scale == quantization.LEAST_SCALE
-        return dataclasses.replace(encoding, scale=room) if dead else encoding
+        return Encoding(room, *3 * [encoding.zero_point]) if dead else encoding
 
     return [{name: awake(encoding) for name, encoding in each.items()} for each in of_tensors]
 

@@ -518,6 +518,23 @@ def test_a_dead_channel_keeps_its_bias(deployable):
         np.testing.assert_allclose(deployed[:, 1], [0.4, 0.4], rtol=1e-5)
 
 
+@pytest.mark.parametrize("deployable", [False, True])
+def test_an_activation_that_was_always_zero_is_zero_on_other_images_too(deployable):
+    # In calibration all inputs are -1, so that the ReLU has the range [0, 0], and the output is β.
+    def fn(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"] + params["beta"]
+
+    params = {"a": jnp.eye(2), "b": jnp.eye(2), "beta": jnp.array([[0.25, 0.5]])}
+    x, other = -jnp.ones((2, 2)), jnp.array([[1.0, 0.5], [0.25, 1.0]])
+    spec = quantization.spec(core.trace(fn, params, x), deployable=deployable)
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    ranges["a"]["activation"] = quantization.Range(jnp.float32(-1), jnp.float32(1))
+    trained = quantization.fake_quantized(fn, spec)(params, ranges, other)
+    deployed = deploy.run(deploy.lower(fn, params, spec, ranges, x))(other)
+    np.testing.assert_allclose(trained, [[0.25, 0.5]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(deployed, [[0.25, 0.5]] * 2, rtol=1e-6)
+
+
 def test_an_activation_that_is_always_zero_has_no_scale_that_runtimes_refuse():
     # As XNNPACK does where the product of the scales is 256 times that of the result or more.
     def fn(params, x):

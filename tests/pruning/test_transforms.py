@@ -39,7 +39,7 @@ def leaf_counts(masks):
 
 # One kernel, as most of a test's time is compiling; every method meets every optimizer.
 LAYER = PARAMS["Conv_0"]
-KERNELS = {"kernel": True, "bias": False}
+IS_KERNEL = {"kernel": True, "bias": False}
 LABELS = {"kernel": "kernel", "bias": "rest"}
 
 # Each takes what makes an optimizer sparse, `sparse(inner) -> tx`, to a whole optimizer.
@@ -60,7 +60,7 @@ OPTIMIZERS = {
     )(learning_rate=0.1),
     "if_finite_inside": lambda sparse: sparse(optax.apply_if_finite(optax.adam(0.1), 3)),
     "if_finite_outside": lambda sparse: optax.apply_if_finite(sparse(optax.adam(0.1)), 3),
-    "masked_inside": lambda sparse: sparse(optax.masked(optax.sgd(0.1, momentum=0.9), KERNELS)),
+    "masked_inside": lambda sparse: sparse(optax.masked(optax.sgd(0.1, momentum=0.9), IS_KERNEL)),
     "partition_inside": lambda sparse: sparse(
         optax.partition({"kernel": optax.adam(0.1), "rest": optax.sgd(0.1)}, LABELS)
     ),
