@@ -215,7 +215,7 @@ def chain(*bits, channels=16, seed=0):
     steps, last = [graph.Convert(("x",), "0")], "0"
     for i, width in enumerate(bits):
         tensors[last] = deploy.Tensor((4, 4, channels), deploy.Encoding(0.1, 128))
-        most, step = 2 ** (width - 1) - 1, 2 ** (8 - width)
+        most, step = 2 ** (width - 1) - 1, {8: 1, 4: 8}[width]
         values = (rng.integers(-most, most + 1, (3, 3, channels, channels)) * step).astype(np.int8)
         scale, bias = rng.uniform(0.001, 0.002, (2, channels)).astype(np.float32)
         weights = deploy.Weights(values, scale, bias, width)
@@ -251,13 +251,17 @@ def test_header_and_graph_are_a_small_part_of_a_packed_file(tmp_path):
                 np.testing.assert_array_equal(getattr(a.weights, field), getattr(b.weights, field))
 
 
-KERNEL_BITS = {"stablehlo": [8], "tflite": [8], "packed": [4, 8], "c": [4, 8]}
+KERNEL_BITS = {"stablehlo": [8], "onnx": [4, 8], "tflite": [8], "packed": [4, 8], "c": [4, 8]}
 
 
 @pytest.mark.parametrize("target", KERNEL_BITS)
 def test_the_manifest_says_in_how_many_bits_a_file_holds_kernels(target, tmp_path):
     path = tmp_path / "model"
     assert deploy.export_to(target, path, chain(8, 4))["kernel_bits"] == KERNEL_BITS[target]
+    if target == "onnx":
+        onnx = pytest.importorskip("onnx")
+        kernels = [k.data_type for k in onnx.load(path).graph.initializer if len(k.dims) == 4]
+        assert kernels == [onnx.TensorProto.UINT8, onnx.TensorProto.INT4]
     if target == "tflite":
         details = litert.interpret(path).get_tensor_details()
         kernels = [d["dtype"] for d in details if tuple(d["shape"]) == (16, 3, 3, 16)]
@@ -270,7 +274,7 @@ def test_the_manifest_says_in_how_many_bits_a_file_holds_kernels(target, tmp_pat
 
 
 def test_the_manifest_of_floats_says_32_bits(tmp_path, lowered):
-    for target in ("stablehlo", "tflite", "packed"):
+    for target in ("stablehlo", "onnx", "tflite", "packed"):
         manifest = deploy.export_to(target, tmp_path / "model", lowered.floats)
         assert manifest["kernel_bits"] == [32], target
 

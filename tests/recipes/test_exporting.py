@@ -27,7 +27,7 @@ def job(tmp_path):
 def dense(bits=None):
     """A layer of 2 × 3 weights, in floats or in integers of 4 bits."""
     bias, ends = np.float32([0, 1, 2]), {"x": deploy.Tensor((2,)), "y": deploy.Tensor((3,))}
-    values = np.int8([[16, -32, 48], [64, 80, -112]])
+    values = np.int8([[8, -16, 24], [32, 40, -56]])
     if bits is None:
         weights = deploy.Weights(values.astype(np.float32), None, bias)
         return deploy.Program("x", "y", ends, (Dense(("x",), "y", "dense", weights),))
