@@ -27,7 +27,7 @@ class Analysis:
     """What one walk over a jaxpr finds.
 
     Attributes:
-      counts: {path: number of entries} of the parameters.
+      counts: {path: (number of entries, whether they are floats)} of the parameters.
       labels: The channel labels.
       equations: {path of an equation: (values in, values out)}.
       barriers: Paths of the equations without a rule, which take whole inputs.
@@ -38,7 +38,7 @@ class Analysis:
       used: Identities of the label arrays of axes that some equation takes.
     """
 
-    def __init__(self, counts: Mapping[str, int]):
+    def __init__(self, counts: Mapping[str, tuple[int, bool]]):
         self.counts = counts
         self.labels = Labels()
         self.equations: dict[interpreter.Path, tuple[list[Value], list[Value]]] = {}

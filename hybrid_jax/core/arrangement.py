@@ -86,11 +86,7 @@ def find_kernels(
     for site in sites:
         if site.arrangement is not None:
             found.setdefault(site.path, {})[site.arrangement] = None
-    made = {
-        path: _kernel(path, parameters[path].shape, list(used))
-        for path, used in found.items()
-        if jax.numpy.issubdtype(parameters[path].dtype, jax.numpy.floating)
-    }
+    made = {path: _kernel(path, parameters[path].shape, list(used)) for path, used in found.items()}
     return {path: kernel for path, kernel in made.items() if kernel is not None}
 
 

@@ -151,11 +151,14 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     shapes = jax.tree.map(abstract, (params, *inputs))
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
     parameters = paths.flatten_paths(shapes[0])
-    analysis = Analysis({path: leaf.size for path, leaf in parameters.items()})
+    # Of a kernel and a stored mask of its shape the floats are the kernel.
+    floating = {p: jax.numpy.issubdtype(leaf.dtype, np.floating) for p, leaf in parameters.items()}
+    analysis = Analysis({p: (leaf.size, floating[p]) for p, leaf in parameters.items()})
     arguments = []
     for path, leaf in parameters.items():
         value = analysis.labels.value(leaf.shape, frozenset([path]), rest=0.0)
-        arguments.append(dataclasses.replace(value, arrangement=whole(path, leaf.shape)))
+        own = whole(path, leaf.shape) if floating[path] else None
+        arguments.append(dataclasses.replace(value, arrangement=own))
     for leaf in jax.tree.leaves(shapes[1:]):
         zeros = tuple(np.zeros(n, np.int32) for n in sizes(leaf.shape))
         arguments.append(Value(zeros, (None,) * len(zeros), INPUT))

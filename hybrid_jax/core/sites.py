@@ -113,7 +113,7 @@ def describe(
     result: Value,
     operand: int,
     calls: int,
-    counts: Mapping[str, int],
+    counts: Mapping[str, tuple[int, bool]],
 ) -> Site:
     """The site that a contraction is; its name is only the kernel's path, its costs the batch's.
 
@@ -123,7 +123,7 @@ def describe(
       result: What is known of its result.
       operand: Which of them is the kernel.
       calls: How often it runs.
-      counts: {path: number of entries} of the parameters.
+      counts: {path: (number of entries, whether they are floats)} of the parameters.
     """
     conv = eqn.primitive.name == "conv_general_dilated"
     numbers = eqn.params["dimension_numbers"]

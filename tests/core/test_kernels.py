@@ -128,3 +128,17 @@ def test_what_is_a_kernel_in_part_or_scales_is_none():
     scaled = core.trace(lambda p, x: jnp.einsum("bc,c->bc", x, p["g"]), {"g": jnp.ones(4)}, x)
     low_rank = core.trace(lambda p, x: x @ (p["w"] @ p["v"]), {"w": W, "v": W.T}, x)
     assert with_bias.kernels == scaled.kernels == low_rank.kernels == {}
+
+
+@pytest.mark.parametrize("masked", ["product", "choice"])
+def test_a_kernel_is_known_beside_a_stored_mask_of_its_shape(masked):
+    # By name the mask comes first, and both have as many entries.
+    params = {"m": jnp.array([[True, False], [True, True]]), "w": jnp.ones((2, 2))}
+
+    def fn(params, x):
+        m, w = params["m"], params["w"]
+        return x @ (jnp.where(m, w, 0.0) if masked == "choice" else w * m.astype(w.dtype))
+
+    graph = core.trace(fn, params, jnp.ones((1, 2)))
+    assert [site.path for site in graph.sites] == ["w"]
+    assert list(graph.kernels) == ["w"]
