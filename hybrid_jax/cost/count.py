@@ -84,7 +84,8 @@ def count(
     """Counts what a model costs.
 
     A convolution of a kernel H×W×C×O takes H·W·C·O MACs for each output position, padding taps
-    included, and a transposed one for each input position. Products of parameters alone, as of a
+    included, and a transposed one for each input position; where padding makes more positions than
+    there are entries, the entries count. Products of parameters alone, as of a
     spectral norm, are made once and cost an example nothing; additions of biases and normalizations
     are not counted. BOPs as in van Baalen et al., Bayesian Bits (arXiv 2005.07093).
 

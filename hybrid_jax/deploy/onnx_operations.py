@@ -41,7 +41,9 @@ def stored_bits(weights: Weights, x: Encoding | None, opset: int) -> int:
     """Bits of each entry of a kernel in the file; what multiplies floats is stored in floats."""
     if x is None:
         return 32
-    return 4 if weights.bits <= 4 and opset >= OF_HALVES else 8
+    # Three nodes that make an int8 of it take some 150 bytes.
+    pays = weights.values.size >= 512
+    return 4 if pays and weights.bits <= 4 and opset >= OF_HALVES else 8
 
 
 def written(

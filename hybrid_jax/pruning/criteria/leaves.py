@@ -46,9 +46,7 @@ def in_float32(tree: Any) -> Any:
     """Takes floats of less precision to float32: sums in bfloat16 stop growing at 256 terms."""
 
     def widen(leaf):
-        dtype = jnp.result_type(leaf)
-        half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-        return leaf.astype(jnp.float32) if half else leaf
+        return core.widen(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
 
     return jax.tree.map(widen, tree)
 
