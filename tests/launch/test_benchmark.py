@@ -67,6 +67,11 @@ def deployed():
         for variant in [*first, "half int8"]:
             for batch in (1, 2):
                 yield f"{target}: tiny {variant} / {reference}, batch {batch}"
+    for target in ("onnx", "openvino"):
+        if importlib.util.find_spec("openvino" if target == "openvino" else "onnxruntime"):
+            for form in ("8 bits, uint8", "7 bits, int8"):
+                for batch in (1, 2):
+                    yield f"{target}: tiny {form} / 8 bits, int8, batch {batch}"
 
 
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")  # by Qwix

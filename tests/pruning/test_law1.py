@@ -69,7 +69,13 @@ def kept_by_criterion(small_model, name):
 
 
 def close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a, b)
+    """Within 1e-5 of the largest value: batch statistics of few images add roundings up."""
+
+    def agree(x, y):
+        most = max(1.0, float(np.abs(y).max()))
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * most)
+
+    jax.tree.map(agree, a, b)
 
 
 @pytest.mark.parametrize("name", first(["resnet8", "mobilenet_v2", "densenet40"]))

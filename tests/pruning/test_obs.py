@@ -136,7 +136,8 @@ def test_full_obs_is_better_than_compensated_magnitude(digits, digits_grams, lay
         accuracies[name] = float(right.mean())
     for path in digits_grams:
         assert errors["greedy"][path] < errors["magnitude"][path], path
-        assert errors["greedy"][path] < errors["obs"][path], path
+        assert errors["greedy"][path] <= errors["obs"][path], path  # of nine weights both may keep
+    assert sum(errors["greedy"].values()) < sum(errors["obs"].values())
     plain = pruning.apply_masks(digits.params, pruning.masks(candidates["magnitude"], 0.5))
     right = predict(plain, digits.held_out_images).argmax(-1) == digits.held_out_labels
     assert accuracies["magnitude"] > float(right.mean()) + 0.1

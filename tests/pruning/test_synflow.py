@@ -18,7 +18,8 @@ def linear(params, x):
 def test_scores_are_the_flow_through_each_weight():
     # |a| has column sums (4, 4.5), |b| row sums (5, 3); what enters and leaves a weight are these.
     flow = pruning.synaptic_flow(linear, NET, jax.ShapeDtypeStruct((1, 3), jnp.float32))
-    scores = pruning.synflow(NET, flow)
+    kernels = core.trace(linear, NET, jnp.ones((1, 3))).kernels
+    scores = pruning.synflow(kernels, NET, flow)
     np.testing.assert_allclose(scores["a"], [[5, 6], [0, 6], [15, 1.5]])
     np.testing.assert_allclose(scores["b"], [[4, 16], [9, 4.5]])
     # Conserved: either layer carries all of R = 4 · 5 + 4.5 · 3.
@@ -57,11 +58,12 @@ def test_rounds_keep_every_layer_where_one_round_empties_the_largest(deep_params
     once, rounds = (
         pruning.synflow_masks(deep, deep_params, x, sparsity=0.99, rounds=n) for n in (1, 100)
     )
-    single = pruning.masks(
-        pruning.synflow(deep_params, pruning.synaptic_flow(deep, deep_params, x)),
-        0.99,
-        allocation=pruning.global_(),
+    flow, kernels = (
+        pruning.synaptic_flow(deep, deep_params, x),
+        core.trace(deep, deep_params, x).kernels,
     )
+    scores = pruning.synflow(kernels, deep_params, flow)
+    single = pruning.masks(scores, 0.99, allocation=pruning.global_())
     jax.tree.map(np.testing.assert_array_equal, once, single)
     assert sum(int(mask.sum()) for mask in rounds.values()) == 27
     assert once["1"].sum() == 0

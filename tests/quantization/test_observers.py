@@ -26,7 +26,7 @@ def test_minmax():
 
 def test_moving_average():
     # High: 4, then 0.9 · 4 + 0.1 · 8 = 4.4, then 0.9 · 4.4 + 0.1 · 0 = 3.96.
-    low, high = ends(q.moving_average(0.9), [0.0, 4.0], [0.0, 8.0], [0.0])
+    low, high = ends(q.moving_average(0.9), [0.0, 4.0], [0.0, 8.0], [0.0, 0.0])
     np.testing.assert_allclose([low, high], [0.0, 3.96], rtol=1e-6)
 
 

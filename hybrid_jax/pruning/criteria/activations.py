@@ -191,9 +191,7 @@ def _over_batches(
         new, weighed = step(*in_float32((params, *batch)))
         total = new if total is None else jax.tree.map(jnp.add, total, new)
         graph = graph or core.trace(fn, params, *batch)
-        count += len(jax.tree.leaves(batch)[0])
-    if not count:
-        raise ValueError("batches must hold at least one example, got none")
+        count += core.batch_size(batch)
     _check_carried(core.flatten_paths(total), weighed, graph.sites)
     of_kernels = core.map_with_path(
         lambda path, leaf: leaf if path in graph.kernels else optax.MaskedNode(), total
