@@ -129,7 +129,7 @@ def _integers(op, source, spec, made) -> Weights:
     sign = np.sign(outputs).astype(np.int8)
     used = np.maximum(np.abs(outputs), quantization.LEAST_SCALE).astype(np.float32)
     values = values * sign
-    # In the high bits of the int8 the accumulator's steps are the finest that the bias can have.
+    # As large as [−63, 63] holds them, the accumulator's steps are the finest for the bias.
     bits = _room(values, quantizer.bits)
     step = quantization.integer_step(bits)
     high = (values * step).astype(np.int8)

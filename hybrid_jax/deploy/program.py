@@ -61,8 +61,8 @@ class Weights:
     """A kernel with a bias for each output channel.
 
     Attributes:
-      values: (kh, kw, C / groups, O) or (C, O); float32, or int8 in [−127, 127], multiples of
-        `integer_step(bits)`; with 1 bit none is 0.
+      values: (kh, kw, C / groups, O) or (C, O); float32, or int8 in [−127, 127], below 8
+        bits in [−63, 63] and multiples of `integer_step(bits)`; with 1 bit none is 0.
       scale: float32 (O,), the kernel is values · scale; None for a float kernel.
       bias: float32 (O,), as a value, not in steps.
       bits: Of each entry of `values` in a packed file; 32 for a float kernel.
