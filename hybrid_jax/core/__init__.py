@@ -24,11 +24,13 @@ from hybrid_jax.core.examples import (
     weighted_mean,
     widen,
 )
+from hybrid_jax.core.fast_convolution import fast_convolutions
 from hybrid_jax.core.fold import fold
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import bind, evaluate
 from hybrid_jax.core.joins import Join
+from hybrid_jax.core.measure import CHOICES, Choices, machine, seconds
 from hybrid_jax.core.narrowing import narrow_graph
 from hybrid_jax.core.patches import (
     kernel_from_matrix,
@@ -59,8 +61,10 @@ from hybrid_jax.core.sites import Site
 from hybrid_jax.core.surgeon import damped_gram, inverse_factor, sweep_rows
 
 __all__ = [
+    "CHOICES",
     "REQUIRED",
     "Certificate",
+    "Choices",
     "Gram",
     "Graph",
     "Group",
@@ -86,6 +90,7 @@ __all__ = [
     "evaluate",
     "expand",
     "expectation",
+    "fast_convolutions",
     "filled",
     "flatten_paths",
     "fold",
@@ -96,6 +101,7 @@ __all__ = [
     "kept_indices",
     "kernel_from_matrix",
     "kernel_matrix",
+    "machine",
     "map_state",
     "map_with_path",
     "mask_removed",
@@ -106,6 +112,7 @@ __all__ = [
     "output_matrix",
     "patches",
     "path_string",
+    "seconds",
     "selected",
     "shrink",
     "slice_state",

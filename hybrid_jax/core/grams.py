@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_jax.core import checks
+from hybrid_jax.core.fast_convolution import fast_convolutions
 from hybrid_jax.core.graph import trace
 from hybrid_jax.core.patches import patches
 from hybrid_jax.core.paths import flatten_paths, match_rules
@@ -82,7 +83,8 @@ def input_grams(
             )
             sites = _sites(trace(fn, one, *batch).sites, flatten_paths(one), exempt)
             see = functools.partial(_see, fn, sites)
-            step = jax.jit(jax.vmap(see, (0, *(None for _ in batch))) if stacked else see)
+            see = jax.vmap(see, (0, *(None for _ in batch))) if stacked else see
+            step = jax.jit(fast_convolutions(see))
         new = step(params, *batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     for path in sites:

@@ -5,7 +5,7 @@ of the one it is in and the index there, as in (3, 'body', 0). A path is static,
 learned about an equation once is found again whenever the program is interpreted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +107,23 @@ def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
     if name == "custom_vjp_call" and not is_spent(path):
         found["fwd"] = versions.fwd_jaxpr(eqn.params)
     return found
+
+
+def places(
+    jaxpr: jex.Jaxpr, wanted: Callable[[jex.JaxprEqn], bool], path: Path = ()
+) -> Iterator[Path]:
+    """Paths of the equations that are `wanted`, those inside of others included."""
+    for index, eqn in enumerate(jaxpr.eqns):
+        here = (*path, index)
+        if wanted(eqn):
+            yield here
+        for name, inner in subjaxprs(eqn, here).items():
+            yield from places(inner.jaxpr, wanted, (*here, name))
+
+
+def containing(found: Iterable[Path]) -> Callable[[Path], bool]:
+    """Which paths are, or lead to, one of those that were found: `active` of `evaluate`."""
+    return {path[:n] for path in found for n in range(1, len(path) + 1)}.__contains__
 
 
 def _call(eqn, values, inner, _=False):

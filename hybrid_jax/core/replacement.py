@@ -57,7 +57,6 @@ def at_sites(
         linked = [*chains.values(), *(chain.links for chain in others.values())]
         ends = {link: links[-1] for links in linked for link in links}
         active = (*graph.site_at, *joins, *ends)
-        touched = {path[:n] for path in active for n in range(1, len(path) + 1)}
 
         def visit(path, eqn, values):
             if path in graph.site_at:
@@ -109,7 +108,7 @@ def at_sites(
             graph.jaxpr.consts,
             jax.tree.leaves((params, *inputs)),
             visit,
-            touched.__contains__,
+            interpreter.containing(active),
         )
         return jax.tree.unflatten(graph.out_tree, outs), records
 

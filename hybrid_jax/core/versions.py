@@ -114,5 +114,12 @@ def split_residuals(params: dict[str, Any], outs: list[Any], values: Sequence[An
     return residuals, outs[count:]
 
 
+def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` as a value of the mesh axes that `like` varies over in a `shard_map`."""
+    manual = getattr(jax.typeof(like), "manual_axis_type", None)
+    axes = tuple(manual.varying) if manual else ()
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def _primals(params):
     return params["call_jaxpr"].in_avals[custom_consts(params) :]

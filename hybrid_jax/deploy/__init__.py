@@ -24,7 +24,7 @@ from hybrid_jax.deploy.reference import run, simulate
 from hybrid_jax.deploy.stablehlo import PLATFORMS, export, export_program, load
 from hybrid_jax.deploy.storage import load_program, save_program
 from hybrid_jax.deploy.targets import TARGETS
-from hybrid_jax.deploy.timing import Latency, latency, seconds, width_latencies
+from hybrid_jax.deploy.timing import Latency, latency, width_latencies
 
 __all__ = [
     "PLATFORMS",
@@ -48,7 +48,6 @@ __all__ = [
     "packed",
     "run",
     "save_program",
-    "seconds",
     "simulate",
     "to_c",
     "to_litert",

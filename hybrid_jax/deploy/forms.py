@@ -6,7 +6,6 @@ integers to the last bit, so the choice is a matter of speed alone.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -15,22 +14,22 @@ import numpy as np
 from jax import lax
 
 from hybrid_jax import core
-from hybrid_jax.deploy import timing
-from hybrid_jax.deploy.program import Conv, Mixture, Program, Weights
+from hybrid_jax.deploy.program import Conv, Mixture, Program
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-_ROUNDS = 5
 
 
-def fastest(program: Program | Mixture, batch: int = 1) -> dict[str, str] | list[dict[str, str]]:
+def fastest(
+    program: Program | Mixture, batch: int = 1, choices: core.Choices | None = None
+) -> dict[str, str] | list[dict[str, str]]:
     """Measures which form of each convolution is the fastest on the default backend.
 
-    Each shape is compiled in both forms and timed by turns. The answer is kept for each backend and
-    shape, so that a second program of the same convolutions takes no time.
+    Each shape is compiled in both forms and timed by turns, once on each machine.
 
     Args:
       program: In floats, in integers or mixed.
       batch: Images for each call. A mixture runs its experts with one image at a time.
+      choices: Where what is measured is kept; None for `core.CHOICES`.
 
     Returns:
       {name of the convolution: 'conv' or 'matmul'}, as `run(program, forms)` takes it; of a mixture
@@ -40,7 +39,7 @@ def fastest(program: Program | Mixture, batch: int = 1) -> dict[str, str] | list
       ValueError: If `batch` is not an integer of at least 1.
 
     Example:
-      >>> from hybrid_jax.deploy.program import Tensor
+      >>> from hybrid_jax.deploy.program import Tensor, Weights
       >>> weights = Weights(np.ones((3, 3, 1, 2), np.float32), None, np.zeros(2, np.float32))
       >>> tensors = {'x': Tensor((4, 4, 1)), 'y': Tensor((2, 2, 2))}
       >>> program = Program('x', 'y', tensors, (Conv(('x',), 'y', 'stem', weights),))
@@ -49,40 +48,26 @@ def fastest(program: Program | Mixture, batch: int = 1) -> dict[str, str] | list
     """
     core.check_integer("batch", batch, 1)
     if isinstance(program, Mixture):
-        return [fastest(part) for part in program.parts]
+        return [fastest(part, choices=choices) for part in program.parts]
+    choices = core.CHOICES if choices is None else choices
     return {
-        op.name: _fastest(
-            jax.default_backend(),
-            (batch, *program.tensors[op.inputs[0]].shape),
-            program.encoding(op.inputs[0]) is not None,
-            op.weights.values.shape,
-            op.strides,
-            op.padding,
-            op.dilation,
-            op.groups,
-        )
+        op.name: _fastest(choices, batch, program, op)
         for op in program.weighted
         if isinstance(op, Conv)
     }
 
 
-@functools.lru_cache(maxsize=1024)
-def _fastest(backend, shape, in_integers, kernel_shape, strides, padding, dilation, groups):
-    del backend  # part of the cache's key
-    dtype = np.int8 if in_integers else np.float32
-    kernel = (np.arange(math.prod(kernel_shape)) % 5 - 2).reshape(kernel_shape).astype(dtype)
-    op = Conv(("x",), "y", "", Weights(kernel, None, None), strides, padding, dilation, groups)
-    x = np.ones(shape, dtype)
-
-    def compiled(form):
-        return jax.jit(lambda x: convolve(op, x, jnp.asarray(kernel), form=form)).lower(x).compile()
-
-    run = {form: compiled(form) for form in FORMS}
-    seconds = {form: timing.seconds(run[form], x) for form in FORMS}  # the first call warms up
-    for _ in range(_ROUNDS):
-        for form in FORMS:
-            seconds[form] = min(seconds[form], timing.seconds(run[form], x))
-    return min(seconds, key=seconds.get)
+def _fastest(choices, batch, program, op):
+    shape = (batch, *program.tensors[op.inputs[0]].shape)
+    dtype = np.float32 if program.encoding(op.inputs[0]) is None else np.int8
+    kernel = np.arange(op.weights.values.size) % 5 - 2
+    kernel = kernel.reshape(op.weights.values.shape).astype(dtype)
+    forms = {
+        form: lambda x, form=form: convolve(op, x, jnp.asarray(kernel), form=form) for form in FORMS
+    }
+    asked = f"deployed convolution: {np.dtype(dtype)} {shape} by {kernel.shape}, "
+    asked += f"{op.strides}, {op.padding}, {op.dilation}, {op.groups}"
+    return choices.choose(asked, forms, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def check(forms: Mapping[str, str], program: Program) -> None:

@@ -1,7 +1,6 @@
 """Latency against a reference in the same run: only such ratios carry over to another machine."""
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,11 +62,11 @@ def latency(
     core.check_integer("pairs", pairs, 1)
     core.check_integer("warmup", warmup, 1)
     for _ in range(warmup):
-        seconds(fn, *inputs), seconds(reference, *inputs)
+        core.seconds(fn, *inputs), core.seconds(reference, *inputs)
     times = np.empty((pairs, 2))
     for i in range(pairs):
         for j in (0, 1) if i % 2 else (1, 0):
-            _, times[i, j] = (seconds((fn, reference)[j], *inputs) for _ in range(2))
+            _, times[i, j] = (core.seconds((fn, reference)[j], *inputs) for _ in range(2))
     p50, p95 = np.percentile(times, [50, 95], axis=0)
     low, ratio, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]).tolist()
     return Latency(*map(float, (p50[0], p95[0], p50[1], p95[1])), ratio, (low, high))
@@ -126,15 +125,3 @@ def width_latencies(
         | {width: measure(name, width) for width in tried if width != sizes[name]}
         for name, tried in widths.items()
     }
-
-
-def seconds(fn: Callable[..., Any], *inputs: Any) -> float:
-    """Times one call of `fn(*inputs)`, until its outputs are ready.
-
-    Example:
-      >>> seconds(jax.numpy.zeros, 3) > 0
-      True
-    """
-    start = time.perf_counter()
-    jax.block_until_ready(fn(*inputs))
-    return time.perf_counter() - start

@@ -45,7 +45,6 @@ from hybrid_jax.experts.losses import (
 )
 from hybrid_jax.experts.mapping import fastest, map_experts
 from hybrid_jax.experts.mixture import Aux, combine, mixture, one_of
-from hybrid_jax.experts.products import as_products
 from hybrid_jax.experts.routing import (
     Routed,
     Routing,
@@ -67,7 +66,6 @@ __all__ = [
     "Cascaded",
     "Routed",
     "Routing",
-    "as_products",
     "budget_init",
     "budget_update",
     "capacity",

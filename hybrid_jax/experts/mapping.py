@@ -1,19 +1,13 @@
 """One function over the expert axis: vmapped, in a loop or unrolled, chosen by measurement.
 
-A convolution vmapped over its kernel becomes a grouped convolution, which XLA runs several times
-slower on a CPU than the same convolutions one after the other; on accelerators it is the other way
-round. The semantics are one, so the choice is a matter of speed alone.
-
-A training step of 4 ResNet-20 at batch 32, over that of 4 separate ones, on a CPU with 2 cores:
-'unroll' 0.8, 'vmap' 3.7, 'map' 17; 'products' 1.7 to 2.8, on a machine that was busy with other
-things. Inference of them at batch 1, also on a busy one: 'unroll' 0.9, 'map' 1.05, 'products' 1.6,
-'vmap' 1.7. So unrolling is best as long as it compiles in good time, and of the methods that
-compile one copy no one is always best.
+The semantics are one, so the choice is a matter of speed alone. In each the convolutions have the
+forms that are the fastest there, see `core.fast_convolutions`: without these a loop of training
+steps is many times slower on a CPU than separate steps, and so is a vmapped convolution.
 """
 
 import functools
+import hashlib
 import operator
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,27 +16,26 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax.experts import sharding
-from hybrid_jax.experts.products import as_products
 from hybrid_jax.experts.stacking import count
-
-_UNROLL_AT_MOST = 16
 
 
 def map_experts(
-    fn: Callable[..., Any], method: str = "auto", in_axes: Sequence[int | None] | None = None
+    fn: Callable[..., Any],
+    method: str = "auto",
+    in_axes: Sequence[int | None] | None = None,
+    choices: core.Choices | None = None,
 ) -> Callable[..., Any]:
-    """Applies `fn` to each expert: `jax.vmap(fn, in_axes)` by the fastest of four methods.
+    """Applies `fn` to each expert: `jax.vmap(fn, in_axes)` by the fastest of three methods.
 
     Args:
       fn: Function of one expert. May be differentiated, or itself hold `jax.grad`. With 'auto' it
         must not close over traced values (hand them in with axis None) and should be one object
         kept between calls, for which the choice is made once.
-      method: 'vmap'; 'map' (one expert after the other in a loop, compiled once); 'products' (the
-        same with convolutions as matrix products, see `as_products`); 'unroll' (one after the
-        other, each compiled); or 'auto', see `fastest`. The methods agree up to rounding: for
-        bit-equal runs name the method, or keep what `fastest` returned.
+      method: 'vmap'; 'map' (one expert after the other in a loop, compiled once); 'unroll' (one
+        after the other, each compiled); or 'auto', see `fastest`. The methods agree up to rounding.
       in_axes: For each argument 0 (a pytree with leading axis E) or None (shared by all experts).
         Default: 0 for all.
+      choices: Where what is measured is kept: a run that is to be bit-equal has its own.
 
     Returns:
       Function of the same arguments whose outputs have a leading axis E. Where a stack lies on an
@@ -64,33 +57,41 @@ def map_experts(
         axes = _axes(in_axes, args)
         _size(axes, args)
         own = sharding.share(axes, args)
-        chosen = fastest(fn, *own, in_axes=axes) if method == "auto" else method
-        return sharding.on_each_device(_METHODS[chosen](fn, axes), axes, args)(*args)
+        chosen = method
+        if method == "auto":
+            chosen = fastest(fn, *own, in_axes=axes, choices=choices)
+        run = _METHODS[chosen](fn, axes, choices)
+        return sharding.on_each_device(run, axes, args)(*args)
 
     return mapped
 
 
-def fastest(fn: Callable[..., Any], *args: Any, in_axes: Sequence[int | None] | None = None) -> str:
-    """Measures which method of `map_experts` runs `fn` fastest on the default backend.
+def fastest(
+    fn: Callable[..., Any],
+    *args: Any,
+    in_axes: Sequence[int | None] | None = None,
+    choices: core.Choices | None = None,
+) -> str:
+    """Which of 'vmap' and 'map' runs `fn` faster on the default backend.
 
-    Compiles 'vmap' and 'unroll' and runs them on zeros; only the arguments' shapes and dtypes are
-    read, so it works in the midst of tracing. The answer is kept per backend, function and shapes.
-    Above 16 experts, where E copies would take long to compile, 'map' and 'products' are tried in
-    place of 'unroll'.
+    Both are compiled once, however many experts there are ('unroll' must be named). On a CPU it is
+    'map' without a measurement: a step of 4 stacked ResNet-20 takes 2.5 times as long by 'vmap'.
+    Only the arguments' shapes and dtypes are read, so it works in the midst of tracing.
 
     Args:
       fn: Function of one expert.
       *args: Arrays, tracers or `jax.ShapeDtypeStruct`, as for `map_experts(fn)`.
       in_axes: As for `map_experts`.
+      choices: As for `map_experts`.
 
     Returns:
-      'vmap', 'map', 'products' or 'unroll'; for a single expert 'unroll', without a measurement.
+      'vmap' or 'map'; for a single expert 'unroll', without a measurement.
 
     Raises:
       ValueError: If a shape is symbolic (name the method there), or expert axes differ in size.
 
     Example:
-      >>> fastest(lambda w: w * 2, jnp.ones((2, 3))) in ('vmap', 'unroll')
+      >>> fastest(lambda w: w * 2, jnp.ones((2, 3))) in ('vmap', 'map')
       True
     """
     axes = _axes(in_axes, args)
@@ -101,32 +102,22 @@ def fastest(fn: Callable[..., Any], *args: Any, in_axes: Sequence[int | None] | 
             f"method must be one of {', '.join(_METHODS)} where a shape is symbolic, got 'auto', "
             "which has to run the function"
         )
-    size = _size(axes, args)
-    if size == 1:
+    if _size(axes, args) == 1:
         return "unroll"
-    return _fastest(jax.default_backend(), fn, axes, size, structure, shapes)
+    if jax.default_backend() == "cpu":
+        return "map"
+    choices = core.CHOICES if choices is None else choices
+    return _fastest(jax.default_backend(), fn, axes, choices, structure, shapes)
 
 
 @functools.lru_cache(maxsize=256)
-def _fastest(backend, fn, axes, size, structure, shapes):
+def _fastest(backend, fn, axes, choices, structure, shapes):
     del backend  # part of the cache's key
     specs = structure.unflatten([jax.ShapeDtypeStruct(*shape) for shape in shapes])
-    names = ["vmap", *(["unroll"] if size <= _UNROLL_AT_MOST else ["map", "products"])]
-    # Compiled ahead of time, these can run while an outer function is being traced.
-    run = {name: jax.jit(_METHODS[name](fn, axes)).lower(*specs).compile() for name in names}
-    with jax.ensure_compile_time_eval():
-        zeros = structure.unflatten([jnp.zeros(*shape) for shape in shapes])
-    seconds = {name: _seconds(run[name], zeros) for name in names}
-    close = [name for name in names if seconds[name] < 2 * min(seconds.values())]
-    for name in close * 3 if len(close) > 1 else ():
-        seconds[name] = min(seconds[name], _seconds(run[name], zeros))
-    return min(seconds, key=seconds.get)
-
-
-def _seconds(compiled, args):
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*args))
-    return time.perf_counter() - start
+    forms = {name: _METHODS[name](fn, axes, choices) for name in ("vmap", "map")}
+    program = str(jax.make_jaxpr(forms["map"])(*specs))
+    asked = f"experts {hashlib.sha256(program.encode()).hexdigest()[:16]}"
+    return choices.choose(asked, forms, *specs)
 
 
 def _axes(in_axes, args):
@@ -145,11 +136,13 @@ def _size(axes, args):
     return count(mapped)
 
 
-def _vmap(fn, axes):
-    return jax.vmap(fn, axes)
+def _vmap(fn, axes, choices):
+    return core.fast_convolutions(jax.vmap(fn, axes), choices=choices)
 
 
-def _map(fn, axes):
+def _map(fn, axes, choices):
+    fn = core.fast_convolutions(fn, loop=True, choices=choices)
+
     def mapped(*args):
         stacked = [arg for axis, arg in zip(axes, args, strict=True) if axis == 0]
 
@@ -164,7 +157,9 @@ def _map(fn, axes):
     return mapped
 
 
-def _unroll(fn, axes):
+def _unroll(fn, axes, choices):
+    fn = core.fast_convolutions(fn, choices=choices)
+
     def mapped(*args):
         def at(e):
             return [
@@ -178,8 +173,4 @@ def _unroll(fn, axes):
     return mapped
 
 
-def _products(fn, axes):
-    return _map(as_products(fn), axes)
-
-
-_METHODS = {"vmap": _vmap, "map": _map, "products": _products, "unroll": _unroll}
+_METHODS = {"vmap": _vmap, "map": _map, "unroll": _unroll}

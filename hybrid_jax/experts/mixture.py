@@ -40,7 +40,11 @@ class Aux(NamedTuple):
 
 
 def mixture(
-    expert_fn: ExpertFn, gate_fn: GateFn, routing: Routing | None = None, method: str = "auto"
+    expert_fn: ExpertFn,
+    gate_fn: GateFn,
+    routing: Routing | None = None,
+    method: str = "auto",
+    choices: core.Choices | None = None,
 ) -> Callable[..., tuple[jax.Array, Aux]]:
     """Makes the mixture that runs all experts on every input and weighs their logits.
 
@@ -51,6 +55,7 @@ def mixture(
       routing: From `soft`, `top_k`, `noisy_top_k`, ...; default `top_k(1)`, whose outputs are those
         of `one_of`. A mixture of one expert is that expert.
       method: How the experts are run, as for `map_experts`.
+      choices: As for `map_experts`.
 
     Returns:
       `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), with
@@ -70,7 +75,7 @@ def mixture(
              [0., 2.]], dtype=float32)
     """
     routing = top_k(1) if routing is None else routing
-    experts = map_experts(expert_fn, method, in_axes=(0, None))
+    experts = map_experts(expert_fn, method, (0, None), choices)
 
     def moe(stack, gate_params, x, key=None, *, weight=None):
         x = core.filled(x, weight)

@@ -99,7 +99,7 @@ def calibrate(
         }
 
     def over_experts(f, axes):
-        return jax.jit(jax.vmap(f, axes) if stacked else f)
+        return jax.jit(core.fast_convolutions(jax.vmap(f, axes) if stacked else f))
 
     step = later_step = seen = None
     for batch in core.check_batches(batches):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from hybrid_jax import experts, pruning, training
+from hybrid_jax import core, experts, pruning, training
 from hybrid_jax.recipes import phase1, programs
 from hybrid_jax.recipes.job import Job, optimizer
 from hybrid_jax.recipes.phase1 import Experts
@@ -26,6 +26,7 @@ def collapse(
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     temperature: float = 4.0,
     alpha: float = 1.0,
+    choices: core.Choices | None = None,
     **options: Any,
 ) -> training.TrainState:
     """Trains one network towards the logits of a whole mixture.
@@ -45,6 +46,7 @@ def collapse(
       augment: As for `training.make_step`.
       temperature: As for `training.distillation_loss`.
       alpha: Share of the mixture in the loss, above 0; the rest is the labels'.
+      choices: As for `training.make_step`.
       **options: For `training.fit`.
 
     Returns:
@@ -73,6 +75,7 @@ def collapse(
         training.classification(forward, temperature=temperature, alpha=alpha),
         augment,
         lambda images: moe(stack, gate_params, images)[0],
+        choices=choices,
     )
     return training.fit(step, student, batches, steps=steps, name="collapse", **options)
 
@@ -98,7 +101,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
     fixed = {name: expert[name] for name in ("batch_stats", "bits")}
     routing = experts.soft() if settings.routing == "soft" else experts.top_k(1)
     student = collapse(
-        experts.mixture(made.predict, gate.predict, routing, made.method),
+        experts.mixture(made.predict, gate.predict, routing, made.method, job.choices),
         made.stack,
         gate.params,
         lambda params, state, images, key: (made.predict(params | state, images), state),
@@ -107,6 +110,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
         steps=settings.steps,
         augment=job.augment,
         temperature=job.config.distillation.temperature,
+        choices=job.choices,
         **job.bookkeeping("collapse"),
     )
     return start._replace(stack=experts.stack([student.params | student.state]))

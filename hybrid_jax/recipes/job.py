@@ -60,6 +60,11 @@ class Job:
         """Returns the seed of the data order of the stage `name`."""
         return (self.config.seed * 1_000_003 + _number(name)) % 2**31
 
+    @functools.cached_property
+    def choices(self) -> core.Choices:
+        """What was measured in this run, which holds when it goes on."""
+        return core.Choices(self.workdir / "choices.json")
+
     @property
     def images(self) -> jax.ShapeDtypeStruct:
         """The shape of one image, as a batch of 1."""

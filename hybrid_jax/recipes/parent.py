@@ -43,6 +43,6 @@ def parent(job: Job) -> tuple[Network, Any]:
         trained = checkpoints.restore(checkpoints.latest(), train_state)
     else:
         loss_fn = training.classification(forward, smoothing=settings.label_smoothing)
-        step = training.make_step(loss_fn, job.augment)
+        step = training.make_step(loss_fn, job.augment, choices=job.choices)
         trained = job.fit("parent", step, train_state, settings.steps, settings.batch_size)
     return dense, trained.params | trained.state

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
-from hybrid_jax.recipes import cutting, workdir
+from hybrid_jax.recipes import cutting
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.job import Job, Network, optimizer
 
@@ -95,7 +95,7 @@ def compress(
     small = cuts[0].network
     stack = experts.stack([c.variables for c in cuts])
     graph = core.trace(small.predict, cuts[0].variables, job.images)
-    method = _method(job, name, small.predict, stack)
+    method = _method(job, small.predict, stack)
     masks = [
         cutting.stack_masks(c, graph.kernels, spec) for c, spec in zip(cuts, specs, strict=True)
     ]
@@ -148,6 +148,7 @@ def compress(
         lambda images: dense.predict(variables, images),
         per_expert=() if weights is None else ("weight",),
         method=method,
+        choices=job.choices,
     )
     trained = job.fit(
         name, step, training.stack_states(states), steps, settings.batch_size, weights
@@ -241,22 +242,18 @@ def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
     )
 
 
-def _method(job, name, predict, stack):
+def _method(job, predict, stack):
     """How the experts are mapped; what was measured once holds for the whole run."""
     settings = job.config.experts
-    if experts.count(stack) == 1:
-        return "unroll"
-    if settings.method != "auto":
+    if experts.count(stack) > 1 and settings.method != "auto":
         return settings.method
     batch = jax.ShapeDtypeStruct((settings.batch_size, *job.images.shape[1:]), jnp.float32)
-    return workdir.remember(
-        job.workdir, name, lambda: experts.fastest(predict, stack, batch, in_axes=(0, None))
-    )
+    return experts.fastest(predict, stack, batch, in_axes=(0, None), choices=job.choices)
 
 
 def _batchnorm(job, forward, params, state, method):
     """Running statistics of the stack, anew: {'batch_stats', and what else `state` holds}."""
-    mapped = experts.map_experts(forward, method, in_axes=(0, 0, None, None))
+    mapped = experts.map_experts(forward, method, (0, 0, None, None), job.choices)
     images = job.sample(job.config.experts.batch_size, BATCHNORM_BATCHES)
     state = {name: leaf for name, leaf in state.items() if name in ("batch_stats", "bits")}
     return training.reestimate_batchnorm(mapped, params, state, images)

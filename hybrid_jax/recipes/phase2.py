@@ -3,6 +3,7 @@
 Both minimize the loss expected of the expert that is chosen, see `experts.expected_loss`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,7 +91,8 @@ def learn_gate(
         loss_fn = _supervised(loss_fn, module.apply, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
-    step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
+    teacher = functools.partial(dense.predict, variables)
+    step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
     state = job.fit(
         name,
         step,
@@ -149,7 +151,8 @@ def fine_tune(
     loss_fn = _loss(
         job, made, gate.predict, lambda params, state: (params["experts"] | state, params["gate"])
     )
-    step = training.make_step(loss_fn, job.augment, lambda x: dense.predict(variables, x))
+    teacher = functools.partial(dense.predict, variables)
+    step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
     state = training.create_state(params, fixed, tx, job.key("joint"))
     state = job.fit(
         "joint",
@@ -174,7 +177,7 @@ def epoch_steps(job: Job, stage: str) -> int:
 
 def _loss(job, made, gate_fn, take):
     """Loss expected of the mixture's choice; `take(params, state)` -> (stack, gate parameters)."""
-    moe = experts.mixture(made.predict, gate_fn, routing(job), made.method)
+    moe = experts.mixture(made.predict, gate_fn, routing(job), made.method, job.choices)
     soft, balance = job.config.distillation, job.config.gate.balance
 
     def loss_fn(params, state, batch, key):

@@ -4,8 +4,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -55,16 +54,6 @@ def seconds(path: pathlib.Path) -> dict[str, float]:
     """Returns the seconds of each stage that is done."""
     file = path / "seconds.json"
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def remember(path: pathlib.Path, name: str, make: Callable[[], Any]) -> Any:
-    """Returns what `make()` gave when this run first asked: a measured choice holds on resume."""
-    file = path / "choices.json"
-    choices = json.loads(file.read_text()) if file.exists() else {}
-    if name not in choices:
-        write_json(file, choices | {name: make()})
-        return remember(path, name, make)
-    return choices[name]
 
 
 def write_json(path: pathlib.Path, value) -> None:

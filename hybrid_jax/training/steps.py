@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from hybrid_jax import experts
+from hybrid_jax import core, experts
 from hybrid_jax.training.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -25,14 +25,20 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(
-    loss_fn: LossFn, augment: Augment | None = None, teacher: Teacher | None = None
+    loss_fn: LossFn,
+    augment: Augment | None = None,
+    teacher: Teacher | None = None,
+    *,
+    choices: core.Choices | None = None,
 ) -> Step:
-    """Makes the jitted step of one model.
+    """Makes the jitted step of one model, its convolutions in their fastest forms.
 
     Args:
       loss_fn: (params, state, batch, key) -> (loss (), (new_state, metrics)).
       augment: (images (B, H, W, C), key) -> images as `loss_fn` takes them.
       teacher: (images (B, H, W, C), augmented) -> logits (B, N), put into batch['teacher'].
+      choices: Where the forms are kept, see `core.fast_convolutions`; a run that is to be resumed
+        bit by bit has its own.
 
     Returns:
       step(state, batch) -> (state, metrics with 'loss'). The state handed in is donated: use the
@@ -55,7 +61,7 @@ def make_step(
         batch = _prepare(batch, augment_key, augment, teacher)
         return _update(loss_fn, state, batch, loss_key)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(core.fast_convolutions(step, choices=choices), donate_argnums=0)
 
 
 def make_stacked_step(
@@ -65,6 +71,7 @@ def make_stacked_step(
     *,
     per_expert: Sequence[str] = (),
     method: str = "auto",
+    choices: core.Choices | None = None,
 ) -> Step:
     """Makes the jitted step of E experts: equal to E separate steps on the same batch.
 
@@ -77,8 +84,8 @@ def make_stacked_step(
       teacher: As of `make_step`.
       per_expert: Names of the entries of the batch that have a leading axis E, such as 'weight'
         (E, B). All others are shared.
-      method: Of `experts.map_experts`. 'auto' measures when it first compiles, and the methods
-        agree only up to rounding: name one where a resumed run must be bit-equal.
+      method: Of `experts.map_experts`.
+      choices: As of `make_step`.
 
     Returns:
       step(states, batch) -> (states, metrics), with a leading axis E on every leaf of both. The
@@ -105,13 +112,16 @@ def make_stacked_step(
         _, loss_key = _keys(state.key, state.step)
         return _update(loss_fn, state, {**shared, **own}, loss_key)
 
-    update_all = experts.map_experts(update, method, in_axes=(0, 0, None))
+    update_all = experts.map_experts(update, method, in_axes=(0, 0, None), choices=choices)
+    prepare = core.fast_convolutions(
+        lambda shared, key: _prepare(shared, key, augment, teacher), choices=choices
+    )
 
     def step(states: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         own = _own_entries(batch, per_expert, experts=states.step.shape[0])
         augment_key, _ = _keys(states.key[0], states.step[0])
         shared = {name: leaf for name, leaf in batch.items() if name not in own}
-        return update_all(states, own, _prepare(shared, augment_key, augment, teacher))
+        return update_all(states, own, prepare(shared, augment_key))
 
     return jax.jit(step, donate_argnums=0)
 

@@ -9,7 +9,7 @@ from launch.benchmarks import measure
 from launch.benchmarks.measure import Row, Size
 
 EXPERTS = 4
-METHODS = ("vmap", "map", "products", "unroll")
+METHODS = ("vmap", "map", "unroll")
 
 
 def stacked_step(size: Size) -> Iterator[Row]:
@@ -25,7 +25,6 @@ def stacked_step(size: Size) -> Iterator[Row]:
             f"step of {EXPERTS} stacked experts, {label} / {EXPERTS} separate steps",
             measure.stepping(stacked, training.stack_states(states), batch),
             lambda: [run() for run in alone],
-            # On a CPU a convolution in a loop is slow: half a minute for a step by 'map'.
             pairs=size.step_pairs if label == "auto" else max(size.step_pairs // 5, 1),
             target=1.0 if label == "auto" else None,
             note=f"chose {chosen}" if label == "auto" else "",

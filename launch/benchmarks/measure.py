@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybrid_jax import deploy, models, training
+from hybrid_jax import core, deploy, models, training
 
 Batch = dict[str, jax.Array]
 Sparse = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -127,8 +127,8 @@ def seconds(
     name: str, fn: Callable[[], Any], *, calls: int, target: float | None = None, note: str = ""
 ) -> Row:
     """Measures the seconds of a call, after a first one that is only noted."""
-    first = deploy.seconds(fn)
-    times = [deploy.seconds(fn) for _ in range(calls)]
+    first = core.seconds(fn)
+    times = [core.seconds(fn) for _ in range(calls)]
     low, median, high = np.percentile(times, [25, 50, 75]).tolist()
     note = "; ".join(filter(None, [f"first call {_readable(first)}", note]))
     return Row(name, median, low, high, "s", target, note)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import deploy
+from hybrid_jax import core, deploy
+from hybrid_jax.core import measure
 from hybrid_jax.deploy import forms
 from hybrid_jax.deploy.program import (
     Conv,
@@ -58,20 +59,23 @@ def clock(monkeypatch):
             return 2.0 if form == self.slow else 1.0
 
     made = Clock()
-    forms._fastest.cache_clear()
-    monkeypatch.setattr(forms.timing, "seconds", made)
-    yield made
-    forms._fastest.cache_clear()
+    monkeypatch.setattr(measure, "seconds", made)
+    return made
+
+
+@pytest.fixture
+def choices(tmp_path):
+    return core.Choices(cache=tmp_path / "choices.json")
 
 
 @pytest.mark.parametrize("slow", ["conv", "matmul"])
-def test_takes_the_faster_and_remembers_it(clock, slow):
+def test_takes_the_faster_and_remembers_it(clock, choices, slow):
     clock.slow = slow
     (other,) = set(forms.FORMS) - {slow}
-    assert deploy.fastest(program()) == {"stem": other}
+    assert deploy.fastest(program(), choices=choices) == {"stem": other}
     measured = len(clock.calls)
     assert clock.calls.count("conv") == clock.calls.count("matmul") == measured / 2
-    assert deploy.fastest(program()) == {"stem": other}
+    assert deploy.fastest(program(), choices=choices) == {"stem": other}
     assert len(clock.calls) == measured
     # Another batch, dtype or shape is another question.
     for other_program, batch in [
@@ -79,13 +83,13 @@ def test_takes_the_faster_and_remembers_it(clock, slow):
         (program(encoding=Encoding(1.0)), 1),
         (program(3), 1),
     ]:
-        deploy.fastest(other_program, batch)
+        deploy.fastest(other_program, batch, choices)
     assert len(clock.calls) == 4 * measured
 
 
-def test_a_mixture_has_forms_of_each(clock):
+def test_a_mixture_has_forms_of_each(clock, choices):
     gate, experts = program(), (program(3), program(3))
-    assert deploy.fastest(Mixture(gate, experts), 8) == [{"stem": "matmul"}] * 3
+    assert deploy.fastest(Mixture(gate, experts), 8, choices) == [{"stem": "matmul"}] * 3
     with pytest.raises(ValueError, match="forms must be 3 mappings, of gate and experts"):
         deploy.run(Mixture(gate, experts), {"stem": "conv"})
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import deploy, pruning
+from hybrid_jax import core, deploy, pruning
 
 
 def after(seconds, calls, name):
@@ -35,7 +35,7 @@ def test_percentiles_of_made_up_times(monkeypatch):
     # The warm-up, and the call before each that counts, take longer.
     late = {"f": range(1, 21), "r": [2] * 20}
     given = {name: iter([9.0, *(t for x in late[name] for t in (99.0, float(x)))]) for name in late}
-    monkeypatch.setattr(deploy.timing, "seconds", lambda fn: next(given[fn]))
+    monkeypatch.setattr(core, "seconds", lambda fn: next(given[fn]))
     measured = deploy.latency("f", "r", pairs=20, warmup=1)
     np.testing.assert_allclose(measured[:5], (10.5, 19.05, 2, 2, 5.25))
     np.testing.assert_allclose(measured.spread, (2.875, 7.625))

@@ -33,7 +33,7 @@ ROWS = {
     "experts": [
         *(
             f"step of 4 stacked experts, {method} / 4 separate steps"
-            for method in ("vmap", "map", "products", "unroll", "auto")
+            for method in ("vmap", "map", "unroll", "auto")
         ),
         "top-1 mixture, gate and one expert / one expert",
         "the same, parameters as arguments / one expert",

@@ -1,7 +1,5 @@
 """The configuration, its specs, and the work directory."""
 
-import json
-
 import pytest
 
 from hybrid_jax import core, recipes
@@ -126,12 +124,6 @@ def test_a_stage_that_fails_is_not_done(tmp_path):
     with pytest.raises(FloatingPointError), workdir.stage(tmp_path, "parent"):
         raise FloatingPointError
     assert workdir.seconds(tmp_path) == {}
-
-
-def test_a_choice_is_made_once(tmp_path):
-    assert workdir.remember(tmp_path, "experts", lambda: "map") == "map"
-    assert workdir.remember(tmp_path, "experts", lambda: "vmap") == "map"
-    assert json.loads((tmp_path / "choices.json").read_text()) == {"experts": "map"}
 
 
 def test_single_network_of_a_target(config):

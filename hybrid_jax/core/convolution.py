@@ -1,0 +1,175 @@
+"""The forms of one convolution, equal up to rounding.
+
+The gradients of a convolution are convolutions too. That of the input meets the result's gradient,
+its entries set apart by the strides, with the turned kernel. That of the kernel has a window as
+large as a whole image, and as many places as the kernel has taps: XLA computes it badly on a CPU,
+and in loops a hundred times worse; as a matrix product over all positions it is fast.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hybrid_jax.core import versions
+
+# Entries of the patches that are side by side at a time: a megabyte stays in a core's cache.
+_PATCHES = 2**18
+
+
+class Conv(NamedTuple):
+    """How a window meets an input; one entry for each axis of space.
+
+    Attributes:
+      strides: Steps of the window.
+      padding: (before, after) zeros around the input; negative ones cut it.
+      spread: Distance of the input's entries, zeros between them (a transposed convolution).
+      dilation: Distance of the window's entries.
+      groups: Of channels that meet only each other.
+      precision: As `lax.dot_general` takes it.
+    """
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    spread: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    precision: Any = None
+
+    def places(self, space: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+        """How many places the window has along each axis."""
+        return tuple(
+            ((size - 1) * spread + sum(sides) - (taps - 1) * dilation) // stride + 1
+            for size, taps, stride, sides, spread, dilation in zip(
+                space, window, self.strides, self.padding, self.spread, self.dilation
+            )
+        )
+
+    def turned(self, space: Sequence[int], window: Sequence[int], places: Sequence[int]) -> "Conv":
+        """How the turned window meets the result's gradient, for that of the input."""
+        padding = []
+        for i, (low, _) in enumerate(self.padding):
+            reach = (window[i] - 1) * self.dilation[i]
+            size = (space[i] - 1) * self.spread[i] + 1
+            span = (places[i] - 1) * self.strides[i] + 1
+            padding.append((reach - low, size + low - span))
+        return self._replace(strides=self.spread, spread=self.strides, padding=tuple(padding))
+
+
+def channels_last(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """One convolution of x (B, *space, C) with (*window, C / groups, O): (B, *places, O)."""
+    rank = x.ndim
+    last = (0, rank - 1, *range(1, rank - 1))
+    numbers = lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
+    strides, padding, spread, dilation, groups, precision = conv
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, spread, dilation, numbers, groups, precision=precision
+    )
+
+
+def patches(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same as the product of what every place sees with the kernel."""
+    *window, inner, outputs = kernel.shape
+    places = conv.places(x.shape[1:-1], window)
+    weights = kernel.reshape(math.prod(window), inner, conv.groups, -1)
+
+    def part(x):
+        y = _product(conv, _side_by_side(conv, x, window, places), weights, "mtgc,tcgo->mgo")
+        return y.reshape(-1, *places, outputs)
+
+    count = _steps(math.prod((*places, *window, x.shape[-1])), len(x))
+    if count == 1:
+        return part(x)
+    return lax.map(part, x.reshape(count, -1, *x.shape[1:])).reshape(-1, *places, outputs)
+
+
+def taps(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same of a depthwise convolution, as a sum over the taps, element by element."""
+    *window, _, channels = kernel.shape
+    seen = _taps(conv, x, window, conv.places(x.shape[1:-1], window))
+    weights = kernel.reshape(-1, *[1] * (x.ndim - 1), channels)
+    return sum(tap * weight for tap, weight in zip(seen, weights, strict=True))
+
+
+def tall(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The kernel's gradient: x (B, *space, C) seen through the taps, by dy (B, *places, O).
+
+    The result is (*window, C / groups, O).
+    """
+
+    def part(x, dy):
+        seen = _side_by_side(conv, x, window, dy.shape[1:-1])
+        return _product(conv, seen, dy.reshape(len(seen), conv.groups, -1), "mtgc,mgo->tcgo")
+
+    count = _steps(math.prod((*dy.shape[1:-1], *window, x.shape[-1])), len(x))
+    return _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
+
+
+def wide(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The same as x by dy seen through the taps of the turned window."""
+    turned = conv.turned(x.shape[1:-1], window, dy.shape[1:-1])
+
+    def part(x, dy):
+        seen = _side_by_side(turned, dy, window, x.shape[1:-1])
+        return _product(conv, x.reshape(len(seen), conv.groups, -1), seen, "mgc,mtgo->tcgo")
+
+    count = _steps(math.prod((*x.shape[1:-1], *window, dy.shape[-1])), len(x))
+    gradient = _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
+    return jnp.flip(gradient, range(len(window)))
+
+
+RESULT: dict[str, Callable[..., jax.Array]] = {
+    "channels last": channels_last,
+    "patches": patches,
+    "taps": taps,
+}
+"""Forms of the result, and of the gradient of an input: form(conv, x, kernel)."""
+
+GRADIENT: dict[str, Callable[..., jax.Array]] = {"tall": tall, "wide": wide}
+"""Forms of the gradient of a kernel: form(conv, window, x, dy)."""
+
+
+def _taps(conv, x, window, places):
+    """What the places see of x through each entry of the window."""
+    edges = [(*sides, spread - 1) for sides, spread in zip(conv.padding, conv.spread)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    spans = [
+        [slice(i * apart, i * apart + (reached - 1) * stride + 1, stride) for i in range(size)]
+        for size, reached, stride, apart in zip(window, places, conv.strides, conv.dilation)
+    ]
+    return [x[:, *span] for span in itertools.product(*spans)]
+
+
+def _side_by_side(conv, x, window, places):
+    """(positions, taps, groups, channels of one)."""
+    seen = jnp.concatenate(_taps(conv, x, window, places), -1)
+    return seen.reshape(-1, math.prod(window), conv.groups, x.shape[-1] // conv.groups)
+
+
+def _product(conv, a, b, subscripts):
+    """Einsum of what has an axis g of groups in every term; without it if there is one group."""
+    if conv.groups == 1:
+        left, right, out = (part.index("g") for part in subscripts.replace("->", ",").split(","))
+        a, b = jnp.squeeze(a, left), jnp.squeeze(b, right)
+        y = _product(conv._replace(groups=0), a, b, subscripts.replace("g", ""))
+        return jnp.expand_dims(y, out)
+    return jnp.einsum(subscripts, a, b, precision=conv.precision)
+
+
+def _steps(width, images):
+    """In how many equal parts to take so many images, with patches of `width` entries each."""
+    fit = max(1, min(images, _PATCHES // max(width, 1)))
+    return next(count for count in range(-(-images // fit), images + 1) if images % count == 0)
+
+
+def _summed(part, count, *arrays):
+    if count == 1:
+        return part(*arrays)
+    parts = [a.reshape(count, -1, *a.shape[1:]) for a in arrays]
+    shape = jax.eval_shape(part, *(a[0] for a in parts))
+    zeros = versions.varying_as(jnp.zeros(shape.shape, shape.dtype), arrays[0])
+    return lax.scan(lambda total, own: (total + part(*own), None), zeros, parts)[0]

@@ -1,0 +1,202 @@
+"""Any function with its convolutions in the forms that are the fastest on a CPU."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hybrid_jax.core import interpreter, measure
+from hybrid_jax.core.convolution import GRADIENT, RESULT, Conv
+
+# Below so many multiply-accumulates a form is not worth the second that measuring it takes.
+_WORTH_MEASURING = 2**26
+_AS_IT_STANDS = "as it stands"
+
+
+def fast_convolutions(
+    fn: Callable[..., Any], *, loop: bool = False, choices: measure.Choices | None = None
+) -> Callable[..., Any]:
+    """Makes `fn` with every convolution in its fastest form, those of derivatives included.
+
+    XLA is slow on a CPU at depthwise and grouped convolutions and at the gradients of kernels, and
+    in loops (`lax.scan`, `lax.map`) at all gradients: up to a hundred times slower than the same
+    sums written otherwise, see `core.convolution`. What is the fastest is measured, once for each
+    shape. A convolution in groups, such as `jax.vmap` over kernels makes, may become a loop over
+    them. On other backends `fn` runs as it is.
+
+    The results are those of `fn` up to rounding, in the same dtypes. Hand in what already holds its
+    derivative, a whole training step or `jax.grad(loss)`, and what is mapped over experts; a
+    derivative that is taken of the result is right, but has XLA's own forms. Convolutions of
+    integers, of mixed dtypes and of symbolic shapes stay as they are.
+
+    Args:
+      fn: Function of pytrees of arrays.
+      loop: Whether the result will run in a `lax.scan` or `lax.map`; those inside of `fn` are seen.
+      choices: Where what is measured is kept; None for `measure.CHOICES`.
+
+    Returns:
+      A function of the same arguments and outputs.
+
+    Example:
+      >>> loss = lambda kernel, x: lax.conv(x, kernel, (2,), 'SAME').sum()
+      >>> kernel, x = jnp.ones((1, 1, 3)), jnp.arange(4.0).reshape(1, 1, 4)
+      >>> fast_convolutions(jax.grad(loss))(kernel, x)  # the taps see 0 + 2, 1 + 3 and 2 + 0
+      Array([[[2., 4., 2.]]], dtype=float32)
+    """
+    choices = measure.CHOICES if choices is None else choices
+
+    @functools.wraps(fn, updated=())
+    def fast(*args):
+        if jax.default_backend() != "cpu":
+            return fn(*args)
+        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        loops = set(interpreter.places(closed.jaxpr, _is_loop))
+
+        def rule(path, eqn, values):
+            looped = loop or any(path[:n] in loops for n in range(len(path)))
+            return [_convolve(choices, looped, eqn, eqn.params, *values)], {}
+
+        outputs, _ = interpreter.evaluate(
+            closed.jaxpr,
+            closed.consts,
+            jax.tree.leaves(args),
+            rule,
+            interpreter.containing(interpreter.places(closed.jaxpr, _is_ours)),
+        )
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return fast
+
+
+def _is_loop(eqn):
+    return eqn.primitive.name in ("scan", "while")
+
+
+def _is_ours(eqn):
+    """Whether an equation is a convolution of one floating dtype and of known shapes."""
+    avals = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+    return (
+        eqn.primitive is lax.conv_general_dilated_p
+        and len({aval.dtype for aval in avals}) == 1
+        and jnp.issubdtype(avals[0].dtype, jnp.floating)
+        and all(isinstance(size, int) and size for aval in avals for size in aval.shape)
+    )
+
+
+def _convolve(choices, loop, eqn, params, x, kernel):
+    """One convolution in its fastest form; its arguments have the layout of the equation."""
+    forms = _forms(choices, loop, eqn, params, x.shape, kernel.shape)
+    name = next(iter(forms))
+    result = jax.eval_shape(forms[name], x, kernel)
+    inner = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+    if len(forms) > 1 and result.size * inner >= _WORTH_MEASURING:
+        name = _measured(choices, loop, forms, params, x, kernel)
+    return forms[name](x, kernel)
+
+
+def _forms(choices, loop, eqn, params, shape, kernel_shape):
+    """{name: form(x, kernel)} of what may be the fastest; the first is taken unmeasured."""
+
+    def as_it_stands(x, kernel):
+        return interpreter.bind(eqn, [x, kernel], **params)[0]
+
+    forms = {} if loop else {_AS_IT_STANDS: as_it_stands}
+    if params["feature_group_count"] > 1:
+        split = functools.partial(_group_by_group, choices, eqn, params)
+        forms = {"group by group": split} | forms
+    numbers = params["dimension_numbers"]
+    window = [kernel_shape[axis] for axis in numbers.rhs_spec[2:]]
+    spatial = [shape[axis] for axis in numbers.lhs_spec[2:]]
+    conv = Conv(
+        params["window_strides"],
+        tuple(params["padding"]),
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        params["feature_group_count"],
+        params["precision"],
+    )
+    places = conv.places(spatial, window)
+    if params["batch_group_count"] > 1 or math.prod(window) > math.prod(places):
+        if conv.groups > 1:
+            return forms
+        conv = conv._replace(
+            strides=conv.dilation, dilation=conv.strides, groups=params["batch_group_count"]
+        )
+        return forms | {
+            name: _gradient(form, conv, places, numbers) for name, form in GRADIENT.items()
+        }
+    if conv.groups == 1:
+        names = ("channels last",)
+    elif conv.groups == shape[numbers.lhs_spec[1]] == kernel_shape[numbers.rhs_spec[0]]:
+        return {"taps": _result(RESULT["taps"], conv, numbers)}
+    else:
+        names = ("patches", "channels last")
+    return forms | {name: _result(RESULT[name], conv, numbers) for name in names}
+
+
+def _result(form, conv, numbers):
+    """The form in the layout of the equation."""
+
+    def run(x, kernel):
+        (batch, channels, *space), (outputs, inner, *window) = numbers.lhs_spec, numbers.rhs_spec
+        x = jnp.transpose(x, (batch, *space, channels))
+        y = form(conv, x, jnp.transpose(kernel, (*window, inner, outputs)))
+        batch, channels, *space = numbers.out_spec
+        return jnp.moveaxis(y, range(y.ndim), (batch, *space, channels))
+
+    return run
+
+
+def _gradient(form, conv, window, numbers):
+    """The form of a kernel's gradient: there images are summed over, as input channels are."""
+
+    def run(x, dy):
+        (channels, batch, *space), (outputs, images, *places) = numbers.lhs_spec, numbers.rhs_spec
+        x = jnp.transpose(x, (batch, *space, channels))
+        gradient = form(conv, window, x, jnp.transpose(dy, (images, *places, outputs)))
+        inner, outputs, *taps = numbers.out_spec
+        return jnp.moveaxis(gradient, range(gradient.ndim), (*taps, inner, outputs))
+
+    return run
+
+
+def _group_by_group(choices, eqn, params, x, kernel):
+    """A loop over the groups, each of which is a convolution of its own."""
+    groups, numbers = params["feature_group_count"], params["dimension_numbers"]
+    alone = params | {"feature_group_count": 1}
+
+    def split(array, axis):
+        array = array.reshape(*array.shape[:axis], groups, -1, *array.shape[axis + 1 :])
+        return jnp.moveaxis(array, axis, 0)
+
+    parts = split(x, numbers.lhs_spec[1]), split(kernel, numbers.rhs_spec[0])
+    ys = lax.map(lambda part: _convolve(choices, True, eqn, alone, *part), parts)
+    axis = numbers.out_spec[1]
+    ys = jnp.moveaxis(ys, 0, axis)
+    return ys.reshape(*ys.shape[:axis], -1, *ys.shape[axis + 2 :])
+
+
+def _measured(choices, loop, forms, params, x, kernel):
+    """The name of the fastest form; a few images tell, as every form takes few at a time."""
+    numbers = params["dimension_numbers"]
+    described = {
+        name: value
+        for name, value in params.items()
+        if name not in ("dimension_numbers", "preferred_element_type", "out_sharding")
+    }
+    layout = "".join(f"{spec}" for spec in numbers)
+    question = f"convolution {'in a loop' if loop else 'alone'}: {x.dtype} {x.shape} by "
+    question += f"{kernel.shape}, {layout}, {described}"
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel)]
+    if loop:
+        forms = {name: functools.partial(_looped, form) for name, form in forms.items()}
+        arrays = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in arrays]
+    return choices.choose(question, forms, *arrays)
+
+
+def _looped(form, *arrays):
+    return lax.map(lambda parts: form(*parts), arrays)
