@@ -1,12 +1,12 @@
 """Bits, and widths with them, chosen for a network that has learned real images."""
 
+import contextlib
 import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hybrid_jax import core, cost, pruning
@@ -40,24 +40,22 @@ def measured(digits):
 
 
 @pytest.fixture(scope="module")
-def judge(digits, measured):
-    """From bits to the held-out loss, and the held-out divergence from the float model."""
+def divergence(digits, measured):
+    """From bits to the divergence from the float model on held-out images."""
     q_fn = q.fake_quantized(digits.fn, measured.spec)
     expected = digits.fn(digits.params, digits.held_out_images)
 
     @jax.jit
     def evaluate(ranges, bits):
         logits = q_fn(digits.params, ranges, digits.held_out_images, bits=bits)
-        labels = digits.held_out_labels
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, q.kl_divergence(logits, expected)
+        return q.kl_divergence(logits, expected)
 
     def judged(bits):
         ranges = {
             site: {role: measured.ranges[width][site][role] for role, width in roles.items()}
             for site, roles in bits.items()
         }
-        return [float(x) for x in evaluate(ranges, jax.tree.map(jnp.int32, bits))]
+        return float(evaluate(ranges, jax.tree.map(jnp.int32, bits)))
 
     return judged
 
@@ -73,27 +71,39 @@ def uniform(graph, weight, activation):
     return {site.name: {"weight": weight, "activation": activation} for site in graph.sites}
 
 
+def damage_of(sensitivity, bits):
+    """The sum that an allocation makes least."""
+    return sum(
+        t[bits[site][role]] for site, roles in sensitivity.items() for role, t in roles.items()
+    )
+
+
 @pytest.mark.parametrize("width", [4, 5])
-def test_mixed_weights_beat_uniform_ones_of_the_same_bytes(measured, judge, width):
+def test_mixed_weights_do_the_least_damage_of_the_same_bytes(measured, divergence, width):
     base = uniform(measured.graph, width, 8)
     budget = counted(measured.graph, base).bytes
     weights = {site: {"weight": t["weight"]} for site, t in measured.sensitivity.items()}
     found = q.allocate_bits(weights, measured.formula, measured.spec, {"bytes": budget})
     assert counted(measured.graph, found.bits).bytes == found.costs["bytes"] <= budget
-    (loss, divergence), (base_loss, base_divergence) = judge(found.bits), judge(base)
-    assert divergence < base_divergence
-    assert loss < base_loss
+    assert found.damage == pytest.approx(damage_of(weights, found.bits), rel=1e-6)
+    rng, others = np.random.default_rng(0), []
+    while len(others) < 16:
+        bits = {site: {"weight": int(rng.choice(CHOICES)), "activation": 8} for site in weights}
+        if 0.95 * budget <= counted(measured.graph, bits).bytes <= budget:
+            others.append(bits)
+    least = min(damage_of(weights, bits) for bits in [base, *others])
+    assert found.damage <= least * (1 + 1e-6)
+    # What was measured on some images holds on others: chance does worse with as many bytes.
+    assert divergence(found.bits) < np.median([divergence(bits) for bits in others])
 
 
 @pytest.mark.parametrize("width", [3, 4, 5])
-def test_mixed_precision_beats_uniform_of_the_same_operations(measured, judge, width):
+def test_mixed_precision_beats_uniform_of_the_same_operations(measured, divergence, width):
     base = uniform(measured.graph, width, width)
     budget = counted(measured.graph, base).bops
     found = q.allocate_bits(measured.sensitivity, measured.formula, measured.spec, {"bops": budget})
     assert counted(measured.graph, found.bits).bops == found.costs["bops"] <= budget
-    (loss, divergence), (base_loss, base_divergence) = judge(found.bits), judge(base)
-    assert divergence < base_divergence
-    assert loss < base_loss
+    assert divergence(found.bits) < divergence(base)
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +149,27 @@ def test_bits_and_widths_fit_a_device(digits, measured, widths):
         site: {role: {b: table[b] for b in (3, 4, 8)} for role, table in roles.items()}
         for site, roles in measured.sensitivity.items()
     }
-    found = q.allocate_bits(sensitivity, measured.formula, measured.spec, budgets, widths=damage)
-    whole_groups = {name: jnp.ones(len(each), bool) for name, each in scores.items()}
-    keep = pruning.to_widths(whole_groups, scores, {n: (w,) for n, w in found.widths.items()})
-    masks = core.expand(keep, measured.graph.groups, digits.params)
-    small_fn, small, certificate = core.shrink(
-        digits.fn, digits.params, masks, digits.held_out_images[:8]
-    )
+
+    def fit(widths):
+        return q.allocate_bits(sensitivity, measured.formula, measured.spec, budgets, widths=widths)
+
+    def small_network(found):
+        whole_groups = {name: jnp.ones(len(each), bool) for name, each in scores.items()}
+        keep = pruning.to_widths(whole_groups, scores, {n: (w,) for n, w in found.widths.items()})
+        masks = core.expand(keep, measured.graph.groups, digits.params)
+        return core.shrink(digits.fn, digits.params, masks, digits.held_out_images[:8])
+
+    def accuracy(found):
+        """Of the small network, quantized; the spec fits it: it has the same sites."""
+        small_fn, small, _ = small_network(found)
+        stated = q.with_bits(measured.spec, found.bits)
+        ranges = q.calibrate(small_fn, small, [(measured.images,)], stated, "mse")
+        q_fn = jax.jit(q.fake_quantized(small_fn, stated))
+        labels = jnp.argmax(q_fn(small, ranges, digits.held_out_images), -1)
+        return float((labels == digits.held_out_labels).mean())
+
+    found = fit(damage)
+    small_fn, small, certificate = small_network(found)
     assert certificate.difference < 1e-4
     real = counted(core.trace(small_fn, small, digits.images[:1]), found.bits)
     for name, planned in found.costs.items():
@@ -153,25 +177,13 @@ def test_bits_and_widths_fit_a_device(digits, measured, widths):
         assert planned <= budgets.get(name, planned)
     # Neither alone does: all widths whole are too many operations.
     with pytest.raises(ValueError, match="budget of macs must be at least"):
-        q.allocate_bits(sensitivity, measured.formula, measured.spec, budgets)
-    # The spec fits the small network: it has the same sites.
-    stated = q.with_bits(measured.spec, found.bits)
-    ranges = q.calibrate(small_fn, small, [(measured.images,)], stated, "mse")
-    q_fn = jax.jit(q.fake_quantized(small_fn, stated))
-    right = jnp.argmax(q_fn(small, ranges, digits.held_out_images), -1) == digits.held_out_labels
+        fit(None)
 
-    assert right.mean() > 0.75
-
-    def least(chosen):
-        """The damage with these widths and the bits that suit them best."""
-        fixed = {name: {w: damage[name][w]} for name, w in zip(damage, chosen, strict=True)}
-        try:
-            best = q.allocate_bits(
-                sensitivity, measured.formula, measured.spec, budgets, widths=fixed
-            )
-        except ValueError:
-            return np.inf
-        return best.damage
-
-    every = map(least, itertools.product(*damage.values()))
-    assert found.damage == pytest.approx(min(every), rel=1e-6)
+    every = []
+    for chosen in itertools.product(*damage.values()):
+        with contextlib.suppress(ValueError):  # some are too large with any bits
+            every.append(fit({n: {w: damage[n][w]} for n, w in zip(damage, chosen, strict=True)}))
+    every.sort(key=lambda each: each.damage)
+    assert found.damage == pytest.approx(every[0].damage, rel=1e-6)
+    # How much is right at all depends on the network that is cut: nothing was retrained.
+    assert accuracy(found) > accuracy(every[-1])
