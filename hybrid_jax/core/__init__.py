@@ -25,6 +25,7 @@ from hybrid_jax.core.examples import (
     widen,
 )
 from hybrid_jax.core.fold import fold
+from hybrid_jax.core.folders import cache_folder
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import bind, evaluate
@@ -71,6 +72,7 @@ __all__ = [
     "at_sites",
     "batch_size",
     "bind",
+    "cache_folder",
     "check_batches",
     "check_choice",
     "check_finite",
