@@ -88,11 +88,10 @@ def predict_logits(
     *,
     fill: bool = False,
 ) -> np.ndarray:
-    """The logits of all examples; other arguments and errors as of `evaluate`.
+    """The logits of all examples; arguments and errors as of `evaluate`.
 
-    Args:
-      fill: Whether the last batch is filled up with its last example, so that all sets of examples
-        are of one shape and compiled once. For a `predict` in which no example sees another.
+    With `fill` the last batch is filled up with its last example, so that sets of any size are of
+    one shape and `predict` is compiled once; in it no example may see another.
 
     Returns:
       (n, N), or (E, n, N), in the order of `arrays`.
