@@ -6,6 +6,9 @@
 The work directory gets the checkpoints, the report with its plots and the deployed model. The same
 command resumes a run that was stopped; on a finished run it only writes the report again. From a
 notebook call `main(config, workdir)`.
+
+What is compiled is kept for later runs in ~/.cache/hybrid_jax, which may be deleted at any time;
+`--compilation_cache=/scratch/mine` keeps it elsewhere, and `--compilation_cache=` not at all.
 """
 
 import pathlib
@@ -16,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from hybrid_jax import recipes
+from launch import compilation
 
 
 def main(config: ConfigDict, workdir: str, command: str = "") -> dict:
@@ -34,8 +38,8 @@ def main(config: ConfigDict, workdir: str, command: str = "") -> dict:
     return recipes.run(recipes.prepare(config, workdir, command))
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """Returns the configuration and the work directory that a command line names.
+def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None]:
+    """Returns the configuration, the work directory and the cache that a command line names.
 
     Args:
       argv: The command line; its first entry is the program's name.
@@ -46,6 +50,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    compilation.define_flag(values)
     for flag in argv[1:]:
         if flag.startswith("--config=") and not pathlib.Path(path := flag[9:]).is_file():
             raise ValueError(f"--config must be a file like configs/digits.py, got {path!r}")
@@ -66,7 +71,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     for flag in ("config", "workdir"):
         if not values[flag].value:
             raise ValueError(f"--{flag} must be given, got nothing")
-    return values.config, values.workdir
+    return values.config, values.workdir, values.compilation_cache
 
 
 def cli(argv: list[str]) -> int:
@@ -78,7 +83,8 @@ def cli(argv: list[str]) -> int:
             print(f"  --config.{key}={value}")
         return 0
     try:
-        config, workdir = parse(argv)
+        config, workdir, cache = parse(argv)
+        compilation.set_up(cache)
         command = shlex.join(["python", "-m", "launch.compress", *argv[1:]])
         job = recipes.prepare(config, workdir, command)
     except (ValueError, TypeError, OSError) as error:

@@ -6,6 +6,7 @@ The dense parent in floats and in integers, the best single expert and the top-1
 to the directory deploy/ of the run, each beside its manifest. Every file is run in its target's
 runtime on the test images and timed against the dense parent's in the same runtime; the report of
 the run is written again with the results. What a target lacks to run is said, and the others go on.
+`--compilation_cache` is as for `launch.compress`.
 """
 
 import pathlib
@@ -15,6 +16,7 @@ import rich.console
 from absl import flags
 
 from hybrid_jax import core, deploy, recipes, report
+from launch import compilation
 
 
 def main(workdir: str, targets: list[str], pairs: int = 30) -> list[dict]:
@@ -51,6 +53,7 @@ def cli(argv: list[str]) -> int:
     flags.DEFINE_string("workdir", "", "Directory of a finished run.", flag_values=values)
     flags.DEFINE_list("target", [], "Targets, separated by commas.", flag_values=values)
     flags.DEFINE_integer("pairs", 30, "Pairs of calls for a latency.", flag_values=values)
+    compilation.define_flag(values)
     try:
         rest = values(argv)[1:]
         if rest:
@@ -58,6 +61,7 @@ def cli(argv: list[str]) -> int:
         if not values.workdir:
             raise ValueError("--workdir must be given, got nothing")
         core.check_integer("--pairs", values.pairs, 1)
+        compilation.set_up(values.compilation_cache)
         records = main(values.workdir, values.target, values.pairs)
     except (flags.Error, ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

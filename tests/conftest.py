@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import optax
 import pytest
 
 from hybrid_jax import core, data, models
+from hybrid_jax.core import versions
 
+os.environ.setdefault("XLA_FLAGS", versions.QUICK_XLA)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -26,6 +26,7 @@ from hybrid_jax.core.examples import (
 )
 from hybrid_jax.core.fast_convolution import fast_convolutions
 from hybrid_jax.core.fold import fold
+from hybrid_jax.core.folders import cache_folder
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.interpreter import bind, evaluate
@@ -75,6 +76,7 @@ __all__ = [
     "at_sites",
     "batch_size",
     "bind",
+    "cache_folder",
     "check_batches",
     "check_choice",
     "check_finite",

@@ -5,6 +5,7 @@ exported as `experts.one_of`, which runs the gate and one expert for each image 
 """
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -149,6 +150,12 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
              [3., 3.]], dtype=float32)
     """
     data, _ = _read(path)
+    return _function(data)
+
+
+@functools.lru_cache(maxsize=4)
+def _function(data):
+    """Kept, so that a file that is opened again is not compiled again."""
     return jax.jit(jax.export.deserialize(bytearray(data)).call)
 
 

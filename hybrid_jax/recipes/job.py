@@ -152,8 +152,8 @@ class Job:
           params: Handed to `predict`.
           arrays: The images.
         """
-        size = min(self.config.evaluation.batch_size, len(arrays.labels))
-        return training.predict_logits(self._on_raw(predict), params, arrays, size)
+        size = self.config.evaluation.batch_size
+        return training.predict_logits(self._on_raw(predict), params, arrays, size, fill=True)
 
     @functools.cached_property
     def _on_raw(self) -> Callable[[Callable], Callable]:

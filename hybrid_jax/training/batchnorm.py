@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.training.losses import Forward
@@ -79,14 +80,15 @@ def reestimate_batchnorm(
         moved = update(params, 0.0, images, batch_key)
         if rate is None:
             rate = _rate(moved, update(params, _PROBE, images, batch_key))
-        batch = jax.tree.map(jnp.divide, moved, rate)
-        share = jnp.float32(len(images) / seen)
-        total = batch if total is None else _accumulate(total, batch, share)
+            total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), moved)
+        total = _accumulate(total, moved, rate, np.float32(len(images) / seen))
     return _replace(state, total)
 
 
 @jax.jit
-def _accumulate(total: Statistics, batch: Statistics, share: jax.Array) -> Statistics:
+def _accumulate(
+    total: Statistics, moved: Statistics, rate: Statistics, share: jax.Array
+) -> Statistics:
     """Pools a batch that has this share of all images so far, without cancellation."""
 
     def layer(old: tuple, new: tuple) -> tuple:
@@ -95,14 +97,16 @@ def _accumulate(total: Statistics, batch: Statistics, share: jax.Array) -> Stati
         spread = (batch_mean - old_mean) * (batch_mean - mean)
         return mean, old_var + share * (batch_var + spread - old_var)
 
+    batch = jax.tree.map(jnp.divide, moved, rate)
     return {path: layer(total[path], batch[path]) for path in total}
 
 
 def _rate(from_zero: Statistics, from_probe: Statistics) -> Statistics:
     """1 - m, from two updates that differ in the old statistics alone."""
-    rate = jax.tree.map(lambda a, b: (_PROBE - (b - a)) / _PROBE, from_zero, from_probe)
+    seen = jax.device_get((from_zero, from_probe))
+    rate = jax.tree.map(lambda a, b: (a.dtype.type(_PROBE) - (b - a)) / a.dtype.type(_PROBE), *seen)
     for layer, values in rate.items():
-        if not all(bool(jnp.all(value > 0)) for value in values):
+        if not all((value > 0).all() for value in values):
             raise ValueError(
                 f"forward must update the running statistics of {layer!r}, got them back as they "
                 "were; is it in training mode?"

@@ -80,9 +80,18 @@ def evaluate(
 
 
 def predict_logits(
-    predict: Predict, params: Any, arrays: Labelled, batch_size: int, name: str | None = None
+    predict: Predict,
+    params: Any,
+    arrays: Labelled,
+    batch_size: int,
+    name: str | None = None,
+    *,
+    fill: bool = False,
 ) -> np.ndarray:
     """The logits of all examples; arguments and errors as of `evaluate`.
+
+    With `fill` the last batch is filled up with its last example, so that sets of any size are of
+    one shape and `predict` is compiled once; in it no example may see another.
 
     Returns:
       (n, N), or (E, n, N), in the order of `arrays`.
@@ -94,7 +103,7 @@ def predict_logits(
       (5, 2)
     """
     every = np.arange(_count(arrays))
-    batches = _logits(predict, params, arrays, every, batch_size, name)
+    batches = _logits(predict, params, arrays, every, batch_size, name, fill)
     return np.concatenate([np.asarray(logits) for _, logits in batches], axis=-2)
 
 
@@ -120,16 +129,19 @@ def _logits(
     examples: np.ndarray,
     batch_size: int,
     name: str | None,
-) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    fill: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The indices (B,) and the logits of each batch of these examples."""
     core.check_integer("batch_size", batch_size, 1)
     starts = range(0, len(examples), batch_size)
     for start in starts if name is None else track(starts, name):
         index = examples[start : start + batch_size]
-        logits = _apply(predict, params, arrays.images[index])
-        if logits.ndim not in (2, 3) or logits.shape[-2] != len(index):
+        size = batch_size if fill else len(index)
+        filled = np.pad(index, (0, size - len(index)), "edge")
+        logits = _apply(predict, params, arrays.images[filled])
+        if logits.ndim not in (2, 3) or logits.shape[-2] != size:
             raise ValueError(
-                f"predict must return logits ({len(index)}, N) or (E, {len(index)}, N), "
+                f"predict must return logits ({size}, N) or (E, {size}, N), "
                 f"got shape {logits.shape}"
             )
-        yield index, logits
+        yield index, np.asarray(logits)[..., : len(index), :]

@@ -112,6 +112,16 @@ def copy(tree: Tree) -> Tree:
       >>> copy({'step': 0})['step'].dtype
       dtype('int32')
     """
-    return jax.tree.map(
-        lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf), tree
+    leaves, structure = jax.tree.flatten(tree)
+    # One program for all that are free to move; one for each shape would take longer to compile.
+    free = [getattr(leaf, "committed", None) is False for leaf in leaves]
+    copies = iter(_copies([leaf for leaf, own in zip(leaves, free) if own]))
+    return structure.unflatten(
+        next(copies) if own else jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf)
+        for leaf, own in zip(leaves, free)
     )
+
+
+@jax.jit
+def _copies(leaves):
+    return [jnp.copy(leaf) for leaf in leaves]

@@ -116,7 +116,8 @@ def test_stack_shares_one_augmentation(tiny, batch):
         training.stack_states([make(0), make(1)]), batch
     )
     _, alone = training.make_step(loss_fn, tiny.augment)(make(0), batch)
-    np.testing.assert_array_equal(stacked["image"][0], alone["image"])
+    # Each program rounds as it is compiled.
+    np.testing.assert_allclose(stacked["image"][0], alone["image"], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(stacked["image"][0], stacked["image"][1])
 
 
