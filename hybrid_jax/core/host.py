@@ -40,7 +40,10 @@ def on_device(tree: Any) -> Any:
       >>> on_device({'w': np.ones(2, np.float32)})
       {'w': Array([1., 1.], dtype=float32)}
     """
-    return jax.tree.map(
-        lambda leaf: jax.device_put(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf,
-        tree,
-    )
+
+    def put(leaf):
+        # A copy: what is put may share the memory of an array that someone writes to, or donates.
+        known = isinstance(leaf, np.ndarray | np.generic)
+        return jax.device_put(np.array(leaf, order="C")) if known else leaf
+
+    return jax.tree.map(put, tree)

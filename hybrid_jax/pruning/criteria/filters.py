@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import Kernels, score
+from hybrid_jax.pruning.criteria.leaves import Kernels, restored, score
 
 
 def geometric_median(kernels: Kernels, params: Any) -> Any:
@@ -35,7 +35,9 @@ def geometric_median(kernels: Kernels, params: Any) -> Any:
       Array([8., 9., 7.], dtype=float32)
     """
     return score(
-        lambda kernel, w: kernel.restore(jax.vmap(_distances)(kernel.canonical(w))), kernels, params
+        lambda kernel, w: restored(kernel, jax.vmap(_distances)(kernel.canonical(w))),
+        kernels,
+        params,
     )
 
 
