@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core
@@ -72,7 +73,7 @@ def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
                 f"pattern must match floating vectors only, got {leaf.dtype}{list(leaf.shape)} "
                 f"at {path!r}"
             )
-        return jnp.abs(leaf.astype(jnp.float32))
+        return core.on_device(abs(core.namespace(leaf).asarray(leaf, np.float32)))
 
     return core.map_with_path(scale, params)
 
