@@ -25,12 +25,10 @@ def namespace(*trees: Any) -> Any:
       >>> jax.jit(lambda x: x if namespace(x) is jnp else None)(1.0).item()
       1.0
     """
-    spread = any(
-        isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
-        for leaf in jax.tree.leaves(trees)
-        if not isinstance(leaf, jax.core.Tracer)
-    )
-    return jnp if spread or is_traced(trees) else np
+    if is_traced(trees):
+        return jnp
+    arrays = (leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array))
+    return jnp if any(len(array.sharding.device_set) > 1 for array in arrays) else np
 
 
 def on_device(tree: Any) -> Any:

@@ -1,6 +1,8 @@
 """Exact counts: how many units a sparsity removes, and which are kept."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +125,19 @@ def rankable(scores: jax.Array) -> jax.Array:
     return scores.__array_namespace__().nan_to_num(scores.astype(np.float32), nan=lowest)
 
 
+def _compiled_unless_known(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(scores, *rest)`, compiled unless the scores are NumPy's."""
+    compiled = jax.jit(f, static_argnames="multiple")
+
+    @functools.wraps(f)
+    def run(scores, *rest, **options):
+        known = isinstance(scores, np.ndarray)
+        return (f if known else compiled)(scores, *rest, **options)
+
+    return run
+
+
+@_compiled_unless_known
 def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
     """Gives each unit of a row the mean score of its step of `multiple`, best units first.
 
@@ -146,11 +161,12 @@ def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
     # One after the other, so that the sum is the same to the bit wherever it is computed.
     means = sum(steps[:, :, i] for i in range(multiple)) / sizes[None]
     # Rounding must not lift a later step of equal scores above an earlier one.
-    means = xp.minimum.accumulate(means, axis=-1)
+    means = (np.minimum.accumulate if xp is np else jax.lax.cummin)(means, axis=1)
     rank = xp.argsort(order, axis=-1)
     return xp.take_along_axis(means, rank // multiple, axis=-1)
 
 
+@_compiled_unless_known
 def whole_steps(scores: jax.Array, kept: jax.Array, multiple: int) -> jax.Array:
     """Rounds what each row keeps to whole steps: the nearest, half a step up.
 
