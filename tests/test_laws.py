@@ -50,7 +50,7 @@ def test_a_target_is_met_from_below_and_costs_are_those_of_the_shrunk_network(na
     assert found.cost <= target < macs(choose(found.sparsity - 1e-6))
 
     kept = core.keep_indices(found.choice, graph.groups, variables)
-    small = jax.eval_shape(lambda tree: core.slice_tree(tree, kept), variables)
+    small = core.slice_tree(variables, kept)
     shrunk = core.trace(core.narrow(fn, variables, kept), small, x)
     narrowed = core.narrow_graph(graph, found.choice)
     assert narrowed.parameters == shrunk.parameters

@@ -29,6 +29,7 @@ from hybrid_jax.core.fold import fold
 from hybrid_jax.core.folders import cache_folder
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
+from hybrid_jax.core.host import is_traced, namespace, on_device
 from hybrid_jax.core.interpreter import bind, evaluate
 from hybrid_jax.core.joins import Join
 from hybrid_jax.core.measure import CHOICES, Choices, machine, seconds
@@ -99,6 +100,7 @@ __all__ = [
     "input_grams",
     "inverse_factor",
     "is_masked_node",
+    "is_traced",
     "keep_indices",
     "kept_indices",
     "kernel_from_matrix",
@@ -108,8 +110,10 @@ __all__ = [
     "map_with_path",
     "mask_removed",
     "match_rules",
+    "namespace",
     "narrow",
     "narrow_graph",
+    "on_device",
     "one_hot",
     "output_matrix",
     "patches",

@@ -3,15 +3,13 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy.sparse import coo_array, csgraph
 
-from hybrid_jax.core import checks, paths
+from hybrid_jax.core import checks, host, paths
 from hybrid_jax.core.labels import Labels
 
 
@@ -64,11 +62,11 @@ def components(labels: Labels, extra: Sequence[tuple[np.ndarray, str]] = ()) -> 
     a, b = (np.concatenate([p[i] for p in pairs] or [np.zeros(0, int)]) for i in (0, 1))
     edges = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(labels.count, labels.count))
     _, of = csgraph.connected_components(edges, directed=False)
-    reasons: dict[int, str] = {int(of[0]): "is tied to an axis of the input"}
-    for frozen, reason in [*labels.frozen, *extra]:
-        for component in np.unique(of[frozen]):
-            reasons.setdefault(int(component), reason)
-    return Components(of, reasons)
+    frozen = [(np.zeros(1, int), "is tied to an axis of the input"), *labels.frozen, *extra]
+    owners = np.repeat(np.arange(len(frozen)), [len(own) for own, _ in frozen])
+    stuck, first = np.unique(of[np.concatenate([own for own, _ in frozen])], return_index=True)
+    reasons = [frozen[owner][1] for owner in owners[first]]
+    return Components(of, dict(zip(stuck.tolist(), reasons, strict=True)))
 
 
 def group_channels(
@@ -89,35 +87,30 @@ def group_channels(
       The groups; and (path, axis, reason) for the axes of which some index is frozen.
     """
     found = components(labels, extra)
-    units: dict[int, dict[tuple[str, int], list[int]]] = collections.defaultdict(dict)
-    frozen = []
+    stuck = np.zeros(labels.count, bool)
+    stuck[list(found.reasons)] = True
+    frozen, axes_of = [], {}
     for path, axes in parameters.items():
         for axis, own in enumerate(axes):
             of = found.of[own]
-            stuck = [int(c) for c in np.unique(of) if int(c) in found.reasons]
-            if stuck:
+            if stuck[of].any():
                 single = len(own) == 1
-                reason = "has a single index" if single else found.reasons[stuck[0]]
+                reason = "has a single index" if single else found.reasons[of[stuck[of]].min()]
                 frozen.append((path, axis, reason))
-            for index, component in enumerate(of.tolist()):
-                if component not in found.reasons:
-                    units[component].setdefault((path, axis), []).append(index)
-    kinds: dict[Any, list[dict[tuple[str, int], list[int]]]] = collections.defaultdict(list)
-    for unit in units.values():
-        kinds[tuple((key, len(unit[key])) for key in sorted(unit))].append(unit)
+            if not stuck[of].all():
+                axes_of[path, axis] = _Axis.of(of, ~stuck[of])
     rank = {path: i for i, path in enumerate(order)}
     shapes = {path: tuple(map(len, axes)) for path, axes in parameters.items()}
     groups = []
-    for kind, alike in kinds.items():
-        keys = [key for key, _ in kind]
-        first = min(keys, key=lambda key: (rank.get(key[0], len(rank)), key))
-        alike.sort(key=lambda unit: unit[first])
+    for kind, alike in _kinds(axes_of, labels.count):
+        first = min((key for key, _ in kind), key=lambda key: (rank.get(key[0], len(rank)), key))
+        alike = alike[np.argsort(axes_of[first].indices(alike, 1)[:, 0])]
         members = tuple(
-            Member(*key, np.array([unit[key] for unit in alike]), shapes[key[0]]) for key in keys
+            Member(*key, axes_of[key].indices(alike, count), shapes[key[0]]) for key, count in kind
         )
         # Of equal names first the one that touches the first axes: so it is after a removal too.
-        order = rank.get(first[0], len(rank)), first[0], kind
-        groups.append((order, Group(first[0], len(alike), members)))
+        place = rank.get(first[0], len(rank)), first[0], kind
+        groups.append((place, Group(first[0], len(alike), members)))
     groups.sort(key=lambda pair: pair[0])
     counts: collections.Counter[str] = collections.Counter()
     named = []
@@ -127,6 +120,45 @@ def group_channels(
         name = group.name if again == 1 else f"{group.name}#{again}"
         named.append(dataclasses.replace(group, name=name))
     return tuple(named), tuple(frozen)
+
+
+class _Axis(NamedTuple):
+    """The indices of an axis that can be removed, by the component they belong to."""
+
+    components: np.ndarray
+    counts: np.ndarray
+    ordered: np.ndarray
+
+    @classmethod
+    def of(cls, components: np.ndarray, free: np.ndarray) -> "_Axis":
+        """From the component of each index, and which of them can be removed."""
+        indices = np.flatnonzero(free)
+        ordered = indices[np.argsort(components[free], stable=True)]
+        return cls(*np.unique(components[free], return_counts=True), ordered)
+
+    def indices(self, components: np.ndarray, count: int) -> np.ndarray:
+        """int[n, count]: the first `count` indices of each of n components, in order."""
+        starts = np.cumsum(self.counts) - self.counts
+        place = np.searchsorted(self.components, components)
+        return self.ordered[starts[place][:, None] + np.arange(count)]
+
+
+def _kinds(axes: Mapping[tuple[str, int], _Axis], labels: int) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields ((axis, count) pairs, the components that have so many indices on just these)."""
+    kind_of = np.zeros(labels, int)
+    kinds: list[Any] = [()]
+    for key in sorted(axes):
+        own = axes[key]
+        # What was alike before this axis, and has as many indices on it, is alike after it.
+        pairs = np.stack([kind_of[own.components], own.counts])
+        alike, which = np.unique(pairs, axis=1, return_inverse=True)
+        kind_of[own.components] = len(kinds) + which.reshape(-1)
+        kinds += [(*kinds[kind], (key, count)) for kind, count in alike.T.tolist()]
+    members = np.argsort(kind_of, stable=True)
+    ends = np.cumsum(np.bincount(kind_of, minlength=len(kinds)))
+    for kind, components in zip(kinds[1:], np.split(members, ends[:-1])[1:], strict=True):
+        if len(components):
+            yield kind, components
 
 
 def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any:
@@ -151,21 +183,26 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
       [[True, False], [True, False]]
     """
     shapes = {path: np.shape(leaf) for path, leaf in paths.flatten_paths(params).items()}
-    masks: dict[str, Any] = {}
+    stays: dict[str, dict[int, Any]] = collections.defaultdict(dict)
     for member, kept in kept_along(keep, groups):
         if shapes.get(member.path) != member.shape:
             raise ValueError(
                 f"params must have shape {member.shape} at {member.path!r}, "
                 f"got {shapes.get(member.path, 'no leaf')}"
             )
-        xp = jnp if isinstance(kept, jax.core.Tracer) else np
-        others = [axis for axis in range(len(member.shape)) if axis != member.axis]
-        mask = masks.get(member.path, np.ones(member.shape, bool))
-        masks[member.path] = mask & xp.expand_dims(kept, others)
-    return paths.map_with_path(
-        lambda path, leaf: jnp.asarray(masks[path]) if path in masks else optax.MaskedNode(),
-        params,
-    )
+        own = stays[member.path]
+        own[member.axis] = own.get(member.axis, True) & kept
+
+    def mask(path, leaf):
+        del leaf
+        if path not in stays:
+            return optax.MaskedNode()
+        whole = np.ones(shapes[path], bool)
+        for axis, kept in stays[path].items():
+            whole = whole & kept.reshape([-1 if a == axis else 1 for a in range(whole.ndim)])
+        return host.on_device(whole)
+
+    return paths.map_with_path(mask, params)
 
 
 def keep_indices(
@@ -208,8 +245,7 @@ def kept_along(keep: Mapping[str, Any], groups: Sequence[Group]) -> Iterator[tup
     for name, kept in keep.items():
         checks.check_choice("keep", name, by_name)
         group = by_name[name]
-        # Concrete masks are made on the host: on the device every shape is compiled anew.
-        xp = jnp if isinstance(kept, jax.core.Tracer) else np
+        xp = host.namespace(kept)
         kept = xp.asarray(kept)
         if kept.shape != (group.size,) or kept.dtype != bool:
             raise ValueError(

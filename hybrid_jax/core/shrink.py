@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybrid_jax.core import interpreter, paths
+from hybrid_jax.core import host, interpreter, paths
 from hybrid_jax.core.graph import Graph, abstract, memoize_trace, trace
 from hybrid_jax.core.resize import Kept, Plan, take
 
@@ -65,13 +65,10 @@ def shrink(
       >>> small['a'].shape, small['b'].shape, certificate.difference, certificate.macs
       ((3, 2), (2, 2), 0.0, (20, 10))
     """
-    graph = trace(fn, params, *inputs)
+    traced = memoize_trace(fn)
+    graph = traced(params, *inputs)
     kept = kept_indices(graph, masks)
-    small_fn = narrow(fn, params, kept)
-    if _is_abstract(params):
-        small_params = jax.eval_shape(lambda tree: slice_tree(tree, kept), params)
-    else:
-        small_params = slice_tree(params, kept)
+    small_fn, small_params = _narrowed(traced, params, kept), slice_tree(params, kept)
     if _is_abstract((params, inputs)):
         difference = None
     else:
@@ -127,7 +124,8 @@ def slice_tree(tree: Any, kept: Kept) -> Any:
     """Slices parameters, or what has their paths and shapes: gradients, averages, some of them.
 
     Args:
-      tree: Pytree of arrays or `optax.MaskedNode()`s; the path of each is a parameter's.
+      tree: Pytree of arrays, their shapes or `optax.MaskedNode()`s; the path of each is a
+        parameter's.
       kept: A certificate's `kept`.
 
     Raises:
@@ -199,10 +197,11 @@ def _sliced(path: str, leaf: Any, indices: Sequence[np.ndarray]) -> Any:
         len(i) and i[-1] >= n for i, n in zip(indices, np.shape(leaf), strict=True)
     ):
         raise ValueError(f"tree must have the shape of {path!r} there, got {np.shape(leaf)}")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(tuple(map(len, indices)), leaf.dtype)
     if isinstance(leaf, jax.core.Tracer):
         return take(leaf, indices)
-    # On the host: a gather on the device is compiled anew for every shape.
-    return jnp.asarray(np.asarray(leaf)[np.ix_(*indices)])
+    return host.on_device(np.asarray(leaf)[np.ix_(*indices)])
 
 
 def mask_removed(params: Any, kept: Kept) -> Any:
@@ -215,7 +214,7 @@ def mask_removed(params: Any, kept: Kept) -> Any:
             return leaf
         if isinstance(leaf, jax.core.Tracer):
             return jnp.where(inside, leaf, jnp.zeros((), leaf.dtype))
-        return jnp.asarray(np.where(inside, np.asarray(leaf), np.zeros((), leaf.dtype)))
+        return host.on_device(np.where(inside, np.asarray(leaf), np.zeros((), leaf.dtype)))
 
     return paths.map_with_path(cut, params)
 
@@ -236,10 +235,14 @@ def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any
       ValueError: When called, if `fn` makes use of a removed channel, or on other parameters than
         the small ones.
     """
+    return _narrowed(memoize_trace(fn), params, kept)
+
+
+def _narrowed(traced: Callable[..., Graph], params: Any, kept: Kept) -> Callable[..., Any]:
+    """`narrow` of a function whose traces are remembered."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    small = jax.eval_shape(lambda tree: slice_tree(tree, kept), shapes)
+    small = slice_tree(shapes, kept)
     plans: dict[int, Plan] = {}
-    cached = memoize_trace(fn)
 
     def small_fn(small_params, *inputs):
         if jax.tree.structure(small_params) != jax.tree.structure(small):
@@ -255,7 +258,7 @@ def narrow(fn: Callable[..., Any], params: Any, kept: Kept) -> Callable[..., Any
                 )
         # The type is that of the parameters given, in another precision perhaps.
         full = paths.map_with_path(lambda path, leaf: got[path].update(shape=leaf.shape), shapes)
-        graph = cached(full, *inputs)
+        graph = traced(full, *inputs)
         plan = plans.get(id(graph))
         if plan is None or plan.graph is not graph:
             plans.clear()

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from hybrid_jax import core
 from hybrid_jax.pruning.granularity import Kernels, Units
 from hybrid_jax.pruning.selection import in_steps, keep_best, removed_count, whole_steps
 
@@ -35,6 +35,7 @@ def uniform() -> Allocation:
     """Every row of n units loses floor(sparsity · n + ½) of them.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.pruning import masks
       >>> masks({'a': jnp.array([[3.0, 1.0, 2.0, 4.0]])}, 0.5, allocation=uniform())
       {'a': Array([[ True, False, False,  True]], dtype=bool)}
@@ -45,7 +46,8 @@ def uniform() -> Allocation:
 
         def keep(rows):
             n = rows.shape[-1]
-            return keep_best(rows, jnp.maximum(n - removed_count(sparsity, n), min(at_least, n)))
+            xp, left = rows.__array_namespace__(), n - removed_count(sparsity, n)
+            return keep_best(rows, xp.maximum(left, min(at_least, n)))
 
         return {name: keep(rows) for name, rows in units.items()}
 
@@ -61,6 +63,7 @@ def global_() -> Allocation:
     `at_least=1`; then the others lose more, and the count stays exact as long as it can.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.pruning import masks, unstructured
       >>> scores = {'a': jnp.array([[2.0, 1.0]]), 'b': jnp.array([[3.0, 4.0]])}
       >>> masks(scores, 0.5, allocation=global_())['a'].tolist()
@@ -72,10 +75,12 @@ def global_() -> Allocation:
     def allocate(units, paths, sparsity, at_least):
         del paths
         sizes = [rows.size for rows in units.values()]
-        scores = jnp.concatenate([_hold(rows, at_least).ravel() for rows in units.values()])
+        held = [_hold(rows, at_least).ravel() for rows in units.values()]
+        xp = held[0].__array_namespace__()
+        scores = xp.concatenate(held)
         least = sum(len(rows) * min(at_least, rows.shape[-1]) for rows in units.values())
-        wanted = jnp.maximum(scores.size - removed_count(sparsity, scores.size), least)
-        parts = jnp.split(keep_best(scores, wanted), np.cumsum(sizes)[:-1])
+        wanted = xp.maximum(scores.size - removed_count(sparsity, scores.size), least)
+        parts = xp.split(keep_best(scores, wanted), np.cumsum(sizes)[:-1])
         return {
             name: part.reshape(rows.shape)
             for (name, rows), part in zip(units.items(), parts, strict=True)
@@ -100,6 +105,7 @@ def erk(kernels: Kernels) -> Allocation:
       ValueError: From `masks`, if what is scored is no kernel.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax import core
       >>> from hybrid_jax.pruning import masks
       >>> params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((8, 8))}  # (4+4)/16 : (8+8)/64 = 2 : 1
@@ -134,6 +140,7 @@ def erk(kernels: Kernels) -> Allocation:
     return Allocation("erk", allocate)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def keep_units(
     units: Units,
     paths: dict[str, str],
@@ -158,10 +165,11 @@ def _hold(rows: jax.Array, at_least: int) -> jax.Array:
     """Ranks the `at_least` best of each row above all else."""
     if not at_least:
         return rows
-    return jnp.where(keep_best(rows, min(at_least, rows.shape[-1])), jnp.inf, rows)
+    best = keep_best(rows, min(at_least, rows.shape[-1]))
+    return rows.__array_namespace__().where(best, np.float32(np.inf), rows)
 
 
-def _erk_counts(raw: np.ndarray, sizes: np.ndarray, kept: jax.Array) -> jax.Array:
+def _erk_counts(raw: np.ndarray, sizes: np.ndarray, kept: int | jax.Array) -> jax.Array:
     """Splits `kept` units over L leaves as raw · size, no leaf above its size: (L,) int32.
 
     Row j supposes that the j leaves of largest `raw` are dense. All that does not depend on
@@ -176,23 +184,25 @@ def _erk_counts(raw: np.ndarray, sizes: np.ndarray, kept: jax.Array) -> jax.Arra
     # The first row in which no remaining leaf overflows: the fullest one is the next in order.
     dense_sizes = np.where(dense, sizes, 0)
     capacity = np.array([sizes[i] / share[j, i] for j, i in enumerate(order)])
-    left = kept - jnp.asarray(dense_sizes.sum(axis=1), jnp.int32)
-    row = jnp.argmax(left.astype(jnp.float32) <= jnp.asarray(capacity, jnp.float32))
+    xp = core.namespace(kept)
+    left = kept - xp.asarray(dense_sizes.sum(axis=1), np.int32)
+    row = xp.argmax(left.astype(np.float32) <= xp.asarray(capacity, np.float32))
     # Differences of rounded-down running totals add up exactly. They are lifted by the error of
     # three float32 roundings, so that a share which is whole is not rounded down.
     running = np.cumsum(share, axis=1)
     finished = running >= 1 - 1e-12
-    lifted = jnp.asarray(running * (1 + 2.0**-22), jnp.float32)
-    ends = jnp.floor(left[row].astype(jnp.float32) * lifted[row])
-    ends = jnp.where(jnp.asarray(finished)[row], left[row], ends.astype(jnp.int32))
-    return jnp.diff(ends, prepend=0) + jnp.asarray(dense_sizes, jnp.int32)[row]
+    lifted = xp.asarray(running * (1 + 2.0**-22), np.float32)
+    ends = xp.floor(left[row].astype(np.float32) * lifted[row])
+    ends = xp.where(xp.asarray(finished)[row], left[row], ends.astype(np.int32))
+    return xp.diff(ends, prepend=0) + xp.asarray(dense_sizes, np.int32)[row]
 
 
 def _lift(counts: jax.Array, sizes: np.ndarray, at_least: int) -> jax.Array:
     """Raises counts to `at_least`; the largest leaves pay for it while they have more."""
+    xp = counts.__array_namespace__()
     least = np.minimum(sizes, at_least).astype(np.int32)
-    lifted = jnp.maximum(counts, least)
+    lifted = xp.maximum(counts, least)
     order = np.argsort(-sizes, kind="stable")
     spare = (lifted - least)[order]
-    owed = jnp.sum(lifted - counts) - (jnp.cumsum(spare) - spare)
-    return lifted.at[order].add(-jnp.clip(owed, 0, spare))
+    owed = (lifted - counts).sum() - (xp.cumsum(spare) - spare)
+    return lifted - xp.clip(owed, 0, spare)[np.argsort(order)]

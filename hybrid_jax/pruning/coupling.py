@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.pruning.allocation import global_, keep_units, uniform
 from hybrid_jax.pruning.granularity import REDUCTIONS, Granularity
-from hybrid_jax.pruning.selection import check_sparsity, is_traced, rankable
+from hybrid_jax.pruning.selection import check_sparsity, rankable
 
 _NORMALIZATIONS = {
-    "none": lambda scores, finite: jnp.ones((), scores.dtype),
-    "mean": lambda scores, finite: jnp.mean(scores, where=finite),
-    "max": lambda scores, finite: jnp.max(scores, where=finite, initial=0.0),
+    "none": lambda scores, finite: np.float32(1.0),
+    "mean": lambda scores, finite: scores.sum(where=finite) / finite.sum(dtype=scores.dtype),
+    "max": lambda scores, finite: scores.max(where=finite, initial=0.0),
 }
 _ALLOCATIONS = {"uniform": uniform(), "global": global_()}
 
@@ -47,6 +46,7 @@ def channels(
         `group_scores` raises.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax import pruning
       >>> fn = lambda params, x: jax.nn.relu(x @ params['a'] + params['b'][None]) @ params['c']
       >>> params = {'a': jnp.array([[1.0, 2.0]]), 'b': jnp.ones(2), 'c': jnp.ones((2, 3))}
@@ -70,7 +70,7 @@ def channels(
         del leaves
         keep = {name: rows[0] for name, rows in kept.items()}
         touched = {m.path: m.shape for name in keep for m in by_name[name].members}
-        params = {p: jax.ShapeDtypeStruct(shape, jnp.float32) for p, shape in touched.items()}
+        params = {p: jax.ShapeDtypeStruct(shape, np.float32) for p, shape in touched.items()}
         return core.expand(keep, groups, params)
 
     return Granularity(
@@ -118,9 +118,14 @@ def group_scores(
       {'a': Array([0.5, 1.5], dtype=float32)}
     """
     _check_scoring(groups, reduce, normalize)
-    if not is_traced(scores):
+    if not core.is_traced(scores):
         core.check_finite("scores", scores)
-    return _group_scores(core.flatten_paths(scores), groups, reduce, normalize)
+    xp = core.namespace(scores)
+    leaves = {
+        path: leaf if core.is_masked_node(leaf) else xp.asarray(leaf, np.float32)
+        for path, leaf in core.flatten_paths(scores).items()
+    }
+    return core.on_device(_group_scores(leaves, groups, reduce, normalize))
 
 
 def keep_channels(
@@ -166,15 +171,17 @@ def keep_channels(
     check_sparsity(sparsity)
     core.check_choice("allocation", allocation, _ALLOCATIONS)
     core.check_integer("multiple", multiple, 1)
-    if not is_traced(scores):
+    if not core.is_traced(scores):
         core.check_finite("scores", scores)
     left_out = core.match_rules([(pattern, True) for pattern in exempt], scores, default=False)
+    xp = core.namespace(scores, sparsity)
     # By name, the order in which `jit` hands a dict on: equal scores fall alike in both.
-    units = {n: rankable(jnp.asarray(scores[n]))[None] for n in sorted(scores) if not left_out[n]}
+    units = {n: rankable(xp.asarray(scores[n]))[None] for n in sorted(scores) if not left_out[n]}
     if not units:
         raise ValueError("scores must hold a group to prune, got none that is not exempt")
     kept = keep_units(units, {}, sparsity, _ALLOCATIONS[allocation], 1, multiple)
-    return {n: kept[n][0] if n in kept else jnp.ones(np.shape(s), bool) for n, s in scores.items()}
+    whole = {n: np.ones(np.shape(own), bool) for n, own in scores.items() if left_out[n]}
+    return core.on_device({n: whole[n] if n in whole else kept[n][0] for n in scores})
 
 
 def _check_scoring(groups: Sequence[core.Group], reduce: str, normalize: str) -> None:
@@ -187,8 +194,9 @@ def _check_scoring(groups: Sequence[core.Group], reduce: str, normalize: str) ->
 def _group_scores(
     leaves: dict[str, Any], groups: Sequence[core.Group], reduce: str, normalize: str
 ) -> dict[str, jax.Array]:
-    """{group name: (n,)} scores from {path: scores}."""
+    """{group name: (n,)} scores from {path: scores in float32}."""
 
+    @np.errstate(over="ignore", invalid="ignore")
     def score(group):
         entries = [_unit_entries(leaves, member) for member in group.members]
         entries = [entry for entry in entries if entry is not None]
@@ -197,9 +205,10 @@ def _group_scores(
                 f"scores must cover a member of group {group.name!r}, got none of: "
                 f"{', '.join(member.path for member in group.members)}"
             )
-        reduced = REDUCTIONS[reduce](jnp.concatenate(entries, axis=1))
-        size = _NORMALIZATIONS[normalize](reduced, jnp.isfinite(reduced))
-        return reduced / jnp.where(size > 0, size, 1.0)
+        xp = entries[0].__array_namespace__()
+        reduced = REDUCTIONS[reduce](xp.concatenate(entries, axis=1))
+        size = _NORMALIZATIONS[normalize](reduced, xp.isfinite(reduced))
+        return reduced / xp.where(size > 0, size, np.float32(1.0))
 
     return {group.name: score(group) for group in groups}
 
@@ -215,7 +224,7 @@ def _unit_entries(leaves: dict[str, Any], member: core.Member) -> jax.Array | No
         raise ValueError(
             f"scores must have shape {member.shape} at {member.path!r}, got {scores.shape}"
         )
-    units = jnp.moveaxis(jnp.asarray(scores, jnp.float32), member.axis, 0)[member.index]
+    units = scores.__array_namespace__().moveaxis(scores, member.axis, 0)[member.index]
     return units.reshape(len(member.index), -1)
 
 

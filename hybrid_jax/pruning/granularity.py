@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
@@ -20,10 +19,10 @@ Units = dict[str, jax.Array]
 Kernels = Mapping[str, core.Kernel]
 
 REDUCTIONS = {
-    "sum": lambda entries: jnp.sum(entries, axis=-1),
-    "mean": lambda entries: jnp.mean(entries, axis=-1),
-    "max": lambda entries: jnp.max(entries, axis=-1),
-    "l2": lambda entries: jnp.sqrt(jnp.sum(jnp.square(entries), axis=-1)),
+    "sum": lambda entries: entries.sum(axis=-1),
+    "mean": lambda entries: entries.mean(axis=-1),
+    "max": lambda entries: entries.max(axis=-1),
+    "l2": lambda entries: entries.__array_namespace__().sqrt((entries * entries).sum(axis=-1)),
 }
 """How the scores of a unit's weights, on the last axis, make that of the unit."""
 
@@ -32,7 +31,7 @@ REDUCTIONS = {
 class Granularity:
     """A pytree of scores seen as rows of units, and back. Rows have a name, or share one.
 
-    `leaves` are {path: scores, or `optax.MaskedNode()`}.
+    `leaves` are {path: scores, or `optax.MaskedNode()`}, arrays of NumPy where they are known.
 
     Attributes:
       name: How errors call it.
@@ -65,6 +64,7 @@ def unstructured(at_least: int = 0) -> Granularity:
       ValueError: If `at_least` is negative.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.pruning import masks
       >>> masks({'w': jnp.array([[4.0, 1.0], [3.0, 2.0]])}, 0.5, unstructured())['w'].tolist()
       [[True, False], [True, False]]
@@ -94,6 +94,7 @@ def n_m(kernels: Kernels, n: int, m: int) -> Granularity:
         what is scored is no kernel, or the allocation is not `uniform()`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.pruning import masks
       >>> params = {'w': jnp.array([[1.0, 2.0, 4.0, 3.0]])}  # O = 1, C = 4
       >>> kernels = core.trace(lambda p, x: x @ p['w'].T, params, jnp.ones((1, 4))).kernels
@@ -132,6 +133,7 @@ def blocks(
         kernel.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.pruning import masks
       >>> params = {'w': jnp.array([[9.0, 0.0, 3.0, 4.0]])}  # C = 1, O = 4
       >>> kernels = core.trace(lambda p, x: x @ p['w'], params, jnp.ones((1, 1))).kernels
@@ -168,6 +170,7 @@ def kernels(kernels: Kernels, reduce: str = "sum", at_least: int = 0) -> Granula
       ValueError: If `reduce` is unknown. From `masks`, if what is scored is no kernel.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.pruning import masks
       >>> params = {'w': jnp.array([[[[1.0, 3.0]]], [[[5.0, 0.0]]]])}  # O = 2, C = H = 1, W = 2
       >>> fn = lambda params, x: jax.lax.conv(x, params['w'], (1, 1), 'SAME')
@@ -237,7 +240,8 @@ def _within_leaves(
 
     def mask(path, kept, shape):
         size = math.prod(shape) // kept.size
-        return restore(path, jnp.broadcast_to(kept[..., None], (*kept.shape, size)), shape)
+        xp = kept.__array_namespace__()
+        return restore(path, xp.broadcast_to(kept[..., None], (*kept.shape, size)), shape)
 
     return Granularity(
         name,

@@ -11,7 +11,7 @@ import optax
 from hybrid_jax import core
 from hybrid_jax.pruning.allocation import Allocation, keep_units, uniform
 from hybrid_jax.pruning.granularity import Granularity, unstructured
-from hybrid_jax.pruning.selection import check_sparsity, is_traced, rankable
+from hybrid_jax.pruning.selection import check_sparsity, rankable
 
 
 def masks(
@@ -69,9 +69,10 @@ def masks(
             f"equally many, got {allocation.name}()"
         )
     sparsity = check_sparsity(most if sparsity is None else sparsity, most=most)
-    sparsity = jnp.minimum(jnp.asarray(sparsity, jnp.float32), jnp.float32(most))
+    xp = core.namespace(scores, sparsity, previous)
+    sparsity = xp.minimum(xp.asarray(sparsity, np.float32), np.float32(most))
 
-    leaves = check_scores(scores)
+    leaves = check_scores(scores, xp)
     paths = granularity.paths(leaves)
     left_out = core.match_rules([(p, True) for p in exempt], paths, default=False)
     paths = {name: path for name, path in paths.items() if not left_out[name]}
@@ -79,12 +80,13 @@ def masks(
         raise ValueError("scores must have a leaf to prune, got none that is not exempt")
     units = {name: rankable(rows) for name, rows in granularity.split(leaves, paths).items()}
     if previous is not None:
-        alive = granularity.split(_kept_before(previous, leaves), paths)
-        units = {name: jnp.where(alive[name] > 0, rows, -jnp.inf) for name, rows in units.items()}
+        alive = granularity.split(_kept_before(previous, leaves, xp), paths)
+        lowest = np.float32(-np.inf)
+        units = {name: xp.where(alive[name] > 0, rows, lowest) for name, rows in units.items()}
     kept = keep_units(
         units, paths, sparsity, allocation, granularity.at_least, granularity.multiple
     )
-    merged = granularity.merge(kept, leaves)
+    merged = core.on_device(granularity.merge(kept, leaves))
     return core.map_with_path(lambda path, _: merged.get(path, optax.MaskedNode()), scores)
 
 
@@ -107,10 +109,13 @@ def apply_masks(params: Any, masks: Any) -> Any:
       {'w': Array([1., 0.], dtype=float32)}
     """
     core.check_masks(params, masks)
+    xp = core.namespace(params, masks)
 
     def apply(path, mask, leaf):
         del path
-        return leaf if core.is_masked_node(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        if core.is_masked_node(mask):
+            return leaf
+        return core.on_device(xp.where(mask, leaf, xp.zeros_like(leaf)))
 
     return core.map_with_path(apply, masks, params)
 
@@ -121,13 +126,13 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
         raise TypeError(f"{name} must be a pruning.{kind.__name__} such as {example}, got {value}")
 
 
-def check_scores(scores: Any) -> dict[str, Any]:
-    """Returns {path: scores in float32, or `MaskedNode`}.
+def check_scores(scores: Any, xp: Any = jnp) -> dict[str, Any]:
+    """Returns {path: scores in float32 as arrays of `xp`, or `MaskedNode`}.
 
     Raises:
       ValueError: If scores are not floating, are empty, or are not finite (unless traced).
     """
-    if not is_traced(scores):
+    if not core.is_traced(scores):
         core.check_finite("scores", scores)
     leaves = core.flatten_paths(scores)
     for path, leaf in leaves.items():
@@ -138,20 +143,20 @@ def check_scores(scores: Any) -> dict[str, Any]:
             raise ValueError(
                 f"scores must be floating and not empty, got {dtype}{list(shape)} at {path!r}"
             )
-        leaves[path] = jnp.asarray(leaf, jnp.float32)
+        leaves[path] = xp.asarray(leaf, np.float32)
     return leaves
 
 
-def _kept_before(previous: Any, leaves: dict[str, Any]) -> dict[str, Any]:
+def _kept_before(previous: Any, leaves: dict[str, Any], xp: Any) -> dict[str, Any]:
     """{path: 1.0 where kept, or `MaskedNode`}: a unit is removed if it has no 1.0."""
     core.check_same_paths("previous", previous, "scores", leaves)
     kept = core.flatten_paths(previous)
     for path, leaf in leaves.items():
         mask, scored = kept[path], not core.is_masked_node(leaf)
         if core.is_masked_node(mask):
-            kept[path] = jnp.ones_like(leaf) if scored else mask
+            kept[path] = xp.ones_like(leaf) if scored else mask
         elif scored and mask.shape != leaf.shape:
             raise ValueError(f"previous must have shape {leaf.shape} at {path!r}, got {mask.shape}")
         else:
-            kept[path] = mask.astype(jnp.float32)
+            kept[path] = xp.asarray(mask, np.float32)
     return kept

@@ -26,13 +26,14 @@ def pack_masks(masks: Any) -> Any:
       >>> pack_masks({'w': jnp.array([[True, False, True]]), 'b': optax.MaskedNode()})
       {'b': MaskedNode(), 'w': Array([160], dtype=uint8)}
     """
+    xp = core.namespace(masks)
 
     def pack(path, mask):
         if core.is_masked_node(mask):
             return mask
         if mask.dtype != bool:
             raise ValueError(f"masks must be bool, got {mask.dtype} at {path!r}")
-        return jnp.packbits(mask)
+        return core.on_device(xp.packbits(mask))
 
     return core.map_with_path(pack, masks)
 
@@ -56,7 +57,7 @@ def unpack_masks(packed: Any, like: Any) -> Any:
       {'b': MaskedNode(), 'w': Array([[ True, False,  True]], dtype=bool)}
     """
     core.check_same_paths("packed", packed, "like", like)
-    shapes = core.flatten_paths(like)
+    xp, shapes = core.namespace(packed), core.flatten_paths(like)
 
     def unpack(path, bits):
         if core.is_masked_node(bits):
@@ -68,6 +69,6 @@ def unpack_masks(packed: Any, like: Any) -> Any:
                 f"packed must have uint8[{-(-size // 8)}] at {path!r} for shape {shape}, "
                 f"got {bits.dtype}{list(bits.shape)}"
             )
-        return jnp.unpackbits(bits, count=size).reshape(shape).astype(bool)
+        return core.on_device(xp.unpackbits(bits, count=size).reshape(shape).astype(bool))
 
     return core.map_with_path(unpack, packed)

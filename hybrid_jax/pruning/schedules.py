@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.selection import check_sparsity, is_traced
+from hybrid_jax.pruning.selection import check_sparsity
 
 Schedule = Callable[[int | jax.Array], jax.Array]
 
@@ -57,7 +57,7 @@ def cubic(
       [0.0, 0.7, 0.8, 0.8]
     """
     final = check_sparsity(sparsity)
-    check_sparsity(initial, "initial", most=1.0 if is_traced(final) else final)
+    check_sparsity(initial, "initial", most=1.0 if core.is_traced(final) else final)
     done = _fraction_done(begin, end)
 
     def schedule(now):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def check_sparsity(
     """
     if np.ndim(sparsity):
         raise ValueError(f"{name} must be one number, got shape {np.shape(sparsity)}")
-    if is_traced(sparsity):
+    if core.is_traced(sparsity):
         return sparsity
     # NumPy holds the value where a comparison of jax arrays would be traced, inside `jit`.
     value = np.asarray(sparsity).item() if hasattr(sparsity, "dtype") else sparsity
@@ -36,13 +37,7 @@ def check_sparsity(
     return value
 
 
-def is_traced(tree: object) -> bool:
-    """Whether a leaf's values are unknown because `jit`, `vmap` or `grad` is tracing."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-@jax.jit
-def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> jax.Array:
+def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> int | jax.Array:
     """floor(sparsity · n + ½): how many of `n` units a sparsity removes.
 
     Sparsity is read to six decimals, which float32 holds, and the rest is integer arithmetic: a
@@ -53,12 +48,20 @@ def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> jax.Array:
       n: () number of units, below 2³¹.
 
     Returns:
-      () int32.
+      An integer; () int32 if an argument is traced.
 
     Example:
-      >>> [int(removed_count(0.9, n)) for n in (4, 5, 25_000_000)]
+      >>> [removed_count(0.9, n) for n in (4, 5, 25_000_000)]
       [4, 5, 22500000]
     """
+    if core.is_traced((sparsity, n)):
+        return _traced_count(sparsity, n)
+    millionths = round(np.float32(1e6) * np.float32(sparsity))
+    return (millionths * int(n) + 500_000) // 1_000_000
+
+
+@jax.jit
+def _traced_count(sparsity, n):
     millionths = jnp.round(jnp.float32(1e6) * jnp.asarray(sparsity, jnp.float32)).astype(jnp.int32)
     # millionths · n / 10⁶ does not fit 32 bits: split n at 10⁶ and the millionths at 10³.
     n = jnp.asarray(n, jnp.int32)
@@ -68,7 +71,6 @@ def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> jax.Array:
     return millionths * whole + carried + (left * 1000 + low * rest + 500_000) // 1_000_000
 
 
-@jax.jit
 def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
     """Marks the `kept` highest of the last axis; of equal scores the lower index is kept.
 
@@ -77,13 +79,27 @@ def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
       kept: Integer in [0, n], maybe traced: one, or (..., 1) for each row.
 
     Returns:
-      (..., n) bool with exactly `kept` True in each row.
+      (..., n) bool with exactly `kept` True in each row: NumPy's of NumPy's scores.
 
     Example:
       >>> import jax.numpy as jnp
       >>> keep_best(jnp.array([1.0, 2.0, 1.0, 0.0]), 2)
       Array([ True,  True, False, False], dtype=bool)
     """
+    return (_keep_known if isinstance(scores, np.ndarray) else _keep_traced)(scores, kept)
+
+
+def _keep_known(scores, kept):
+    n = scores.shape[-1]
+    place = np.broadcast_to(np.minimum(n - kept, n - 1), (*scores.shape[:-1], 1))
+    threshold = np.take_along_axis(np.partition(scores, np.unique(place), -1), place, -1)
+    above, tied = scores > threshold, scores == threshold
+    room = kept - _count(above)
+    return above | (tied & (np.cumsum(tied, axis=-1, dtype=np.int32) <= room))
+
+
+@jax.jit
+def _keep_traced(scores, kept):
     kept = jnp.asarray(kept, jnp.int32)
     ordered = _ordered_integers(scores)
     index = jax.lax.broadcasted_iota(jnp.uint32, ordered.shape, ordered.ndim - 1)
@@ -105,11 +121,23 @@ def rankable(scores: jax.Array) -> jax.Array:
       >>> keep_best(rankable(jnp.array([jnp.nan, -9.0, jnp.inf])), 2)
       Array([False,  True,  True], dtype=bool)
     """
-    lowest = jnp.finfo(jnp.float32).min
-    return jnp.nan_to_num(scores.astype(jnp.float32), nan=lowest)
+    lowest = np.finfo(np.float32).min
+    return scores.__array_namespace__().nan_to_num(scores.astype(np.float32), nan=lowest)
 
 
-@functools.partial(jax.jit, static_argnames="multiple")
+def _compiled_unless_known(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(scores, *rest)`, compiled unless the scores are NumPy's."""
+    compiled = jax.jit(f, static_argnames="multiple")
+
+    @functools.wraps(f)
+    def run(scores, *rest, **options):
+        known = isinstance(scores, np.ndarray)
+        return (f if known else compiled)(scores, *rest, **options)
+
+    return run
+
+
+@_compiled_unless_known
 def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
     """Gives each unit of a row the mean score of its step of `multiple`, best units first.
 
@@ -125,18 +153,20 @@ def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
       >>> in_steps(jnp.array([[1.0, 5.0, 4.0, 2.0, 7.0]]), 2)  # 7 and 5, 4 and 2, 1
       Array([[1., 6., 3., 3., 6.]], dtype=float32)
     """
-    order = jnp.argsort(-scores, axis=-1, stable=True)
-    falling = jnp.take_along_axis(scores, order, axis=-1)
-    starts = np.arange(0, scores.shape[-1], multiple)
-    sizes = np.diff(starts, append=scores.shape[-1])
-    means = jnp.add.reduceat(falling, starts, axis=-1) / jnp.asarray(sizes, scores.dtype)[None]
+    xp, n = scores.__array_namespace__(), scores.shape[-1]
+    order = xp.argsort(-scores, axis=-1, stable=True)
+    falling = xp.take_along_axis(scores, order, axis=-1)
+    steps = xp.pad(falling, ((0, 0), (0, -n % multiple))).reshape(len(scores), -1, multiple)
+    sizes = np.diff(np.arange(0, n, multiple), append=n).astype(scores.dtype)
+    # One after the other, so that the sum is the same to the bit wherever it is computed.
+    means = sum(steps[:, :, i] for i in range(multiple)) / sizes[None]
     # Rounding must not lift a later step of equal scores above an earlier one.
-    means = jax.lax.cummin(means, axis=means.ndim - 1)
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(means, rank // multiple, axis=-1)
+    means = (np.minimum.accumulate if xp is np else jax.lax.cummin)(means, axis=1)
+    rank = xp.argsort(order, axis=-1)
+    return xp.take_along_axis(means, rank // multiple, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames="multiple")
+@_compiled_unless_known
 def whole_steps(scores: jax.Array, kept: jax.Array, multiple: int) -> jax.Array:
     """Rounds what each row keeps to whole steps: the nearest, half a step up.
 
@@ -154,14 +184,14 @@ def whole_steps(scores: jax.Array, kept: jax.Array, multiple: int) -> jax.Array:
       >>> whole_steps(jnp.array([[1.0, 5.0, 4.0, 2.0, 7.0]]), kept, 2)
       Array([[False,  True,  True,  True,  True]], dtype=bool)
     """
-    count = _count(kept)
+    xp, count = kept.__array_namespace__(), _count(kept)
     whole = count // multiple * multiple
-    step = jnp.minimum(multiple, scores.shape[-1] - whole)
-    return keep_best(scores, whole + jnp.where(2 * (count - whole) >= step, step, 0))
+    step = xp.minimum(multiple, scores.shape[-1] - whole)
+    return keep_best(scores, whole + xp.where(2 * (count - whole) >= step, step, 0))
 
 
 def _count(marked: jax.Array) -> jax.Array:
-    return jnp.sum(marked, axis=-1, keepdims=True, dtype=jnp.int32)
+    return marked.sum(axis=-1, keepdims=True, dtype=np.int32)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], bits: int):

@@ -14,7 +14,7 @@ from hybrid_jax import core
 from hybrid_jax.pruning.allocation import keep_units, uniform
 from hybrid_jax.pruning.granularity import Granularity, unstructured
 from hybrid_jax.pruning.masking import apply_masks, check_kind, check_scores
-from hybrid_jax.pruning.selection import check_sparsity, is_traced, rankable
+from hybrid_jax.pruning.selection import check_sparsity, rankable
 
 # One object for all calls: what is compiled is found again by it.
 _WEIGHTS = unstructured()
@@ -80,7 +80,7 @@ def sensitivity(
     if not names:
         raise ValueError("scores must have a leaf to prune, got none")
     most = granularity.max_sparsity
-    if not is_traced(sparsities):
+    if not core.is_traced(sparsities):
         sparsities = [check_sparsity(s, "sparsities", most) for s in sparsities]
     sparsities = jnp.minimum(jnp.asarray(sparsities, jnp.float32), jnp.float32(most))
     if sparsities.ndim != 1 or not sparsities.size:
@@ -95,7 +95,7 @@ def sensitivity(
     losses = [_losses(loss_fn, granularity, names, params, leaves, args, part) for part in parts]
     losses = jnp.concatenate(losses)[:count].reshape(len(names), -1)
     found = dict(zip(names, losses, strict=True))
-    if not is_traced(losses):
+    if not core.is_traced(losses):
         core.check_finite("losses", found)
     return found
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.pruning.selection import keep_best
@@ -72,12 +72,13 @@ def to_widths(
         an integer in [1, n].
 
     Example:
+      >>> import jax.numpy as jnp
       >>> scores = {'a': jnp.arange(8.0)}
       >>> keep = {'a': jnp.arange(8) > 2}  # 5 channels
       >>> to_widths(keep, scores, {'a': (2, 4, 8)})['a'].tolist()
       [False, False, False, False, True, True, True, True]
     """
-    moved = dict(keep)
+    xp, moved = core.namespace(keep, scores), dict(keep)
     for name, allowed in widths.items():
         core.check_choice("group of widths", name, keep)
         size = len(keep[name])
@@ -85,8 +86,8 @@ def to_widths(
             core.check_integer(f"width of group {name!r}", width, 1, size)
         if not allowed:
             raise ValueError(f"widths must allow a width of group {name!r}, got none")
-        falling = jnp.array(sorted(allowed, reverse=True), jnp.int32)
-        count = jnp.sum(jnp.asarray(keep[name]), dtype=jnp.int32)
-        width = falling[jnp.argmin(jnp.abs(falling - count))]
-        moved[name] = keep_best(jnp.asarray(scores[name], jnp.float32), width)
+        falling = xp.asarray(sorted(allowed, reverse=True), np.int32)
+        count = xp.asarray(keep[name]).sum(dtype=np.int32)
+        width = falling[xp.argmin(abs(falling - count))]
+        moved[name] = core.on_device(keep_best(xp.asarray(scores[name], np.float32), width))
     return moved

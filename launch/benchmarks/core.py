@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core
+from hybrid_jax import core, pruning
 from launch.benchmarks import measure
 from launch.benchmarks.measure import Row, Size
 
@@ -31,6 +31,25 @@ def trace_group_and_slice(size: Size) -> Iterator[Row]:
         return _halve(measure.predict(size.large), params, image)[1]
 
     yield measure.seconds("trace, group and slice", run, calls=size.calls, target=5.0)
+
+
+def trace_to_small(size: Size) -> Iterator[Row]:
+    """From a function to the small one, as in a new process: nothing traced or compiled before."""
+    params, image = measure.variables(size.large, size.large_image), _shapes(size)[1]
+
+    def trace():
+        jax.clear_caches()
+        fn = measure.predict(size.large)
+        return fn, core.trace(fn, params, image)
+
+    def shrink():
+        fn, graph = trace()
+        scores = pruning.magnitude(graph.kernels, params)
+        masks = pruning.masks(scores, 0.5, pruning.channels(graph.groups))
+        return core.shrink(fn, params, masks, image)[1]
+
+    name = "trace to the small function, no certificate / trace"
+    yield measure.ratio(name, shrink, lambda: trace() and (), pairs=size.calls, target=5.0)
 
 
 def shrunk_forward(size: Size) -> Iterator[Row]:
@@ -64,7 +83,13 @@ def identity_at_sites(size: Size) -> Iterator[Row]:
     yield Row(name, share, share, share, "×", 1.0, f"{ours} / {theirs}")
 
 
-BENCHMARKS = (trace_and_group, trace_group_and_slice, shrunk_forward, identity_at_sites)
+BENCHMARKS = (
+    trace_and_group,
+    trace_group_and_slice,
+    trace_to_small,
+    shrunk_forward,
+    identity_at_sites,
+)
 
 
 def _shapes(size):

@@ -14,6 +14,7 @@ ROWS = {
     "core": [
         "trace and group",
         "trace, group and slice",
+        "trace to the small function, no certificate / trace",
         "forward at half the width / dense",
         "forward with identity at_sites / plain",
         "compiled instructions with identity at_sites / plain",

@@ -152,6 +152,20 @@ def test_global_widths_come_within_half_a_step(values, percent):
     assert abs(sum(counts) - max(wanted, sum(min(n, 4) for n in SIZES))) <= 2
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    values=several_scores,
+    percent=percents,
+    allocation=st.sampled_from(["uniform", "global"]),
+    multiple=st.sampled_from([1, 4]),
+)
+def test_known_scores_keep_the_channels_of_traced_ones(values, percent, allocation, multiple):
+    scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
+    known = pruning.keep_channels(scores, percent / 100, allocation, multiple)
+    traced = compiled_keep(scores, percent / 100, allocation=allocation, multiple=multiple)
+    jax.tree.map(np.testing.assert_array_equal, known, traced)
+
+
 def test_global_widths_move_in_steps():
     scores = {"a": jnp.arange(8.0), "b": 10 + jnp.arange(8.0)}
     keep = pruning.keep_channels(scores, 0.25, "global", multiple=4)

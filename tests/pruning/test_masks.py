@@ -37,6 +37,7 @@ def test_removed_count_is_exact(n, millionths):
     sparsities = [value / 10**6 for value in millionths]
     expected = [exact_count(sparsity, n) for sparsity in sparsities]
     assert counts(jnp.array(sparsities, jnp.float32), n).tolist() == expected
+    assert [removed_count(sparsity, n) for sparsity in sparsities] == expected
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,19 @@ def test_halves_are_removed(sparsity, n, expected):
 )
 def test_keep_best_keeps_the_highest_then_the_first(values, kept):
     order = sorted(range(12), key=lambda i: (-values[i], i))[:kept]
-    mask = keep_best(jnp.array(values, jnp.float32), kept)
-    assert np.flatnonzero(mask).tolist() == sorted(order)
+    for xp in (jnp, np):
+        mask = keep_best(xp.array(values, np.float32), kept)
+        assert np.flatnonzero(mask).tolist() == sorted(order)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    values=st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 2.0]), min_size=15, max_size=15),
+    kept=st.lists(st.integers(0, 5), min_size=3, max_size=3),
+)
+def test_each_row_keeps_its_own_count(values, kept):
+    rows, counts = np.array(values, np.float32).reshape(3, 5), np.array(kept)[:, None]
+    np.testing.assert_array_equal(keep_best(rows, counts), keep_best(jnp.array(rows), counts))
 
 
 def test_equal_scores_leave_from_the_end():
@@ -114,6 +126,20 @@ def test_counts_are_exact_for_any_scores(values, percent):
     assert erk.sum() == exact_count(sparsity, total)
     assert (erk >= 0).all()
     assert (erk <= sizes).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(values=few_values, percent=st.integers(0, 100))
+def test_masks_of_known_scores_are_those_of_traced_ones(values, percent):
+    scores = {
+        str(i): jnp.array(value, jnp.float32).reshape(shape)
+        for i, (value, shape) in enumerate(zip(values, SHAPES, strict=True))
+    }
+    for allocation in (pruning.uniform, pruning.global_, pruning.erk):
+        known = pruning.masks(scores, percent / 100, allocation=made(allocation, scores))
+        traced = compiled_masks(allocation, scores, jnp.float32(percent / 100))
+        jax.tree.map(np.testing.assert_array_equal, known, traced)
+        assert all(isinstance(mask, jax.Array) for mask in known.values())
 
 
 def test_erk_stays_within_one_of_its_share_on_a_large_net():

@@ -9,7 +9,6 @@ import optax
 
 from hybrid_jax import core
 from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
-from hybrid_jax.pruning.selection import is_traced
 
 Batches = Iterable[tuple[Any, ...]]
 """Yields the inputs of a model as tuples."""
@@ -37,7 +36,7 @@ def wanda(kernels: Kernels, params: Any, norms: Any) -> Any:
       ValueError: If `norms` has another structure, or `params` not the kernels.
     """
     check_statistics("norms", params, norms)
-    return score(lambda kernel, w, norm: jnp.abs(w) * norm, kernels, params, norms)
+    return score(lambda kernel, w, norm: abs(w) * norm, kernels, params, norms)
 
 
 def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> Any:
@@ -205,7 +204,7 @@ def _check_carried(total: dict[str, Any], weighed: dict[str, Any], sites: Any) -
         if site.name not in weighed:
             raise ValueError(f"fn must use {site.path!r} outside `while`, where nothing is seen")
         seen = (total[site.path], weighed[site.name])
-        if not is_traced(seen) and jnp.all(seen[0] == 0) and seen[1] != 0:
+        if not core.is_traced(seen) and jnp.all(seen[0] == 0) and seen[1] != 0:
             raise ValueError(
                 f"fn must use {site.path!r} outside a function with a derivative rule of its own"
             )

@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import Kernels, score
+from hybrid_jax.pruning.criteria.leaves import Kernels, restored, score
 
 
 def geometric_median(kernels: Kernels, params: Any) -> Any:
@@ -35,7 +36,9 @@ def geometric_median(kernels: Kernels, params: Any) -> Any:
       Array([8., 9., 7.], dtype=float32)
     """
     return score(
-        lambda kernel, w: kernel.restore(jax.vmap(_distances)(kernel.canonical(w))), kernels, params
+        lambda kernel, w: restored(kernel, jax.vmap(_distances)(kernel.canonical(w))),
+        kernels,
+        params,
     )
 
 
@@ -70,7 +73,7 @@ def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
                 f"pattern must match floating vectors only, got {leaf.dtype}{list(leaf.shape)} "
                 f"at {path!r}"
             )
-        return jnp.abs(leaf.astype(jnp.float32))
+        return core.on_device(abs(core.namespace(leaf).asarray(leaf, np.float32)))
 
     return core.map_with_path(scale, params)
 

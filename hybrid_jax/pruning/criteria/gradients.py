@@ -33,7 +33,7 @@ def taylor(kernels: Kernels, params: Any, gradients: Any) -> Any:
       {'w': Array([[3., 1.]], dtype=float32)}
     """
     check_statistics("gradients", params, gradients)
-    return score(lambda kernel, w, g: jnp.abs(w * g), kernels, params, gradients)
+    return score(lambda kernel, w, g: abs(w * g), kernels, params, gradients)
 
 
 def snip(kernels: Kernels, params: Any, gradients: Any) -> Any:
@@ -130,7 +130,7 @@ def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
       ValueError: If `squared_gradients` has another structure, or `params` not the kernels.
     """
     check_statistics("squared_gradients", params, squared_gradients)
-    return score(lambda kernel, w, f: 0.5 * f * jnp.square(w), kernels, params, squared_gradients)
+    return score(lambda kernel, w, f: 0.5 * f * (w * w), kernels, params, squared_gradients)
 
 
 def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examples: Any) -> Any:

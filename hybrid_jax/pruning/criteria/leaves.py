@@ -17,7 +17,8 @@ Kernels = Mapping[str, core.Kernel]
 def score(f: Callable[..., jax.Array], kernels: Kernels, params: Any, *rest: Any) -> Any:
     """Maps `f(kernel, leaf, *rest)` over the kernels, leaves and those of `rest` in float32.
 
-    What is no kernel, and where `params` or one of `rest` holds `optax.MaskedNode()`, has none.
+    Where they are known they are NumPy's, so `f` uses what both kinds of arrays have. What is no
+    kernel, and where `params` or one of `rest` holds `optax.MaskedNode()`, has none.
 
     Raises:
       ValueError: If there is no kernel, or `params` has not its path and shape.
@@ -34,12 +35,21 @@ def score(f: Callable[..., jax.Array], kernels: Kernels, params: Any, *rest: Any
                 f"params must have shape {kernel.shape} at {path!r}, got {np.shape(paths[path])}"
             )
 
+    xp = core.namespace(params, *rest)
+
+    @np.errstate(over="ignore", invalid="ignore")
     def leaf_score(path, *leaves):
         if path not in kernels or any(map(core.is_masked_node, leaves)):
             return optax.MaskedNode()
-        return f(kernels[path], *(leaf.astype(jnp.float32) for leaf in leaves))
+        found = f(kernels[path], *(xp.asarray(leaf, np.float32) for leaf in leaves))
+        return core.on_device(found)
 
     return core.map_with_path(leaf_score, params, *rest)
+
+
+def restored(kernel: core.Kernel, moved: jax.Array) -> Any:
+    """What was computed of `kernel.layers` or `kernel.canonical`, in the parameter's layout."""
+    return kernel.restore(core.namespace(moved).asarray(moved))
 
 
 def in_float32(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from hybrid_jax.pruning.allocation import global_
 from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
 from hybrid_jax.pruning.criteria.weights import magnitude
 from hybrid_jax.pruning.masking import apply_masks, masks
-from hybrid_jax.pruning.selection import check_sparsity, is_traced
+from hybrid_jax.pruning.selection import check_sparsity
 
 
 def synflow(kernels: Kernels, params: Any, flow: Any) -> Any:
@@ -36,7 +36,7 @@ def synflow(kernels: Kernels, params: Any, flow: Any) -> Any:
       ValueError: If `flow` has another structure, or `params` not the kernels.
     """
     check_statistics("flow", params, flow)
-    return score(lambda kernel, w, f: jnp.abs(w) * f, kernels, params, flow)
+    return score(lambda kernel, w, f: abs(w) * f, kernels, params, flow)
 
 
 def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: float = 1.0) -> Any:
@@ -146,7 +146,7 @@ def synflow_masks(
     start = (everything, jax.tree.map(lambda mask: jnp.array(True), everything))
     kept, flows = jax.lax.fori_loop(0, rounds, prune, start)
     for path, flow in core.flatten_paths(flows).items():
-        if not core.is_masked_node(flow) and not is_traced(flow) and not flow:
+        if not core.is_masked_node(flow) and not core.is_traced(flow) and not flow:
             raise ValueError(
                 "fn must let a flow that is finite and not zero through every kernel, got none "
                 f"through {path!r} at scale {scale:g}"

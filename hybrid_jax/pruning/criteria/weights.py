@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import Kernels, score
+from hybrid_jax.pruning.criteria.leaves import Kernels, restored, score
 
 
 def magnitude(kernels: Kernels, params: Any, p: int = 1) -> Any:
@@ -34,7 +34,7 @@ def magnitude(kernels: Kernels, params: Any, p: int = 1) -> Any:
       {'bias': MaskedNode(), 'kernel': Array([[1., 2.]], dtype=float32)}
     """
     core.check_integer("p", p, 1, 2)
-    return score(lambda kernel, w: jnp.abs(w) if p == 1 else jnp.square(w), kernels, params)
+    return score(lambda kernel, w: abs(w) if p == 1 else w * w, kernels, params)
 
 
 def random(kernels: Kernels, params: Any, key: jax.Array) -> Any:
@@ -54,7 +54,7 @@ def random(kernels: Kernels, params: Any, key: jax.Array) -> Any:
     keys = dict(zip(kernels, jax.random.split(key, max(len(kernels), 1))))
 
     def uniform(kernel, w):
-        return kernel.restore(jax.random.uniform(keys[kernel.path], (w.size,)))
+        return restored(kernel, jax.random.uniform(keys[kernel.path], (w.size,)))
 
     return score(uniform, kernels, params)
 
@@ -77,7 +77,7 @@ def lamp(kernels: Kernels, params: Any) -> Any:
       ValueError: If `params` has not the kernels.
     """
     return score(
-        lambda kernel, w: kernel.restore(jax.vmap(_share_of_larger)(kernel.layers(w))),
+        lambda kernel, w: restored(kernel, jax.vmap(_share_of_larger)(kernel.layers(w))),
         kernels,
         params,
     )
