@@ -19,6 +19,7 @@ from hybrid_jax import core, data, models
 from hybrid_jax.core import versions
 
 os.environ.setdefault("XLA_FLAGS", versions.QUICK_XLA)
+os.environ["HYBRID_JAX_CACHE"] = str(pathlib.Path(tempfile.gettempdir()) / "hybrid_jax_tests")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

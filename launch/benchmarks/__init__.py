@@ -3,7 +3,7 @@
 `BENCHMARKS[what]` are the benchmarks of a part, `SIZES[name]` what they run on.
 """
 
-from launch.benchmarks import core, deploy, experts, pruning, quantization
+from launch.benchmarks import core, deploy, experts, pruning, quantization, training
 from launch.benchmarks.measure import SIZES, Row, Size
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "quantization": quantization.BENCHMARKS,
     "experts": experts.BENCHMARKS,
     "deploy": deploy.BENCHMARKS,
+    "training": training.BENCHMARKS,
 }
 
 __all__ = ["BENCHMARKS", "SIZES", "Row", "Size"]

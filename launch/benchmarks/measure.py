@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ class Size:
       calls: How many calls seconds are taken over.
       deployed: {name: model} whose inference is measured in every runtime, for the small image.
       deployed_batches: Batch sizes of it.
+      trained: {name: model} whose training steps are measured.
     """
 
     large: nn.Module
@@ -67,6 +69,7 @@ class Size:
     calls: int
     deployed: Mapping[str, nn.Module]
     deployed_batches: tuple[int, ...] = (1, 32)
+    trained: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
 
 
 _TINY = models.ResNet(10, blocks=(1,), widths=(4,))
@@ -82,6 +85,7 @@ SIZES = {
         calls=2,
         deployed={"tiny": _TINY},
         deployed_batches=(1, 2),
+        trained={"tiny": _TINY},
     ),
     "full": Size(
         large=models.create("resnet50", 1000),
@@ -99,6 +103,13 @@ SIZES = {
             "mobilenet_v2": models.create("mobilenet_v2", 10, stem="cifar"),
             "densenet40": models.create("densenet40", 10),
         },
+        trained={
+            "resnet20": models.create("resnet20", 10),
+            "resnet56": models.create("resnet56", 10),
+            "vgg16_bn": models.create("vgg16_bn", 10),
+            "mobilenet_v2": models.create("mobilenet_v2", 10, stem="cifar"),
+            "resnet8 of 64, 256, 256": models.create("resnet8", 10, widths=(64, 256, 256)),
+        },
     ),
 }
 
@@ -115,11 +126,17 @@ def ratio(
     pairs: int,
     target: float | None = None,
     note: str = "",
+    images: int = 0,
 ) -> Row:
-    """Measures the time of `fn` over that of `reference`, called by turns."""
+    """Measures the time of `fn` over that of `reference`, called by turns.
+
+    The note says the times; or the images per second, if so many take part in a call.
+    """
     measured = deploy.latency(fn, reference, *inputs, pairs=pairs, warmup=1)
-    times = f"{_readable(measured.p50)} / {_readable(measured.reference_p50)}"
-    note = f"{times}; {note}" if note else times
+    times = measured.p50, measured.reference_p50
+    said = " / ".join(f"{images / s:.0f}" if images else _readable(s) for s in times)
+    said += " images/s" if images else ""
+    note = f"{said}; {note}" if note else said
     return Row(name, measured.ratio, *measured.spread, "×", target, note)
 
 
@@ -209,6 +226,15 @@ def stepping(
         return state, metrics
 
     return run
+
+
+def compiled(
+    step: Callable[..., Any], state: training.TrainState, batch: Batch
+) -> tuple[Callable[[], Any], float]:
+    """Compiles a step: a call that takes it, and the seconds that tracing and compiling took."""
+    start = time.perf_counter()
+    made = step.lower(state, batch).compile()
+    return stepping(made, state, batch), time.perf_counter() - start
 
 
 @functools.cache

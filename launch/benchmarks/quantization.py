@@ -1,7 +1,9 @@
 """A quantization-aware training step against a plain one, and against Qwix where installed."""
 
+import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ def qat_step(size: Size) -> Iterator[Row]:
     """A step with 8-bit kernels and activations, bits static or data, against a plain one."""
     plain = measure.plain_stepping(size)
     for name, bits_as_data in (("QAT step", False), ("QAT step, bits as data", True)):
-        ours = _qat(size, bits_as_data)
+        ours, _ = qat_stepping(size, bits_as_data)
         yield measure.ratio(f"{name} / plain", ours, plain, pairs=size.step_pairs, target=1.5)
 
 
@@ -23,7 +25,7 @@ def qat_step_against_qwix(size: Size) -> Iterator[Row]:
     """A step of ours against one of each of Qwix's providers; no row without Qwix."""
     if importlib.util.find_spec("qwix") is None:
         return
-    ours = _qat(size)
+    ours, _ = qat_stepping(size)
     for provider in ("OdmlQatProvider", "QtProvider"):
         name, theirs = f"QAT step / Qwix {provider}", _qwix(size, provider)
         yield measure.ratio(name, ours, theirs, pairs=size.step_pairs, target=1.0)
@@ -32,7 +34,13 @@ def qat_step_against_qwix(size: Size) -> Iterator[Row]:
 BENCHMARKS = (qat_step, qat_step_against_qwix)
 
 
-def _qat(size, bits_as_data=False):
+def qat_stepping(
+    size: Size, bits_as_data: bool = False, teacher: bool = False
+) -> tuple[Callable[[], Any], float]:
+    """Makes a call that takes a QAT step, and says how many seconds compiling it took.
+
+    With `teacher` the network in floats sees the images too, and is distilled from.
+    """
     variables = measure.variables(size.small, size.small_image)
     predict, batch = measure.predict(size.small), measure.training_batch(size)
     spec = quantization.spec(core.trace(predict, variables, batch["image"]))
@@ -47,7 +55,8 @@ def _qat(size, bits_as_data=False):
     params = {"params": variables["params"], "ranges": ranges}
     bits = spec.bits() if bits_as_data else None
     state = {"batch_stats": variables["batch_stats"], "bits": bits}
-    return _stepping(forward, params, state, batch)
+    taught = functools.partial(predict, variables) if teacher else None
+    return _stepping(forward, params, state, batch, taught)
 
 
 def _qwix(size, provider):
@@ -64,10 +73,11 @@ def _qwix(size, provider):
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         variables = dict(module.init(jax.random.key(0), batch["image"], True))
-    return _stepping(forward, variables.pop("params"), variables, batch)
+    return _stepping(forward, variables.pop("params"), variables, batch)[0]
 
 
-def _stepping(forward, params, state, batch):
-    step = training.make_step(training.classification(forward))
+def _stepping(forward, params, state, batch, teacher=None):
+    soft = {} if teacher is None else {"temperature": 4.0, "alpha": 0.5}
+    step = training.make_step(training.classification(forward, **soft), teacher=teacher)
     made = training.create_state(params, state, measure.optimizer(), jax.random.key(0))
-    return measure.stepping(step, made, batch)
+    return measure.compiled(step, made, batch)

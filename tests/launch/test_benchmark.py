@@ -31,6 +31,13 @@ ROWS = {
         "sensitivity of 4 kernels at 4 sparsities",
     ],
     "quantization": ["QAT step / plain", "QAT step, bits as data / plain"],
+    "training": [
+        "tiny: step / XLA's own",
+        "tiny: step with held masks / plain",
+        "tiny: step of QAT / plain",
+        "tiny: step of QAT with a teacher / plain",
+        "scan of 3 steps / separate steps",
+    ],
     "experts": [
         *(
             f"step of 4 stacked experts, {method} / 4 separate steps"
@@ -53,8 +60,12 @@ def text(results):
 def names(what):
     if what == "deploy":
         return list(deployed())
-    with_qwix = what == "quantization" and importlib.util.find_spec("qwix")
-    return ROWS[what] + (QWIX if with_qwix else [])
+    rows = [*ROWS[what]]
+    if what == "quantization" and importlib.util.find_spec("qwix"):
+        rows += QWIX
+    if what == "training" and importlib.util.find_spec("torch"):
+        rows.insert(1, "tiny: step / PyTorch")
+    return rows
 
 
 def deployed():
