@@ -130,7 +130,9 @@ def _forms(choices, loop, eqn, params, shape, kernel_shape):
             name: _gradient(form, conv, places, numbers) for name, form in GRADIENT.items()
         }
     if conv.groups == 1:
-        names = ("channels last",)
+        # Products of halves may have a unit of their own, which convolutions do not use.
+        half = eqn.invars[0].aval.dtype.itemsize < 4
+        names = ("channels last", "patches") if half else ("channels last",)
     elif conv.groups == shape[numbers.lhs_spec[1]] == kernel_shape[numbers.rhs_spec[0]]:
         return {"taps": _result(RESULT["taps"], conv, numbers)}
     else:

@@ -10,6 +10,7 @@ from hybrid_jax.training.losses import (
     cross_entropy,
     distillation_loss,
 )
+from hybrid_jax.training.precision import compute_in
 from hybrid_jax.training.progress import progress, track
 from hybrid_jax.training.records import read_records, write_record
 from hybrid_jax.training.sharding import data_mesh, replicate, shard_batch
@@ -20,6 +21,7 @@ __all__ = [
     "Checkpoints",
     "TrainState",
     "classification",
+    "compute_in",
     "copy",
     "create_state",
     "cross_entropy",

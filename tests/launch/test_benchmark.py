@@ -134,7 +134,7 @@ def test_output(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--what=prunning": "--what must be one of core, pruning, quantization, experts, "
-    "deploy, got 'prunning'; did you mean pruning?",
+    "deploy, training, got 'prunning'; did you mean pruning?",
     "--size=big": "--size must be one of small, full, got 'big'",
     "--output=/no/such/place.json": "--output must be a file in a directory that exists, "
     "got /no/such/place.json",
