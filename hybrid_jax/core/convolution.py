@@ -81,7 +81,7 @@ def patches(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
         y = _product(conv, _side_by_side(conv, x, window, places), weights, "mtgc,tcgo->mgo")
         return y.reshape(-1, *places, outputs)
 
-    count = _steps(math.prod((*places, *window, x.shape[-1])), len(x))
+    count = _steps(window, places, x)
     if count == 1:
         return part(x)
     return lax.map(part, x.reshape(count, -1, *x.shape[1:])).reshape(-1, *places, outputs)
@@ -105,7 +105,7 @@ def tall(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.
         seen = _side_by_side(conv, x, window, dy.shape[1:-1])
         return _product(conv, seen, dy.reshape(len(seen), conv.groups, -1), "mtgc,mgo->tcgo")
 
-    count = _steps(math.prod((*dy.shape[1:-1], *window, x.shape[-1])), len(x))
+    count = _steps(window, dy.shape[1:-1], x)
     return _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
 
 
@@ -117,9 +117,22 @@ def wide(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.
         seen = _side_by_side(turned, dy, window, x.shape[1:-1])
         return _product(conv, x.reshape(len(seen), conv.groups, -1), seen, "mgc,mtgo->tcgo")
 
-    count = _steps(math.prod((*x.shape[1:-1], *window, dy.shape[-1])), len(x))
+    count = _steps(window, x.shape[1:-1], dy)
     gradient = _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
     return jnp.flip(gradient, range(len(window)))
+
+
+def tapped(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The same of a depthwise convolution: a sum for each tap, element by element."""
+
+    def part(x, dy):
+        # A product with ones adds twice as fast as a sum over leading axes.
+        ones = jnp.ones(dy.size // dy.shape[-1], dy.dtype)
+        seen = _taps(conv, x, window, dy.shape[1:-1])
+        return jnp.stack([ones @ (tap * dy).reshape(len(ones), -1) for tap in seen])
+
+    count = _steps((2,), dy.shape[1:-1], dy)
+    return _summed(part, count, x, dy).reshape(*window, 1, -1)
 
 
 RESULT: dict[str, Callable[..., jax.Array]] = {
@@ -129,7 +142,7 @@ RESULT: dict[str, Callable[..., jax.Array]] = {
 }
 """Forms of the result, and of the gradient of an input: form(conv, x, kernel)."""
 
-GRADIENT: dict[str, Callable[..., jax.Array]] = {"tall": tall, "wide": wide}
+GRADIENT: dict[str, Callable[..., jax.Array]] = {"tall": tall, "wide": wide, "taps": tapped}
 """Forms of the gradient of a kernel: form(conv, window, x, dy)."""
 
 
@@ -160,9 +173,11 @@ def _product(conv, a, b, subscripts):
     return jnp.einsum(subscripts, a, b, precision=conv.precision)
 
 
-def _steps(width, images):
-    """In how many equal parts to take so many images, with patches of `width` entries each."""
-    fit = max(1, min(images, _PATCHES // max(width, 1)))
+def _steps(window, places, seen):
+    """In how many equal parts to take the images; all at once if patches are no copies."""
+    images, taps = len(seen), math.prod(window)
+    fit = _PATCHES // (math.prod(places) * taps * seen.shape[-1]) if taps > 1 else images
+    fit = max(1, min(images, fit))
     return next(count for count in range(-(-images // fit), images + 1) if images % count == 0)
 
 

@@ -104,10 +104,11 @@ def _forms(choices, loop, eqn, params, shape, kernel_shape):
     def as_it_stands(x, kernel):
         return interpreter.bind(eqn, [x, kernel], **params)[0]
 
-    forms = {} if loop else {_AS_IT_STANDS: as_it_stands}
-    if params["feature_group_count"] > 1:
-        split = functools.partial(_group_by_group, choices, eqn, params)
-        forms = {"group by group": split} | forms
+    groups = params["feature_group_count"], params["batch_group_count"]
+    # XLA computes every product between groups, to throw it away.
+    forms = {} if loop or groups != (1, 1) else {_AS_IT_STANDS: as_it_stands}
+    if groups[0] > 1:
+        forms["group by group"] = functools.partial(_group_by_group, choices, eqn, params)
     numbers = params["dimension_numbers"]
     window = [kernel_shape[axis] for axis in numbers.rhs_spec[2:]]
     spatial = [shape[axis] for axis in numbers.lhs_spec[2:]]
@@ -116,24 +117,25 @@ def _forms(choices, loop, eqn, params, shape, kernel_shape):
         tuple(params["padding"]),
         params["lhs_dilation"],
         params["rhs_dilation"],
-        params["feature_group_count"],
+        groups[0],
         params["precision"],
     )
     places = conv.places(spatial, window)
-    if params["batch_group_count"] > 1 or math.prod(window) > math.prod(places):
-        if conv.groups > 1:
+    if groups[1] > 1 or math.prod(window) > math.prod(places):
+        if groups[0] > 1:
             return forms
-        conv = conv._replace(
-            strides=conv.dilation, dilation=conv.strides, groups=params["batch_group_count"]
-        )
-        return forms | {
-            name: _gradient(form, conv, places, numbers) for name, form in GRADIENT.items()
-        }
+        conv = conv._replace(strides=conv.dilation, dilation=conv.strides, groups=groups[1])
+        if groups[1] == shape[numbers.lhs_spec[0]] == kernel_shape[numbers.rhs_spec[0]]:
+            return {"taps": _gradient(GRADIENT["taps"], conv, places, numbers)}
+        if math.prod(places) == 1:  # of a window of one entry: one matrix product
+            return {"tall": _gradient(GRADIENT["tall"], conv, places, numbers)}
+        names = ("tall", "wide")
+        return forms | {name: _gradient(GRADIENT[name], conv, places, numbers) for name in names}
     if conv.groups == 1:
         # Products of halves may have a unit of their own, which convolutions do not use.
         half = eqn.invars[0].aval.dtype.itemsize < 4
         names = ("channels last", "patches") if half else ("channels last",)
-    elif conv.groups == shape[numbers.lhs_spec[1]] == kernel_shape[numbers.rhs_spec[0]]:
+    elif groups[0] == shape[numbers.lhs_spec[1]] == kernel_shape[numbers.rhs_spec[0]]:
         return {"taps": _result(RESULT["taps"], conv, numbers)}
     else:
         names = ("patches", "channels last")
