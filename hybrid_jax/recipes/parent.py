@@ -1,14 +1,15 @@
 """The dense parent: trained, or taken from another run."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from hybrid_jax import models, training
 from hybrid_jax.recipes.job import Job, Network, optimizer
 
 
-def network(job: Job) -> tuple[Network, Any]:
-    """Returns the dense network of the configuration and its variables before training."""
+def network(job: Job) -> tuple[Network, Callable[[], Any]]:
+    """Returns the dense network of the configuration, and what makes its first variables."""
     settings = job.config.model
     overrides = {key: settings[key] for key in ("widths", "shortcut") if settings[key]}
     module = models.create(settings.name, job.splits.num_classes, **overrides)
@@ -16,7 +17,7 @@ def network(job: Job) -> tuple[Network, Any]:
         predict=lambda variables, x: module.apply(variables, x, train=False),
         train=lambda variables, x: module.apply(variables, x, train=True, mutable=["batch_stats"]),
     )
-    return dense, job.init(module, "parent")
+    return dense, lambda: job.init(module, "parent")
 
 
 def parent(job: Job) -> tuple[Network, Any]:
@@ -28,7 +29,8 @@ def parent(job: Job) -> tuple[Network, Any]:
       ValueError: If those checkpoints are of another network.
       FloatingPointError: If the loss is not finite.
     """
-    dense, variables = network(job)
+    dense, init = network(job)
+    variables = init()
     settings = job.config.parent
 
     def forward(params, state, images, key):

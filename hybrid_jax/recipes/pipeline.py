@@ -238,8 +238,8 @@ def _load(settings: Any) -> data.Splits:
 def _check_model(job: Job) -> None:
     """Checks what only the model can tell, on its shapes alone."""
     try:
-        dense = network(job)[0]
-        variables = jax.eval_shape(lambda: network(job)[1])
+        dense, init = network(job)
+        variables = jax.eval_shape(init)
     except ValueError as error:
         raise ValueError(f"config.model: {error}") from error
     if job.config.parent.restore:

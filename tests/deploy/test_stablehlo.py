@@ -82,6 +82,15 @@ def test_round_trip_at_any_batch(tmp_path, parameters, images):
         np.testing.assert_allclose(loaded(images[:count]), want, atol=1e-6)
 
 
+def test_a_file_that_is_opened_again_is_not_compiled_again(tmp_path, parameters, images):
+    path = tmp_path / "f"
+    deploy.export(path, NET.apply, parameters[0], images)
+    first = deploy.load(path)
+    assert deploy.load(path) is first
+    deploy.export(path, NET.apply, parameters[1], images)
+    assert deploy.load(path) is not first  # another file of the same name
+
+
 def test_same_function_same_file(tmp_path, parameters, images):
     sums = [
         deploy.export(tmp_path / name, NET.apply, parameters[0], images)["sha256"] for name in "ab"

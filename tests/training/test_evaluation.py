@@ -64,6 +64,21 @@ def test_compiles_once_for_each_size():
     assert traces == [(4, 1, 1, 3), (1, 1, 1, 3)]
 
 
+def test_filled_up_all_sets_are_of_one_shape():
+    traces = []
+
+    def counted(params, images):
+        traces.append(images.shape)
+        return predict(params, images)
+
+    for count in (2, 4, 7):
+        arrays = make_arrays(count)
+        filled = training.predict_logits(counted, jnp.float32(2), arrays, 4, fill=True)
+        expected = training.predict_logits(predict, jnp.float32(2), arrays, 4)
+        np.testing.assert_array_equal(filled, expected)
+    assert traces == [(4, 1, 1, 3)]
+
+
 def test_the_last_batch_holds_nothing_but_its_examples():
     """Five inputs, three of class 0 and two of class 1, in batches of 5 and 8, and of 3 and 2.
 
