@@ -34,6 +34,7 @@ from hybrid_jax.core.interpreter import bind, evaluate
 from hybrid_jax.core.joins import Join
 from hybrid_jax.core.measure import CHOICES, Choices, machine, seconds
 from hybrid_jax.core.narrowing import narrow_graph
+from hybrid_jax.core.one_pass import one_pass_affine
 from hybrid_jax.core.patches import (
     kernel_from_matrix,
     kernel_matrix,
@@ -115,6 +116,7 @@ __all__ = [
     "narrow_graph",
     "on_device",
     "one_hot",
+    "one_pass_affine",
     "output_matrix",
     "patches",
     "path_string",

@@ -144,7 +144,7 @@ def _prepare(
 def _update(
     loss_fn: LossFn, state: TrainState, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = jax.value_and_grad(core.one_pass_affine(loss_fn), has_aux=True)
     (loss, (new_state, metrics)), grads = gradient(state.params, state.state, batch, key)
     # Optax relies on promotion (Adam's bias correction takes a float to an integer power).
     with jax.numpy_dtype_promotion("standard"):
