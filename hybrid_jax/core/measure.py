@@ -31,8 +31,9 @@ class Choices:
     """What was measured, by the question it answers.
 
     Args:
-      file: JSON file of a run: what it holds is what is chosen, and what is chosen is added. None
-        keeps the choices of this process alone.
+      file: JSON file of a run, in a folder that is there: what it holds is what is chosen, and what
+        is chosen is added. It says on what machine the run was begun; where it goes on on another
+        one a UserWarning says so. None keeps the choices of this process alone.
       cache: JSON file that proposes, shared by all runs; None takes `choices.json` in
         `cache_folder()`.
 
@@ -56,7 +57,9 @@ class Choices:
         """{question: what was chosen}."""
         self.moved: str | None = None
         """Where the run was begun, if that was another kind of machine."""
-        if self._file is not None and self._file.exists():
+        if self._file is not None and not self._file.exists():
+            self._keep()
+        elif self._file is not None:
             stored = _read(self._file)
             if set(stored) != {"machine", "choices"}:
                 raise ValueError(f"file must hold the choices of a run, got {self._file}")
@@ -84,10 +87,12 @@ class Choices:
         """
         if self.answers.get(question) not in forms:
             self.answers[question] = self._agreed(question, dict(forms), args)
-            if self._file is not None and jax.process_index() == 0:
-                began = self.moved or machine()
-                _write(self._file, {"machine": began, "choices": self.answers})
+            self._keep()
         return self.answers[question]
+
+    def _keep(self):
+        if self._file is not None and jax.process_index() == 0:
+            _write(self._file, {"machine": self.moved or machine(), "choices": self.answers})
 
     def _agreed(self, question, forms, args):
         names = list(forms)

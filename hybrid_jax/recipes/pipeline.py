@@ -194,6 +194,8 @@ def _results(job: Job) -> dict:
             "device": jax.devices()[0].device_kind,
             "python": platform.python_version(),
             "experts mapped by": models.made.method,
+            "machine": core.machine(),
+            **({"begun on": job.choices.moved} if job.choices.moved else {}),
         },
         "command": job.command,
         "seconds": workdir.seconds(job.workdir),

@@ -8,9 +8,10 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import optax
 
-from hybrid_jax import core, pruning, training
+from hybrid_jax import core, data, pruning, training
 from launch.benchmarks import measure, peers
 from launch.benchmarks.measure import Row, Size
 from launch.benchmarks.quantization import qat_stepping
@@ -73,7 +74,17 @@ def loop(size: Size) -> Iterator[Row]:
     )  # fmt: skip
 
 
-BENCHMARKS = (steps, other_steps, loop)
+def waiting(size: Size) -> Iterator[Row]:
+    """Making a batch on the host and handing it over, against the step that it is for."""
+    images = np.zeros((5000, *size.small_image), np.uint8)
+    made = data.batches(data.Arrays(images, np.zeros(5000, np.int32)), size.batch, seed=0)
+    step = measure.plain_stepping(size)
+    yield measure.ratio(
+        "batch / step", lambda: jax.device_put(next(made)), step, pairs=size.pairs, target=0.02
+    )
+
+
+BENCHMARKS = (steps, other_steps, loop, waiting)
 
 
 def _networks(size):

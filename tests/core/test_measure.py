@@ -81,6 +81,12 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_its_choices(tmp_path, mo
     assert json.loads(run.read_text())["machine"] == here
 
 
+def test_a_run_says_where_it_was_begun_before_anything_is_measured(tmp_path):
+    core.Choices(tmp_path / "run.json")
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored == {"machine": core.machine(), "choices": {}}
+
+
 def test_all_processes_take_the_first_ones_choice(tmp_path, monkeypatch):
     """What is broadcast is the first one's; a process that is not the first measures nothing."""
     run = tmp_path / "run.json"

@@ -37,6 +37,7 @@ ROWS = {
         "tiny: step of QAT / plain",
         "tiny: step of QAT with a teacher / plain",
         "scan of 3 steps / separate steps",
+        "batch / step",
     ],
     "experts": [
         *(

@@ -33,6 +33,24 @@ def test_step_is_the_formula_of_sgd_with_momentum(batch):
     assert (int(state.step), int(state.state["seen"])) == (2, 2)
 
 
+def test_nothing_moves_between_host_and_device_in_a_step(batch):
+    """Batch and state are on the device; whatever else a step needs is part of its program."""
+
+    def loss_fn(params, state, batch, key):
+        x = batch["image"].reshape(8, -1) @ params["w"]
+        return jnp.mean(x * x) + jax.random.uniform(key), (state, {})
+
+    width = batch["image"][0].size
+    states = [
+        training.create_state({"w": jnp.ones((width, 2))}, {}, optax.adam(0.1), jax.random.key(e))
+        for e in range(2)
+    ]
+    batch = jax.device_put(batch)
+    with jax.transfer_guard("disallow"):
+        training.make_step(loss_fn)(training.copy(states[0]), batch)
+        training.make_stacked_step(loss_fn)(training.stack_states(states), batch)
+
+
 def test_donation_takes_nothing_from_the_caller(batch):
     params = {"w": jnp.ones(3)}
     tx = optax.chain(
