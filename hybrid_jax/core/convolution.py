@@ -62,13 +62,17 @@ class Conv(NamedTuple):
 
 def channels_last(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """One convolution of x (B, *space, C) with (*window, C / groups, O): (B, *places, O)."""
-    rank = x.ndim
-    last = (0, rank - 1, *range(1, rank - 1))
-    numbers = lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
     strides, padding, spread, dilation, groups, precision = conv
+    numbers = last_numbers(x.ndim)
     return lax.conv_general_dilated(
         x, kernel, strides, padding, spread, dilation, numbers, groups, precision=precision
     )
+
+
+def last_numbers(rank: int) -> lax.ConvDimensionNumbers:
+    """The layout with channels last, of arrays of that rank."""
+    last = (0, rank - 1, *range(1, rank - 1))
+    return lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
 
 
 def patches(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_jax.core import interpreter, measure
-from hybrid_jax.core.convolution import GRADIENT, RESULT, Conv
+from hybrid_jax.core.convolution import GRADIENT, RESULT, Conv, last_numbers
 
 # Below so many multiply-accumulates a form is not worth the second that measuring it takes.
 _WORTH_MEASURING = 2**26
@@ -135,6 +135,8 @@ def _forms(choices, loop, eqn, params, shape, kernel_shape):
         # Products of halves may have a unit of their own, which convolutions do not use.
         half = eqn.invars[0].aval.dtype.itemsize < 4
         names = ("channels last", "patches") if half else ("channels last",)
+        if numbers == last_numbers(len(shape)) and not loop:
+            names = names[1:]
     elif groups[0] == shape[numbers.lhs_spec[1]] == kernel_shape[numbers.rhs_spec[0]]:
         return {"taps": _result(RESULT["taps"], conv, numbers)}
     else:

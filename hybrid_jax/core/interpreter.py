@@ -112,12 +112,12 @@ def subjaxprs(eqn: jex.JaxprEqn, path: Path) -> dict[str, jex.ClosedJaxpr]:
 def places(
     jaxpr: jex.Jaxpr, wanted: Callable[[jex.JaxprEqn], bool], path: Path = ()
 ) -> Iterator[Path]:
-    """Paths of the equations that are `wanted`, those inside of others included."""
+    """Paths of the equations that are `wanted`, also inside of others, but for derivative rules."""
     for index, eqn in enumerate(jaxpr.eqns):
         here = (*path, index)
         if wanted(eqn):
             yield here
-        for name, inner in subjaxprs(eqn, here).items():
+        for name, inner in versions.jaxprs(eqn).items():
             yield from places(inner.jaxpr, wanted, (*here, name))
 
 

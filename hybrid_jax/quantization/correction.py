@@ -82,8 +82,11 @@ def correct_biases(
         each = [means(*args, *batch) for batch in batches]
         return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
 
-    expected = over_batches(jax.jit(lambda *args: watched(*args)[1]), params)
-    means = jax.jit(lambda *args: quantized(*args, bits=bits)[1])
+    compiled = [
+        jax.jit(core.fast_convolutions(fn))
+        for fn in (lambda *args: watched(*args)[1], lambda *args: quantized(*args, bits=bits)[1])
+    ]
+    expected, means = over_batches(compiled[0], params), compiled[1]
     corrected = dict(params if rounded is None else rounded)
     for name in names:
         shift = over_batches(means, corrected, ranges)[name] - expected[name]

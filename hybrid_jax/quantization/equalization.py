@@ -84,7 +84,7 @@ def equalize(
     """
     core.check_integer("iterations", iterations, 1)
     core.check_positive("tolerance", tolerance)
-    run = jax.jit(fn)
+    run = jax.jit(core.fast_convolutions(fn))
     expected = _leaves(run(params, *inputs))
     core.check_finite("outputs of fn on inputs", dict(enumerate(expected)))
     reach = max(float(np.abs(out).max(initial=0)) for out in expected)

@@ -139,7 +139,12 @@ def adaround(
 def _learner(learning_rate, regularization):
     """learn(block, kernels, seen batches, their order) -> rounded kernels."""
     optimizer = optax.adam(learning_rate)
-    step = jax.jit(functools.partial(_step, optimizer, regularization), static_argnums=0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(block, *args):
+        once = functools.partial(_step, optimizer, regularization, block)
+        return core.fast_convolutions(once)(*args)
+
     error = jax.jit(_error, static_argnums=0)
     programs: dict[str, Block] = {}
 

@@ -123,7 +123,7 @@ def sensitivity(
             if width not in (*ranges, grids.OFF):
                 raise ValueError(f"around must have bits of ranges at {name!r}, got {role} {width}")
     q_fn = model.fake_quantized(fn, spec)
-    reference = jax.jit(fn)
+    reference = jax.jit(core.fast_convolutions(fn))
 
     @jax.jit
     def one(params, spans, bits, inputs, outputs):

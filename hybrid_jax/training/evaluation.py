@@ -119,7 +119,7 @@ def _count(arrays: Labelled) -> int:
 
 @functools.partial(jax.jit, static_argnames="predict")
 def _apply(predict: Predict, params: Any, images: jax.Array) -> jax.Array:
-    return predict(params, images)
+    return core.fast_convolutions(predict)(params, images)
 
 
 def _logits(

@@ -196,6 +196,20 @@ def test_derivatives_of_what_is_fast_and_checkpoints():
     assert_close(tangent, 2 * fn(kernel, x))
 
 
+def test_a_derivative_rule_is_not_looked_at_unless_somebody_differentiates():
+
+    @jax.custom_jvp
+    def fn(kernel, x):
+        return lax.conv(x, kernel, (1,), "SAME")
+
+    @fn.defjvp
+    def rule(primals, tangents):
+        raise AssertionError
+
+    x, kernel = drawn({"N": 2, "C": 2, "W": 5}, "NCW", 0), drawn({"O": 2, "W": 3}, "OOW", 1)
+    np.testing.assert_allclose(core.fast_convolutions(fn)(kernel, x), fn(kernel, x), atol=1e-5)
+
+
 def test_inside_shard_map():
     """Each device's images, by a kernel that all of them have."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

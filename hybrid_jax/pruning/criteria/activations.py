@@ -185,7 +185,7 @@ def _over_batches(
     step: Callable[..., Any], fn: Callable[..., Any], params: Any, batches: Batches
 ) -> tuple[Any, int]:
     """Sums `step(params, *batch)` over the batches, for kernels of sites; and counts examples."""
-    step, total, graph, count = jax.jit(step), None, None, 0
+    step, total, graph, count = jax.jit(core.fast_convolutions(step)), None, None, 0
     for batch in core.check_batches(batches):
         new, weighed = step(*in_float32((params, *batch)))
         total = new if total is None else jax.tree.map(jnp.add, total, new)
