@@ -49,11 +49,11 @@ def main(what: str, size: str = "full") -> dict[str, Any]:
     core.check_choice("--what", what, benchmarks.BENCHMARKS)
     core.check_choice("--size", size, benchmarks.SIZES)
     load = os.getloadavg()[0]
-    rows = [
-        row._asdict()
-        for benchmark in training.track(benchmarks.BENCHMARKS[what], what)
-        for row in benchmark(benchmarks.SIZES[size])
-    ]
+    rows = []
+    for benchmark in training.track(benchmarks.BENCHMARKS[what], what):
+        for row in benchmark(benchmarks.SIZES[size]):
+            rows.append(row._asdict())
+            print(f"{row.name}: {row.value:.3g} {row.unit}; {row.note}", file=sys.stderr)
     environment = {
         "jax": jax.__version__,
         "flax": flax.__version__,
