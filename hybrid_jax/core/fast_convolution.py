@@ -187,7 +187,7 @@ def _group_by_group(choices, eqn, params, x, kernel):
 
 
 def _measured(choices, loop, forms, params, x, kernel):
-    """The name of the fastest form; a few images tell, as every form takes few at a time."""
+    """The name of the fastest form: in a loop if it will run in one, where others are."""
     numbers = params["dimension_numbers"]
     described = {
         name: value

@@ -7,6 +7,7 @@ same question twice.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,11 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from hybrid_jax.core import versions
 from hybrid_jax.core.folders import cache_folder
 
 _ROUNDS = 3
+_ASKED = itertools.count()
 
 
 class Choices:
@@ -95,12 +97,13 @@ class Choices:
             _write(self._file, {"machine": self.moved or machine(), "choices": self.answers})
 
     def _agreed(self, question, forms, args):
-        names = list(forms)
-        if jax.process_count() == 1 or len(names) == 1:
+        if jax.process_count() == 1 or len(forms) == 1:
             return self._proposed(question, forms, args)
+        # Processes trace one program, and so ask in one order.
+        asked = f"hybrid_jax choice {next(_ASKED)}"
         first = jax.process_index() == 0
-        own = names.index(self._proposed(question, forms, args)) if first else 0
-        return names[int(multihost_utils.broadcast_one_to_all(np.int32(own)))]
+        own = self._proposed(question, forms, args) if first else None
+        return versions.from_first_process(asked, own)
 
     def _proposed(self, question, forms, args):
         if len(forms) == 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import distributed
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
@@ -125,6 +126,18 @@ def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
     manual = getattr(jax.typeof(like), "manual_axis_type", None)
     axes = tuple(manual.varying) if manual else ()
     return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def from_first_process(name: str, value: str | None) -> str:
+    """The text that process 0 has for `name`, to all; others give None and wait up to an hour.
+
+    Unlike a broadcast between devices, it works in the midst of tracing.
+    """
+    client = distributed.global_state.client
+    if value is not None:
+        client.key_value_set(name, value)
+        return value
+    return client.blocking_key_value_get(name, 3_600_000)
 
 
 def _primals(params):

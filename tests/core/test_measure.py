@@ -1,4 +1,7 @@
 import json
+import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -88,11 +91,11 @@ def test_a_run_says_where_it_was_begun_before_anything_is_measured(tmp_path):
 
 
 def test_all_processes_take_the_first_ones_choice(tmp_path, monkeypatch):
-    """What is broadcast is the first one's; a process that is not the first measures nothing."""
+    """A process that is not the first measures nothing, and writes nothing."""
     run = tmp_path / "run.json"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(measure.multihost_utils, "broadcast_one_to_all", lambda own: own + 2)
+    monkeypatch.setattr(measure.versions, "from_first_process", lambda name, own: own or "c")
     choices = core.Choices(run, tmp_path / "cache.json")
     assert choices.choose("q", dict.fromkeys("abc", never), SHAPE) == "c"
     assert not run.exists()
@@ -107,3 +110,42 @@ def test_measured_in_the_midst_of_tracing(tmp_path):
         return x + 1 if asked == "a" else x
 
     assert fn(jnp.zeros(3)).tolist() == [1, 1, 1]
+
+
+def test_two_processes_in_the_midst_of_tracing(tmp_path):
+    """For the second the other form would be the fastest; both take what the first measured."""
+    program = """
+import sys, time
+import jax, jax.numpy as jnp
+from hybrid_jax import core
+process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+
+def waits(x):
+    jax.debug.callback(lambda: time.sleep(0.1))
+    return x
+
+forms = {"a": waits, "b": lambda x: x} if process else {"a": lambda x: x, "b": waits}
+choices = core.Choices(cache=f"{folder}/{process}.json")
+
+@jax.jit
+def fn(x):
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    return x + 1.0 if choices.choose("q", forms, shape) == "a" else x
+
+print(fn(jnp.zeros(3)).tolist(), choices.answers)
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    run = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(process), port, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in run]
+    assert said == ["[1.0, 1.0, 1.0] {'q': 'a'}"] * 2
+    assert not (tmp_path / "1.json").exists()
