@@ -286,7 +286,7 @@ def test_a_quantized_model_comes_back_whole(tmp_path, small_model, name):
     reloaded = core.map_with_path(lambda path, _: number(path), params)
     logits = jax.jit(model.fn)(reloaded, model.images)
     expected = jax.jit(quantization.fake_quantized(model.fn, spec))(params, ranges, model.images)
-    np.testing.assert_array_equal(logits, expected)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)  # of two programs
 
 
 def sparse(shape, kept, dtype=np.int8, seed=0):
