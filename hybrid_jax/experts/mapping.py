@@ -75,7 +75,8 @@ def fastest(
     """Which of 'vmap' and 'map' runs `fn` faster on the default backend.
 
     Both are compiled once, however many experts there are ('unroll' must be named). On a CPU it is
-    'map' without a measurement: a step of 4 stacked ResNet-20 takes 2.5 times as long by 'vmap'.
+    'map' without a measurement: a step of 4 stacked ResNet-20 takes 0.95 to 1.0 times as long as 4
+    separate ones, by 'vmap' 1.25, by 'unroll', which compiles 4 copies, 1.07.
     Only the arguments' shapes and dtypes are read, so it works in the midst of tracing.
 
     Args:
