@@ -14,7 +14,6 @@ from hybrid_jax.core.convolution import GRADIENT, RESULT, Conv, last_numbers
 
 # Below so many multiply-accumulates a form is not worth the second that measuring it takes.
 _WORTH_MEASURING = 2**26
-_AS_IT_STANDS = "as it stands"
 
 
 def fast_convolutions(
@@ -23,8 +22,8 @@ def fast_convolutions(
     """Makes `fn` with every convolution in its fastest form, those of derivatives included.
 
     XLA is slow on a CPU at depthwise and grouped convolutions and at the gradients of kernels, and
-    in loops (`lax.scan`, `lax.map`) at all gradients: up to a hundred times slower than the same
-    sums written otherwise, see `core.convolution`. What is the fastest is measured, once for each
+    in loops (`lax.scan`, `lax.map`) at all gradients: many times slower than the same sums written
+    otherwise, see `core.convolution`. What is the fastest is measured, once for each
     shape. A convolution in groups, such as `jax.vmap` over kernels makes, may become a loop over
     them. On other backends `fn` runs as it is.
 
@@ -106,7 +105,7 @@ def _forms(choices, loop, eqn, params, shape, kernel_shape):
 
     groups = params["feature_group_count"], params["batch_group_count"]
     # XLA computes every product between groups, to throw it away.
-    forms = {} if loop or groups != (1, 1) else {_AS_IT_STANDS: as_it_stands}
+    forms = {} if loop or groups != (1, 1) else {"as it stands": as_it_stands}
     if groups[0] > 1:
         forms["group by group"] = functools.partial(_group_by_group, choices, eqn, params)
     numbers = params["dimension_numbers"]

@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval
 _SINCE_11 = jax.__version_info__ >= (0, 11)
 
 QUICK_XLA = "" if _SINCE_11 else "--xla_cpu_use_fusion_emitters=false"
-"""XLA_FLAGS with which a CPU's programs compile in two thirds of the time, and run as fast.
+"""XLA_FLAGS with which a CPU's programs compile quicker.
 
 An XLA that does not know a flag ends the process, and those since jax 0.11 do not know this one.
 """

@@ -161,7 +161,7 @@ def _learner(learning_rate, regularization):
         unit = mean_error(nearest)
         logits = [_logit(_position(kernel)) for kernel in kernels]
         state = optimizer.init(logits)
-        # Not a scan: on a CPU a convolution inside a loop is far slower than outside.
+        # Not a scan: XLA's own convolutions are far slower on a CPU inside a loop than outside.
         for count, which in enumerate(order):
             done = count / len(order)
             logits, state = step(block, logits, state, kernels, seen[which], unit, done)

@@ -105,9 +105,7 @@ def test_what_is_left_as_it_is(fn):
     jax.tree.map(np.testing.assert_array_equal, core.one_pass_affine(fn)(x), fn(x))
 
 
-def test_a_step_of_training_has_fewer_tensors():
-    """Through `training.make_step` too: the gradient of a network is as before."""
-
+def test_the_gradient_of_a_network():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
