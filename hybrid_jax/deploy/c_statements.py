@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_jax.deploy import arithmetic, c_text, memory
+from hybrid_jax.deploy.packed import pack_bits
 from hybrid_jax.deploy.program import (
     UNBOUNDED,
     Add,
@@ -186,8 +187,7 @@ def _kernels(op):
 
 def _pack(kernels):
     """Two eighths of entries to a byte, the low half first, each row from a whole byte."""
-    even = np.pad(kernels // integer_step(4), ((0, 0), (0, kernels.shape[1] % 2)))
-    return (even[:, ::2] & 15 | even[:, 1::2] << 4).astype(np.int8)
+    return pack_bits(kernels // integer_step(4), 4).view(np.int8)
 
 
 def _max_pool(op, context):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_jax.deploy import arithmetic
+from hybrid_jax.deploy.packed import pack_bits
 from hybrid_jax.deploy.program import UNBOUNDED, Encoding, Operation, Program
 
 WHOLE = (0, 255)  # where a QuantizeLinear to uint8 saturates
@@ -141,8 +142,7 @@ class Graph:
         Runtimes make it an int8 when they open the file, and compute as with any other.
         """
         types, helper = self._onnx.TensorProto, self._onnx.helper
-        even = np.pad((value // step).ravel(), (0, value.size % 2))
-        data = (even[::2] & 15 | even[1::2] << 4).tobytes()
+        data = pack_bits((value // step).ravel(), 4).tobytes()
         key = types.INT4, value.shape, data
         if key not in self._constants:
             made = helper.make_tensor(next(self._names), types.INT4, value.shape, data, raw=True)

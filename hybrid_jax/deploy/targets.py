@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybrid_jax.deploy import artifact, c, stablehlo, storage
+from hybrid_jax.deploy import artifact, c, packed, stablehlo
 from hybrid_jax.deploy.forms import fastest
 from hybrid_jax.deploy.reference import run
 
@@ -81,7 +81,7 @@ def _tflite_session(path, batch, threads):
 
 
 def _packed_session(path, batch, threads):
-    program = storage.load_program(path)
+    program = packed.load_program(path)
     fn = jax.jit(run(program, fastest(program)))
     return lambda x: np.asarray(fn(x))
 
@@ -115,7 +115,7 @@ TARGETS = {
     "onnx": Target(".onnx", _onnx_export, _onnx_session),
     "openvino": Target(".openvino.onnx", _onnx_export, _openvino_session),
     "tflite": Target(".tflite", _tflite_export, _tflite_session),
-    "packed": Target(".safetensors", storage.save_program, _packed_session),
+    "packed": Target(".safetensors", packed.save_program, _packed_session),
     "c": Target(".c", c.export_c, _c_session),
 }
 """The targets by name; 'openvino' is an ONNX file, run by OpenVINO."""
