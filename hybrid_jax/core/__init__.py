@@ -25,8 +25,8 @@ from hybrid_jax.core.examples import (
     widen,
 )
 from hybrid_jax.core.fast_convolution import fast_convolutions
+from hybrid_jax.core.files import cache_folder, write_atomically, write_json
 from hybrid_jax.core.fold import fold
-from hybrid_jax.core.folders import cache_folder
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, trace
 from hybrid_jax.core.host import is_traced, namespace, on_device
@@ -130,4 +130,6 @@ __all__ = [
     "trace",
     "weighted_mean",
     "widen",
+    "write_atomically",
+    "write_json",
 ]

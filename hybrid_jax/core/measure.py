@@ -5,6 +5,7 @@ directory, also on another machine. A cache on disk only proposes, so that no ma
 same question twice.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core import versions
-from hybrid_jax.core.folders import cache_folder
+from hybrid_jax.core.files import cache_folder, write_json
 
 _ROUNDS = 3
 _ASKED = itertools.count()
@@ -94,7 +95,7 @@ class Choices:
 
     def _keep(self):
         if self._file is not None and jax.process_index() == 0:
-            _write(self._file, {"machine": self.moved or machine(), "choices": self.answers})
+            write_json(self._file, {"machine": self.moved or machine(), "choices": self.answers})
 
     def _agreed(self, question, forms, args):
         if jax.process_count() == 1 or len(forms) == 1:
@@ -115,11 +116,8 @@ class Choices:
             return proposed
         measured = fastest(forms, *args)
         known.setdefault(machine(), {})[question] = measured
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, known)
-        except OSError:  # a cache that cannot be written is no reason to stop
-            pass
+        with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+            write_json(file, known)
         return measured
 
 
@@ -187,9 +185,3 @@ def _read(file):
     except ValueError:
         stored = None
     return stored if isinstance(stored, dict) else {}
-
-
-def _write(file, value):
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=1))
-    draft.replace(file)

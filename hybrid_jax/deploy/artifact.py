@@ -6,14 +6,15 @@ import os
 import pathlib
 from typing import Any
 
+from hybrid_jax import core
+
 MANIFEST_SUFFIX = ".json"
 
 
 def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes `data` to `path` and its manifest to `path` + '.json'.
 
-    Both are first written whole beside their targets and then moved over them: with a full disk the
-    old pair stays.
+    With a full disk the old pair stays.
 
     Args:
       path: Target; its folder is made if it is missing.
@@ -32,25 +33,9 @@ def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[s
       ...     write(f'{folder}/model', b'abc', {'kind': 'test'})['bytes']
       3
     """
-    path = pathlib.Path(path)
     manifest = {**facts, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    contents = {
-        path: data,
-        manifest_path(path): (json.dumps(manifest, indent=2) + "\n").encode(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}") for target in contents}
-    try:
-        for target, content in contents.items():
-            with open(temporary[target], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for target in contents:
-            os.replace(temporary[target], target)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+    text = json.dumps(manifest, indent=2) + "\n"
+    core.write_atomically({path: data, manifest_path(path): text.encode()})
     return manifest
 
 

@@ -91,7 +91,7 @@ def run(job: Job) -> dict:
         results = json.loads(file.read_text())
     else:
         results = _results(job)
-        workdir.write_json(file, results)
+        core.write_json(file, results)
     report.write(results, job.workdir)
     return results
 
@@ -117,7 +117,7 @@ def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
     file = job.workdir / "results.json"
     results = json.loads(file.read_text())
     kept = [record for record in results.get("exports", ()) if record["target"] not in targets]
-    workdir.write_json(file, results | {"exports": kept + records})
+    core.write_json(file, results | {"exports": kept + records})
     return records
 
 

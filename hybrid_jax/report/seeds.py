@@ -5,8 +5,9 @@ import pathlib
 
 import numpy as np
 
+from hybrid_jax import core
 from hybrid_jax.report import comparison
-from hybrid_jax.report.document import Document, Section, Table, publish, write_atomically
+from hybrid_jax.report.document import Document, Section, Table, publish
 from hybrid_jax.report.formatting import MISSING, finite, listing, p_value, percent, points
 from hybrid_jax.report.single import GLOSSARY, results_table, title, tradeoff_plots
 
@@ -101,8 +102,7 @@ def write_aggregate(results: list[dict], directory) -> pathlib.Path:
     """
     table = aggregate(results)
     path = publish(_describe(results, table), directory)
-    content = json.dumps(table, indent=2).encode()
-    write_atomically(path.with_name("aggregate.json"), content)
+    core.write_json(path.with_name("aggregate.json"), table)
     return path
 
 

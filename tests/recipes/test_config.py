@@ -112,7 +112,7 @@ def test_claim_refuses_a_file(config, tmp_path):
 
 
 def test_a_done_stage_keeps_its_time(tmp_path):
-    workdir.write_json(tmp_path / "seconds.json", {"parent": 12.5})
+    core.write_json(tmp_path / "seconds.json", {"parent": 12.5})
     for name in ("parent", "gate"):
         with workdir.stage(tmp_path, name):
             pass
