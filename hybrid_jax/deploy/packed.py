@@ -2,10 +2,10 @@
 
 Any reader of safetensors opens it, and reading runs no code of the file. It holds three tensors:
 
-* 'graph', uint8: JSON under zlib. A dataclass is {"is": its class, field: value, …}; a dict
-  {"is": "dict", "items": [[key, value], …]}; a tuple a list; infinity is Infinity, as Python writes
-  it. An array of floats is {"is": "float32", "shape": […]}, one of integers has beside its dtype
-  and shape "bits" b, "low" and "step", and stands for low + step · q with q of b bits.
+* 'graph', uint8: JSON under zlib. A dataclass or named tuple is {"is": its class, field: value, …};
+  a dict {"is": "dict", "items": [[key, value], …]}; a tuple a list; infinity is Infinity, as Python
+  writes it. An array of floats is {"is": "float32", "shape": […]}, one of integers has beside its
+  dtype and shape "bits" b, "low" and "step", and stands for low + step · q with q of b bits.
 * 'float32': the entries of all float arrays, in C order, array after array as the graph has them.
 * 'bits', uint8: likewise the q of all integer arrays, as `pack_bits` lays them.
 
@@ -33,11 +33,11 @@ from safetensors import numpy as safetensors
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact, reference
-from hybrid_jax.deploy.program import Encoding, Mixture, Operation, Program, Tensor, Weights
+from hybrid_jax.deploy.program import Mixture, Program
 
 FORMAT = "hybrid_jax packed 2"
 
-_DTYPES = ("float32", "int8", "uint8", "int16", "int32")
+_DTYPES = ("float32", "int8", "uint8", "int16", "int32", "int64")
 _MAX_EDGE = 1 << 28  # entries of a tensor between operations
 _hints = functools.cache(typing.get_type_hints)
 _DIGEST = re.compile(f'"{FORMAT}":"([0-9a-f]{{64}})"'.encode())
@@ -46,22 +46,15 @@ _DIGEST = re.compile(f'"{FORMAT}":"([0-9a-f]{{64}})"'.encode())
 def save_program(path: str | os.PathLike, program: Program | Mixture) -> dict[str, Any]:
     """Writes a program to a packed file, from which `load_program` gives back the exact arrays.
 
-    Args:
-      path: Target; the manifest is `path` + '.json'. With a full disk the old file stays.
-      program: In floats, in integers or mixed.
-
     Returns:
-      The manifest: kind, kernel_bits, bytes and sha256.
+      The manifest, which lies beside it in `path` + '.json': kind, kernel_bits, bytes and sha256.
     """
-    floats, codes = [np.zeros(0, np.float32)], [np.zeros(0, np.uint8)]
-    text = json.dumps(_plain(program, floats, codes), separators=(",", ":")).encode()
+    pools = {"float32": [np.zeros(0, np.float32)], "bits": [np.zeros(0, np.uint8)]}
+    text = json.dumps(_plain(program, _classes(), pools), separators=(",", ":")).encode()
     stored = zlib.compress(text, 9)
     core.check_integer("bytes of the graph as JSON", len(text), 0, _most_text(stored))
-    tensors = {
-        "graph": np.frombuffer(stored, np.uint8),
-        "float32": np.concatenate(floats),
-        "bits": np.concatenate(codes),
-    }
+    tensors = {name: np.concatenate(arrays) for name, arrays in pools.items()}
+    tensors["graph"] = np.frombuffer(stored, np.uint8)
     data = safetensors.save(tensors, {FORMAT: "0" * 64})
     start, end = _DIGEST.search(data).span(1)
     data = data[:start] + hashlib.sha256(data).hexdigest().encode() + data[end:]
@@ -73,12 +66,9 @@ def save_program(path: str | os.PathLike, program: Program | Mixture) -> dict[st
 def load_program(path: str | os.PathLike) -> Program | Mixture:
     """Reads what `save_program` wrote; no manifest is needed.
 
-    What the file says is checked before it is believed: arrays take at most 32 times the file's
-    bytes, values have the types of their fields, and the graph the shapes that it states.
-
-    Raises:
-      FileNotFoundError: If there is none.
-      ValueError: If it is damaged, hostile, or holds no program.
+    What the file says is checked before it is believed: arrays take at most 64 times the file's
+    bytes, values have the types of their fields, and the graph the shapes that it states. All else
+    is a ValueError.
 
     Example:
       >>> import tempfile
@@ -124,30 +114,51 @@ def _unpack_bits(data, bits, count):
     return np.pad(octets, ((0, 0), (0, 4 - octets.shape[1]))).view("<u4").ravel()
 
 
-def _plain(value, floats, codes):
-    """A value as JSON has it; the arrays in it are appended to `floats` and `codes`."""
-    if dataclasses.is_dataclass(value):
-        if _classes().get(name := type(value).__name__) is not type(value):
-            raise ValueError(f"packed classes must be {', '.join(_classes())}, got {name}")
-        fields = (field.name for field in dataclasses.fields(value))
-        return {"is": name} | {key: _plain(getattr(value, key), floats, codes) for key in fields}
-    if isinstance(value, dict):
-        return {"is": "dict", "items": _plain(list(value.items()), floats, codes)}
-    if isinstance(value, tuple | list):
-        return [_plain(part, floats, codes) for part in value]
+def _classes() -> dict[str, type]:
+    """{name: class} of all that a program consists of: of its fields, and of theirs."""
+    found, new = {}, [Program, Mixture]
+    for kind in new:
+        described = dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
+        if described and kind.__name__ not in found:
+            found[kind.__name__] = kind
+            new += [*kind.__subclasses__(), *_types(_hints(kind).values())]
+    return found
+
+
+def _types(hints):
+    """The types in some hints, however deep."""
+    for hint in hints:
+        yield from _types(typing.get_args(hint)) if typing.get_args(hint) else [hint]
+
+
+def _plain(value, classes, pools):
+    """A value as JSON has it; the arrays in it are appended to the pools."""
+    kind = type(value)
+    if classes.get(kind.__name__) is kind:
+        names = getattr(kind, "_fields", None) or [field.name for field in dataclasses.fields(kind)]
+        fields = {name: _plain(getattr(value, name), classes, pools) for name in names}
+        return {"is": kind.__name__} | fields
+    if kind is dict:
+        return {"is": "dict", "items": _plain(list(value.items()), classes, pools)}
+    if kind in (tuple, list):
+        return [_plain(part, classes, pools) for part in value]
     if isinstance(value, np.generic):
         return value.item()
-    return _described(np.asarray(value), floats, codes) if hasattr(value, "__array__") else value
+    if hasattr(value, "__array__"):
+        return _described(np.asarray(value), pools)
+    if isinstance(value, str | int | float | None):
+        return value
+    raise ValueError(f"a packed program must be of numbers, names and arrays, got {kind.__name__}")
 
 
-def _described(array, floats, codes):
+def _described(array, pools):
     kind = core.check_choice("dtype of an array", array.dtype.name, _DTYPES)
     described = {"is": kind, "shape": list(array.shape)}
     if kind == "float32":
-        floats.append(array.ravel())
+        pools[kind].append(array.ravel())
         return described
     low, step, bits = _grid(array)
-    codes.append(pack_bits((array.ravel().astype(np.int64) - low) // step, bits))
+    pools["bits"].append(pack_bits((array.ravel().astype(np.int64) - low) // step, bits))
     return described | {"bits": bits, "low": low, "step": step}
 
 
@@ -156,26 +167,18 @@ def _grid(array) -> tuple[int, int, int]:
     if not array.size:
         return 0, 1, 1
     low, high = int(array.min()), int(array.max())
+    core.check_integer("span of the integers of an array", high - low, 0, (1 << 32) - 1)
     step = int(np.gcd.reduce(array.ravel().astype(np.int64) - low)) or 1
     return low, step, max(((high - low) // step).bit_length(), 1)
-
-
-def _classes() -> dict[str, type]:
-    """{name: class} of all that a program consists of."""
-    found, new = [Program, Mixture, Tensor, Encoding, Weights], [Operation]
-    while new:
-        new = [kind for base in new for kind in base.__subclasses__()]
-        found += new
-    return {kind.__name__: kind for kind in found}
 
 
 def _check_digest(data):
     found = _DIGEST.search(data)
     if not found:
         raise ValueError(f"its metadata must have a SHA-256 under {FORMAT!r}")
-    said, (start, end) = found[1].decode(), found.span(1)
+    start, end = found.span(1)
     digest = hashlib.sha256(data[:start] + b"0" * 64 + data[end:]).hexdigest()
-    if said != digest:
+    if digest != (said := found[1].decode()):
         raise ValueError(f"its SHA-256 must be {said}, got {digest}; it was changed or damaged")
 
 
@@ -192,7 +195,7 @@ def _program(tensors):
     text = stream.decompress(stored, most := _most_text(stored))
     if not stream.eof:
         raise ValueError(f"the graph must be a zlib stream of at most {most} bytes")
-    program = _restored(json.loads(text), tensors)
+    program = _restored(json.loads(text), _classes(), tensors)
     if not isinstance(program, Program | Mixture):
         raise ValueError(f"the graph must be a Program or Mixture, got {type(program).__name__}")
     if left := sum(pool.size for pool in tensors.values()):
@@ -202,17 +205,17 @@ def _program(tensors):
     return program
 
 
-def _restored(value, pools):
+def _restored(value, classes, pools):
     """What `_plain` described; the arrays are taken from the front of the pools."""
     if isinstance(value, list):
-        return tuple(_restored(part, pools) for part in value)
+        return tuple(_restored(part, classes, pools) for part in value)
     if not isinstance(value, dict):
         return value
-    kind, classes = value.pop("is", None), _classes()
+    kind = value.pop("is", None)
     core.check_choice("'is' in the graph", kind, [*classes, *_DTYPES, "dict"])
     if kind in _DTYPES:
         return _array(kind, pools, **value)
-    fields = {name: _restored(part, pools) for name, part in value.items()}
+    fields = {name: _restored(part, classes, pools) for name, part in value.items()}
     if kind == "dict":
         return dict(fields["items"])
     hints = _hints(classes[kind])
@@ -250,8 +253,8 @@ def _fits(value, hint) -> bool:
         return any(_fits(value, part) for part in parts)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
-    if not isinstance(value, kind or hint):
-        return False
+    if hint is Any or not isinstance(value, kind or hint):
+        return hint is Any
     if kind is dict:
         return all(_fits(key, parts[0]) and _fits(part, parts[1]) for key, part in value.items())
     if kind is tuple:
