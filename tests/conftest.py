@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import os
 import pathlib
 import tempfile
@@ -106,6 +107,20 @@ def pytest_runtest_teardown():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def compiled(caplog):
+    """compiled(): how many programs XLA was given since the last call."""
+    caplog.set_level(logging.DEBUG, "jax")
+
+    def count():
+        found = sum("Compiling" in record.getMessage() for record in caplog.records)
+        caplog.clear()
+        return found
+
+    with jax.log_compiles():
+        yield count
 
 
 @pytest.fixture(scope="session")

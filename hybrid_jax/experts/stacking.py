@@ -1,5 +1,6 @@
 """Experts of equal shape as one pytree with a leading axis E, and back."""
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def stack(experts: Sequence[Any]) -> Any:
         raise ValueError("experts must hold at least 1 pytree, got 0")
     for e, expert in enumerate(experts):
         core.check_same_structure(f"experts[{e}]", experts[0], expert)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
+    return _stacked(experts)
 
 
 def unstack(stacked: Any) -> list[Any]:
@@ -50,7 +51,7 @@ def unstack(stacked: Any) -> list[Any]:
       >>> [expert['w'].shape for expert in unstack({'w': jnp.zeros((2, 3))})]
       [(3,), (3,)]
     """
-    return [jax.tree.map(operator.itemgetter(e), stacked) for e in range(count(stacked))]
+    return _unstacked(stacked, count(stacked))
 
 
 def count(stacked: Any) -> int:
@@ -81,3 +82,14 @@ def count(stacked: Any) -> int:
                 f"stacked must have a leading axis of {size} at {path!r}, got shape {shape}"
             )
     return size
+
+
+# One program for all leaves: one for each shape would take longer to compile, and to load.
+@jax.jit
+def _stacked(experts):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstacked(stacked, size):
+    return [jax.tree.map(operator.itemgetter(e), stacked) for e in range(size)]

@@ -105,7 +105,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
         made.stack,
         gate.params,
         lambda params, state, images, key: (made.predict(params | state, images), state),
-        training.create_state(params, fixed, tx, job.key("collapse")),
+        job.start("collapse", params, fixed, tx),
         job.batches("collapse", settings.batch_size),
         steps=settings.steps,
         augment=job.augment,

@@ -64,8 +64,11 @@ def cut_all(
     widest = min(spec.sparsity for spec in specs)
     alike = all(spec.sparsity == widest for spec in specs)
 
+    criteria = tuple(dict.fromkeys(spec.criterion for spec in specs))
+    scores_by = channel_scores(job, dense, variables, graph, criteria)
+
     def cut(spec, key):
-        scores = channel_scores(job, dense, variables, graph, spec, key)
+        scores = jittered(scores_by[spec.criterion], spec.jitter, key)
 
         def shrink(sparsity):
             keep = keep_channels(scores, sparsity, multiple=spec.multiple)
@@ -94,22 +97,27 @@ def channel_scores(
     dense: Network,
     variables: Any,
     graph: core.Graph,
-    spec: ExpertSpec,
-    key: jax.Array,
-) -> dict[str, jax.Array]:
-    """Returns the importance of the parent's coupled channels, jittered as `spec` says."""
+    criteria: Sequence[str],
+) -> dict[str, dict[str, jax.Array]]:
+    """Returns {criterion: importance of the parent's coupled channels}, by one program."""
 
     @jax.jit
     def score(variables):
-        scores = criterion(job, dense, graph.kernels, variables, spec.criterion)
-        return pruning.group_scores(scores, graph.groups)
+        each = {name: criterion(job, dense, graph.kernels, variables, name) for name in criteria}
+        return {name: pruning.group_scores(own, graph.groups) for name, own in each.items()}
 
-    scores = score(variables)
-    if spec.jitter:
-        for i, name in enumerate(scores):
-            noise = jax.random.normal(jax.random.fold_in(key, i), scores[name].shape)
-            scores[name] = scores[name] * jnp.exp(spec.jitter * noise)
-    return scores
+    return score(variables)
+
+
+def jittered(scores: dict[str, jax.Array], spread: float, key: jax.Array) -> dict[str, jax.Array]:
+    """Returns the scores times random log-normal factors of that spread."""
+    if not spread:
+        return scores
+    noise = {
+        name: jax.random.normal(jax.random.fold_in(key, i), scores[name].shape)
+        for i, name in enumerate(scores)
+    }
+    return {name: own * jnp.exp(spread * noise[name]) for name, own in scores.items()}
 
 
 keep_channels = jax.jit(pruning.keep_channels, static_argnames="multiple")

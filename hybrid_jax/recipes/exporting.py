@@ -7,14 +7,7 @@ import numpy as np
 
 from hybrid_jax import deploy
 from hybrid_jax.recipes.job import Job
-from hybrid_jax.recipes.programs import (
-    Models,
-    Programs,
-    artifact,
-    best_expert,
-    logits,
-    top_1_logits,
-)
+from hybrid_jax.recipes.programs import Models, Programs, artifact, logits, top_1_logits
 
 
 class Exported(NamedTuple):
@@ -32,7 +25,7 @@ class Exported(NamedTuple):
 def exported(job: Job, models: Models, programs: Programs) -> dict[str, Exported]:
     """Returns what every run exports: the dense parent in floats, the best expert, the mixture."""
     test = job.splits.test
-    source, best = best_expert(job, models)
+    source, best = programs.chosen
     dense = job.logits(models.dense.predict, models.variables, test)
     return {
         "dense": Exported(programs.dense, dense),

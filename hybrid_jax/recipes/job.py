@@ -80,6 +80,16 @@ class Job:
         augment = data.augmentation(self.config.data.padding, self.config.data.flip)
         return lambda images, key: self.normalize(augment(images, key))
 
+    def start(
+        self, name: str, params: Any, state: Any, tx: optax.GradientTransformation
+    ) -> training.TrainState:
+        """Returns the state before the first step of the stage `name`, made by one program.
+
+        The other arguments are those of `training.create_state`.
+        """
+        key = self.key(name)
+        return jax.jit(lambda *parts: training.create_state(*parts, tx, key))(params, state)
+
     def fit(
         self,
         name: str,

@@ -39,7 +39,7 @@ def parent(job: Job) -> tuple[Network, Any]:
 
     params, state = {"params": variables["params"]}, {"batch_stats": variables["batch_stats"]}
     tx = optimizer(settings.learning_rate, settings.weight_decay, settings.steps)
-    train_state = training.create_state(params, state, tx, job.key("parent"))
+    train_state = job.start("parent", params, state, tx)
     if settings.restore:
         checkpoints = training.Checkpoints(pathlib.Path(settings.restore).expanduser())
         trained = checkpoints.restore(checkpoints.latest(), train_state)

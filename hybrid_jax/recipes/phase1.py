@@ -124,23 +124,19 @@ def compress(
         logits, updates = train(own, params["ranges"], images, bits=state["bits"])
         return logits, state | updates
 
-    states = []
-    for i, mask in enumerate(masks):
-        params, ranges_i, stats, bits_i = jax.tree.map(
-            lambda leaf, i=i: leaf[i], (stack["params"], ranges, stack["batch_stats"], bits)
-        )
-        held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), ranges_i)}
-        tx = pruning.hold_masks(
-            optimizer(settings.learning_rate, settings.weight_decay, steps), held
-        )
-        states.append(
-            training.create_state(
-                {"params": params, "ranges": ranges_i},
-                {"batch_stats": stats, "bits": bits_i},
-                tx,
-                jax.random.fold_in(key, i),
-            )
-        )
+    inner = optimizer(settings.learning_rate, settings.weight_decay, steps)
+
+    @jax.jit
+    def start(stack):
+        states = []
+        for i, (expert, mask) in enumerate(zip(experts.unstack(stack), masks, strict=True)):
+            params = {name: expert[name] for name in ("params", "ranges")}
+            free = jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])
+            tx = pruning.hold_masks(inner, {"params": mask, "ranges": free})
+            fixed = {name: expert[name] for name in ("batch_stats", "bits")}
+            states.append(training.create_state(params, fixed, tx, jax.random.fold_in(key, i)))
+        return training.stack_states(states)
+
     soft = job.config.distillation
     step = training.make_stacked_step(
         training.classification(forward, temperature=soft.temperature, alpha=soft.alpha),
@@ -151,7 +147,12 @@ def compress(
         choices=job.choices,
     )
     trained = job.fit(
-        name, step, training.stack_states(states), steps, settings.batch_size, weights
+        name,
+        step,
+        start(stack | {"ranges": ranges, "bits": bits}),
+        steps,
+        settings.batch_size,
+        weights,
     )
     state = _batchnorm(job, forward, trained.params, trained.state, method)
     predict = quantization.fake_quantized(small.predict, quantizers[0])

@@ -81,7 +81,7 @@ def learn_gate(
     Raises:
       FloatingPointError: If the loss is not finite.
     """
-    settings, key = job.config.gate, job.key(name)
+    settings = job.config.gate
     module = experts.gate_cnn(len(made.specs), settings.features, settings.size)
     start = job.init(module, "gate") if start is None else start
     loss_fn = _loss(
@@ -90,7 +90,7 @@ def learn_gate(
     if weights is not None:
         loss_fn = _supervised(loss_fn, module.apply, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
-    state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
+    state = job.start(name, start["params"], {"experts": made.stack}, tx)
     teacher = functools.partial(dense.predict, variables)
     step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
     state = job.fit(
@@ -153,7 +153,7 @@ def fine_tune(
     )
     teacher = functools.partial(dense.predict, variables)
     step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
-    state = training.create_state(params, fixed, tx, job.key("joint"))
+    state = job.start("joint", params, fixed, tx)
     state = job.fit(
         "joint",
         step,

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, data, deploy, experts, quantization
@@ -42,7 +41,8 @@ class Programs(NamedTuple):
       dense: The parent, in floats.
       experts: The experts of the mixture.
       gate: The gate.
-      best: The best single expert, see `best_expert`.
+      best: The best single expert.
+      chosen: The experts that it is one of, and its index, see `best_expert`.
       singles: {name: the trained control}.
     """
 
@@ -50,6 +50,7 @@ class Programs(NamedTuple):
     experts: tuple[deploy.Program, ...]
     gate: deploy.Program
     best: deploy.Program
+    chosen: tuple[Experts, int]
     singles: dict[str, deploy.Program]
 
     @property
@@ -80,6 +81,7 @@ def lower(job: Job, models: Models) -> Programs:
         each,
         deploy.lower(gate.float_predict, variables, gate.quantizer, ranges, images),
         each[best] if source is models.made else lowered(phase1.alone(source)[best]),
+        (source, best),
         {name: lowered(*phase1.alone(single)) for name, single in models.singles.items()},
     )
 
@@ -118,6 +120,9 @@ def dense_integers(job: Job, models: Models) -> tuple[deploy.Program, np.ndarray
     return program, job.logits(answer, models.variables, job.splits.test)
 
 
+top_class = jax.jit(core.top_class)
+
+
 def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
     """Returns the logits (E, n, N) of all experts."""
     return np.stack(
@@ -128,15 +133,19 @@ def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
 def top_1_logits(job: Job, models: Models) -> np.ndarray:
     """Returns the logits (n, N) of the top-1 mixture for the test images."""
     test = job.splits.test
-    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
-    expert_logits = jnp.asarray(logits(job, models.made, test))
-    return np.asarray(experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights))
+    gate_logits = job.logits(models.gate.predict, models.gate.params, test)
+    return np.asarray(_top_1(gate_logits, logits(job, models.made, test)))
+
+
+@jax.jit
+def _top_1(gate_logits, expert_logits):
+    return experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights)
 
 
 def validation_accuracies(job: Job, made: Experts) -> np.ndarray:
     """Returns the accuracy (E,) of each expert on the validation images."""
     validation = job.splits.validation
-    named = np.asarray(core.top_class(logits(job, made, validation)))
+    named = np.asarray(top_class(logits(job, made, validation)))
     return (named == validation.labels).mean(-1)
 
 

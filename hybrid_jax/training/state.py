@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybrid_jax import core
+from hybrid_jax import core, experts
 
 Tree = TypeVar("Tree")
 
@@ -85,10 +85,7 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
     """
     if not states:
         raise ValueError("states must hold at least one TrainState, got none")
-    states = [state.replace(tx=states[0].tx) for state in states]
-    for index, state in enumerate(states):
-        core.check_same_structure(f"states[{index}]", states[0], state)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return experts.stack([state.replace(tx=states[0].tx) for state in states])
 
 
 def expert_state(states: TrainState, index: int) -> TrainState:
@@ -114,7 +111,7 @@ def copy(tree: Tree) -> Tree:
     """
     leaves, structure = jax.tree.flatten(tree)
     # One program for all that are free to move; one for each shape would take longer to compile.
-    free = [getattr(leaf, "committed", None) is False for leaf in leaves]
+    free = [core.is_traced(leaf) or getattr(leaf, "committed", None) is False for leaf in leaves]
     copies = iter(_copies([leaf for leaf, own in zip(leaves, free) if own]))
     return structure.unflatten(
         next(copies) if own else jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -1,27 +1,11 @@
 import itertools
-import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax import core, pruning
-
-
-@pytest.fixture
-def compiled(caplog):
-    """compiled(): how many programs XLA was given since the last call."""
-    caplog.set_level(logging.DEBUG, "jax")
-
-    def count():
-        found = sum("Compiling" in record.getMessage() for record in caplog.records)
-        caplog.clear()
-        return found
-
-    with jax.log_compiles():
-        yield count
 
 
 def test_from_a_trace_to_the_small_function_nothing_is_compiled(compiled):
