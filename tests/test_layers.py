@@ -18,6 +18,7 @@ ORDER = [
     "deploy",
     "report",
     "recipes",
+    "contrib",
 ]
 
 
@@ -44,6 +45,11 @@ def test_a_folder_imports_only_from_those_above(folder):
     for file in (ROOT / folder).rglob("*.py"):
         wrong = imported(file) - above - {folder}
         assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
+def test_nothing_imports_contrib():
+    for file in (*ROOT.rglob("*.py"), *ROOT.parent.glob("launch/**/*.py")):
+        assert "contrib" not in imported(file) or file.parent == ROOT / "contrib", file
 
 
 def test_one_file_reads_what_depends_on_the_version_of_jax():

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core, cost, experts
-from hybrid_jax.recipes import cutting, phase1, phase2
+from hybrid_jax import core, cost, experts, pruning
+from hybrid_jax.recipes import phase1, phase2
 from hybrid_jax.recipes.config import ExpertSpec, expert_specs
 from hybrid_jax.recipes.job import Job, Network
 
@@ -128,8 +128,8 @@ def planned_graph(
 ) -> core.Graph:
     """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
     graph = core.trace(dense.predict, variables, job.images)
-    alike = {group.name: jnp.zeros(group.size) for group in graph.groups}
-    keep = cutting.keep_channels(alike, sparsity, multiple=multiple)
+    alike = {group.name: np.zeros(group.size, np.float32) for group in graph.groups}
+    keep = pruning.keep_channels(alike, sparsity, multiple=multiple)
     masks = core.expand(keep, graph.groups, variables)
     predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
     return core.trace(predict, small, job.images)
@@ -152,6 +152,6 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
 
 def _planned_mask(leaf, kernel, spec):
     """A mask of the count that `cutting.weight_masks` will have: costs depend on counts alone."""
-    sparsity = cutting.kernel_sparsity(kernel, spec)
+    sparsity = 0.0 if kernel is None else spec.weight_sparsity
     removed = math.floor(sparsity * leaf.size + 0.5)
     return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

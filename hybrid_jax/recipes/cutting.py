@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, pruning, training
-from hybrid_jax.recipes import config as configuration
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.job import Job, Network
 
@@ -65,10 +64,11 @@ def cut_all(
     alike = all(spec.sparsity == widest for spec in specs)
 
     def cut(spec, key):
-        scores = channel_scores(job, dense, variables, graph, spec, key)
+        known = given(job, dense, variables, graph, key)
+        scores = channel_scores(pruning.CRITERIA[spec.criterion](known), graph, spec, key)
 
         def shrink(sparsity):
-            keep = keep_channels(scores, sparsity, multiple=spec.multiple)
+            keep = pruning.keep_channels(scores, sparsity, multiple=spec.multiple)
             masks = core.expand(keep, graph.groups, variables)
             return core.shrink(dense.predict, variables, masks, probe)
 
@@ -90,70 +90,39 @@ def cut_all(
 
 
 def channel_scores(
-    job: Job,
-    dense: Network,
-    variables: Any,
-    graph: core.Graph,
-    spec: ExpertSpec,
-    key: jax.Array,
+    scores: Any, graph: core.Graph, spec: ExpertSpec, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Returns the importance of the parent's coupled channels, jittered as `spec` says."""
-
-    @jax.jit
-    def score(variables):
-        scores = criterion(job, dense, graph.kernels, variables, spec.criterion)
-        return pruning.group_scores(scores, graph.groups)
-
-    scores = score(variables)
+    scores = pruning.group_scores(scores, graph.groups)
     if spec.jitter:
-        for i, name in enumerate(scores):
+        for i, name in enumerate(sorted(scores)):
             noise = jax.random.normal(jax.random.fold_in(key, i), scores[name].shape)
             scores[name] = scores[name] * jnp.exp(spec.jitter * noise)
     return scores
 
 
-keep_channels = jax.jit(pruning.keep_channels, static_argnames="multiple")
+def given(job: Job, dense: Network, variables: Any, graph: core.Graph, key: jax.Array, count=256):
+    """Returns what a criterion by name works the scores of the parent's weights out from."""
+    train = job.splits.train
 
+    def loss(variables, images, labels):
+        return training.cross_entropy(dense.predict(variables, images), labels)
 
-def criterion(job: Job, dense: Network, kernels: Kernels, variables: Any, name: str) -> Any:
-    """Returns the scores of the parent's weights by one of `config.CRITERIA`."""
-    if name == "taylor":
-        images, labels = _first_images(job)
-
-        def loss(variables):
-            return training.cross_entropy(dense.predict(variables, images), labels)
-
-        return pruning.taylor(kernels, variables, jax.grad(loss)(variables))
-    return {
-        "magnitude_l1": lambda: pruning.magnitude(kernels, variables, p=1),
-        "magnitude_l2": lambda: pruning.magnitude(kernels, variables, p=2),
-        "batchnorm_scale": lambda: pruning.batchnorm_scale(variables),
-        "geometric_median": lambda: pruning.geometric_median(kernels, variables),
-    }[name]()
-
-
-def kernel_sparsity(kernel: core.Kernel | None, spec: ExpertSpec) -> float:
-    """Returns the fraction of a parameter's weights that `spec` sets to zero.
-
-    What is no kernel (None) has none, nor has one whose inputs are no multiple of the M of N:M.
-    """
-    n_m = configuration.parse_granularity(spec.granularity)
-    if kernel is None:
-        return 0.0
-    if n_m is None:
-        return spec.weight_sparsity
-    return 0.0 if kernel.known_sizes()[2] % n_m[1] else 1 - n_m[0] / n_m[1]
+    return pruning.Given(
+        graph.kernels,
+        variables,
+        lambda variables, images, labels: dense.predict(variables, images),
+        loss,
+        [(job.normalize(train.images[:count]), jnp.asarray(train.labels[:count]))],
+        key,
+    )
 
 
 def weight_masks(kernels: Kernels, params: Any, spec: ExpertSpec) -> Any:
     """Returns which weights of a cut network are kept: bool like `params`, or `MaskedNode`."""
-    n_m = configuration.parse_granularity(spec.granularity)
-    granularity = pruning.n_m(kernels, *n_m) if n_m else pruning.unstructured()
-    thinned = {path: own for path, own in kernels.items() if kernel_sparsity(own, spec)}
-    if not thinned:
+    if not spec.weight_sparsity:
         return jax.tree.map(lambda _: optax.MaskedNode(), params)
-    sparsity = max(kernel_sparsity(own, spec) for own in thinned.values())
-    return pruning.masks(pruning.magnitude(thinned, params), sparsity, granularity)
+    return pruning.masks(pruning.magnitude(kernels, params), spec.weight_sparsity)
 
 
 def stack_masks(made: Cut, kernels: Kernels, spec: ExpertSpec) -> Any:
@@ -179,8 +148,3 @@ def stack_masks(made: Cut, kernels: Kernels, spec: ExpertSpec) -> Any:
         return jnp.asarray(mask)
 
     return core.map_with_path(widen, params)["params"]
-
-
-def _first_images(job, count=256):
-    train = job.splits.train
-    return job.normalize(train.images[:count]), jnp.asarray(train.labels[:count])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hybrid_jax import core, recipes
-from hybrid_jax.recipes import controls, cutting, workdir
+from hybrid_jax import recipes
+from hybrid_jax.recipes import controls, workdir
 
 
 @pytest.fixture
@@ -82,19 +82,6 @@ def test_a_source_that_makes_no_difference_is_refused(config, source, key, value
     config.experts[key] = value
     with pytest.raises(ValueError, match=f"config.experts.{message}"):
         recipes.check_config(config)
-
-
-def test_kernel_sparsity(config):
-    config.experts.granularity = "2:4"
-    (spec, *_) = recipes.expert_specs(config)
-
-    def kernel(c):
-        shape = (3, 3, c, 16)
-        return core.Kernel("w", shape, shape, (0, 1, 2, 3), (1, 9, c, 16), (3, 3))
-
-    assert cutting.kernel_sparsity(kernel(8), spec) == 0.5
-    assert cutting.kernel_sparsity(kernel(1), spec) == 0.0  # 4 does not divide 1
-    assert cutting.kernel_sparsity(None, spec) == 0.0
 
 
 def test_claim_takes_up_the_same_config_only(config, tmp_path):

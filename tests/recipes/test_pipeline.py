@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path):
 def test_pruned_weights_stay_zero_through_both_phases(tmp_path):
     job = recipes.prepare(
         tiny(
-            experts__granularity="2:4",
+            experts__weight_sparsity=0.5,
             controls__same_bops=False,
             collapse__steps=0,
             joint__refit=False,

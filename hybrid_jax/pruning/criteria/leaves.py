@@ -1,6 +1,7 @@
-"""What every criterion shares: which leaves are scored, and in what."""
+"""What every criterion shares: which leaves are scored, in what, and by which name."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +15,52 @@ Kernels = Mapping[str, core.Kernel]
 """`core.trace(...).kernels`, or some of them: what is scored."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a criterion by name works its scores out from; it asks for what it needs.
+
+    Attributes:
+      kernels: `core.trace(fn, params, ...).kernels`.
+      params: Pytree of parameters.
+      fn: fn(params, *batch) -> outputs, in evaluation mode.
+      loss: loss(params, *batch) -> (), a mean over the batch.
+      batches: Tuples of arrays with a leading axis B.
+      key: A key of `jax.random.key`, for what is random.
+    """
+
+    kernels: Kernels
+    params: Any
+    fn: Callable[..., Any] | None = None
+    loss: Callable[..., jax.Array] | None = None
+    batches: Sequence[tuple[Any, ...]] | None = None
+    key: jax.Array | None = None
+
+    def needed(self, name: str) -> Any:
+        """The attribute of that name, which a criterion cannot do without."""
+        if (value := getattr(self, name)) is None:
+            raise ValueError(f"given must have {name} for this criterion, got none")
+        return value
+
+    def mean_loss(self, params: Any) -> jax.Array:
+        """The mean of the loss over the batches."""
+        loss, batches = self.needed("loss"), self.needed("batches")
+        return sum(loss(params, *batch) for batch in batches) / len(batches)
+
+    def gradients(self) -> Any:
+        """Those of the mean loss."""
+        gradients = jax.grad(self.mean_loss, allow_int=True)
+        return jax.jit(core.fast_convolutions(gradients))(self.params)
+
+
+CRITERIA: dict[str, Callable[[Given], Any]] = {}
+"""Every criterion of a network as it is, by name; open to users: `CRITERIA['mine'] = f`."""
+
+
 def score(f: Callable[..., jax.Array], kernels: Kernels, params: Any, *rest: Any) -> Any:
     """Maps `f(kernel, leaf, *rest)` over the kernels, leaves and those of `rest` in float32.
 
     Where they are known they are NumPy's, so `f` uses what both kinds of arrays have. What is no
     kernel, and where `params` or one of `rest` holds `optax.MaskedNode()`, has none.
-
-    Raises:
-      ValueError: If there is no kernel, or `params` has not its path and shape.
     """
     paths = core.flatten_paths(params)
     if not kernels:
@@ -62,11 +101,7 @@ def in_float32(tree: Any) -> Any:
 
 
 def check_statistics(name: str, params: Any, statistics: Any) -> None:
-    """Raises unless `statistics` have the paths and shapes of `params`, or `MaskedNode` there.
-
-    Raises:
-      ValueError: Names the first path that differs, and how.
-    """
+    """Raises unless `statistics` have the paths and shapes of `params`, or `MaskedNode` there."""
     expected, got = core.flatten_paths(params), core.flatten_paths(statistics)
     for path in [*expected, *got]:
         if path not in expected or path not in got:

@@ -23,17 +23,8 @@ def synflow(kernels: Kernels, params: Any, flow: Any) -> Any:
     al., Pruning neural networks without any data by iteratively conserving synaptic flow (arXiv
     2006.05467) do.
 
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      flow: ∂R/∂|w|, shaped like `params`: what `synaptic_flow` gives.
-
-    Returns:
-      float32 scores shaped like `params`. In a chain of layers without biases those of each layer
-      add up to R.
-
-    Raises:
-      ValueError: If `flow` has another structure, or `params` not the kernels.
+    `flow` is ∂R/∂|w|, what `synaptic_flow` gives. In a chain of layers without biases the scores of
+    each layer add up to R.
     """
     check_statistics("flow", params, flow)
     return score(lambda kernel, w, f: abs(w) * f, kernels, params, flow)
@@ -54,14 +45,7 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
         batch of one is enough.
       scale: What the inputs are filled with, and the outputs multiplied by; above 0.
 
-    Returns:
-      Pytree shaped like `params`. What is of less precision is taken to float32.
-
-    Raises:
-      ValueError: If `scale` is not above 0.
-
     Example:
-      >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params['a'] @ params['b']
       >>> params = {'a': jnp.array([[1.0, -2.0]]), 'b': jnp.array([[-3.0], [4.0]])}
       >>> synaptic_flow(fn, params, jnp.ones((1, 1)))
@@ -78,7 +62,9 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
         outputs = jax.tree.leaves(fn(absolute, *jax.tree.map(filled, inputs)))
         return sum(scale * jnp.sum(leaf.astype(jnp.float32)) for leaf in outputs)
 
-    return jax.grad(flow)(jax.tree.map(jnp.abs, in_float32(params)))
+    # In loops, as of `synflow_masks`, XLA is many times slower at gradients on a CPU.
+    gradient = core.fast_convolutions(jax.grad(flow), loop=True)
+    return gradient(jax.tree.map(jnp.abs, in_float32(params)))
 
 
 def synflow_masks(
@@ -96,6 +82,9 @@ def synflow_masks(
     worked out anew with what is removed at zero: a layer about to lose its last weights has the
     largest scores, and keeps them. One compilation holds all rounds.
 
+    The masks keep exactly what `global_()` does. A flow through a kernel that is not finite, or
+    zero before anything is removed, is an error (unless traced).
+
     Args:
       fn: As for `synaptic_flow`.
       params: Pytree of floating parameters.
@@ -105,15 +94,7 @@ def synflow_masks(
       exempt: As for `masks`.
       scale: As for `synaptic_flow`.
 
-    Returns:
-      Pytree of bool like `params`, as of `masks`, with exactly what `global_()` keeps.
-
-    Raises:
-      ValueError: If an argument is outside its bounds, what `masks` raises, or (unless traced) if
-        the flow through a kernel is not finite, or zero before anything is removed.
-
     Example:
-      >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params['a'] @ params['b']
       >>> params = {'a': jnp.array([[1.0, -2.0]]), 'b': jnp.array([[-3.0], [4.0]])}
       >>> synflow_masks(fn, params, jnp.ones((1, 1)), sparsity=0.5)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, pruning
+from hybrid_jax import contrib, core, pruning
 
 SGD = optax.sgd(1.0)
 
@@ -29,7 +29,7 @@ magnitude = functools.partial(pruning.magnitude, KERNELS)
 
 
 def test_a_removed_weight_grows_and_returns():
-    tx = pruning.straight_through(SGD, magnitude, pruning.one_shot(0.5))
+    tx = contrib.straight_through(SGD, magnitude, pruning.one_shot(0.5))
     seen = run(tx, PARAMS, [[0.0, 0.0, 0.0, -2.5], [0.0, 0.0, -2.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
     # Dense 4 3 2 3.5, then 4 3 4 3.5 where of equal weights the lower index is kept, then 1 3 4
     # 3.5: the two largest are shown.
@@ -41,15 +41,15 @@ def test_a_removed_weight_grows_and_returns():
 
 
 def test_masks_are_made_anew_at_every_other_step():
-    tx = pruning.straight_through(SGD, magnitude, pruning.one_shot(0.5), every=2)
+    tx = contrib.straight_through(SGD, magnitude, pruning.one_shot(0.5), every=2)
     seen = run(tx, PARAMS, [[0.0] * 4, [0.0, 0.0, 0.0, -8.0], [0.0] * 4])
     shown = [[4, 3, 0, 0], [4, 3, 0, 0], [4, 0, 0, 9]]
     assert [params["w"][0].tolist() for params, _ in seen] == shown
 
 
 def test_decay_pulls_at_removed_weights_alone():
-    tx = pruning.straight_through(
-        SGD, magnitude, pruning.one_shot(0.5), pruning.n_m(KERNELS, 1, 2), decay=0.25
+    tx = contrib.straight_through(
+        SGD, magnitude, pruning.one_shot(0.5), contrib.n_m(KERNELS, 1, 2), decay=0.25
     )
     (_, first), (params, second) = run(tx, PARAMS, [[0.0] * 4] * 2)
     # Nothing is removed before the first step. In the second 3 and 1 are: 3 − 3/4, 1 − 1/4.
@@ -60,7 +60,7 @@ def test_decay_pulls_at_removed_weights_alone():
 
 def test_accumulated_scores_see_the_dense_weights():
     # Movement: −Σ w · g of the dense weights, so that a removed one is judged too.
-    tx = pruning.straight_through(
+    tx = contrib.straight_through(
         optax.sgd(0.0),
         lambda params, accumulated: accumulated,
         pruning.one_shot(0.5),
@@ -75,11 +75,11 @@ def test_accumulated_scores_see_the_dense_weights():
 
 def test_other_leaves_keep_their_own_updates():
     params = PARAMS | {"b": jnp.ones(3), "count": jnp.arange(3)}
-    tx = pruning.straight_through(SGD, magnitude, pruning.one_shot(0.5))
+    tx = contrib.straight_through(SGD, magnitude, pruning.one_shot(0.5))
     state = tx.init(params)
     assert state.dense["b"] == state.dense["count"] == optax.MaskedNode()
     gradients = jax.tree.map(jnp.zeros_like, params) | {"b": jnp.full(3, 0.25)}
-    tx = pruning.straight_through(optax.scale(-1), magnitude, pruning.one_shot(0.5))
+    tx = contrib.straight_through(optax.scale(-1), magnitude, pruning.one_shot(0.5))
     updates, _ = tx.update(gradients, state, params)
     np.testing.assert_array_equal(updates["b"], [-0.25] * 3)
     np.testing.assert_array_equal(updates["count"], [0] * 3)
@@ -89,7 +89,7 @@ def test_kept_parameters_are_the_dense_weights_to_one_rounding():
     params = {"w": jax.random.normal(jax.random.key(0), (20, 30))}
     kernels = core.trace(lambda p, x: x @ p["w"], params, jnp.ones((1, 20))).kernels
     score = functools.partial(pruning.magnitude, kernels)
-    tx = pruning.straight_through(optax.sgd(0.3), score, pruning.one_shot(0.5))
+    tx = contrib.straight_through(optax.sgd(0.3), score, pruning.one_shot(0.5))
     state = tx.init(params)
     update = jax.jit(tx.update)
     for i in range(20):
@@ -104,10 +104,10 @@ def test_kept_parameters_are_the_dense_weights_to_one_rounding():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="inner must be an optax transformation"):
-        pruning.straight_through(magnitude, pruning.one_shot(0.5), None)
+        contrib.straight_through(magnitude, pruning.one_shot(0.5), None)
     with pytest.raises(ValueError, match=r"n_m\(2, 4\) must be in \[0, 0.5\], got 0.8"):
-        pruning.straight_through(SGD, magnitude, pruning.one_shot(0.8), pruning.n_m(KERNELS, 2, 4))
-    tx = pruning.straight_through(
+        contrib.straight_through(SGD, magnitude, pruning.one_shot(0.8), contrib.n_m(KERNELS, 2, 4))
+    tx = contrib.straight_through(
         SGD,
         lambda params, accumulated: accumulated,
         pruning.one_shot(0.5),

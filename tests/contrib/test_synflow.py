@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import core, models, pruning
+from hybrid_jax import contrib, core, models, pruning
 
 NET = {
     "a": jnp.array([[1.0, -2.0], [0.0, 2.0], [3.0, 0.5]]),
@@ -17,9 +17,9 @@ def linear(params, x):
 
 def test_scores_are_the_flow_through_each_weight():
     # |a| has column sums (4, 4.5), |b| row sums (5, 3); what enters and leaves a weight are these.
-    flow = pruning.synaptic_flow(linear, NET, jax.ShapeDtypeStruct((1, 3), jnp.float32))
+    flow = contrib.synaptic_flow(linear, NET, jax.ShapeDtypeStruct((1, 3), jnp.float32))
     kernels = core.trace(linear, NET, jnp.ones((1, 3))).kernels
-    scores = pruning.synflow(kernels, NET, flow)
+    scores = contrib.synflow(kernels, NET, flow)
     np.testing.assert_allclose(scores["a"], [[5, 6], [0, 6], [15, 1.5]])
     np.testing.assert_allclose(scores["b"], [[4, 16], [9, 4.5]])
     # Conserved: either layer carries all of R = 4 · 5 + 4.5 · 3.
@@ -27,14 +27,14 @@ def test_scores_are_the_flow_through_each_weight():
 
 
 def test_values_of_inputs_and_signs_of_weights_do_not_matter():
-    flow = pruning.synaptic_flow(linear, NET, -7 * jnp.ones((1, 3)))
-    again = pruning.synaptic_flow(linear, jax.tree.map(jnp.negative, NET), jnp.zeros((1, 3)))
+    flow = contrib.synaptic_flow(linear, NET, -7 * jnp.ones((1, 3)))
+    again = contrib.synaptic_flow(linear, jax.tree.map(jnp.negative, NET), jnp.zeros((1, 3)))
     jax.tree.map(np.testing.assert_array_equal, flow, again)
 
 
 def test_scale_multiplies_all_scores_alike():
-    plain = pruning.synaptic_flow(linear, NET, jnp.ones((1, 3)))
-    scaled = pruning.synaptic_flow(linear, NET, jnp.ones((1, 3)), scale=0.5)
+    plain = contrib.synaptic_flow(linear, NET, jnp.ones((1, 3)))
+    scaled = contrib.synaptic_flow(linear, NET, jnp.ones((1, 3)), scale=0.5)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(0.25 * a, b), plain, scaled)
 
 
@@ -56,13 +56,13 @@ def test_rounds_keep_every_layer_where_one_round_empties_the_largest(deep_params
     # 2700 weights, of which 27 stay.
     x = jnp.ones((1, 2))
     once, rounds = (
-        pruning.synflow_masks(deep, deep_params, x, sparsity=0.99, rounds=n) for n in (1, 100)
+        contrib.synflow_masks(deep, deep_params, x, sparsity=0.99, rounds=n) for n in (1, 100)
     )
     flow, kernels = (
-        pruning.synaptic_flow(deep, deep_params, x),
+        contrib.synaptic_flow(deep, deep_params, x),
         core.trace(deep, deep_params, x).kernels,
     )
-    scores = pruning.synflow(kernels, deep_params, flow)
+    scores = contrib.synflow(kernels, deep_params, flow)
     single = pruning.masks(scores, 0.99, allocation=pruning.global_())
     jax.tree.map(np.testing.assert_array_equal, once, single)
     assert sum(int(mask.sum()) for mask in rounds.values()) == 27
@@ -73,7 +73,7 @@ def test_rounds_keep_every_layer_where_one_round_empties_the_largest(deep_params
 
 def test_one_compilation_serves_all_sparsities(deep_params):
     prune = jax.jit(
-        lambda s: pruning.synflow_masks(deep, deep_params, jnp.ones((1, 2)), sparsity=s, rounds=5)
+        lambda s: contrib.synflow_masks(deep, deep_params, jnp.ones((1, 2)), sparsity=s, rounds=5)
     )
     for sparsity in (0.0, 0.5, 0.9, 1.0):
         kept = sum(int(mask.sum()) for mask in prune(sparsity).values())
@@ -82,7 +82,7 @@ def test_one_compilation_serves_all_sparsities(deep_params):
 
 
 def test_exempt_layers_stay_whole_and_do_not_count(deep_params):
-    masks = pruning.synflow_masks(
+    masks = contrib.synflow_masks(
         deep, deep_params, jnp.ones((1, 2)), sparsity=0.5, rounds=5, exempt=["0"]
     )
     assert core.is_masked_node(masks["0"])
@@ -93,7 +93,7 @@ def test_flow_of_a_batchnorm_network_at_initialization():
     model = models.create("resnet8", 5, widths=[4, 4, 8])
     x = jnp.ones((1, 8, 8, 3))
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    masks = jax.jit(lambda v: pruning.synflow_masks(model.apply, v, x, sparsity=0.9, rounds=10))(
+    masks = jax.jit(lambda v: contrib.synflow_masks(model.apply, v, x, sparsity=0.9, rounds=10))(
         variables
     )
     kept = [mask for mask in jax.tree.leaves(masks)]
@@ -111,16 +111,16 @@ def test_bad_flow_is_named(deep_params):
     with pytest.raises(
         ValueError, match=r"a flow that is finite .* got none through '.' at scale 1"
     ):
-        pruning.synflow_masks(deep, huge, x, sparsity=0.5, rounds=2)
-    pruning.synflow_masks(deep, huge, x, sparsity=0.5, rounds=2, scale=1e-10)
+        contrib.synflow_masks(deep, huge, x, sparsity=0.5, rounds=2)
+    contrib.synflow_masks(deep, huge, x, sparsity=0.5, rounds=2, scale=1e-10)
     dead = deep_params | {"1": jnp.zeros((50, 50))}
     with pytest.raises(ValueError, match="got none through '0' at scale 1"):
-        pruning.synflow_masks(deep, dead, x, sparsity=0.5, rounds=2)
+        contrib.synflow_masks(deep, dead, x, sparsity=0.5, rounds=2)
     with pytest.raises(ValueError, match="got none through '0'"):
-        pruning.synflow_masks(bounded, deep_params, x, sparsity=0.5, rounds=2)
+        contrib.synflow_masks(bounded, deep_params, x, sparsity=0.5, rounds=2)
     with pytest.raises(ValueError, match="rounds must be an integer of at least 1"):
-        pruning.synflow_masks(deep, deep_params, x, sparsity=0.5, rounds=0)
+        contrib.synflow_masks(deep, deep_params, x, sparsity=0.5, rounds=0)
     with pytest.raises(ValueError, match="sparsity must be in"):
-        pruning.synflow_masks(deep, deep_params, x, sparsity=1.5)
+        contrib.synflow_masks(deep, deep_params, x, sparsity=1.5)
     with pytest.raises(ValueError, match="scale must be a finite number above 0"):
-        pruning.synaptic_flow(deep, deep_params, x, scale=0.0)
+        contrib.synaptic_flow(deep, deep_params, x, scale=0.0)

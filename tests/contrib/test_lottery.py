@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, pruning
+from hybrid_jax import contrib, core, pruning
 
 KEY = jax.random.key(0)
 
@@ -27,7 +27,7 @@ def test_tickets_by_hand():
         return {"w": jnp.where(masks["w"], 10.0 - params["w"], 0.0)}
 
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]])}
-    tickets = pruning.lottery_tickets(train, params, magnitude, KEY, rounds=2, fraction=0.5)
+    tickets = contrib.lottery_tickets(train, params, magnitude, KEY, rounds=2, fraction=0.5)
     # Trained 9 … 2: the last four leave; of 9 8 7 6 the last two. Each starts from where it was.
     assert starts == [
         [1, 2, 3, 4, 5, 6, 7, 8],
@@ -57,7 +57,7 @@ def regression(params, masks, key, steps=30):
 def test_seeds_are_one_vmap():
     train = jax.jit(regression)
     find = functools.partial(
-        pruning.lottery_tickets, train, criterion=magnitude, rounds=2, fraction=0.5
+        contrib.lottery_tickets, train, criterion=magnitude, rounds=2, fraction=0.5
     )
     params = {"w": jax.random.normal(KEY, (3, 4, 2))}
     keys = jax.random.split(KEY, 3)
@@ -74,10 +74,10 @@ def test_seeds_are_one_vmap():
 def test_interpolate_keeps_zeros_and_what_does_not_float():
     one = {"w": jnp.array([0.0, 2.0]), "count": jnp.array(3)}
     other = {"w": jnp.array([0.0, 4.0]), "count": jnp.array(5)}
-    got = jax.jit(pruning.interpolate)(one, other, 0.25)
+    got = jax.jit(contrib.interpolate)(one, other, 0.25)
     assert got["w"].tolist() == [0.0, 2.5]
     assert got["count"] == 3
-    jax.tree.map(np.testing.assert_array_equal, pruning.interpolate(one, other, 0.0), one)
+    jax.tree.map(np.testing.assert_array_equal, contrib.interpolate(one, other, 0.0), one)
 
 
 def test_the_barrier_of_a_double_well():
@@ -86,11 +86,11 @@ def test_the_barrier_of_a_double_well():
         return jnp.sum((params["w"] ** 2 - 1) ** 2)
 
     left, right = {"w": jnp.array([-1.0])}, {"w": jnp.array([1.0])}
-    errors = pruning.errors_between(error, left, right, points=5)
+    errors = contrib.errors_between(error, left, right, points=5)
     # At −1, −½, 0, ½, 1: (¼ − 1)² = 0.5625.
     np.testing.assert_allclose(errors, [0.0, 0.5625, 1.0, 0.5625, 0.0])
-    assert pruning.barrier(errors) == 1.0
-    assert pruning.barrier(jnp.array([[0.25, 0.5, 0.75], [0.5, 0.0, 0.25]])).tolist() == [
+    assert contrib.barrier(errors) == 1.0
+    assert contrib.barrier(jnp.array([[0.25, 0.5, 0.75], [0.5, 0.0, 0.25]])).tolist() == [
         0.25,
         0.125,
     ]
@@ -107,7 +107,7 @@ def test_instability_is_of_two_trainings_of_one_ticket():
 
     params, masks = {"w": jnp.zeros((1, 2))}, {"w": jnp.array([[True, False]])}
     keys = jax.random.split(KEY, 40)
-    got = jax.vmap(lambda key: pruning.instability(train, error, params, masks, key, 5))(keys)
+    got = jax.vmap(lambda key: contrib.instability(train, error, params, masks, key, 5))(keys)
     # One removed weight errs by 1 everywhere, so that the path is ½ + ½ of the double well's.
     one, other = jax.vmap(lambda key: jax.vmap(jax.random.bernoulli)(jax.random.split(key)))(keys).T
     np.testing.assert_allclose(got, jnp.where(one == other, 0.0, 0.5), atol=1e-6)
@@ -121,16 +121,16 @@ def test_bad_input_is_named():
         return params
 
     with pytest.raises(ValueError, match="rounds must be an integer of at least 0, got -1"):
-        pruning.lottery_tickets(train, params, magnitude, KEY, -1)
+        contrib.lottery_tickets(train, params, magnitude, KEY, -1)
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got 1.2"):
-        pruning.lottery_tickets(train, params, magnitude, KEY, 1, 1.2)
+        contrib.lottery_tickets(train, params, magnitude, KEY, 1, 1.2)
     with pytest.raises(ValueError, match=r"n_m\(1, 2\) must be in \[0, 0.5\], got 0.75"):
-        pruning.lottery_tickets(train, params, magnitude, KEY, 2, 0.5, pruning.n_m({}, 1, 2))
+        contrib.lottery_tickets(train, params, magnitude, KEY, 2, 0.5, contrib.n_m({}, 1, 2))
     with pytest.raises(ValueError, match="scores must have a leaf to prune"):
-        pruning.lottery_tickets(train, params, lambda p: {"w": optax.MaskedNode()}, KEY, 1)
+        contrib.lottery_tickets(train, params, lambda p: {"w": optax.MaskedNode()}, KEY, 1)
     with pytest.raises(ValueError, match=r"the result of train must have .* at 'w', got no leaf"):
-        pruning.lottery_tickets(lambda params, masks, key: {}, params, magnitude, KEY, 1)
+        contrib.lottery_tickets(lambda params, masks, key: {}, params, magnitude, KEY, 1)
     with pytest.raises(ValueError, match="points must be an integer of at least 2, got 1"):
-        pruning.errors_between(lambda p: jnp.float32(0), params, params, 1)
+        contrib.errors_between(lambda p: jnp.float32(0), params, params, 1)
     with pytest.raises(ValueError, match="other must have"):
-        pruning.errors_between(lambda p: jnp.float32(0), params, {"w": jnp.ones(3)})
+        contrib.errors_between(lambda p: jnp.float32(0), params, {"w": jnp.ones(3)})

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import flax_kernels
 
-from hybrid_jax import pruning
+from hybrid_jax import contrib, pruning
 
 KEY = jax.random.key(0)
 
@@ -29,7 +29,7 @@ def test_rewire_by_hand():
     growth = {"w": jnp.array([[9.0, 0.05, 9.0, 0.3, 0.1, 0.4, 0.3, 0.2]])}
     # Of four kept, floor(0.5 · 4 + ½) = 2 are dropped: |−1| and |2|. Of the six that are not
     # kept then, 0.4 grows and of the two 0.3 the first, which was just dropped.
-    got = pruning.rewire(masks, weights, growth, 0.5)
+    got = contrib.rewire(masks, weights, growth, 0.5)
     np.testing.assert_array_equal(got["w"], bits(1, 0, 1, 1, 0, 1, 0, 0))
     # floor(0.3 · 4 + ½) = 1: |−1| goes, 0.4 comes; floor(0.12 · 4 + ½) = 0; and all four.
     for drop, expected in {
@@ -37,7 +37,7 @@ def test_rewire_by_hand():
         0.12: bits(1, 1, 1, 1, 0, 0, 0, 0),
         1.0: bits(1, 0, 1, 1, 0, 1, 0, 0),
     }.items():
-        got = pruning.rewire(masks, weights, growth, drop)
+        got = contrib.rewire(masks, weights, growth, drop)
         np.testing.assert_array_equal(got["w"], expected)
 
 
@@ -46,7 +46,7 @@ def test_rewire_keeps_two_of_four():
     weights = {"w": jnp.array([[1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 5.0, 6.0]]).T}
     growth = {"w": jnp.array([[0.0, 0.0, 1.0, 2.0, 9.0, 9.0, 0.0, 0.0]]).T}
     # Half of four, the smallest of the leaf, go: both from the first block, where both grow.
-    got = pruning.rewire(masks, weights, growth, 0.5, pruning.n_m(flax_kernels(weights), 2, 4))
+    got = contrib.rewire(masks, weights, growth, 0.5, contrib.n_m(flax_kernels(weights), 2, 4))
     np.testing.assert_array_equal(got["w"].T, bits(0, 0, 1, 1, 0, 0, 1, 1))
 
 
@@ -61,7 +61,7 @@ def test_rewire_keeps_two_of_four():
 def test_rewire_never_changes_the_count(mask, growth, drop):
     mask = jnp.array(mask)
     weights = jnp.where(mask, jnp.arange(12.0), 0.0)
-    got = pruning.rewire({"w": mask}, {"w": weights}, {"w": jnp.array(growth)}, drop)["w"]
+    got = contrib.rewire({"w": mask}, {"w": weights}, {"w": jnp.array(growth)}, drop)["w"]
     n = int(mask.sum())
     assert got.sum() == n
     # The largest n − k weights are among them, whatever the growth.
@@ -85,7 +85,7 @@ KERNELS = flax_kernels(PARAMS)
 
 
 def test_rigl_by_hand():
-    tx = pruning.rigl(
+    tx = contrib.rigl(
         optax.sgd(0.1, momentum=0.9), KERNELS, 0.5, KEY, 4, every=2, drop=1.0, initial=first_kept
     )
     rest, dense = [0.0] * 8, [1.0] * 8
@@ -114,7 +114,7 @@ def test_rigl_by_hand():
 def test_rigl_drops_along_a_cosine():
     n, end = 1000, 8
     params = {"w": jnp.arange(1.0, 2 * n + 1).reshape(2, n)}
-    tx = pruning.rigl(optax.sgd(0.0), flax_kernels(params), 0.5, KEY, end, every=2, drop=0.4)
+    tx = contrib.rigl(optax.sgd(0.0), flax_kernels(params), 0.5, KEY, end, every=2, drop=0.4)
     state, update = tx.init(params), jax.jit(tx.update)
     changed = []
     for _ in range(10):
@@ -127,7 +127,7 @@ def test_rigl_drops_along_a_cosine():
 
 
 def test_set_by_hand():
-    tx = pruning.set_(
+    tx = contrib.set_(
         optax.sgd(0.1, momentum=0.9), KERNELS, 0.5, KEY, 4, every=1, drop=0.3, initial=first_kept
     )
     gradient = [1.0, 0.0, 1.0, 0.0, 99.0, 99.0, 99.0, 99.0]
@@ -147,7 +147,7 @@ def test_set_grows_anywhere():
     masks, weights = {"w": bits(1, 1, 0, 0, 0, 0)}, {"w": jnp.array([[2.0, 1.0, 0, 0, 0, 0]])}
 
     def grown(key):
-        return pruning.rewire(
+        return contrib.rewire(
             masks, weights, pruning.random(flax_kernels(weights), weights, key), 0.5
         )["w"][0]
 
@@ -159,7 +159,7 @@ def test_set_grows_anywhere():
 def test_a_grown_weight_gets_the_state_that_init_gives():
     params = {"w": jnp.array([[4.0, 1.0, 0.0, 0.0]])}
     # Adagrad's sums start at 0.1 and grow by g²: at 0.1 + 4 for what stays, 0.1 for what came.
-    tx = pruning.rigl(
+    tx = contrib.rigl(
         optax.adagrad(0.1, initial_accumulator_value=0.1),
         flax_kernels(params),
         0.5,
@@ -178,7 +178,7 @@ def test_a_grown_weight_gets_the_state_that_init_gives():
 def test_first_masks_are_random_or_by_score_with_any_allocation():
     params = {"a": jnp.arange(288.0).reshape(36, 8), "b": jnp.arange(48.0).reshape(8, 6)}
     kernels = flax_kernels(params)
-    rigl = functools.partial(pruning.rigl, optax.sgd(0.1), kernels, 0.5, KEY, 10)
+    rigl = functools.partial(contrib.rigl, optax.sgd(0.1), kernels, 0.5, KEY, 10)
     random = rigl().init(params).masks
     expected = pruning.masks(pruning.random(kernels, params, KEY), 0.5)
     jax.tree.map(np.testing.assert_array_equal, random, expected)
@@ -194,8 +194,10 @@ def test_first_masks_are_random_or_by_score_with_any_allocation():
 def test_n_m_holds_through_training():
     params = {"w": jax.random.normal(KEY, (16, 3))}
     kernels = flax_kernels(params)
-    two_of_four = pruning.n_m(kernels, 2, 4)
-    tx = pruning.rigl(optax.sgd(0.1), kernels, 0.5, KEY, 9, two_of_four, every=1, drop=0.5)
+    two_of_four = contrib.n_m(kernels, 2, 4)
+    tx = contrib.rigl(
+        optax.sgd(0.1), kernels, 0.5, KEY, 9, granularity=two_of_four, every=1, drop=0.5
+    )
     state, update, first = tx.init(params), jax.jit(tx.update), tx.init(params).masks["w"]
     for step in range(10):
         gradients = {"w": jax.random.normal(jax.random.key(step), (16, 3))}
@@ -207,7 +209,7 @@ def test_n_m_holds_through_training():
 
 def test_bad_input_is_named():
     sgd = optax.sgd(0.1)
-    for method in (pruning.rigl, pruning.set_):
+    for method in (contrib.rigl, contrib.set_):
         with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got 1.5"):
             method(sgd, KERNELS, 1.5, KEY, 10)
         with pytest.raises(ValueError, match=r"drop must be in \[0, 1\], got 2"):
@@ -219,10 +221,12 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match=r"inner must be an optax transformation, got 0.1"):
             method(0.1, KERNELS, 0.5, KEY, 10)
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 0.5\], got 0.8"):
-        pruning.rigl(sgd, KERNELS, 0.8, KEY, 10, pruning.n_m(KERNELS, 2, 4)).init(PARAMS)
+        contrib.rigl(sgd, KERNELS, 0.8, KEY, 10, granularity=contrib.n_m(KERNELS, 2, 4)).init(
+            PARAMS
+        )
     params = {"w": jnp.ones((2, 2, 1, 3))}
     kernels = flax_kernels(params)
-    tx = pruning.rigl(sgd, kernels, 0.5, KEY, 10, pruning.kernels(kernels))
+    tx = contrib.rigl(sgd, kernels, 0.5, KEY, 10, granularity=contrib.kernels(kernels))
     with pytest.raises(ValueError, match=r"single weights.*kernels with 3 units for 12 weights"):
         tx.init(params)
 
@@ -232,7 +236,7 @@ def test_an_init_that_looks_into_the_parameters_is_named():
         lambda params: {"m": jnp.zeros_like(params["w"])},
         lambda updates, state, params=None: (updates, state),
     )
-    tx = pruning.rigl(peeking, KERNELS, 0.5, KEY, 10)
+    tx = contrib.rigl(peeking, KERNELS, 0.5, KEY, 10)
     with pytest.raises(ValueError, match=r"must have an init that takes any pytree.*TypeErr"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
@@ -251,7 +255,7 @@ def test_rigl_learns_real_images_where_fixed_random_masks_do_not(digits):
             "head": jax.random.normal(keys[1], (128, 10)) / 8,
         }
         sgd = optax.sgd(0.1, momentum=0.9)
-        tx = pruning.rigl(sgd, flax_kernels(params), 0.95, keys[2], end, every=20)
+        tx = contrib.rigl(sgd, flax_kernels(params), 0.95, keys[2], end, every=20)
 
         def step(carry, key):
             params, state = carry

@@ -12,15 +12,8 @@ from hybrid_jax import core
 def pack_masks(masks: Any) -> Any:
     """Stores each mask as bits, eight to a byte, as `numpy.packbits` does.
 
-    Args:
-      masks: Pytree of bool, with `optax.MaskedNode()` where nothing is pruned.
-
-    Returns:
-      Pytree like `masks` of uint8[⌈size / 8⌉]: the entries in C order, the first in the highest
-      bit of the first byte, zeros behind the last. `optax.MaskedNode()` stays.
-
-    Raises:
-      ValueError: If a mask is not bool.
+    uint8[⌈size / 8⌉] has the entries in C order, the first in the highest bit of the first byte,
+    zeros behind the last. `optax.MaskedNode()` stays.
 
     Example:
       >>> pack_masks({'w': jnp.array([[True, False, True]]), 'b': optax.MaskedNode()})
@@ -39,23 +32,7 @@ def pack_masks(masks: Any) -> Any:
 
 
 def unpack_masks(packed: Any, like: Any) -> Any:
-    """Restores what `pack_masks` stored.
-
-    Args:
-      packed: Pytree of uint8 vectors, with `optax.MaskedNode()` where nothing is pruned.
-      like: Pytree with the shapes of the masks: the parameters, or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      Pytree of bool like the parameters; `optax.MaskedNode()` where `packed` has it.
-
-    Raises:
-      ValueError: If the structures differ, or a vector has not the bytes of its shape.
-
-    Example:
-      >>> like = {'w': jnp.ones((1, 3)), 'b': jnp.ones(3)}
-      >>> unpack_masks({'w': jnp.array([160], jnp.uint8), 'b': optax.MaskedNode()}, like)
-      {'b': MaskedNode(), 'w': Array([[ True, False,  True]], dtype=bool)}
-    """
+    """Restores what `pack_masks` stored, in the shapes of `like`, such as the parameters."""
     core.check_same_paths("packed", packed, "like", like)
     xp, shapes = core.namespace(packed), core.flatten_paths(like)
 

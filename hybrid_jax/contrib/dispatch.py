@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.experts.capacity import best_inputs
+from hybrid_jax.contrib.capacity import best_inputs
 from hybrid_jax.experts.mapping import map_experts
 from hybrid_jax.experts.mixture import Aux, ExpertFn, GateFn, check_gate, weigh
 from hybrid_jax.experts.routing import Routing, top_k
@@ -21,12 +21,12 @@ def gathered(
     k: int = 1,
     capacity_factor: float = 1.25,
     method: str = "auto",
-) -> Callable[..., tuple[jax.Array, Aux]]:
+) -> Callable[..., tuple[jax.Array, Aux, jax.Array]]:
     """Makes the mixture that gathers inputs to `(E, C, ...)`, for large batches and accelerators.
 
     Each expert runs on C = `capacity(B, E, k, capacity_factor)` inputs in place of the B that it
     runs on in `mixture`: those with the largest weights for it, ties by the lowest index. What has
-    a weight beyond them is dropped: counted for each expert in `Aux.dropped`, and the input's other
+    a weight beyond them is dropped: counted for each expert, and the input's other
     weights grow so that their sum stays. An input that all its experts drop has zero logits, and
     counts in `Aux.unrouted`. Nothing drops with a capacity of B, nor with `expert_choice` of the
     same `k` and factor; then outputs and gradients are those of `mixture`.
@@ -46,26 +46,23 @@ def gathered(
       method: How the experts are run, as for `map_experts`.
 
     Returns:
-      `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), as
-      `mixture` does. It raises ValueError if the gate's outputs are not `(B, E)`, `k` is above E,
-      or B is 0. B may be below E. NaN gate logits of an input make its logits NaN, and take no
+      `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`, dropped
+      int32 `(E,)`), the first two as of `mixture`; `Aux.expert_logits` are zero where an expert did
+      not run. B may be below E. NaN gate logits of an input make its logits NaN, and take no
       other input's place; nor do inputs of weight 0, and C is then that of the others alone.
-
-    Raises:
-      ValueError: If `k` or `capacity_factor` is out of range: there is no capacity of 0.
 
     Example:
       >>> expert_fn = lambda params, x: x @ params
       >>> moe = gathered(expert_fn, expert_fn, capacity_factor=1.0, method='unroll')
       >>> experts, gate = jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.eye(2)
       >>> x = jnp.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
-      >>> logits, aux = moe(experts, gate, x)  # the first expert has 2 places for 3 inputs
+      >>> logits, aux, dropped = moe(experts, gate, x)  # the first expert has 2 places for 3 inputs
       >>> logits
       Array([[1., 0.],
              [2., 0.],
              [0., 0.],
              [0., 2.]], dtype=float32)
-      >>> aux.dropped.tolist(), int(aux.unrouted)
+      >>> dropped.tolist(), int(aux.unrouted)
       ([1, 0], 1)
     """
     core.check_integer("k", k, 1)
@@ -82,7 +79,7 @@ def gathered(
         dropped = ((routed.weights > 0) & ~best.held).sum(0)
         expert_logits = _scatter(experts(stack, x[best.indices]), best, len(x))
         kept = routed._replace(weights=_without_dropped(routed.weights, best.held))
-        return weigh(gate_logits, kept, expert_logits, dropped, weight)
+        return *weigh(gate_logits, kept, expert_logits, weight), dropped
 
     return moe
 

@@ -66,23 +66,12 @@ def straight_through(
     dense weights are. Kept parameters equal the dense weights to one rounding of the addition in
     `optax.apply_updates`, removed ones are exactly zero.
 
-    Args:
-      inner: As for `prune_by_schedule`.
-      criterion: As for `prune_by_schedule`; scores the dense weights.
-      schedule: As for `prune_by_schedule`; `one_shot(sparsity)` for a constant.
-      granularity: As for `masks`.
-      allocation: As for `masks`.
-      every: Steps between new masks, from 1. New masks cost a selection over all weights.
-      decay: λ; adds λ · w to the gradient of each removed dense weight. SR-STE has 2e-4.
-      exempt: As for `masks`.
-      needs: As for `prune_by_schedule`.
-      accumulate: As for `prune_by_schedule`; called with the dense weights.
-
-    Raises:
-      ValueError: As for `prune_by_schedule`.
+    Args as for `prune_by_schedule`, but that the criterion scores and `accumulate` sees the dense
+    weights, `every` costs a selection over all weights, and `decay` λ adds λ · w to the gradient
+    of each removed dense weight (SR-STE has 2e-4).
 
     Example:
-      >>> import functools, jax.numpy as jnp, optax
+      >>> import functools
       >>> from hybrid_jax.pruning import magnitude, one_shot
       >>> params = {'w': jnp.array([[1.0, 2.0]])}
       >>> graph = core.trace(lambda params, x: x @ params['w'], params, jnp.ones((1, 1)))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from hybrid_jax import core, cost, pruning
+from hybrid_jax import contrib, core, cost, pruning
 
 masks_of_any_shape = st_numpy.arrays(
     bool, st_numpy.array_shapes(min_dims=0, max_dims=4, max_side=5)
@@ -21,11 +21,11 @@ masks_of_any_shape = st_numpy.arrays(
 @given(mask=masks_of_any_shape)
 def test_masks_come_back_from_their_bits(mask):
     masks = {"w": jnp.asarray(mask), "bias": optax.MaskedNode()}
-    packed = pruning.pack_masks(masks)
+    packed = contrib.pack_masks(masks)
     np.testing.assert_array_equal(packed["w"], np.packbits(mask))
     assert packed["bias"] == optax.MaskedNode()
     params = {"w": np.zeros(mask.shape), "bias": np.zeros(3)}
-    restored = pruning.unpack_masks(packed, params)
+    restored = contrib.unpack_masks(packed, params)
     assert restored["w"].dtype == bool
     np.testing.assert_array_equal(restored["w"], mask)
     assert restored["bias"] == optax.MaskedNode()
@@ -34,23 +34,23 @@ def test_masks_come_back_from_their_bits(mask):
 def test_packing_compiles(key):
     masks = pruning.masks({"w": jax.random.uniform(key, (3, 3, 2, 5))}, 0.5)
     shapes = jax.eval_shape(lambda: masks)
-    packed = jax.jit(pruning.pack_masks)(masks)
+    packed = jax.jit(contrib.pack_masks)(masks)
     assert packed["w"].shape == (12,)  # 90 bits
-    restored = jax.jit(lambda bits: pruning.unpack_masks(bits, shapes))(packed)
+    restored = jax.jit(lambda bits: contrib.unpack_masks(bits, shapes))(packed)
     np.testing.assert_array_equal(restored["w"], masks["w"])
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="masks must be bool, got float32 at 'w'"):
-        pruning.pack_masks({"w": jnp.ones(2)})
-    packed = pruning.pack_masks({"w": jnp.ones(9, bool)})
+        contrib.pack_masks({"w": jnp.ones(2)})
+    packed = contrib.pack_masks({"w": jnp.ones(9, bool)})
     for like in (jnp.ones(8), jnp.ones((4, 5))):
         with pytest.raises(ValueError, match=r"packed must have uint8\[.*\] at 'w' for shape"):
-            pruning.unpack_masks(packed, {"w": like})
+            contrib.unpack_masks(packed, {"w": like})
     with pytest.raises(ValueError, match="packed must have the structure of like, got 'v'"):
-        pruning.unpack_masks(packed, {"w": jnp.ones(9), "v": jnp.ones(2)})
+        contrib.unpack_masks(packed, {"w": jnp.ones(9), "v": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"got float32\[2\]"):
-        pruning.unpack_masks({"w": jnp.ones(2)}, {"w": jnp.ones(9)})
+        contrib.unpack_masks({"w": jnp.ones(2)}, {"w": jnp.ones(9)})
 
 
 def bits_of(values, width):
@@ -118,13 +118,13 @@ def test_packed_bytes_are_those_of_the_smallest_encoding(mask, bits, seed):
     [
         # Kernel (3, 3, 8, 16): 16 rows of 72, 1152 weights of 8 bits, 1152 bytes dense.
         # 2:4 keeps 576: bitmap 144 + 576 = 720 bytes.
-        (lambda kernels: pruning.n_m(kernels, 2, 4), 0.5, 144 + 576),
+        (lambda kernels: contrib.n_m(kernels, 2, 4), 0.5, 144 + 576),
         # floor(0.97 · 1152 + ½) = 1117 leave, 35 stay: CSR 35 · (8 + 7) + 17 · 6 = 627 bits.
         (lambda kernels: pruning.unstructured(), 0.97, 79),
         # floor(0.03 · 128 + ½) = 4 of 128 kernels leave, 1116 weights stay: no layout but dense.
-        (pruning.kernels, 0.03, 1152),
+        (contrib.kernels, 0.03, 1152),
         # 144 of 9 · 8/2 · 16/2 = 288 blocks of 2×2 stay: 576 weights, as above.
-        (lambda kernels: pruning.blocks(kernels, 2, 2), 0.5, 144 + 576),
+        (lambda kernels: contrib.blocks(kernels, 2, 2), 0.5, 144 + 576),
     ],
     ids=["n_m", "unstructured", "kernels", "blocks"],
 )

@@ -17,13 +17,7 @@ Train = Callable[[Any, Any, jax.Array], Any]
 
 
 class Ticket(NamedTuple):
-    """A sparse network before and after its training.
-
-    Attributes:
-      sparsity: () float32, the fraction removed.
-      masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
-      trained: The parameters after training from the rewound ones on these masks.
-    """
+    """A sparse network: the fraction removed, its masks, its parameters after training on them."""
 
     sparsity: jax.Array
     masks: Any
@@ -52,6 +46,9 @@ def lottery_tickets(
     K seeds are one `jax.vmap` over `params` and `key`, where `train` allows it; that works with a
     stack of networks and with a loop on the host alike. Compile `train`, and the rounds share it.
 
+    Ticket k of the `rounds` + 1, the first one dense, has sparsity 1 − (1 − `fraction`)^k; its own
+    parameters are `apply_masks(params, ticket.masks)`.
+
     Args:
       train: `train(params, masks, key) -> trained`, from where `params` were taken to the end,
         with what `masks` remove held at zero (as by `hold_masks`); `key` for the data order.
@@ -63,14 +60,6 @@ def lottery_tickets(
       granularity: As for `masks`.
       allocation: As for `masks`. The papers' is `global_()` except for small networks.
       exempt: As for `masks`.
-
-    Returns:
-      `rounds` + 1 tickets, the first one dense; ticket k has sparsity 1 − (1 − `fraction`)^k.
-      The ticket's own parameters are `apply_masks(params, ticket.masks)`.
-
-    Raises:
-      ValueError: If `rounds` is negative, `fraction` is outside [0, 1], or `granularity` allows
-        less than the last sparsity; what `masks` raises on these parameters.
 
     Example:
       >>> import functools
@@ -111,24 +100,7 @@ def instability(
     Below 0.02, with `error` the fraction misclassified, the ticket is called stable. J. Frankle
     et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis (arXiv 1912.05671).
 
-    Args:
-      train: As for `lottery_tickets`.
-      error: `error(params) -> ()`, of the data to judge on.
-      params: Pytree of parameters to train from.
-      masks: Pytree of bool, of the ticket.
-      key: A key of `jax.random.key`.
-      points: Networks on the path, both ends included, from 2.
-
-    Returns:
-      () `barrier` of the path.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> train = lambda params, masks, key: params
-      >>> params = {'w': jnp.ones((1, 2))}
-      >>> masks = {'w': jnp.ones((1, 2), bool)}
-      >>> float(instability(train, lambda p: p['w'].sum(), params, masks, jax.random.key(0)))
-      0.0
+    `error(params) -> ()` is of the data to judge on, and `points` are those of `errors_between`.
     """
     start = apply_masks(params, masks)
     one, other = (train(start, masks, k) for k in jax.random.split(key))
@@ -138,22 +110,11 @@ def instability(
 def errors_between(
     error: Callable[[Any], jax.Array], one: Any, other: Any, points: int = 30
 ) -> jax.Array:
-    """The error of networks evenly spaced on the straight line from `one` to `other`.
+    """(points,) errors of networks evenly spaced on the line from `one` to `other`, both included.
 
-    Args:
-      error: `error(params) -> ()`.
-      one: Pytree of parameters.
-      other: Pytree like `one`.
-      points: How many, both ends included, from 2.
-
-    Returns:
-      (points,) errors, one network in memory at a time.
-
-    Raises:
-      ValueError: If `points` is below 2, or the pytrees differ in structure, shapes or dtypes.
+    One network is in memory at a time. `error(params) -> ()`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> errors_between(lambda w: jnp.abs(w), jnp.float32(-1.0), jnp.float32(3.0), points=5)
       Array([1., 0., 1., 2., 3.], dtype=float32)
     """
@@ -166,11 +127,6 @@ def interpolate(one: Any, other: Any, t: float | jax.Array) -> Any:
     """(1 − t) `one` + t `other`, leaf by leaf; leaves that are not floating are those of `one`.
 
     What both masks remove stays exactly zero.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> interpolate({'w': jnp.array([0.0, 2.0])}, {'w': jnp.array([0.0, 4.0])}, 0.25)
-      {'w': Array([0. , 2.5], dtype=float32)}
     """
 
     def between(a, b):
@@ -183,19 +139,12 @@ def interpolate(one: Any, other: Any, t: float | jax.Array) -> Any:
 
 
 def barrier(errors: jax.Array) -> jax.Array:
-    """How far the largest error on a path exceeds the mean error of its two ends.
+    """How far the largest of errors (..., points) on a path exceeds the mean of its two ends.
 
     Never negative; on a path that rises all the way it is half the difference of the ends. J.
     Frankle et al. (arXiv 1912.05671) call it linear interpolation instability.
 
-    Args:
-      errors: (..., points) errors along paths, as `errors_between` gives them.
-
-    Returns:
-      (...) floats.
-
     Example:
-      >>> import jax.numpy as jnp
       >>> float(barrier(jnp.array([0.25, 0.75, 0.5, 0.25])))
       0.5
     """
