@@ -83,11 +83,16 @@ def _shares(w: jax.Array) -> jax.Array:
 def _known_shares(w: np.ndarray) -> np.ndarray:
     """`_shares` of each of L, by products, whose cancellation float64 bears."""
     own = w.reshape(len(w), -1, w.shape[-1]).astype(np.float64)
-    gram = np.swapaxes(own, 1, 2) @ own
-    norms = np.diagonal(gram, axis1=1, axis2=2)
-    sums = norms[:, :, None] + norms[:, None]
-    square = sums - 2 * gram
-    # Filters nearer than float32 tells apart count as the same.
-    weight = 1 / np.sqrt(np.where(square > 1e-14 * sums, square, np.inf))
-    shares = own**2 * weight.sum(1, keepdims=True) + own**2 @ weight - 2 * own * (own @ weight)
+    inverse = np.swapaxes(own, 1, 2) @ own
+    norms = np.diagonal(inverse, axis1=1, axis2=2).copy()
+    inverse *= -2
+    inverse += norms[:, :, None]
+    inverse += norms[:, None]
+    # What is nearer than float32 tells apart counts as the same.
+    apart = inverse > 1e-14 * norms.max(axis=1)[:, None, None]
+    np.sqrt(inverse, out=inverse, where=apart)
+    np.divide(1.0, inverse, out=inverse, where=apart)
+    inverse *= apart
+    squares = own * own
+    shares = squares * inverse.sum(1, keepdims=True) + squares @ inverse - 2 * own * (own @ inverse)
     return np.maximum(shares, 0.0).astype(np.float32).reshape(w.shape)

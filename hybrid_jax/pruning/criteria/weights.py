@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
@@ -18,7 +19,6 @@ def magnitude(kernels: Kernels, params: Any, p: int = 1) -> Any:
     Pruning Filters for Efficient ConvNets (arXiv 1608.08710).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params = {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([5.0, 5.0])}
       >>> fn = lambda params, x: x @ params['kernel'] + params['bias'][None]
       >>> magnitude(core.trace(fn, params, jnp.ones((1, 1))).kernels, params)
@@ -52,9 +52,17 @@ def lamp(kernels: Kernels, params: Any) -> Any:
         falling = xp.take_along_axis(square, order, -1)
         total = xp.cumsum(falling, axis=-1)
         share = falling / xp.where(total > 0, total, np.float32(1.0))
-        return restored(kernel, xp.take_along_axis(share, xp.argsort(order, axis=-1), -1))
+        return restored(kernel, _put(order, share))
 
     return score(shares, kernels, params)
+
+
+def _put(order: Any, values: Any) -> Any:
+    """`values` of (L, n) where `order` had taken them from."""
+    if isinstance(values, np.ndarray):
+        np.put_along_axis(back := np.empty_like(values), order, values, -1)
+        return back
+    return jnp.put_along_axis(jnp.zeros_like(values), order, values, -1, inplace=False)
 
 
 CRITERIA |= {
