@@ -52,6 +52,28 @@ def test_nothing_imports_contrib():
         assert "contrib" not in imported(file) or file.parent == ROOT / "contrib", file
 
 
+def docstrings_and_code(file: pathlib.Path) -> tuple[int, int]:
+    """Lines of docstring, and of code without imports, comments and blank lines."""
+    source = file.read_text()
+    spans = {True: set(), False: set()}
+    for node in ast.walk(ast.parse(source)):
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if text or isinstance(node, ast.Import | ast.ImportFrom):
+            spans[text] |= set(range(node.lineno, node.end_lineno + 1))
+    written = {
+        i
+        for i, line in enumerate(source.splitlines(), 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    }
+    return len(spans[True]), len(written - spans[True] - spans[False])
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_no_folder_has_more_docstring_than_code(folder):
+    docstrings, code = map(sum, zip(*map(docstrings_and_code, (ROOT / folder).rglob("*.py"))))
+    assert docstrings < code
+
+
 def test_one_file_reads_what_depends_on_the_version_of_jax():
     # Modules that jax does not document, and parameters of equations that hold jaxprs.
     private = ("jax._src", "jax.interpreters", "_nconsts", "num_consts", "num_carry", "call_jaxpr")

@@ -77,7 +77,6 @@ def entropy(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Mean entropy of the gate's choice for one input, in nats; 0 when it is sure, at most log E.
 
     Add it to make the gate decisive, subtract it to keep it open.
-
     """
     log_p = jax.nn.log_softmax(core.selected(core.widen(logits), weight))
     return -core.weighted_mean(core.expectation(jnp.exp(log_p), log_p), weight)

@@ -4,8 +4,8 @@ A routing is `routing(logits, key=None, weight=None) -> Routed`. NaN in an input
 NaN weights for that input, and so a NaN output: it is never routed in silence. Ties go to the
 lowest index. A routing that goes by costs is `cost_aware`, in `budget`.
 
-`weight` `(B,)` says which inputs count: one of weight 0, as padding has, takes no expert and no
-place of one, whatever its logits are. The others are routed as they would be without it.
+`weight` `(B,)` says which inputs count: one of weight 0, as padding has, takes no expert,
+whatever its logits are. The others are routed as they would be without it.
 """
 
 import functools
@@ -88,7 +88,6 @@ def switch() -> Routing:
 
     The weight scales the output, which gives the gate a gradient and leaves the top-1 class alone.
     Source: Switch Transformers, arXiv 2101.03961, eq. 2.
-
     """
     return top_k(1, normalize=False)
 

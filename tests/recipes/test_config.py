@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid_jax import recipes
+from hybrid_jax import pruning, recipes
 from hybrid_jax.recipes import controls, workdir
 
 
@@ -82,6 +82,14 @@ def test_a_source_that_makes_no_difference_is_refused(config, source, key, value
     config.experts[key] = value
     with pytest.raises(ValueError, match=f"config.experts.{message}"):
         recipes.check_config(config)
+
+
+def test_a_criterion_of_the_users_own_is_one_by_name(config, monkeypatch):
+    config.experts.criteria = ("mine", "obs")
+    with pytest.raises(ValueError, match=r"config.experts.criteria must be one of .*, got 'mine'"):
+        recipes.check_config(config)
+    monkeypatch.setitem(pruning.CRITERIA, "mine", lambda given: given.params)
+    recipes.check_config(config)
 
 
 def test_claim_takes_up_the_same_config_only(config, tmp_path):

@@ -26,6 +26,13 @@ class Given:
       loss: loss(params, *batch) -> (), a mean over the batch.
       batches: Tuples of arrays with a leading axis B.
       key: A key of `jax.random.key`, for what is random.
+
+    Example:
+      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[1.0], [-2.0]])}
+      >>> x = jnp.array([[3.0, 0.5]])
+      >>> graph = core.trace(fn, params, x)
+      >>> CRITERIA['wanda'](Given(graph.kernels, params, fn, batches=[(x,)]))['w'].tolist()
+      [[3.0], [1.0]]
     """
 
     kernels: Kernels
