@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax.pruning.allocation import global_
-from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
+from hybrid_jax.pruning.criteria.leaves import (
+    Kernels,
+    check_statistics,
+    gradient,
+    in_float32,
+    score,
+)
 from hybrid_jax.pruning.criteria.weights import magnitude
 from hybrid_jax.pruning.masking import apply_masks, masks
 from hybrid_jax.pruning.selection import check_sparsity
@@ -36,11 +42,13 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
     R grows by a factor with every layer, in a ResNet-20 to 10²⁵ and in a ResNet-56 beyond float32.
     Inputs of `scale` instead of ones, and `scale` times the outputs, make no difference to the
     ranking where there are no biases, and bring it back: a ResNet-56 takes 1e-34. Activations have
-    to be like ReLU: one with an upper bound (ReLU6) saturates and lets nothing through.
+    to be like ReLU: one with an upper bound (ReLU6) saturates and lets nothing through. It is a
+    method for networks at initialization: fold a BatchNorm that was trained first (`core.fold`), as
+    a running mean is subtracted, though it be absolute, and stops the flow.
 
     Args:
       fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Pytree of floating parameters; statistics count as parameters, by absolute value.
+      params: Pytree of parameters; statistics count as such, by absolute value.
       *inputs: Arrays or `jax.ShapeDtypeStruct`; the values of floating ones do not matter, and a
         batch of one is enough.
       scale: What the inputs are filled with, and the outputs multiplied by; above 0.
@@ -63,8 +71,8 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
         return sum(scale * jnp.sum(leaf.astype(jnp.float32)) for leaf in outputs)
 
     # In loops, as of `synflow_masks`, XLA is many times slower at gradients on a CPU.
-    gradient = core.fast_convolutions(jax.grad(flow), loop=True)
-    return gradient(jax.tree.map(jnp.abs, in_float32(params)))
+    of_absolute = core.fast_convolutions(gradient(flow), loop=True)
+    return of_absolute(jax.tree.map(jnp.abs, in_float32(params)))
 
 
 def synflow_masks(

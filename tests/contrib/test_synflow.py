@@ -105,6 +105,30 @@ def test_flow_of_a_batchnorm_network_at_initialization():
     assert jnp.abs(alive).max() > 0
 
 
+def test_a_trained_batchnorm_lets_the_flow_through_once_it_is_folded():
+    """Random means of deviation 9 are subtracted before a ReLU; no weight is zero."""
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for name in "ab"}
+    params["mean"] = jnp.asarray(9 * rng.normal(size=8), jnp.float32)
+    fn = lambda p, x: jax.nn.relu(x @ p["a"] - p["mean"][None]) @ p["b"]  # noqa: E731
+    x = jnp.ones((1, 8))
+    folded_fn, refold = core.fold(fn, params, x)
+    for f, p, stopped in ((fn, params, True), (folded_fn, refold(params), False)):
+        kernels = core.trace(f, p, x).kernels
+        scores = contrib.synflow(kernels, p, contrib.synaptic_flow(f, p, x))
+        zeros = [float((leaf == 0).mean()) for leaf in jax.tree.leaves(scores)]
+        assert len(zeros) == 2
+        assert (max(zeros) > 0.1) == stopped
+
+
+def test_integers_and_embeddings_may_stand_among_the_parameters():
+    fn = lambda p, tokens: p["table"][tokens] @ p["w"]  # noqa: E731
+    params = {"table": jnp.ones((5, 4)), "w": jnp.ones((4, 2)), "step": jnp.zeros((), jnp.int32)}
+    masks = contrib.synflow_masks(fn, params, jnp.zeros(1, jnp.int32), sparsity=0.5, rounds=2)
+    assert masks["w"].sum() == 4
+    assert core.is_masked_node(masks["step"])
+
+
 def test_bad_flow_is_named(deep_params):
     x = jnp.ones((1, 2))
     huge = jax.tree.map(lambda leaf: leaf * 1e15, deep_params)

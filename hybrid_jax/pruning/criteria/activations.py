@@ -12,6 +12,7 @@ from hybrid_jax.pruning.criteria.leaves import (
     CRITERIA,
     Kernels,
     check_statistics,
+    gradient,
     in_float32,
     score,
 )
@@ -154,7 +155,7 @@ def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Call
         weighed = {name: jnp.sum(record.astype(jnp.float32)) for name, record in records.items()}
         return sum(weighed.values(), start=jnp.float32(0)), weighed
 
-    return jax.grad(total, has_aux=True)
+    return gradient(total, has_aux=True)
 
 
 def _over_batches(

@@ -14,6 +14,8 @@ from hybrid_jax.pruning.criteria.leaves import (
     Given,
     Kernels,
     check_statistics,
+    floating,
+    gradient,
     in_float32,
     score,
 )
@@ -76,11 +78,15 @@ def hessian_gradient(
     `loss_fn(params, *inputs) -> ()`. What is of less precision is taken to float32.
     """
     params, inputs = in_float32((params, inputs))
-    gradients, hessian = jax.linearize(lambda p: jax.grad(loss_fn)(p, *inputs), params)
+    floats, join = floating(params)
+    gradients, hessian = jax.linearize(jax.grad(lambda own: loss_fn(join(own), *inputs)), floats)
     # Biases and statistics are not pruned: theirs is not the flow that is to be kept.
-    return hessian(
-        core.map_with_path(lambda path, g: g if path in kernels else jnp.zeros_like(g), gradients)
+    of_kernels, _ = floating(
+        core.map_with_path(
+            lambda path, g: g if path in kernels else jnp.zeros_like(g), join(gradients)
+        )
     )
+    return join(hessian(of_kernels))
 
 
 def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
@@ -112,10 +118,10 @@ def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examp
     if not count:
         raise ValueError("examples must hold at least one example, got none")
 
-    gradient = core.fast_convolutions(jax.grad(loss_fn), loop=True)
+    of_one = core.fast_convolutions(gradient(loss_fn), loop=True)
 
     def add(total, example):
-        gradients = gradient(params, example)
+        gradients = of_one(params, example)
         return jax.tree.map(lambda t, g: t + jnp.square(g), total, gradients), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), examples)

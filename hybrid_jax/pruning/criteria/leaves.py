@@ -55,8 +55,7 @@ class Given:
 
     def gradients(self) -> Any:
         """Those of the mean loss."""
-        gradients = jax.grad(self.mean_loss, allow_int=True)
-        return jax.jit(core.fast_convolutions(gradients))(self.params)
+        return jax.jit(core.fast_convolutions(gradient(self.mean_loss)))(self.params)
 
 
 CRITERIA: dict[str, Callable[[Given], Any]] = {}
@@ -105,6 +104,31 @@ def in_float32(tree: Any) -> Any:
         return core.widen(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
 
     return jax.tree.map(widen, tree)
+
+
+def gradient(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """`jax.grad` by the floating leaves; integers, of which there is none, stay as they are."""
+
+    def of(params, *args):
+        floats, join = floating(params)
+        found = jax.grad(lambda own: f(join(own), *args), has_aux=has_aux)(floats)
+        return (join(found[0]), found[1]) if has_aux else join(found)
+
+    return of
+
+
+def floating(params: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The floating leaves, and what puts others in their place."""
+    leaves, structure = jax.tree.flatten(params)
+    floats = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+
+    def join(own):
+        rest = iter(own)
+        return structure.unflatten(
+            [next(rest) if is_float else leaf for is_float, leaf in zip(floats, leaves)]
+        )
+
+    return [leaf for is_float, leaf in zip(floats, leaves) if is_float], join
 
 
 def check_statistics(name: str, params: Any, statistics: Any) -> None:
