@@ -27,7 +27,7 @@ def wanda(kernels: Kernels, params: Any, norms: Any) -> Any:
     A small weight on a large input counts as much as a large weight on a small one. M. Sun et al.,
     A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695). The
     paper lets the inputs of one output compete with each other, and not the outputs: `uniform` with
-    `n_m(n, C)` of a layer with C inputs does that, `n_m` with smaller blocks is its N:M form, and
+    `contrib.n_m` of n in all C inputs does that, in smaller blocks it is the N:M form, and
     `unstructured` compares the whole layer. It prunes a layer at a time, each seeing what the
     pruned ones before it compute; for that, work out `norms` anew with the masked parameters.
 
@@ -60,8 +60,7 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
         return apply(jnp.square(x), kernel)
 
     total, _ = _over_batches(_at_kernels(fn, squares), fn, params, batches)
-    xp = core.namespace(total)
-    return core.on_device(jax.tree.map(lambda leaf: xp.sqrt(xp.asarray(leaf)), total))
+    return core.on_device(jax.tree.map(lambda leaf: leaf.__array_namespace__().sqrt(leaf), total))
 
 
 def chip(kernels: Kernels, params: Any, independence: Any) -> Any:
@@ -113,7 +112,7 @@ def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) 
         return total, jax.tree.map(jnp.sum, weighed)
 
     total, count = _over_batches(over_images, fn, params, batches)
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    return core.on_device(jax.tree.map(lambda leaf: leaf / count, total))
 
 
 CRITERIA |= {
@@ -161,7 +160,7 @@ def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Call
 def _over_batches(
     step: Callable[..., Any], fn: Callable[..., Any], params: Any, batches: Batches
 ) -> tuple[Any, int]:
-    """Sums `step(params, *batch)` over the batches, for kernels of sites; and counts examples."""
+    """Sums `step(params, *batch)` over the batches, for kernels; on the host. Counts examples."""
     step, total, graph, count = jax.jit(core.fast_convolutions(step)), None, None, 0
     for batch in core.check_batches(batches):
         new, weighed = step(*in_float32((params, *batch)))
@@ -169,8 +168,9 @@ def _over_batches(
         graph = graph or core.trace(fn, params, *batch)
         count += core.batch_size(batch)
     _check_carried(core.flatten_paths(total), weighed, graph.sites)
+    xp = core.namespace(total)
     of_kernels = core.map_with_path(
-        lambda path, leaf: leaf if path in graph.kernels else optax.MaskedNode(), total
+        lambda path, leaf: xp.asarray(leaf) if path in graph.kernels else optax.MaskedNode(), total
     )
     return of_kernels, count
 
