@@ -24,6 +24,7 @@ from hybrid_jax import (
     deploy,
     experts,
     models,
+    program,
     pruning,
     quantization,
     recipes,
@@ -31,11 +32,13 @@ from hybrid_jax import (
     training,
 )
 from hybrid_jax.core import Certificate, Graph, Group, Site, at_sites, expand, narrow, shrink, trace
+from hybrid_jax.program import Program, lower
 
 __all__ = [
     "Certificate",
     "Graph",
     "Group",
+    "Program",
     "Site",
     "at_sites",
     "core",
@@ -44,8 +47,10 @@ __all__ = [
     "deploy",
     "expand",
     "experts",
+    "lower",
     "models",
     "narrow",
+    "program",
     "pruning",
     "quantization",
     "recipes",

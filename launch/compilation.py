@@ -1,9 +1,10 @@
-"""How commands compile: quickly, and into a cache from which the next one loads.
+"""How commands trace and compile: quickly, and into a cache from which the next one loads.
 
 JAX finds a program by its text, its options, its versions and what the processor or accelerator can
 do, so that a home directory may be shared by different machines.
 """
 
+import gc
 import os
 import pathlib
 import sys
@@ -24,6 +25,9 @@ _SETTINGS = {
     "jax_persistent_cache_enable_xla_caches": "none",
 }
 
+_NEW_OBJECTS = 50_000
+"""New objects between looks for garbage: tracing makes millions, hardly any of them garbage."""
+
 
 def define_flag(values: flags.FlagValues) -> None:
     """Adds the flag --compilation_cache."""
@@ -36,7 +40,7 @@ def define_flag(values: flags.FlagValues) -> None:
 
 
 def set_up(folder: str | None) -> None:
-    """Has JAX compile quickly, and keep what it compiles. To be called before it compiles anything.
+    """Has JAX trace and compile quickly, and keep what it compiles. To be called before it does.
 
     XLA_FLAGS that are set stay as they are.
 
@@ -48,6 +52,7 @@ def set_up(folder: str | None) -> None:
     Raises:
       ValueError: If `folder` cannot be made or written to.
     """
+    gc.set_threshold(_NEW_OBJECTS)
     os.environ.setdefault("XLA_FLAGS", versions.QUICK_XLA)
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import os
 import pathlib
 import tempfile
@@ -44,11 +45,12 @@ SIZES = {
     "resnet50": {"blocks": [2, 1], "widths": [8, 16], "stem": "cifar"},
     "vgg16_bn": {"widths": [[8, 8], [16, 16], [24, 24]]},
     "mobilenet_v2": {"stages": [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 1, 2]], "stem": "cifar"},
+    "efficientnet_lite0": {"stages": [[1, 8, 1, 1, 3], [6, 8, 2, 2, 5]], "widths": [8, 32]},
     "densenet": {"blocks": [2, 2, 1]},
     "densenet40": {"blocks": [2, 1]},
 }
 # Of the same kinds of blocks as another: their tests are of the long run.
-ALIKE = {"resnet18", "resnet20", "resnet32", "resnet56", "densenet"}
+ALIKE = {"resnet18", "resnet20", "resnet32", "resnet56", "efficientnet_lite0", "densenet"}
 
 
 class Trained(NamedTuple):
@@ -106,6 +108,20 @@ def pytest_runtest_teardown():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def compiled(caplog):
+    """compiled(): how many programs XLA was given since the last call."""
+    caplog.set_level(logging.DEBUG, "jax")
+
+    def count():
+        found = sum("Compiling" in record.getMessage() for record in caplog.records)
+        caplog.clear()
+        return found
+
+    with jax.log_compiles():
+        yield count
 
 
 @pytest.fixture(scope="session")

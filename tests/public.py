@@ -3,10 +3,10 @@
 import io
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from hybrid_jax import models
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,36 +19,10 @@ def shared(name: str) -> pathlib.Path:
     return SHARED / name
 
 
-def resnet20(name: str = "resnet20_cifar10"):
-    """(fn, params) of a ResNet-20 as PyTorch trained it, (B, 32, 32, 3) to (B, 10)."""
-    from safetensors.numpy import load_file
-
-    state = load_file(shared(f"weights/{name}.safetensors"))
-    order = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-    return _resnet20, {key: jnp.asarray(v.transpose(order[v.ndim])) for key, v in state.items()}
-
-
-def _resnet20(params, x):
-    def norm(name, x):
-        scale = params[f"{name}.weight"] * jax.lax.rsqrt(params[f"{name}.running_var"] + 1e-5)
-        shift = params[f"{name}.bias"] - params[f"{name}.running_mean"] * scale
-        return x * scale[None, None, None] + shift[None, None, None]
-
-    def conv(name, x, stride=1):
-        kernel, numbers = params[f"{name}.weight"], ("NHWC", "HWIO", "NHWC")
-        strides, padding = (stride, stride), ((1, 1), (1, 1))
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
-
-    x = jax.nn.relu(norm("bn1", conv("conv1", x)))
-    for at in (f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)):
-        stride = 2 if at in ("layer2.0", "layer3.0") else 1
-        y = jax.nn.relu(norm(f"{at}.bn1", conv(f"{at}.conv1", x, stride)))
-        y = norm(f"{at}.bn2", conv(f"{at}.conv2", y))
-        if stride == 2:
-            side = x.shape[-1] // 2
-            x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (side, side)))
-        x = jax.nn.relu(x + y)
-    return x.mean((1, 2)) @ params["linear.weight"] + params["linear.bias"][None]
+def network(name: str, file: str):
+    """(fn, params) of a network as PyTorch trained it."""
+    module, params = models.load(name, shared(f"weights/{file}.safetensors"))
+    return module.apply, params
 
 
 def cifar10(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,3 +38,12 @@ def cifar10(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     images = ((pixels / 255 - MEAN) / STD).astype(np.float32)
     return images, np.array([example["label"] for example in examples])
+
+
+def imagenet() -> tuple[np.ndarray, np.ndarray]:
+    """500 images, one of every second class, scaled: float32 (500, 224, 224, 3); and labels."""
+    from PIL import Image
+
+    files = sorted(shared("imagenet1k").glob("*.jpg"))
+    pixels = np.stack([np.asarray(Image.open(file), np.float32) for file in files])
+    return (pixels - 127) / 128, np.array([int(file.name.partition("_")[0]) for file in files])

@@ -6,7 +6,6 @@ Law 1 is in tests/pruning/test_law1.py, law 9 in tests/cost/test_macs.py.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hybrid_jax import core, cost, experts, models, pruning, quantization
@@ -39,7 +38,7 @@ def test_a_target_is_met_from_below_and_costs_are_those_of_the_shrunk_network(na
     dense = cost.count(graph)
 
     def choose(sparsity):
-        return pruning.keep_channels(scores, sparsity, "global")
+        return pruning.keep_channels(scores, sparsity, pruning.global_())
 
     def macs(keep):
         return core.narrow_graph(graph, keep).macs
@@ -75,24 +74,6 @@ def test_a_mask_keeps_exactly_what_its_sparsity_means(name, small_model):
         else:
             # The number removed is 0.8 n, rounded half up.
             assert mask.size - int(mask.sum()) == (8 * mask.size + 5) // 10, path
-
-
-@pytest.mark.parametrize("name", models.names())
-def test_two_of_four_runs_along_the_contracted_axis(name, small_model):
-    fn, _, variables, x = small_model(name)
-    graph = core.trace(fn, variables, x)
-    axes = {site.path: site.kernel_in_axes[-1] for site in graph.sites}
-    fits = {
-        path: axis for path, axis in axes.items() if graph.parameters[path].shape[axis] % 4 == 0
-    }
-    scores = core.map_with_path(
-        lambda path, leaf: jnp.abs(leaf) if path in fits else optax.MaskedNode(), variables
-    )
-    masks = core.flatten_paths(pruning.masks(scores, granularity=pruning.n_m(graph.kernels, 2, 4)))
-    assert fits
-    for path, axis in fits.items():
-        blocks = np.moveaxis(np.asarray(masks[path]), axis, -1)
-        assert (blocks.reshape(-1, 4).sum(-1) == 2).all(), path
 
 
 @pytest.mark.parametrize("name", models.names())

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(hybrid_jax.__file__).parent
 CORE_ONLY = {"cost", "pruning", "quantization", "experts"}
 ORDER = [
     "core",
+    "program",
     *sorted(CORE_ONLY),
     "models",
     "data",
@@ -18,6 +19,7 @@ ORDER = [
     "deploy",
     "report",
     "recipes",
+    "contrib",
 ]
 
 
@@ -40,10 +42,37 @@ def test_every_folder_has_its_place():
 
 @pytest.mark.parametrize("folder", ORDER)
 def test_a_folder_imports_only_from_those_above(folder):
-    above = {"core"} if folder in CORE_ONLY else set(ORDER[: ORDER.index(folder)])
+    above = {"core", "program"} if folder in CORE_ONLY else set(ORDER[: ORDER.index(folder)])
     for file in (ROOT / folder).rglob("*.py"):
         wrong = imported(file) - above - {folder}
         assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
+def test_nothing_imports_contrib():
+    for file in (*ROOT.rglob("*.py"), *ROOT.parent.glob("launch/**/*.py")):
+        assert "contrib" not in imported(file) or file.parent == ROOT / "contrib", file
+
+
+def docstrings_and_code(file: pathlib.Path) -> tuple[int, int]:
+    """Lines of docstring, and of code without imports, comments and blank lines."""
+    source = file.read_text()
+    spans = {True: set(), False: set()}
+    for node in ast.walk(ast.parse(source)):
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if text or isinstance(node, ast.Import | ast.ImportFrom):
+            spans[text] |= set(range(node.lineno, node.end_lineno + 1))
+    written = {
+        i
+        for i, line in enumerate(source.splitlines(), 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    }
+    return len(spans[True]), len(written - spans[True] - spans[False])
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_no_folder_has_more_docstring_than_code(folder):
+    docstrings, code = map(sum, zip(*map(docstrings_and_code, (ROOT / folder).rglob("*.py"))))
+    assert docstrings < code
 
 
 def test_one_file_reads_what_depends_on_the_version_of_jax():

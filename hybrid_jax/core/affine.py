@@ -78,10 +78,7 @@ class Affine(NamedTuple):
 
 
 def affine_chains(graph: Graph) -> Chains:
-    """The affine equations that follow each site, and of which nothing else reads the result.
-
-    Sites in loops, branches and custom derivatives are left out.
-    """
+    """The affine equations after each site of which nothing else reads the result; not in loops."""
     found: dict[interpreter.Path, tuple[interpreter.Path, ...]] = {}
     for path, eqn, level in _levels(graph):
         if path in graph.site_at and _floating(eqn.outvars[0]):
@@ -94,10 +91,8 @@ class Stored(NamedTuple):
     """A chain that follows the tensor of a join.
 
     Attributes:
-      join: The join.
       operand: Which of its first equation is the tensor.
       axis: That of the channels.
-      links: Paths of its equations.
     """
 
     join: Join

@@ -28,7 +28,6 @@ class Analysis:
 
     Attributes:
       counts: {path: (number of entries, whether they are floats)} of the parameters.
-      labels: The channel labels.
       equations: {path of an equation: (values in, values out)}.
       barriers: Paths of the equations without a rule, which take whole inputs.
       constants: {path of a jaxpr: values of its constants}.

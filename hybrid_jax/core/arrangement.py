@@ -21,10 +21,7 @@ class Kernel:
     """A parameter that is the kernel of sites, and how it becomes (taps, in, out).
 
     Attributes:
-      path: The parameter's path.
-      shape: The parameter's shape.
       dims: Reshaped to `dims` and transposed to `order` the parameter lies as (L, taps, in, out).
-      order: See `dims`.
       sizes: (L, T, C, O): kernels stacked in the parameter (the layers of a scan, equal slices),
         taps, inputs that an output sums over (C / groups in a grouped convolution), outputs. None
         where no one such form is right: the sites differ in theirs, or take unequal parts.
@@ -48,8 +45,7 @@ class Kernel:
     def canonical(self, leaf: jax.Array) -> jax.Array:
         """The parameter, or anything of its shape, as (L, T, C, O).
 
-        Raises:
-          ValueError: If it has another shape, or there is no one such form.
+        A parameter of sites with no one such form is refused.
 
         Example:
           >>> import jax.numpy as jnp

@@ -17,11 +17,8 @@ from hybrid_jax.core.labels import Labels
 class Member:
     """One axis of one parameter in a group.
 
-    Attributes:
-      path: The parameter's path.
-      axis: The axis.
-      index: int[n, m]; removing unit u removes the m indices index[u] of this axis.
-      shape: The parameter's shape.
+    `index` is int[n, m]: removing unit u removes the m indices index[u] of this axis. `shape` is
+    the parameter's.
     """
 
     path: str
@@ -40,7 +37,6 @@ class Group:
     Attributes:
       name: Path of the kernel that makes the channels, the first one if there are several.
       size: Number of units n.
-      members: What each unit consists of.
     """
 
     name: str
@@ -77,14 +73,9 @@ def group_channels(
 ) -> tuple[tuple[Group, ...], tuple[tuple[str, int, str], ...]]:
     """Groups the removable units that touch the same axes of the same parameters.
 
-    Args:
-      labels: All labels.
-      parameters: {path: labels of each axis}.
-      extra: Further frozen labels with reasons.
-      order: Paths of the kernels in running order; groups are named after and sorted by them.
-
-    Returns:
-      The groups; and (path, axis, reason) for the axes of which some index is frozen.
+    `parameters` is {path: labels of each axis}, `extra` are further frozen labels with reasons, and
+    groups are named after and sorted by `order`, the paths of the kernels in running order. With
+    them come (path, axis, reason) for the axes of which some index is frozen.
     """
     found = components(labels, extra)
     stuck = np.zeros(labels.count, bool)
@@ -164,18 +155,9 @@ def _kinds(axes: Mapping[tuple[str, int], _Axis], labels: int) -> Iterator[tuple
 def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any:
     """Writes which channels are kept as masks over all the parameters they touch.
 
-    Args:
-      keep: {group name: bool[n]}, True where kept, maybe traced; groups left out are kept whole.
-      groups: The groups of the graph.
-      params: The parameters (arrays or `jax.ShapeDtypeStruct`).
-
-    Returns:
-      A pytree like `params` of bool masks of the parameters' shapes; `optax.MaskedNode()` for a
-      parameter that no group in `keep` touches.
-
-    Raises:
-      ValueError: If a name is none of the groups', an array is not bool[n], or a parameter of a
-        group is missing or has another shape.
+    `keep` is {group name: bool[n]}, True where kept, maybe traced; groups left out are kept whole.
+    `params` are arrays or `jax.ShapeDtypeStruct`, and the result is like them: bool masks of their
+    shapes, `optax.MaskedNode()` for a parameter that no group in `keep` touches.
 
     Example:
       >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
@@ -210,21 +192,8 @@ def keep_indices(
 ) -> dict[str, tuple[np.ndarray, ...]]:
     """Writes which channels are kept as the indices that stay, for `narrow` and `slice_tree`.
 
-    Args:
-      keep: {group name: bool[n]}, True where kept; groups left out are kept whole.
-      groups: The groups of the graph.
-      params: The parameters (arrays or `jax.ShapeDtypeStruct`).
-
-    Returns:
-      {path: for each axis of the parameter the indices that stay, sorted}.
-
-    Raises:
-      ValueError: If a name is none of the groups', or an array is not bool[n].
-
-    Example:
-      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
-      >>> keep_indices({'w': [True, False]}, [group], {'w': np.ones((2, 2))})
-      {'w': (array([0, 1]), array([0]))}
+    `keep` is as for `expand`. The result is {path: for each axis of the parameter the indices that
+    stay, sorted}.
     """
     stays = {
         path: [np.ones(n, bool) for n in np.shape(leaf)]
@@ -236,11 +205,7 @@ def keep_indices(
 
 
 def kept_along(keep: Mapping[str, Any], groups: Sequence[Group]) -> Iterator[tuple[Member, Any]]:
-    """Yields each member of the groups in `keep`, and which indices of its axis are kept.
-
-    Raises:
-      ValueError: If a name is none of the groups', or an array is not bool[n].
-    """
+    """Yields each member of the groups in `keep`, and which indices of its axis are kept."""
     by_name = {group.name: group for group in groups}
     for name, kept in keep.items():
         checks.check_choice("keep", name, by_name)

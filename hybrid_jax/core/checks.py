@@ -17,36 +17,15 @@ def batch_size(inputs: Any) -> int:
     """How many examples a batch of inputs holds: the leading axis of its first array that has one.
 
     What is averaged over batches is weighed by it, or the batches must be `alike`.
-
-    Args:
-      inputs: Pytree of arrays, PRNG keys and numbers.
-
-    Example:
-      >>> batch_size((np.zeros((5, 3)), np.zeros(5)))
-      5
     """
     shapes = (np.shape(leaf) for leaf in jax.tree.leaves(inputs))
     return next((shape[0] for shape in shapes if shape), 1)
 
 
 def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> Iterator[Any]:
-    """Yields the batches one by one, each checked as it comes.
+    """Yields the batches one by one, each checked as it comes: a tuple that holds an example.
 
-    Args:
-      batches: Tuples of inputs.
-      alike: Whether all of them must have the shapes and dtypes of the first.
-
-    Raises:
-      ValueError: If there is none, one is without an example, or they differ and must be `alike`.
-      TypeError: If one is not a tuple.
-
-    Example:
-      >>> list(check_batches([(1, 2), (3, 4)]))
-      [(1, 2), (3, 4)]
-      >>> list(check_batches([]))
-      Traceback (most recent call last):
-      ...
-      ValueError: batches must hold at least one batch, got none
+    Of those that are `alike` all must have the shapes and dtypes of the first.
     """
     count, first = 0, None
     for count, batch in enumerate(batches, 1):
@@ -63,42 +42,14 @@ def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> It
 
 
 def check_fraction(name: str, value: float) -> float:
-    """Returns `value` as a float if it lies in [0, 1].
-
-    Args:
-      name: The argument's name, for the message.
-      value: A concrete real number.
-
-    Raises:
-      ValueError: If `value` is not a real number in [0, 1].
-
-    Example:
-      >>> check_fraction('sparsity', 0.8)
-      0.8
-      >>> check_fraction('sparsity', 1.3)
-      Traceback (most recent call last):
-      ...
-      ValueError: sparsity must be in [0, 1], got 1.3
-    """
+    """Returns `value`, a concrete real number, as a float if it lies in [0, 1]."""
     if not _is_real(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return float(value)
 
 
 def check_positive(name: str, value: float) -> float:
-    """Returns `value` as a float if it is finite and above zero.
-
-    Raises:
-      ValueError: If it is not.
-
-    Example:
-      >>> check_positive('temperature', 4)
-      4.0
-      >>> check_positive('temperature', 0.0)
-      Traceback (most recent call last):
-      ...
-      ValueError: temperature must be a finite number above 0, got 0.0
-    """
+    """Returns `value` as a float if it is finite and above zero."""
     if not _is_real(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return float(value)
@@ -107,14 +58,7 @@ def check_positive(name: str, value: float) -> float:
 def check_integer(name: str, value: int, low: int | None = None, high: int | None = None) -> int:
     """Returns `value` as an int if it is an integer in [`low`, `high`].
 
-    Args:
-      name: The argument's name, for the message.
-      value: Anything that is an integer exactly (Python or NumPy; not a bool, not a float).
-      low: Smallest value allowed, or None.
-      high: Largest value allowed, or None.
-
-    Raises:
-      ValueError: If `value` is no integer or lies outside.
+    An integer is what is one exactly, of Python or NumPy; not a bool, not a float.
 
     Example:
       >>> check_integer('bits', 4, 2, 8)
@@ -145,9 +89,6 @@ def check_integer(name: str, value: int, low: int | None = None, high: int | Non
 def check_choice(name: str, value: str, options: Iterable[str]) -> str:
     """Returns `value` if it is one of `options`; the error names the nearest of them.
 
-    Raises:
-      ValueError: If `value` is none of `options`.
-
     Example:
       >>> check_choice('routing', 'tpo_k', ['soft', 'top_k'])
       Traceback (most recent call last):
@@ -165,14 +106,7 @@ def check_choice(name: str, value: str, options: Iterable[str]) -> str:
 def check_same_structure(name: str, expected: Any, got: Any) -> None:
     """Raises unless both pytrees have the same paths, and leaves of equal shape and dtype.
 
-    Raises:
-      ValueError: Names the first path that differs, and how.
-
-    Example:
-      >>> check_same_structure('params', {'a': np.ones(2)}, {'a': np.ones(3)})
-      Traceback (most recent call last):
-      ...
-      ValueError: params must have float64[2] at 'a', got float64[3]
+    The ValueError names the first path that differs, and how.
     """
     left, right = paths.flatten_paths(expected), paths.flatten_paths(got)
     for path in [*left, *right]:
@@ -188,17 +122,7 @@ def check_same_structure(name: str, expected: Any, got: Any) -> None:
 
 
 def check_same_paths(name: str, tree: Any, like_name: str, like: Any) -> None:
-    """Raises unless both pytrees have the same paths, `optax.MaskedNode()` counting as a leaf.
-
-    Raises:
-      ValueError: Names the first path that only one of them has.
-
-    Example:
-      >>> check_same_paths('masks', {'a': 1}, 'params', {'a': 1, 'b': 2})
-      Traceback (most recent call last):
-      ...
-      ValueError: masks must have the structure of params, got 'b' in one of them only
-    """
+    """Raises unless both pytrees have the same paths, `optax.MaskedNode()` counting as a leaf."""
     ours, theirs = paths.flatten_paths(tree), paths.flatten_paths(like)
     for path in [*theirs, *ours]:
         if path not in ours or path not in theirs:
@@ -208,21 +132,7 @@ def check_same_paths(name: str, tree: Any, like_name: str, like: Any) -> None:
 
 
 def check_masks(params: Any, masks: Any) -> None:
-    """Raises unless every mask is bool and of its parameter's path and shape.
-
-    Args:
-      params: Pytree of parameters.
-      masks: Pytree of masks, with `optax.MaskedNode()` where nothing is pruned.
-
-    Raises:
-      ValueError: Names the first path at which that is not so.
-
-    Example:
-      >>> check_masks({'w': np.ones(2)}, {'w': np.ones(2)})
-      Traceback (most recent call last):
-      ...
-      ValueError: masks must have bool[2] at 'w', got float64[2]
-    """
+    """Raises unless every mask is bool and of its parameter's path and shape, or `MaskedNode`."""
     check_same_paths("masks", masks, "params", params)
     leaves = paths.flatten_paths(params)
     for path, mask in paths.flatten_paths(masks).items():
@@ -234,17 +144,7 @@ def check_masks(params: Any, masks: Any) -> None:
 
 
 def check_finite(name: str, tree: Any) -> None:
-    """Raises if a leaf of a concrete pytree holds NaN or infinity.
-
-    Raises:
-      ValueError: Names the first path that does, and how many values.
-
-    Example:
-      >>> check_finite('scores', {'a': np.array([1.0, float('nan')])})
-      Traceback (most recent call last):
-      ...
-      ValueError: scores must be finite, got 1 NaN or infinite value of 2 at 'a'
-    """
+    """Raises if a leaf of a concrete pytree holds NaN or infinity; names the first path."""
     for path, leaf in paths.flatten_paths(tree).items():
         if paths.is_masked_node(leaf) or not jax.numpy.issubdtype(leaf.dtype, np.inexact):
             continue

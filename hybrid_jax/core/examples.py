@@ -5,6 +5,8 @@ count alike. An example of weight 0 does not count, as padding does not: whateve
 included, reaches no result and no gradient. So it is selected away, never multiplied by 0.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -15,27 +17,14 @@ Tree = TypeVar("Tree")
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """`x` in float32, or as it is where it has 32 bits or more: what sums over examples need.
-
-    Example:
-      >>> widen(jnp.ones(3, jnp.bfloat16)).dtype
-      dtype('float32')
-    """
+    """`x` in float32, or as it is where it has 32 bits or more: what sums over examples need."""
     x = jnp.asarray(x)
     wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
     return x if wide else x.astype(jnp.float32)
 
 
 def selected(x: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """`x` (B, ...) with zeros in place of the examples that do not count.
-
-    Raises:
-      ValueError: If `weight` is not (B,).
-
-    Example:
-      >>> selected(jnp.array([1.0, jnp.nan]), jnp.array([0.5, 0.0])).tolist()
-      [1.0, 0.0]
-    """
+    """`x` (B, ...) with zeros in place of the examples that do not count."""
     if weight is None:
         return x
     counts = _counts(weight, len(x))
@@ -47,13 +36,6 @@ def filled(examples: Tree, weight: jax.Array | None) -> Tree:
 
     So a function of the whole batch sees none but examples that count, whose NaN alone comes out.
     Where no example counts, all stay.
-
-    Args:
-      examples: Pytree of arrays (B, ...).
-      weight: (B,).
-
-    Raises:
-      ValueError: If `weight` is not (B,).
 
     Example:
       >>> filled(jnp.array([5.0, 7.0, jnp.nan, 0.0, 0.0]), jnp.array([1, 1, 0, 0, 0])).tolist()
@@ -72,12 +54,7 @@ def filled(examples: Tree, weight: jax.Array | None) -> Tree:
 def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """sum(weight * values) / sum(weight) over examples, in float32 or wider; 0 if none counts.
 
-    Args:
-      values: (B, ...).
-      weight: (B,) float, at least 0, or bool; None is the plain mean.
-
-    Raises:
-      ValueError: If there is no example, or `weight` is not (B,).
+    `values` are (B, ...).
 
     Example:
       >>> weighted_mean(jnp.array([1.0, 5.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])).item()
@@ -96,24 +73,14 @@ def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Arr
 
 
 def expectation(probabilities: jax.Array, values: jax.Array) -> jax.Array:
-    """sum(p * x) over the last axis; where p is 0 its part is 0, even if x is infinite.
-
-    Example:
-      >>> expectation(jnp.array([1.0, 0.0]), jnp.array([2.0, -jnp.inf])).item()
-      2.0
-    """
+    """sum(p * x) over the last axis; where p is 0 its part is 0, even if x is infinite."""
     return jnp.sum(probabilities * jnp.where(probabilities == 0, 0, values), axis=-1)
 
 
 def top_class(logits: jax.Array) -> jax.Array:
     """The class of the largest logit, int32; ties go to the lowest. -1, no class, if one is NaN.
 
-    Args:
-      logits: (..., N).
-
-    Example:
-      >>> top_class(jnp.array([[0.0, 2.0], [0.0, jnp.nan]])).tolist()
-      [1, -1]
+    `logits` are (..., N).
     """
     bad = jnp.isnan(logits).any(-1)
     return jnp.where(bad, -1, jnp.argmax(logits, -1).astype(jnp.int32))
@@ -124,20 +91,8 @@ def check_labels(
 ) -> jax.Array | np.ndarray:
     """Returns `labels` if they are integers in [0, N); of traced ones only the dtype is known.
 
-    Args:
-      name: The argument's name, for the message.
-      labels: Integers, as they came: cast to int32, 2**32 + 1 would be 1.
-      num_classes: N.
-      weight: Of the labels; those that do not count may be anything.
-
-    Raises:
-      ValueError: If they are not integers, or one that counts lies outside.
-
-    Example:
-      >>> check_labels('labels', np.array([0, 2**32 + 1]), 10)
-      Traceback (most recent call last):
-      ...
-      ValueError: labels must be in [0, 10), got 4294967297 at index 1
+    They are to be handed in as they came: cast to int32, 2**32 + 1 would be 1. Labels of `weight` 0
+    may be anything.
     """
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if not jnp.issubdtype(labels.dtype, np.integer):
@@ -159,13 +114,7 @@ def check_labels(
 def one_hot(labels: jax.Array, num_classes: int, weight: jax.Array | None = None) -> jax.Array:
     """float32 (B, N), 1 at each label; NaN along a traced label that is outside [0, N).
 
-    Args:
-      labels: (B,) integers.
-      num_classes: N.
-      weight: (B,); the label of an example that does not count may be anything.
-
-    Raises:
-      ValueError: As `check_labels`.
+    `labels` are (B,) integers; that of an example that does not count may be anything.
 
     Example:
       >>> one_hot(jnp.array([1, 0]), 2).tolist()
@@ -188,3 +137,11 @@ def _counts(weight: Any, size: int) -> jax.Array:
             f"weight must have shape {(size,)}, one for each example, got {np.shape(weight)}"
         )
     return jnp.asarray(weight).astype(bool)
+
+
+def one_by_one(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """`fn` of batches of one image, for each of x `(B, ...)`: what it skips is really skipped."""
+    if x.shape[0] == 1:
+        return fn(x)
+    first = operator.itemgetter(0)
+    return jax.lax.map(lambda image: jax.tree.map(first, fn(image[None])), x)

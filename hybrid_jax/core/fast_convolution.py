@@ -32,13 +32,8 @@ def fast_convolutions(
     derivative that is taken of the result is right, but has XLA's own forms. Convolutions of
     integers, of mixed dtypes and of symbolic shapes stay as they are.
 
-    Args:
-      fn: Function of pytrees of arrays.
-      loop: Whether the result will run in a `lax.scan` or `lax.map`; those inside of `fn` are seen.
-      choices: Where what is measured is kept; None for `measure.CHOICES`.
-
-    Returns:
-      A function of the same arguments and outputs.
+    `loop` says that the result will run in a `lax.scan` or `lax.map`; those inside of `fn` are
+    seen. `choices` is where what is measured is kept; None for `measure.CHOICES`.
 
     Example:
       >>> loss = lambda kernel, x: lax.conv(x, kernel, (2,), 'SAME').sum()

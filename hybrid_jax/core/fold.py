@@ -33,10 +33,7 @@ def fold(
     evaluates. What follows no site (a BatchNorm before its convolution) stays. So does a site in a
     loop, a branch or a custom derivative, and one whose kernel is used elsewhere too.
 
-    Args:
-      fn: A pure function fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Pytree of arrays or `jax.ShapeDtypeStruct`.
-      *inputs: Inputs or their shapes.
+    `fn` is in evaluation mode; arrays may be `jax.ShapeDtypeStruct`s.
 
     Returns:
       `(folded_fn, refold)`. `refold(params)` is {site name: a·k, site name + '/bias': b} with the
@@ -103,10 +100,7 @@ class _Pending(NamedTuple):
 
 
 def _run(graph: Graph, chains: Chains, leaves: Sequence[Any], give: Callable[..., Any]):
-    """Evaluates the program; give(site, kernel, bias) -> the kernel and bias to use instead.
-
-    Returns its outputs, and {site name: what was given}.
-    """
+    """Runs the program with give(site, kernel, bias): its outputs, {site name: what was given}."""
     ends = {links[-1] if links else path for path, links in chains.items()}
     steps = {*chains, *(link for links in chains.values() for link in links)}
     active = {path[:n] for path in steps for n in range(1, len(path) + 1)}
@@ -192,12 +186,7 @@ def _types(graph: Graph) -> list[jax.ShapeDtypeStruct]:
 
 
 def _live(f: Callable[..., Any], *types: Any) -> tuple[Callable[..., Any], Any, list[bool]]:
-    """Traces `f` and drops what its outputs do not need.
-
-    Returns:
-      f, to be given None where a leaf is not needed; the types of its outputs; which leaves of its
-      arguments are needed.
-    """
+    """Traces `f` and drops what its outputs do not need: f, output types, which leaves it needs."""
     closed, out = jax.make_jaxpr(f, return_shape=True)(*types)
     needed, used = versions.live(closed)
     run = jex.jaxpr_as_fun(needed)

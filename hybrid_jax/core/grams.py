@@ -50,23 +50,15 @@ def input_grams(
     The model is compiled once for each shape of batch, and batches are not kept. A kernel used
     again (shared, or in a `scan`) has one matrix, the sum over its uses.
 
-    Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Its parameters.
-      batches: Yields tuples of inputs.
-      exempt: Regular expressions on whole paths of kernels to leave out.
-      stacked: Whether `params` have a leading axis E on every leaf. All experts see each batch,
-        and the matrices have the axis too.
+    `fn` is in evaluation mode; `exempt` are regular expressions on whole paths of kernels to leave
+    out. Of `stacked` parameters every leaf has a leading axis E: all experts see each batch, and
+    the matrices have the axis too.
+
+    What is not a parameter itself at its site (standardized, sliced from a stack, reshaped), is
+    used as different matrices or lies in a `while` loop has to be exempt.
 
     Returns:
       {path of the kernel: Gram}, in the order in which they are first used.
-
-    Raises:
-      ValueError: If there is no batch; if parameters or inputs of a site hold NaN or infinity; if
-        an exempt pattern matches nothing; if a kernel that is not exempt is computed from its
-        parameter (standardized, sliced from a stack, reshaped) rather than the parameter itself, is
-        used as different matrices, or lies in a `while` loop, where nothing can be observed.
-      TypeError: If a batch is not a tuple.
 
     Example:
       >>> fn = lambda params, x: x @ params['w']
@@ -98,19 +90,7 @@ def input_grams(
 
 
 def check_grams(params: Any, grams: Mapping[str, Gram]) -> None:
-    """Raises unless every Gram matrix is of a parameter of `params`, and of its shape.
-
-    Raises:
-      ValueError: Names the first path that is not.
-
-    Example:
-      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.ones((2, 1))}
-      >>> grams = input_grams(fn, params, [(jnp.ones((1, 2)),)])
-      >>> check_grams({'v': jnp.ones((2, 1))}, grams)
-      Traceback (most recent call last):
-      ...
-      ValueError: grams must be of parameters, got 'w' among: v
-    """
+    """Raises unless every Gram matrix is of a parameter of `params`, and of its shape."""
     leaves = flatten_paths(params)
     for path, gram in grams.items():
         if path not in leaves:

@@ -25,15 +25,12 @@ class Graph:
 
     Attributes:
       jaxpr: The closed jaxpr; its arguments are the leaves of (params, *inputs).
-      out_tree: Structure of the outputs.
       parameters: {path: ShapeDtypeStruct} of the parameters, in tree order.
       batch: Length of the leading axis of the first input, 1 if that is symbolic; costs are divided
         by it.
       sites: The sites, in the order in which they run.
       macs: Multiply-accumulates for one example, products of two activations included.
       arguments: The arguments' labels, parameters first.
-      outputs: The labels of the outputs.
-      analysis: What the walk over the jaxpr found.
       site_at: {path of an equation: its site}, those in derivative rules included.
     """
 
@@ -102,11 +99,7 @@ class Graph:
         return self.found_joins.first_takers
 
     def site(self, name: str) -> Site:
-        """The site of this name.
-
-        Raises:
-          ValueError: If there is none; lists the names.
-        """
+        """The site of this name; the error lists all names."""
         for site in self.sites:
             if site.name == name:
                 return site
@@ -123,13 +116,6 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
       params: Pytree of arrays or `jax.ShapeDtypeStruct`. In Linen, the whole variables dict.
       *inputs: Arrays, `jax.ShapeDtypeStruct`s or pytrees of them; the leading axis of the first
         leaf is the batch. PRNG keys may be among them.
-
-    Returns:
-      A `Graph`.
-
-    Raises:
-      ValueError: If `params` has no leaf, or two leaves of the same path.
-      TypeError: If a leaf of `params` is not an array.
 
     Example:
       >>> import jax.numpy as jnp

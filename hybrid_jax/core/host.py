@@ -32,12 +32,7 @@ def namespace(*trees: Any) -> Any:
 
 
 def on_device(tree: Any) -> Any:
-    """Makes jax arrays of NumPy's, where `jnp.asarray` would compile a copy for every shape.
-
-    Example:
-      >>> on_device({'w': np.ones(2, np.float32)})
-      {'w': Array([1., 1.], dtype=float32)}
-    """
+    """Makes jax arrays of NumPy's, where `jnp.asarray` would compile a copy for every shape."""
 
     def put(leaf):
         # A copy: what is put may share the memory of an array that someone writes to, or donates.

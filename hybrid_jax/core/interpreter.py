@@ -50,14 +50,9 @@ def evaluate(
     `cond`, `remat`, custom derivatives, …) is built anew around the interpreted inner ones, so that
     loops stay loops and derivative rules stay rules.
 
-    Args:
-      jaxpr: The open jaxpr.
-      consts: Values of its constants.
-      args: Values of its arguments.
-      rule: rule(path, equation, values) -> (outputs, records), for an equation without jaxprs.
-      active: active(path) -> whether the equation, or one inside it, concerns the rule.
-      path: Path of the jaxpr.
-      resize: resize(path of a jaxpr, its constants) -> the constants to use.
+    `rule` is rule(path, equation, values) -> (outputs, records), for an equation without jaxprs;
+    active(path) says whether the equation, or one inside it, concerns the rule; `path` is that of
+    the jaxpr; resize(path of a jaxpr, its constants) gives the constants to use.
 
     Returns:
       The outputs, and the records of all rules in one dictionary. Inside a `scan` they gain a

@@ -109,11 +109,7 @@ def find_joins(
     training, are not among them, and a tensor with noise is the tensor itself, so that dropout and
     the number that makes up for it do not count as readers. Neither is the sum in a softmax a join,
     nor what a function with a derivative rule of its own computes.
-
-    Args:
-      closed: The program.
-      batched: For each argument whether its leading axis is that of the examples.
-      site_at: {path of an equation: its site}.
+    `batched` says for each argument whether its leading axis is that of the examples.
     """
     names = [s.name for path, s in site_at.items() if not interpreter.in_derivative(path)]
     found: dict[interpreter.Path, list[tuple[str, int | None, _Seen]]] = {}

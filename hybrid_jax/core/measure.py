@@ -5,6 +5,7 @@ directory, also on another machine. A cache on disk only proposes, so that no ma
 same question twice.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core import versions
-from hybrid_jax.core.folders import cache_folder
+from hybrid_jax.core.files import cache_folder, write_json
 
 _ROUNDS = 3
 _ASKED = itertools.count()
@@ -38,9 +39,6 @@ class Choices:
         one a UserWarning says so. None keeps the choices of this process alone.
       cache: JSON file that proposes, shared by all runs; None takes `choices.json` in
         `cache_folder()`.
-
-    Raises:
-      ValueError: If `file` is not one of a run's choices.
 
     Example:
       >>> import jax.numpy as jnp, tempfile
@@ -81,11 +79,9 @@ class Choices:
 
         Works in the midst of tracing. Of several processes the first one's choice is all theirs.
 
-        Args:
-          question: What is asked, with all that the answer depends on but the machine.
-          forms: {name: function of `args`}, which agree up to rounding; not jitted. One alone is
-            chosen without being run.
-          *args: Shapes and dtypes of the arguments.
+        `question` holds all that the answer depends on but the machine. `forms` is {name: function
+        of `args`}, which agree up to rounding and are not jitted; one alone is chosen without being
+        run. `args` are shapes and dtypes.
         """
         if self.answers.get(question) not in forms:
             self.answers[question] = self._agreed(question, dict(forms), args)
@@ -94,7 +90,7 @@ class Choices:
 
     def _keep(self):
         if self._file is not None and jax.process_index() == 0:
-            _write(self._file, {"machine": self.moved or machine(), "choices": self.answers})
+            write_json(self._file, {"machine": self.moved or machine(), "choices": self.answers})
 
     def _agreed(self, question, forms, args):
         if jax.process_count() == 1 or len(forms) == 1:
@@ -115,11 +111,8 @@ class Choices:
             return proposed
         measured = fastest(forms, *args)
         known.setdefault(machine(), {})[question] = measured
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, known)
-        except OSError:  # a cache that cannot be written is no reason to stop
-            pass
+        with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+            write_json(file, known)
         return measured
 
 
@@ -130,9 +123,7 @@ CHOICES = Choices()
 def fastest(forms: Mapping[str, Callable[..., Any]], *args: jax.ShapeDtypeStruct) -> str:
     """Compiles each form and runs them by turns; returns the name of the fastest.
 
-    Args:
-      forms: {name: function of `args`}.
-      *args: Pytrees of shapes and dtypes. Floats are drawn, all else is zero.
+    Floats are drawn, all else is zero.
     """
     run = {name: jax.jit(form).lower(*args).compile() for name, form in forms.items()}
     with jax.ensure_compile_time_eval():
@@ -147,12 +138,7 @@ def fastest(forms: Mapping[str, Callable[..., Any]], *args: jax.ShapeDtypeStruct
 
 
 def seconds(fn: Callable[..., Any], *inputs: Any) -> float:
-    """Times one call of `fn(*inputs)`, until its outputs are ready.
-
-    Example:
-      >>> seconds(jax.numpy.zeros, 3) > 0
-      True
-    """
+    """Times one call of `fn(*inputs)`, until its outputs are ready."""
     start = time.perf_counter()
     jax.block_until_ready(fn(*inputs))
     return time.perf_counter() - start
@@ -187,9 +173,3 @@ def _read(file):
     except ValueError:
         stored = None
     return stored if isinstance(stored, dict) else {}
-
-
-def _write(file, value):
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=1))
-    draft.replace(file)

@@ -21,14 +21,8 @@ def narrow_graph(graph: Graph, keep: Mapping[str, Any]) -> Graph:
 
     Nothing is traced, so that a search may ask for the cost of many removals. Groups keep their
     names. `jaxpr` stays the one that was traced, of the network before the removal.
-
-    Args:
-      graph: A traced model.
-      keep: {group name: bool[n]}, True where kept, a channel of each at least; groups left out are
-        kept whole.
-
-    Raises:
-      ValueError: If a name is none of the groups', an array is not bool[n], or one keeps nothing.
+    `keep` is {group name: bool[n]}, True where kept, a channel of each at least; groups left out
+    are kept whole.
 
     Example:
       >>> import jax, jax.numpy as jnp

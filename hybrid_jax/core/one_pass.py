@@ -33,9 +33,6 @@ def one_pass_affine(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Source: Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167, whose gradient it makes.
 
-    Args:
-      fn: Function of pytrees of arrays.
-
     Example:
       >>> fn = lambda x: (x - x.mean()) * 2.0 + 1.0
       >>> print(jax.make_jaxpr(one_pass_affine(fn))(jnp.ones(3)).eqns[-1].primitive)

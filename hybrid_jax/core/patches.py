@@ -20,14 +20,9 @@ def patches(
 ) -> jax.Array:
     """What each output position of a site sees of its input, as rows.
 
-    Args:
-      site: The site.
-      x: Its input, as a rule of `at_sites` gets it.
-      apply: Its operation, as a rule of `at_sites` gets it.
-
-    Returns:
-      (G, P, n) of the dtype of `x`: `patches @ kernel_matrix(site, kernel)` is
-      `output_matrix(site, apply(x, kernel))`. Taps in the padding are zero.
+    `x` and `apply` are what a rule of `at_sites` gets. The result is (G, P, n) of the dtype of `x`:
+    `patches @ kernel_matrix(site, kernel)` is `output_matrix(site, apply(x, kernel))`. Taps in the
+    padding are zero.
 
     Example:
       >>> from hybrid_jax.core.replacement import at_sites
@@ -52,16 +47,7 @@ def patches(
 
 
 def kernel_matrix(site: Site, kernel: jax.Array) -> jax.Array:
-    """A kernel (as the operation takes it) as (G, n, O/G).
-
-    Example:
-      >>> from hybrid_jax.core.graph import trace
-      >>> x, params = jnp.ones((1, 8, 8, 4)), {'k': jnp.ones((3, 3, 2, 6))}
-      >>> fn = lambda params, x: jax.lax.conv_general_dilated(x, params['k'], (1, 1), 'SAME',
-      ...     dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=2)
-      >>> kernel_matrix(trace(fn, params, x).sites[0], params['k']).shape
-      (2, 18, 3)
-    """
+    """A kernel (as the operation takes it) as (G, n, O/G)."""
     n, count = _inner(site)[1], groups(site)
     if site.kind == "conv":
         rows = jnp.transpose(kernel, (*site.kernel_in_axes, *site.kernel_out_axes))

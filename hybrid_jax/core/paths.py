@@ -31,12 +31,7 @@ def is_masked_node(leaf: Any) -> bool:
 def flatten_paths(tree: Any) -> dict[str, Any]:
     """Flattens a pytree to {path: leaf}, in tree order; `MaskedNode` counts as a leaf.
 
-    Raises:
-      ValueError: If two leaves have the same path (as with keys that hold a slash).
-
-    Example:
-      >>> flatten_paths({'b': [1, 2], 'a': optax.MaskedNode()})
-      {'a': MaskedNode(), 'b/0': 1, 'b/1': 2}
+    Two leaves of one path, as with keys that hold a slash, are an error.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked_node)
     flat = {path_string(path): leaf for path, leaf in leaves}
@@ -48,12 +43,7 @@ def flatten_paths(tree: Any) -> dict[str, Any]:
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps `f(path, leaf, *leaves of rest)` over `tree`; `MaskedNode` counts as a leaf.
-
-    Example:
-      >>> map_with_path(lambda path, x, y: f'{path}={x + y}', {'a': 1, 'b': 2}, {'a': 3, 'b': 4})
-      {'a': 'a=4', 'b': 'b=6'}
-    """
+    """Maps `f(path, leaf, *leaves of rest)` over `tree`; `MaskedNode` counts as a leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: f(path_string(path), *leaves), tree, *rest, is_leaf=is_masked_node
     )
@@ -68,15 +58,9 @@ def map_state(
 ) -> Any:
     """Maps `f(entry, *leaves of rest)` over what an optimizer's state holds for each parameter.
 
-    Args:
-      tx: The optimizer that the state is of.
-      f: Also called with a `MaskedNode`, which counts as a leaf.
-      state: Its state.
-      *rest: Pytrees like the parameters.
-      others: Maps what belongs to no parameter (counts, rates).
-
-    Raises:
-      ValueError: If `tx.init` takes no pytree but the parameters, or the state is of another `tx`.
+    `f` is also called with a `MaskedNode`, which counts as a leaf. `rest` are pytrees like the
+    parameters, and `others` maps what belongs to no parameter (counts, rates). `tx.init` has to
+    take any pytree.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,13 +96,6 @@ def match_rules(
       rules: (pattern, value) pairs; a pattern is a regular expression for `re.fullmatch`.
       paths: Path strings, as `flatten_paths` makes them.
       default: Value of a path that no rule matches; without one, such a path is an error.
-
-    Returns:
-      {path: value}, in the order of `paths`.
-
-    Raises:
-      ValueError: If a rule matches no path, or (without a default) a path matches no rule. Both
-        list the paths. A pattern that is no regular expression is an error too.
 
     Example:
       >>> match_rules([('.*/kernel', 4)], ['a/kernel', 'a/bias'], default=32)

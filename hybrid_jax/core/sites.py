@@ -57,10 +57,7 @@ def is_contraction(eqn: jex.JaxprEqn) -> bool:
 
 
 def count_macs(eqn: jex.JaxprEqn, operands: Sequence[Value], result: Value) -> int:
-    """Multiply-accumulates of one run of a contraction, for the whole batch.
-
-    None where no operand depends on an input: that is done once, for all images.
-    """
+    """Multiply-accumulates of one run, for the whole batch; 0 if it depends on no input."""
     if all(isinstance(value.origin, frozenset) for value in operands):
         return 0
     x, y = (value.shape for value in operands)
@@ -87,11 +84,7 @@ def count_macs(eqn: jex.JaxprEqn, operands: Sequence[Value], result: Value) -> i
 
 
 def _meetings(entries, taps, places, stride, dilation, tap_dilation, padding) -> int:
-    """How often a tap meets an entry along one axis of a convolution, paddings included.
-
-    Between the entries of a dilated input (a transposed convolution) lie zeros, which cost nothing.
-    A tap meets each entry at most once, so that wide paddings cost nothing either.
-    """
+    """How often a tap meets an entry along one axis; zeros of padding or dilation cost nothing."""
     starts = np.arange(places)[:, None] * stride - padding[0]
     met = (starts + np.arange(taps) * tap_dilation) % dilation == 0
     return min(int(met.sum()), entries * taps)
@@ -117,13 +110,8 @@ def describe(
 ) -> Site:
     """The site that a contraction is; its name is only the kernel's path, its costs the batch's.
 
-    Args:
-      eqn: The contraction.
-      values: What is known of its operands.
-      result: What is known of its result.
-      operand: Which of them is the kernel.
-      calls: How often it runs.
-      counts: {path: (number of entries, whether they are floats)} of the parameters.
+    `operand` is the position of the kernel, `calls` how often it runs, and `counts` {path: (number
+    of entries, whether they are floats)} of the parameters.
     """
     conv = eqn.primitive.name == "conv_general_dilated"
     numbers = eqn.params["dimension_numbers"]

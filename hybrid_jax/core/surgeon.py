@@ -30,12 +30,8 @@ def damped_gram(gram: jax.Array, damping: float | jax.Array = 0.01) -> jax.Array
     input that is always zero keeps this as its only curvature, and so answers to no other. Where
     all of H is zero the mean counts as 1.
 
-    Args:
-      gram: float32 (n, n), symmetric without negative eigenvalues.
-      damping: λ, above 0.
-
-    Returns:
-      float32 (n, n), positive definite; NaN only where `gram` has NaN or infinity.
+    `gram` is float32 (n, n), symmetric without negative eigenvalues. The result is positive
+    definite, and NaN only where `gram` has NaN or infinity.
 
     Example:
       >>> damped_gram(jnp.array([[3.0, 0.0], [0.0, 1.0]]), 0.5).tolist()
@@ -63,11 +59,7 @@ def inverse_factor(gram: jax.Array) -> jax.Array:
     Without forming H⁻¹: U is the inverse of V, with H = V Vᵀ a Cholesky factor from the last row
     up.
 
-    Args:
-      gram: float32 (n, n), positive definite: what `damped_gram` gives.
-
-    Returns:
-      float32 (n, n).
+    `gram` is float32 (n, n), positive definite: what `damped_gram` gives.
 
     Example:
       >>> inverse_factor(jnp.array([[5.0, 2.0], [2.0, 1.0]])).tolist()  # H⁻¹ = [[1, −2], [−2, 5]]
@@ -91,14 +83,9 @@ def sweep_rows(
     a mask SparseGPT's update, onto both their joint form; the identity changes nothing. Rows go in
     blocks: what a block answers to all earlier ones is one matrix product.
 
-    Args:
-      weights: W, float32 (n, O).
-      factor: U, float32 (n, n): what `inverse_factor` gives.
-      project: project(row (O,), *entries) -> (O,); entries are those of `rows` at its index.
-      *rows: Pytrees of arrays with a leading axis n, such as masks and scales.
-
-    Returns:
-      Q, float32 (n, O).
+    `weights` are W, float32 (n, O), as is Q, and `factor` is U of `inverse_factor`, (n, n).
+    project(row (O,), *entries) -> (O,) gets the entries of `rows`, pytrees of arrays with a leading
+    axis n such as masks and scales, at the row's index.
 
     Example:
       >>> factor = inverse_factor(jnp.array([[5.0, 2.0], [2.0, 1.0]]))

@@ -1,18 +1,8 @@
-"""What a model costs: MACs, BOPs, parameters, packed bytes, peak activation memory."""
+"""What a model costs: MACs, BOPs, parameters, bytes, peak activation memory."""
 
-from hybrid_jax.cost.count import Cost, SiteCost, count
-from hybrid_jax.cost.formula import Formula, formula
-from hybrid_jax.cost.memory import peak_activation_bytes
-from hybrid_jax.cost.packing import csr_widths, layout_bits, packed_bytes
-
-__all__ = [
-    "Cost",
-    "Formula",
-    "SiteCost",
-    "count",
-    "csr_widths",
-    "formula",
-    "layout_bits",
-    "packed_bytes",
-    "peak_activation_bytes",
-]
+from hybrid_jax.cost.count import Cost as Cost
+from hybrid_jax.cost.count import SiteCost as SiteCost
+from hybrid_jax.cost.count import count as count
+from hybrid_jax.cost.formula import Formula as Formula
+from hybrid_jax.cost.formula import formula as formula
+from hybrid_jax.cost.memory import peak_activation_bytes as peak_activation_bytes

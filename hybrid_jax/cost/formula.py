@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,17 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax.core import interpreter
 from hybrid_jax.core.channels import components
-from hybrid_jax.cost.count import (
-    FLOAT_BITS,
-    SCALE_BYTES,
-    all_bits,
-    kept_counts,
-    kernel_bytes,
-    scales_of_kernels,
-)
+from hybrid_jax.cost.arguments import FLOAT_BITS, all_bits, kept_counts, scales_of_kernels
 from hybrid_jax.cost.memory import OUTPUT, moments
-from hybrid_jax.cost.packing import packed_bytes
+
+SCALE_BYTES = 4
 
 Decision = tuple[str, Any]
 """What is chosen: ('width', group), ('weight', path of a kernel) or ('activation', site); or
@@ -68,15 +62,19 @@ class Formula:
     ) -> dict[str, int]:
         """The costs at these widths and bits.
 
-        Args:
-          widths: {group name: channels kept}; all of them where missing.
-          weight_bits: {site name: bits}; 32 where missing.
-          activation_bits: {site name: bits}; 32 where missing.
-
-        Raises:
-          ValueError: If a group or site is unknown, a width is not from 1 to n, bits are not in
-            [1, 32], or sites that share a kernel differ in its bits.
+        What is missing keeps all channels and 32 bits. A kernel of several sites has the largest
+        weight bits of theirs.
         """
+        rows = self.amounts(self.decisions(widths, weight_bits, activation_bits))
+        return {name: max(map(sum, found)) for name, found in rows.items()}
+
+    def decisions(
+        self,
+        widths: Mapping[str, int] | None = None,
+        weight_bits: Mapping[str, int] | None = None,
+        activation_bits: Mapping[str, int] | None = None,
+    ) -> dict[Decision, int]:
+        """{what is chosen: its value} of the arguments that `count` takes."""
         chosen: dict[Decision, int] = {("width", name): n for name, n in self.widths.items()}
         for name, width in (widths or {}).items():
             core.check_choice("group of widths", name, self.widths)
@@ -87,11 +85,11 @@ class Formula:
         activation_bits = all_bits("activation_bits", self.kernels, activation_bits)
         for site, path in self.kernels.items():
             chosen["activation", site] = activation_bits[site]
-            if chosen.setdefault(("weight", path), weight_bits[site]) != weight_bits[site]:
-                raise ValueError(
-                    f"weight_bits must be the same at all sites of kernel {path!r}, got "
-                    f"{weight_bits[site]} at {site!r} and {chosen['weight', path]} before"
-                )
+            chosen["weight", path] = max(weight_bits[site], chosen.get(("weight", path), 0))
+        return chosen
+
+    def amounts(self, chosen: Mapping[Decision, int]) -> dict[str, list[list[int]]]:
+        """What `count` adds up: MACs and BOPs of each site and of the rest, bytes of each leaf."""
 
         def at(decision):
             kind, name = decision
@@ -103,33 +101,26 @@ class Formula:
             total = sum(term.value(*map(at, term.of)) for term in amount.terms)
             return -(-total // amount.unit)
 
-        return {
-            name: max(sum(map(value, row)) for row in rows) for name, rows in self.costs.items()
-        }
+        return {name: [list(map(value, row)) for row in rows] for name, rows in self.costs.items()}
 
 
 def formula(
-    graph: core.Graph, masks: Any = None, scales: Mapping[str, int] | None = None
+    graph: core.Graph,
+    masks: Any = None,
+    scales: Mapping[str, int] | None = None,
+    *,
+    choose_widths: bool = True,
 ) -> Formula:
     """Finds what a model costs as a function of the widths of its groups and the bits of its sites.
 
-    `formula(graph, masks, scales).count(None, weight_bits, activation_bits)` is what
-    `count(graph, masks, weight_bits, activation_bits, scales)` finds, and with widths it is what
-    `count` finds on the network that `core.shrink` makes with so many channels kept in each group.
+    At full width it is what `count` finds, and at others what `count` finds on the network that
+    `core.shrink` makes with so many channels kept in each group.
 
-    Args:
-      graph: A traced model.
-      masks: As `count` takes them. With masks widths cannot be chosen: shrink first.
-      scales: As `count` takes them. One scale per output channel goes with the channels, and one
-        per tensor stays one; with other numbers, as of groups, widths cannot be chosen.
-
-    Returns:
-      The formula. It has no widths either where two activations are multiplied with each other.
-
-    Raises:
-      ValueError: If a mask has no parameter of its path or another shape, a site of `scales` is
-        unknown or their number none, or an array holds the channels of a group unequally often, so
-        that its size does not depend on their number alone.
+    `count` says what `masks` and `scales` are. With masks, or with scales in groups (neither one
+    per output channel nor one per tensor), widths cannot be chosen: shrink first. Nor can they
+    where two activations are multiplied with each other, or without `choose_widths`. An array that
+    holds the channels of a group unequally often, so that its size does not depend on their number
+    alone, is an error: then choose bits only.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -144,12 +135,12 @@ def formula(
     kept = kept_counts(graph, masks)
     between = graph.macs - sum(site.macs for site in graph.sites)
     fixed_scales = scales_of_kernels(graph, scales)
-    free = masks is None and not between and all(n <= 1 for n in fixed_scales.values())
-    groups = graph.groups if free else ()
+    scalable = all(n <= 1 for n in fixed_scales.values())
+    groups = graph.groups if choose_widths and masks is None and not between and scalable else ()
     measure = _measure(graph, groups)
     macs, bops, kernels = [], [], {}
     for where, site in graph.site_at.items():
-        if not any(site is other for other in graph.sites):  # One of a derivative rule.
+        if interpreter.in_derivative(where):
             continue
         labels = graph.analysis.equations[where][0][site.kernel_operand].labels
         kernels.setdefault(site.path, (site, labels, fixed_scales.get(site.path)))
@@ -160,10 +151,7 @@ def formula(
             work = {(): site.macs * kept[site.path] // max(size, 1)}
         macs.append(_amount(work))
         bops.append(_amount(work, (("weight", site.path), ("activation", site.name))))
-    if masks is None:
-        stored = [_dense_bytes(graph, measure, path, kernels.get(path)) for path in kept]
-    else:
-        stored = [_masked_bytes(graph, n, path, kernels.get(path)) for path, n in kept.items()]
+    stored = [_stored_bytes(graph, measure, path, kernels.get(path)) for path in kept]
     costs = {
         "macs": ((*macs, _amount({(): between})),),
         "bops": ((*bops, _amount({(): between * FLOAT_BITS**2})),),
@@ -179,6 +167,8 @@ def formula(
 
 def _measure(graph, groups) -> Callable[[Any], Polynomial]:
     """From the labels of each axis of an array to its size, a polynomial in the groups' widths."""
+    if not groups:
+        return lambda axes: {(): math.prod(map(len, axes))}
     of = components(graph.analysis.labels).of
     owner: dict[int, tuple[str, int]] = {}
     for group in groups:
@@ -217,7 +207,7 @@ def _measure(graph, groups) -> Callable[[Any], Polynomial]:
     return measure
 
 
-def _dense_bytes(graph, measure, path, kernel) -> Amount:
+def _stored_bytes(graph, measure, path, kernel) -> Amount:
     """Bytes of a parameter; of a kernel with its scales: (site, labels of each axis, scales)."""
     size = measure(_parameter(graph, path))
     if kernel is None:
@@ -232,16 +222,6 @@ def _dense_bytes(graph, measure, path, kernel) -> Amount:
         scale_bits = {(): scales * 8 * SCALE_BYTES}
     gated = tuple(_if_quantized(term, weight) for term in _amount(scale_bits).terms)
     return Amount(_amount(size, (weight,)).terms + gated, unit=8)
-
-
-def _masked_bytes(graph, kept, path, kernel) -> Amount:
-    """The same of a parameter of which `kept` entries are not masked, in its smallest layout."""
-    size = graph.parameters[path].size
-    if kernel is None:
-        return _amount({(): packed_bytes(1, size, kept, FLOAT_BITS)})
-    site, _, scales = kernel
-    packed = functools.partial(kernel_bytes, site, size, kept, scales)
-    return Amount((Term((("weight", path),), packed),))
 
 
 def _peak(graph, measure) -> tuple[tuple[Amount, ...], ...] | None:

@@ -60,13 +60,7 @@ def peak_activation_bytes(
     transpose or concatenation needs room beside its operands. What is computed from parameters
     alone is no activation. A value is stored as wide as the sites that it flows to next read it,
     in whole bytes for all its elements; values that reach no site take 32 bits.
-
-    Args:
-      graph: A traced model.
-      activation_bits: {site name: bits}; 32 where missing.
-
-    Returns:
-      Bytes for one example.
+    `activation_bits` is {site name: bits}, 32 where missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,10 +88,8 @@ def peak_activation_bytes(
 def moments(graph: core.Graph, measure: Callable[[tuple[Any, ...]], Any]) -> list[Moment]:
     """What is stored at each time, by the rules that `peak_activation_bytes` states.
 
-    Args:
-      graph: A traced model.
-      measure: From the labels of each axis of a value to its size, of any type with equality: a
-        result can take the place of an operand whose size is equal.
+    From the labels of each axis of a value `measure` makes its size, of any type with equality: a
+    result can take the place of an operand whose size is equal.
     """
     arguments = graph.arguments[len(graph.parameters) :]
     inputs = [Activation(measure(value.labels), value.labels) for value in arguments]
@@ -133,10 +125,7 @@ def _moments(graph, measure, jaxpr: jex.Jaxpr, reads: Sequence[Any], path) -> li
 
 
 def _steps(graph, measure, jaxpr: jex.Jaxpr, reads, path, steps: list[_Step]) -> list[Any]:
-    """Appends the equations that depend on an input, calls inlined; returns the outputs.
-
-    None stands for a value that depends on parameters alone.
-    """
+    """Appends what depends on an input, calls inlined; gives the outputs, None for the others."""
     env = dict(zip(jaxpr.invars, reads, strict=True))
 
     def read(atom):

@@ -1,22 +1,15 @@
 """Labelled images in memory: sources, splits, resumable batches and augmentation."""
 
-from hybrid_jax.data.augment import augmentation, normalize, random_flip, random_shift
-from hybrid_jax.data.batches import batches, epoch_order, steps_per_epoch
-from hybrid_jax.data.sources import SOURCES, load
-from hybrid_jax.data.splits import Arrays, Splits, make_splits, stratified
-
-__all__ = [
-    "SOURCES",
-    "Arrays",
-    "Splits",
-    "augmentation",
-    "batches",
-    "epoch_order",
-    "load",
-    "make_splits",
-    "normalize",
-    "random_flip",
-    "random_shift",
-    "steps_per_epoch",
-    "stratified",
-]
+from hybrid_jax.data.augment import augmentation as augmentation
+from hybrid_jax.data.augment import normalize as normalize
+from hybrid_jax.data.augment import random_flip as random_flip
+from hybrid_jax.data.augment import random_shift as random_shift
+from hybrid_jax.data.batches import batches as batches
+from hybrid_jax.data.batches import epoch_order as epoch_order
+from hybrid_jax.data.batches import steps_per_epoch as steps_per_epoch
+from hybrid_jax.data.sources import SOURCES as SOURCES
+from hybrid_jax.data.sources import load as load
+from hybrid_jax.data.splits import Arrays as Arrays
+from hybrid_jax.data.splits import Splits as Splits
+from hybrid_jax.data.splits import make_splits as make_splits
+from hybrid_jax.data.splits import stratified as stratified

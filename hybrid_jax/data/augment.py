@@ -11,20 +11,7 @@ from hybrid_jax import core
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Scales images to zero mean and unit deviation: (images / 255 - mean) / std.
 
-    Args:
-      images: (B, H, W, C) uint8.
-      mean: (C,) in [0, 1].
-      std: (C,) in [0, 1].
-
-    Returns:
-      (B, H, W, C) float32.
-
-    Raises:
-      ValueError: If `mean` or `std` has another length than C.
-
-    Example:
-      >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), [0.5], [0.25]).item()
-      2.0
+    Images are (B, H, W, C), uint8 as given, float32 as returned, `mean` and `std` (C,) in [0, 1].
     """
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[-1]:
@@ -38,18 +25,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 def random_shift(images: jax.Array, key: jax.Array, padding: int) -> jax.Array:
     """Pads each side with zeros and crops each image back to its size at a random place.
 
-    Args:
-      images: (B, H, W, C), any dtype.
-      key: Random key.
-      padding: Largest shift, in pixels.
-
-    Returns:
-      (B, H, W, C), same dtype: each image shifted by up to `padding` pixels along H and W.
-
-    Example:
-      >>> image = jnp.ones((1, 4, 4, 1))
-      >>> random_shift(image, jax.random.key(0), padding=1).sum().item() >= 9
-      True
+    Images are (B, H, W, C) of any dtype; they shift by up to `padding` pixels along H and W.
     """
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
@@ -61,20 +37,7 @@ def random_shift(images: jax.Array, key: jax.Array, padding: int) -> jax.Array:
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability one half.
-
-    Args:
-      images: (B, H, W, C), any dtype.
-      key: Random key.
-
-    Returns:
-      (B, H, W, C), same dtype.
-
-    Example:
-      >>> row = jnp.arange(3).reshape(1, 1, 3, 1)
-      >>> random_flip(row, jax.random.key(0)).ravel().tolist() in ([0, 1, 2], [2, 1, 0])
-      True
-    """
+    """Mirrors each image (B, H, W, C), of any dtype, left to right with probability one half."""
     flipped = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
 
@@ -84,15 +47,9 @@ def augmentation(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Makes the augmentation of a data set.
 
-    Args:
-      padding: Largest shift, in pixels: 4 for CIFAR-10, 1 for 8×8 digits.
-      flip: Whether to mirror; not for digits, whose mirror images are no digits.
-
-    Returns:
-      Function (images (B, H, W, C), key) -> images of the same shape and dtype, pure and jittable.
-
-    Raises:
-      ValueError: If `padding` is negative.
+    It is a pure function (images (B, H, W, C), key) -> images of the same shape and dtype.
+    `padding` is the largest shift in pixels: 4 for CIFAR-10, 1 for 8×8 digits. `flip` is not
+    for digits, whose mirror images are no digits.
 
     Example:
       >>> augment = jax.jit(augmentation(padding=4, flip=True))

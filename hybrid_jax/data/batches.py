@@ -12,28 +12,12 @@ Batch = dict[str, np.ndarray]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch goes through `count` examples.
-
-    Returns:
-      (count,) int: a permutation that depends on its arguments alone.
-
-    Example:
-      >>> sorted(epoch_order(4, seed=0, epoch=7).tolist())
-      [0, 1, 2, 3]
-    """
+    """The order in which an epoch goes through the examples, (count,); its arguments decide it."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def steps_per_epoch(arrays: Arrays, batch_size: int) -> int:
-    """How many full batches an epoch has; the examples left over sit this epoch out.
-
-    Raises:
-      ValueError: If `batch_size` is below 1 or above the number of examples.
-
-    Example:
-      >>> steps_per_epoch(Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32)), 4)
-      2
-    """
+    """How many full batches an epoch has; the examples left over sit this epoch out."""
     return len(arrays.labels) // core.check_integer("batch_size", batch_size, 1, len(arrays.labels))
 
 
@@ -42,20 +26,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Iterates over shuffled full batches, epoch after epoch.
 
-    Args:
-      arrays: n examples.
-      batch_size: B.
-      seed: Decides the order.
-      start_step: Step to begin with: what follows equals what an iterator from step 0 would give
-        from there on.
-      steps: Step to end before; None goes on for ever.
+    What follows `start_step` is what an iterator from step 0 would give from there on. It ends
+    before step `steps`, or never. `seed` decides the order.
 
     Returns:
       Iterator over {'image': (B, H, W, C) uint8, 'label': (B,) int32, 'index': (B,) int32}, where
       `index` is the example's position in `arrays`.
-
-    Raises:
-      ValueError: If an argument is out of range, or labels are not integers in [0, 2**31).
 
     Example:
       >>> arrays = Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10, dtype=np.int32))

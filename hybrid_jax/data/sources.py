@@ -53,18 +53,10 @@ def load(
       image_shape: The (H, W, C) that images must have; None takes what the source has.
       class_names: N names; None takes the source's, or numbers.
 
-    Raises:
-      ValueError: If the name is unknown, `dir` does not hold that data set, a key is missing from
-        the npz, or the arrays are not as `make_splits` wants them.
-
     Example:
       >>> splits = load('digits', validation=200)
       >>> splits.image_shape, len(splits.train.labels), len(splits.test.labels)
       ((8, 8, 1), 1238, 359)
-      >>> load('medmnist', dir='bloodmnst.npz')
-      Traceback (most recent call last):
-      ...
-      ValueError: dir must be the path of a MedMNIST .npz file, got 'bloodmnst.npz' (no such file)
     """
     source = SOURCES[core.check_choice("name", name, SOURCES)](dir)
     if validation is None:

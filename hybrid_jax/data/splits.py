@@ -29,7 +29,6 @@ class Splits:
       train: What weights are learned from.
       validation: Held out of train: selects epochs, ranges and experts.
       test: Read once, at the end.
-      class_names: N names.
       mean: C channel means of the train images, in [0, 1].
       std: C channel standard deviations of the train images, in [0, 1]; 1 where constant.
     """
@@ -78,19 +77,11 @@ def make_splits(
       class_names: N names; None names the classes of the train labels '0', '1', ..., no more than
         there are train images.
 
-    Raises:
-      ValueError: If images are not uint8 or of another shape, labels are not integers or lie
-        outside the classes, lengths differ, a part is empty, or a size cannot be met.
-
     Example:
       >>> images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
       >>> splits = make_splits((images, labels), (images, labels), validation=4)
       >>> splits.train.images.shape, splits.validation.images.shape, splits.num_classes
       ((16, 8, 8, 1), (4, 8, 8, 1), 2)
-      >>> make_splits((images, labels), (images, labels), class_names=['cat'])
-      Traceback (most recent call last):
-      ...
-      ValueError: train labels must be in [0, 1), got 1 at index 1
     """
     parts = {"train": train, "test": test}
     if isinstance(validation, tuple):
@@ -116,14 +107,8 @@ def make_splits(
 def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Chooses `count` of the labels so that every class keeps its share of them.
 
-    Args:
-      labels: (n,) integers.
-      count: How many to choose, in [0, n].
-      seed: Decides which.
-
-    Returns:
-      (count,) int indices, ascending. A class that holds a share p of the labels holds
-      p × count of the chosen, up to rounding.
+    They come as (count,) indices, ascending. A class that holds a share p of the labels holds
+    p × count of the chosen, up to rounding.
 
     Example:
       >>> labels = np.array([0] * 6 + [1] * 3)

@@ -6,59 +6,25 @@ import os
 import pathlib
 from typing import Any
 
+from hybrid_jax import core
+
 MANIFEST_SUFFIX = ".json"
 
 
 def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes `data` to `path` and its manifest to `path` + '.json'.
+    """Writes `data` to `path` and its manifest to `path` + '.json'; returns the manifest.
 
-    Both are first written whole beside their targets and then moved over them: with a full disk the
-    old pair stays.
-
-    Args:
-      path: Target; its folder is made if it is missing.
-      data: Contents.
-      facts: What the manifest says besides `bytes` and `sha256`; JSON values.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      OSError: If it cannot be written.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write(f'{folder}/model', b'abc', {'kind': 'test'})['bytes']
-      3
+    With a full disk the old pair stays. The folder is made if it is missing. `facts` are what the
+    manifest says besides `bytes` and `sha256`, in JSON values.
     """
-    path = pathlib.Path(path)
     manifest = {**facts, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    contents = {
-        path: data,
-        manifest_path(path): (json.dumps(manifest, indent=2) + "\n").encode(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}") for target in contents}
-    try:
-        for target, content in contents.items():
-            with open(temporary[target], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for target in contents:
-            os.replace(temporary[target], target)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+    text = json.dumps(manifest, indent=2) + "\n"
+    core.write_atomically({path: data, manifest_path(path): text.encode()})
     return manifest
 
 
 def read(path: str | os.PathLike) -> tuple[bytes, dict[str, Any]]:
-    """Reads what `write` wrote, checked against its manifest.
-
-    Returns:
-      The contents and the manifest.
+    """Reads what `write` wrote, checked against its manifest: the contents and the manifest.
 
     Raises:
       FileNotFoundError: If the file or its manifest is missing.
@@ -92,11 +58,6 @@ def read(path: str | os.PathLike) -> tuple[bytes, dict[str, Any]]:
 
 
 def manifest_path(path: str | os.PathLike) -> pathlib.Path:
-    """Where the manifest of `path` lies.
-
-    Example:
-      >>> manifest_path('model.stablehlo').name
-      'model.stablehlo.json'
-    """
+    """Where the manifest of `path` lies: beside it, with '.json' behind its name."""
     path = pathlib.Path(path)
     return path.with_name(path.name + MANIFEST_SUFFIX)

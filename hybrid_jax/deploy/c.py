@@ -1,20 +1,19 @@
-"""An integer program as one dependency-free C99 file for microcontrollers.
+"""A program as one dependency-free C99 file for microcontrollers.
 
-Weights and tables are constants (flash); the tensors between input and output lie in one static
-block (RAM) that `memory.plan` lays out. The file gives the outputs of `reference.run` bit for bit,
-except for a softmax, whose `expf` is the C library's.
+Weights, tables and other constants are in flash; the tensors between inputs and outputs lie in one
+static block (RAM) that `memory.plan` lays out. Operations in integers give what `program.run` gives
+bit for bit, those in floats to 1e-5 of the largest value, with the C library's functions.
 """
 
 import importlib.resources
-import math
 import os
 import re
 from typing import Any, NamedTuple
 
 import jinja2
 
-from hybrid_jax.deploy import artifact, c_statements, c_text
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.deploy import artifact, c_arguments, c_statements, c_text
+from hybrid_jax.program import Mixture, Program
 
 
 def export_c(
@@ -46,8 +45,8 @@ def export_c(
         "flash": code.flash,
         "ram": code.ram,
         "kernel_bits": code.kernel_bits,
-        "inputs": [{"shape": [1, *program.input_shape], "dtype": "float32"}],
-        "outputs": [{"shape": [1, *program.output_shape], "dtype": "float32"}],
+        "inputs": [_facts(argument) for argument in code.inputs],
+        "outputs": [_facts(argument) for argument in code.outputs],
     }
     return artifact.write(path, code.text.encode(), facts)
 
@@ -55,36 +54,38 @@ def export_c(
 def to_c(program: Program | Mixture, name: str = "model", pack: bool = True) -> str:
     """The C99 text of `void <name>_run(const float *input, float *output)`.
 
-    It takes one example, and needs <stdint.h> and <float.h>, for a softmax <math.h>. Flash is what
-    its constants take, equal arrays once; RAM is the block of memory for what lies between input
-    and output. Code, stack, input and output come on top. The file states both in its head and as
-    `<NAME>_FLASH` and `<NAME>_RAM`. Compiled with `<NAME>_MAIN` defined it is a program that maps
-    inputs on its standard input to outputs on its standard output, and prints what it needs.
+    It takes one example: an array for each input, `const uint8_t *` where the traced function takes
+    uint8, then one for each output; of several `input_<edge>`, `output_<edge>`. It needs <stdint.h>
+    and <float.h>, for functions of floats <math.h>. Flash is what its constants take, equal arrays
+    once; RAM is the block of memory for what lies between inputs and outputs. Code, stack, inputs
+    and outputs come on top. The file states all of it in its head, the sizes also as `<NAME>_FLASH`
+    and `<NAME>_RAM`. Compiled with `<NAME>_MAIN` defined it is a program that maps inputs on its
+    standard input to outputs on its standard output, and prints what it needs.
 
     Args:
-      program: In integers: floats come in, are converted, and go out; a softmax may be last. A
-        mixture runs its gate, then one expert in the same memory.
+      program: In floats, in integers or mixed. A mixture runs its gate, then one expert in the same
+        memory; a NaN from the gate makes its result NaN.
       name: A C identifier that starts with a letter.
-      pack: Whether the weights of a layer of up to 4 bits lie two to a byte; they are unpacked one
-        kernel at a time, which takes the RAM of one, and a tenth to a quarter of the time more
-        where a layer has few positions (8×8 images).
+      pack: Whether the integer weights of a layer of up to 4 bits lie two to a byte; they are
+        unpacked one kernel at a time, which takes the RAM of one, and a tenth to a quarter of the
+        time more where a layer has few positions (8×8 images).
 
     Raises:
-      ValueError: If the name is none, or a tensor between input and output is float32.
+      ValueError: If the name is none, or an operation is not one that a device has.
 
     Example:
       >>> import numpy as np
-      >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
+      >>> from hybrid_jax.program import Convert, Dense, Encoding, Tensor, Weights
       >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
       >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
       >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
       >>> code = to_c(Program('x', 'y', tensors, steps))
       >>> [line for line in code.splitlines() if line.startswith(('#define', 'void'))][:2]
-      ['#define MODEL_FLASH 106', '#define MODEL_RAM 2']
+      ['#define MODEL_FLASH 106', '#define MODEL_RAM 4']
       >>> print(code[code.index('    /* Convert') : code.index('    /* Dense')])
           /* Convert q */
           for (int32_t i0 = 0; i0 < 2; i0++) {
-              arena[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
+              arena.bytes[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
           }
       <BLANKLINE>
     """
@@ -96,6 +97,12 @@ class _Code(NamedTuple):
     flash: int
     ram: int
     kernel_bits: list[int]
+    inputs: list[c_arguments.Argument]
+    outputs: list[c_arguments.Argument]
+
+
+def _facts(argument):
+    return {"shape": [1, *argument.shape], "dtype": argument.dtype}
 
 
 def _write(program, name, pack):
@@ -106,26 +113,54 @@ def _write(program, name, pack):
         )
     constants = c_text.Constants()
     bodies = [c_statements.body(part, constants, pack) for part in program.parts]
-    kernels = _called("".join(body.text for body in bodies))
-    ram = max(body.ram for body in bodies)
+    ends = _ends(program)
+    (inputs, scores), (_, outputs) = ends[0], ends[-1]
+    statements = "".join(body.text for body in bodies)
+    kernels = _called(statements)
+    ram = -(-max(body.ram for body in bodies) // 4) * 4  # it is aligned to floats
     text = (
         _environment()
         .get_template("model.c.jinja")
         .render(
             name=name,
             upper=name.upper(),
-            inputs=math.prod(program.input_shape),
-            outputs=math.prod(program.output_shape),
+            inputs=inputs,
+            outputs=outputs,
+            signature=_signature(inputs, outputs),
+            signatures=[_signature(*pair) for pair in ends],
+            scores=scores,
             flash=constants.flash,
             ram=ram,
-            libm=any("expf(" in kernel for kernel in kernels),
+            math=re.search(_MATH, "".join([statements, *kernels])),
             kernels=kernels,
             constants=[text for _, text in constants.declarations.values()],
             bodies=[body.text for body in bodies],
         )
     )
     bits = sorted(set().union(*(body.kernel_bits for body in bodies)))
-    return _Code(text, constants.flash, ram, bits)
+    return _Code(text, constants.flash, ram, bits, inputs, outputs)
+
+
+def _ends(program):
+    """(inputs, outputs) of each part; those of a mixture are called with the same arrays."""
+    ends = [(c_arguments.inputs(part), c_arguments.outputs(part)) for part in program.parts]
+    made = sorted({argument.dtype for _, own in ends for argument in own})
+    if len(ends) > 1 and made != ["float32"]:
+        raise ValueError(f"programs of a mixture must return float32, got {', '.join(made)}")
+    return ends
+
+
+# What <math.h> defines, of all that is written.
+_MATH = r"\b(?:[a-z]+[0-9]*[a-z]*f\(|INFINITY|NAN)"
+
+
+def _signature(inputs, outputs):
+    return ", ".join(
+        [
+            *(f"const {argument.type} *{argument.name}" for argument in inputs),
+            *(f"{argument.type} *{argument.name}" for argument in outputs),
+        ]
+    )
 
 
 def _environment():

@@ -4,14 +4,19 @@ import dataclasses
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 _WORD = 4  # Bytes of an int32, a float and a pointer on a 32-bit microcontroller.
 _PER_LINE = 20
-_TYPES = {"float32": "float", "int8": "int8_t", "int32": "int32_t", "uint8": "uint8_t"}
+TYPES = {
+    "float32": "float",
+    "bool": "uint8_t",
+    **{name: f"{name}_t" for name in ("int8", "int16", "int32", "uint8", "uint16", "uint32")},
+}
+"""{dtype: its type in C}."""
 
 
 @dataclasses.dataclass
@@ -28,7 +33,7 @@ class Constants:
 
     def array(self, kind: str, values: np.ndarray) -> str:
         """The name of a constant array."""
-        c_type = _TYPES[values.dtype.name]
+        c_type = TYPES[values.dtype.name]
         key = c_type, values.tobytes()
         if key not in self.declarations:
             name = f"{kind}_{len(self.declarations)}"
@@ -50,36 +55,76 @@ class Constants:
 
 
 class Operand(NamedTuple):
-    """Entry (i, j, …) is array[offset + i · strides[0] + j · strides[1] + …]."""
+    """Entry (i, j, …) is array[offset + i · strides[0] + j · strides[1] + …].
+
+    Attributes:
+      array: A C expression.
+      offset: In entries.
+      strides: One for each axis.
+      terms: What the indices of loops around add to the offset.
+    """
 
     array: str
     offset: int
     strides: tuple[int, ...]
+    terms: tuple[str, ...] = ()
 
     @classmethod
     def whole(cls, array: str, offset: int, shape: Sequence[int]) -> "Operand":
         """A tensor that lies row by row.
 
         Example:
-          >>> Operand.whole('arena', 5, (2, 3, 4))
-          Operand(array='arena', offset=5, strides=(12, 4, 1))
+          >>> Operand.whole('arena', 5, (2, 3, 4)).strides
+          (12, 4, 1)
         """
         strides = (math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return cls(array, offset, tuple(strides))
+
+    @property
+    def index(self) -> str:
+        """Of the first entry."""
+        offset = [str(self.offset)] if self.offset or not self.terms else []
+        return " + ".join([*offset, *self.terms])
+
+    @property
+    def entry(self) -> str:
+        """The first entry."""
+        return f"{self.array}[{self.index}]"
+
+    @property
+    def pointer(self) -> str:
+        """To the first entry."""
+        return self.array if self.index == "0" else f"{self.array} + {self.index}"
 
     def shifted(self, starts: Sequence[int]) -> "Operand":
         """The same from the entry `starts` on."""
         offset = sum(start * s for start, s in zip(starts, self.strides, strict=True))
         return self._replace(offset=self.offset + offset)
 
+    def axes(self, axes: Sequence[int]) -> "Operand":
+        """These axes of it alone, in this order."""
+        return self._replace(strides=tuple(self.strides[axis] for axis in axes))
 
-def each(shape: Sequence[int], operands: Mapping[str, Operand], statement: str) -> str:
+    def repeated(self, shape: Sequence[int]) -> "Operand":
+        """Where it has a length of 1, of its own shape, it has no stride: it broadcasts."""
+        steps = zip(self.strides, shape, strict=True)
+        return self._replace(strides=tuple(0 if n == 1 else step for step, n in steps))
+
+
+def each(
+    shape: Sequence[int],
+    operands: Mapping[str, Operand],
+    body: str | Callable[[dict[str, Operand]], str],
+    index: str = "i",
+) -> str:
     """Loops over every index of `shape`, axes that step alike made one.
 
     Args:
       shape: How far each index goes.
       operands: {letter: tensor}.
-      statement: With '{letter}' for the entry at the index, no semicolon.
+      body: A statement with '{letter}' for the entry at the index, without semicolon; or what makes
+        statements of {letter: the operand there, without axes}.
+      index: Letter of the indices, another one inside of other loops.
 
     Example:
       >>> x, y = Operand('in', 3, (8, 1)), Operand.whole('out', 0, (2, 4))
@@ -94,18 +139,22 @@ def each(shape: Sequence[int], operands: Mapping[str, Operand], statement: str) 
     for n, *steps in zip(shape, *(o.strides for o in operands.values()), strict=True):
         if axes and all(outer == n * s for outer, s in zip(axes[-1][1], steps, strict=True)):
             axes[-1] = axes[-1][0] * n, tuple(steps)
-        elif n > 1:
+        elif n != 1:
             axes.append((n, tuple(steps)))
-    entries = {}
+    there = {}
     for k, (letter, operand) in enumerate(operands.items()):
-        terms = [(steps[k], f"i{i}") for i, (_, steps) in enumerate(axes) if steps[k]]
-        index = [i if step == 1 else f"{step} * {i}" for step, i in terms]
-        if operand.offset or not index:
-            index.insert(0, str(operand.offset))
-        entries[letter] = f"{operand.array}[{' + '.join(index)}]"
-    text = statement.format(**entries) + ";"
+        used = [(steps[k], f"{index}{i}") for i, (_, steps) in enumerate(axes) if steps[k]]
+        terms = (i if step == 1 else f"{step} * {i}" for step, i in used)
+        there[letter] = operand._replace(strides=(), terms=(*operand.terms, *terms))
+    if isinstance(body, str):
+        text = body.format(**{letter: operand.entry for letter, operand in there.items()}) + ";"
+    else:
+        text = body(there)
+    if not axes and "\n" in text:
+        return block(text)
     for i, (n, _) in reversed(list(enumerate(axes))):
-        text = f"for (int32_t i{i} = 0; i{i} < {n}; i{i}++) {{\n{_indented(text)}\n}}"
+        i = f"{index}{i}"
+        text = f"for (int32_t {i} = 0; {i} < {n}; {i}++) {{\n{_indented(text)}\n}}"
     return text
 
 
@@ -128,11 +177,16 @@ def literal(value: float | int) -> str:
     """A number in C; a float by its bits, not by its digits.
 
     Example:
-      >>> literal(3), literal(np.float32(0.1)), literal(0.0)
-      ('3', '0x1.99999ap-4f', '0x0p+0f')
+      >>> literal(3), literal(np.float32(0.1)), literal(0.0), literal(-math.inf)
+      ('3', '0x1.99999ap-4f', '0x0p+0f', '-INFINITY')
     """
     if isinstance(value, int | np.integer):
-        return str(value)
+        # The least int32 is no literal: it would be the negative of what is none.
+        return str(value) if value != -(2**31) else f"({value + 1} - 1)"
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
     digits, exponent = float(value).hex().split("p")
     return f"{digits.rstrip('0').rstrip('.')}p{exponent}f"
 

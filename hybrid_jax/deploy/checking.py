@@ -8,9 +8,9 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
-from hybrid_jax.deploy.program import Mixture, Program
 from hybrid_jax.deploy.targets import TARGETS
 from hybrid_jax.deploy.timing import Latency, latency
+from hybrid_jax.program import Mixture, Program
 
 
 class Check(NamedTuple):
@@ -50,24 +50,18 @@ def export_to(
 ) -> dict[str, Any]:
     """Writes a program for one target.
 
-    Args:
-      target: Of `TARGETS`.
-      path: File to write, and its manifest beside it. On any failure what was there stays.
-      program: From `lower`.
-      **options: Of that target's writer.
-
-    Returns:
-      The manifest.
+    `target` is one of `TARGETS`, and `options` are those of its writer. A manifest is written
+    beside the file, and returned. On any failure what was there stays.
 
     Raises:
-      ValueError: If the target is unknown, or cannot express the program.
+      ValueError: If the target cannot express the program.
       ImportError: If what the target needs is not installed; names the extra.
 
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from hybrid_jax.deploy import lower
-      >>> program = lower(lambda w, x: x @ w, jnp.eye(2), None, None, jnp.ones((1, 2)))
+      >>> from hybrid_jax import program as p
+      >>> program = p.lower(lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     manifest = export_to('stablehlo', f'{folder}/model.stablehlo', program)
       >>> manifest['inputs']
@@ -97,18 +91,14 @@ def check(
       target: Of `TARGETS`.
       path: What `export_to` wrote.
       dense_path: What it wrote of the dense float model, for the same target.
-      x: float32 (n, …), real inputs.
+      x: (n, …), real inputs, as the program takes them.
       expected: (n, …), the outputs of the model that was exported.
       batches: Batch sizes to time; each at most n.
       threads: That the runtime may use while it is timed. XLA's are those of the process.
       pairs: How many pairs are timed at each batch size.
-
-    Raises:
-      ValueError: If the target is unknown, shapes do not fit, or a batch is larger than n.
-      FileNotFoundError: If a file is missing.
     """
     core.check_choice("target", target, TARGETS)
-    x, expected = np.asarray(x, np.float32), np.asarray(expected)
+    x, expected = np.asarray(x), np.asarray(expected)
     for batch in batches:
         core.check_integer("batches", batch, 1, len(x))
     open_session = TARGETS[target].session

@@ -38,6 +38,33 @@ static float clamp(float x, float low, float high)
     return x < low ? low : x > high ? high : x;
 }
 
+/* NaN of a NaN. */
+static float larger(float a, float b)
+{
+    return a > b || a != a ? a : b;
+}
+
+static float smaller(float a, float b)
+{
+    return a < b || a != a ? a : b;
+}
+
+static int32_t larger_int(int32_t a, int32_t b)
+{
+    return a > b ? a : b;
+}
+
+static int32_t smaller_int(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Towards zero; zero of a NaN. */
+static int64_t truncated(float x, int64_t low, int64_t high)
+{
+    return x != x ? 0 : x <= (float)low ? low : x >= (float)high ? high : (int64_t)x;
+}
+
 /* Ties to even: beside 1.5 * 2^23 a float has no bit left for a fraction. */
 static uint8_t nearest(float x, float low, float high, int32_t zero)
 {
@@ -182,8 +209,9 @@ static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *
     }
 }
 
-static void average_pool(const uint8_t *x, void *y, const Window *at, int32_t zero,
-                         float multiplier, const Result *to)
+/* The mean of `count` entries, 0: of those on the input; steps of `from` become steps of `step`. */
+static void average_pool(const uint8_t *x, void *y, const Window *at, int32_t zero, float from,
+                         float step, int32_t count, const Result *to)
 {
     const int32_t channels = at->channels;
     for (int32_t first = 0; first < channels; first += BLOCK) {
@@ -193,6 +221,8 @@ static void average_pool(const uint8_t *x, void *y, const Window *at, int32_t ze
             const Taps down = taps(&at->down, row);
             for (int32_t column = 0; column < at->across.outputs; column++) {
                 const Taps across = taps(&at->across, column);
+                const int32_t on = (down.end - down.first) * (across.end - across.first);
+                const float multiplier = from / (step * (float)(count ? count : on ? on : 1));
                 int32_t sums[BLOCK] = {0};
                 for (int32_t k = down.first; k < down.end; k++) {
                     const int32_t line = (down.start + k) * at->across.length;
@@ -232,23 +262,6 @@ static void max_pool(const uint8_t *x, uint8_t *restrict y, const Window *at)
                 }
             }
             y += channels;
-        }
-    }
-}
-
-static void softmax(float *x, int32_t rows, int32_t n)
-{
-    for (int32_t row = 0; row < rows; row++, x += n) {
-        float most = x[0], sum = 0.0f;
-        for (int32_t i = 1; i < n; i++) {
-            most = x[i] > most ? x[i] : most;
-        }
-        for (int32_t i = 0; i < n; i++) {
-            x[i] = expf(x[i] - most);
-            sum += x[i];
-        }
-        for (int32_t i = 0; i < n; i++) {
-            x[i] /= sum;
         }
     }
 }

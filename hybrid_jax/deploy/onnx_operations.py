@@ -4,40 +4,21 @@ A rule is rule(graph, operation) -> the value that holds the operation's output 
 Computing operations read their inputs in floats; those that move or compare values, as stored.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from hybrid_jax.deploy import arithmetic
-from hybrid_jax.deploy.onnx_graph import WHOLE, Graph, arranged, axis_order, pads
-from hybrid_jax.deploy.program import (
-    UNBOUNDED,
-    Add,
-    AveragePool,
-    Clip,
-    Concatenate,
-    Conv,
-    Convert,
-    Dense,
-    Encoding,
-    Lookup,
-    MaxPool,
-    Mean,
-    Multiply,
-    Pad,
-    Program,
-    Reshape,
-    Slice,
-    Softmax,
-    Transpose,
-    Weights,
-)
-from hybrid_jax.quantization import integer_step
+from hybrid_jax import program as p
+from hybrid_jax.deploy.onnx_functions import FLOAT, converted, expression
+from hybrid_jax.deploy.onnx_graph import WHOLE, Graph, arranged, axis_order, file_dtype, pads
+from hybrid_jax.program import UNBOUNDED, arithmetic
 
 OF_HALVES = 21  # the first opset that casts an int4
 
 
-def stored_bits(weights: Weights, x: Encoding | None, opset: int) -> int:
+def stored_bits(weights: p.Weights, x: p.Encoding | None, opset: int) -> int:
     """Bits of each entry of a kernel in the file; what multiplies floats is stored in floats."""
     if x is None:
         return 32
@@ -47,32 +28,53 @@ def stored_bits(weights: Weights, x: Encoding | None, opset: int) -> int:
 
 
 def written(
-    onnx: Any, program: Program, x: str, y: str, prefix: str = "", **options: Any
+    onnx: Any,
+    program: p.Program,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    prefix: str = "",
+    **options: Any,
 ) -> tuple[list, list]:
-    """The nodes and constants that make a program's output of its input.
+    """The nodes and constants that make a program's outputs of its inputs.
 
     Args:
       onnx: The module.
       program: The program.
-      x: Name of the value that is the input.
-      y: Name of the value that will be the output.
+      inputs: Names of the values that are its inputs.
+      outputs: Names of those that will be its outputs.
       prefix: Of every other name.
       **options: Of `Graph`.
 
     Raises:
       ValueError: If an operation has no rule, or its rule refuses it.
     """
-    graph = Graph(onnx, program, x, prefix, **options)
+    graph = Graph(onnx, program, inputs, prefix, **options)
     for op in program.operations:
-        if type(op) not in _RULES:
-            known = ", ".join(kind.__name__ for kind in _RULES)
-            raise ValueError(
-                f"program must be of operations that ONNX is written for ({known}), "
-                f"got {type(op).__name__} {op.output!r}"
-            )
-        graph.stored[op.output] = _RULES[type(op)](graph, op)
-    last = onnx.helper.make_node("Identity", [graph.result()], [y])
-    return [*graph.nodes, last], graph.constants
+        graph.stored[op.output] = _rule(op)(graph, op)
+        if graph.single.issuperset(op.inputs):
+            graph.single.add(op.output)
+    results = [_result(graph, program, edge) for edge in program.outputs]
+    return graph.ended(dict(zip(outputs, results, strict=True)))
+
+
+def _rule(op):
+    if isinstance(op, p.Call):
+        raise op.refused("ONNX")
+    if type(op) not in RULES:
+        known = ", ".join(kind.__name__ for kind in RULES)
+        raise ValueError(
+            f"program must be of operations that ONNX is written for ({known}), "
+            f"got {type(op).__name__} {op.output!r}"
+        )
+    return RULES[type(op)]
+
+
+def _result(graph, program, name):
+    value, dtype = graph.result(name), file_dtype(program.tensors[name].dtype)
+    if dtype == FLOAT:
+        return value
+    made = converted(graph, value, FLOAT, dtype)
+    return made if dtype.kind == "b" or dtype == np.int32 else graph.cast(made, dtype)
 
 
 def _conv(graph, op):
@@ -80,7 +82,7 @@ def _conv(graph, op):
     y = graph.node(
         "Conv",
         [graph.floats(op.inputs[0]), kernel, bias],
-        name=op.name,
+        op.name,
         kernel_shape=op.weights.values.shape[:2],
         strides=op.strides,
         pads=pads(op.padding),
@@ -92,8 +94,7 @@ def _conv(graph, op):
 
 def _dense(graph, op):
     kernel, bias = _weights(graph, op, (0, 1))
-    x = graph.floats(op.inputs[0])
-    return graph.store(graph.node("Gemm", [x, kernel, bias], name=op.name), op)
+    return graph.store(graph.node("Gemm", [graph.floats(op.inputs[0]), kernel, bias], op.name), op)
 
 
 def _weights(graph, op, order):
@@ -104,18 +105,15 @@ def _weights(graph, op, order):
     weights, encoding = op.weights, graph.encoding(op.inputs[0])
     if encoding is None:
         kernel = weights.values if weights.scale is None else weights.values * weights.scale
-        return graph.constant(kernel.transpose(order)), graph.constant(weights.bias)
+        return np.asarray(kernel).transpose(order), weights.bias
     kernel, zero = weights.values.transpose(order), np.int8(0)
     if not graph.vnni and arithmetic.saturates(weights, encoding):
         kernel, zero = (kernel.astype(np.int16) + 128).astype(np.uint8), np.uint8(128)
     if stored_bits(weights, encoding, graph.opset) == 4:
-        kernel = graph.halves(kernel, integer_step(4))
-    else:
-        kernel = graph.constant(kernel)
-    zeros = graph.constant(np.full(weights.scale.shape, zero))
-    step = graph.constant(np.float32(encoding.scale) * weights.scale)
-    kernel = [kernel, graph.constant(weights.scale), zeros]
-    bias = [graph.constant(arithmetic.integer_bias(weights, encoding)), step]
+        kernel = graph.halves(kernel, p.integer_step(4))
+    kernel = [kernel, weights.scale, np.full(weights.scale.shape, zero)]
+    step = np.float32(encoding.scale) * weights.scale
+    bias = [arithmetic.integer_bias(weights, encoding), step]
     return (
         graph.node("DequantizeLinear", kernel, axis=order.index(len(order) - 1)),
         graph.node("DequantizeLinear", bias, axis=0),
@@ -129,6 +127,20 @@ def _of_floats(kind):
     return rule
 
 
+def _add(graph, op):
+    return _of_floats("Sub" if op.minus else "Add")(graph, op)
+
+
+def _matmul(graph, op):
+    rank = len(graph.shape(op.output))
+    turned = [graph.last_channels(graph.stored[name], rank) for name in op.inputs]
+    floats = [
+        graph.dequantize(value, graph.encoding(name))
+        for value, name in zip(turned, op.inputs, strict=True)
+    ]
+    return graph.first_channels(graph.store(graph.node("MatMul", floats), op), rank)
+
+
 def _max_pool(graph, op):
     if any(max(pair) >= size for pair, size in zip(op.padding, op.window)):
         raise ValueError(
@@ -139,14 +151,13 @@ def _max_pool(graph, op):
 
 
 def _average_pool(graph, op):
-    name, encoding = op.inputs[0], graph.encoding(op.inputs[0])
-    if any(map(any, op.padding)):
+    (name,), padding = op.inputs, op.padding
+    x, encoding = graph.stored[name], graph.encoding(name)
+    if op.count_padding and any(map(any, padding)):
         # Padding of the pool itself is the integer 0 in OpenVINO, whatever the zero point.
-        padded = graph.pad(graph.stored[name], (*op.padding, (0, 0)), encoding)
-        x = graph.dequantize(padded, encoding)
-    else:
-        x = graph.floats(name)
-    return graph.store(_pool(graph, op, "AveragePool", x), op)
+        x, padding = graph.pad(x, (*padding, (0, 0)), _stored(0, encoding)), ((0, 0), (0, 0))
+    y = _pool(graph, op, "AveragePool", graph.dequantize(x, encoding), pads=pads(padding))
+    return graph.store(y, op)
 
 
 def _pool(graph, op, kind, x, **attributes):
@@ -154,94 +165,186 @@ def _pool(graph, op, kind, x, **attributes):
 
 
 def _mean(graph, op):
-    pooled = graph.node("GlobalAveragePool", [graph.floats(op.inputs[0])])
+    """A global pool of (axes that stay, axes that go, 1), of which runtimes have kernels."""
+    (name,), shape = op.inputs, graph.shape(op.inputs[0])
+    gone, left = _parted(op, len(shape))
+    x = graph.transpose(graph.last_channels(graph.stored[name], len(shape)), (*left, *gone))
+    if (len(left), len(gone)) != (1, 2):
+        count = math.prod(shape[axis] for axis in gone)
+        x = graph.node("Reshape", [x, np.int64([-1, math.prod(shape) // count, count, 1])])
+    y = graph.node("GlobalAveragePool", [graph.dequantize(x, graph.encoding(name))])
     # ONNX Runtime's kernels have the channels last: turned so here, it turns nothing.
-    return graph.node("Flatten", [graph.transpose(graph.store(pooled, op), (1, 2, 0))])
+    y = graph.transpose(graph.store(y, op), (1, 2, 0))
+    y = graph.node("Reshape", [y, np.int64([0, *(shape[axis] for axis in left)])])
+    return graph.first_channels(y, len(left))
+
+
+def _largest(graph, op):
+    rank, (name,) = len(graph.shape(op.inputs[0])), op.inputs
+    y = graph.reduce("ReduceMax", graph.stored[name], graph.places(name, op.axes), 0)
+    _, left = _parted(op, rank)
+    there = [axis for axis in axis_order(rank) if axis in left]
+    return graph.transpose(y, [there.index(left[axis]) for axis in axis_order(len(left))])
+
+
+def _parted(op, rank):
+    """The axes of an example that a reduction takes away, and those that it leaves."""
+    gone = sorted(axis % rank for axis in op.axes)
+    return gone, [axis for axis in range(rank) if axis not in gone]
 
 
 def _clip(graph, op):
-    x, encoding, clip = graph.stored[op.inputs[0]], graph.encoding(op.output), (op.low, op.high)
-    if encoding is None:
-        return graph.clip(x, clip, np.float32, UNBOUNDED)
-    bounds = arithmetic.bounds(encoding, clip)
-    return graph.clip(x, bounds, np.uint8, (encoding.low, encoding.high))
+    return _reencoded(graph, op, (op.low, op.high))
+
+
+def _convert(graph, op):
+    if op.inputs[0] in graph.bytes and graph.encoding(op.output) == p.Encoding(1.0):
+        return graph.bytes[op.inputs[0]]
+    return _reencoded(graph, op, UNBOUNDED)
+
+
+def _reencoded(graph, op, clip):
+    (name,) = op.inputs
+    before, after = graph.encoding(name), graph.encoding(op.output)
+    if before == after:
+        x = graph.stored[name]
+        if after is None:
+            return graph.clip(x, clip, np.float32, UNBOUNDED)
+        return graph.clip(x, arithmetic.bounds(after, clip), np.uint8, (after.low, after.high))
+    # From one encoding to another a Clip stands behind, if only of all that there is: of two bare
+    # pairs in a row ONNX Runtime makes one of a third scale, with which the next kernel is wrong.
+    within = WHOLE if before is None else (None, None)
+    return graph.stored_within(graph.floats(name), op, clip, within)
 
 
 def _concatenate(graph, op):
-    axis = _place(graph, op, op.axis)
-    if {graph.encoding(name) for name in op.inputs} == {graph.encoding(op.output)}:
-        return graph.node("Concat", [graph.stored[name] for name in op.inputs], axis=axis)
-    floats = [graph.floats(name) for name in op.inputs]
-    return graph.store(graph.node("Concat", floats, axis=axis), op)
-
-
-def _softmax(graph, op):
-    return graph.node("Softmax", [graph.stored[op.inputs[0]]], axis=_place(graph, op, -1))
-
-
-def _place(graph, op, axis):
-    """Where an axis of an example of the output stands in ONNX, behind the batch."""
-    shape = graph.shape(op.output)
-    return 1 + axis_order(shape).index(axis % len(shape))
+    alike = {graph.encoding(name) for name in op.inputs} == {graph.encoding(op.output)}
+    values = [graph.stored[name] if alike else graph.floats(name) for name in op.inputs]
+    if not graph.single.issuperset(op.inputs):
+        rank = len(graph.shape(op.output))
+        values = [
+            graph.batched(value, rank) if name in graph.single else value
+            for value, name in zip(values, op.inputs, strict=True)
+        ]
+    y = graph.node("Concat", values, axis=graph.places(op.output, [op.axis])[0])
+    return y if alike else graph.store(y, op)
 
 
 def _reshape(graph, op):
-    x, after = graph.stored[op.inputs[0]], graph.shape(op.output)
-    if len(graph.shape(op.inputs[0])) == 3:
-        x = graph.transpose(x, (1, 2, 0))
-    shape = graph.constant(np.int64([0, *after]))
-    return graph.transpose(graph.node("Reshape", [x, shape]), axis_order(after))
+    after = graph.shape(op.output)
+    x = graph.last_channels(graph.stored[op.inputs[0]], len(graph.shape(op.inputs[0])))
+    return graph.first_channels(graph.node("Reshape", [x, np.int64([0, *after])]), len(after))
 
 
 def _transpose(graph, op):
-    before, after = (axis_order(graph.shape(name)) for name in (op.inputs[0], op.output))
-    order = [before.index(op.permutation[axis]) for axis in after]
-    return graph.transpose(graph.stored[op.inputs[0]], order)
+    rank = len(op.permutation)
+    x = graph.last_channels(graph.stored[op.inputs[0]], rank)
+    return graph.first_channels(graph.transpose(x, op.permutation), rank)
+
+
+def _broadcast(graph, op):
+    shape = np.int64([1, *arranged(op.shape)])
+    return graph.node("Expand", [graph.stored[op.inputs[0]], shape])
 
 
 def _pad(graph, op):
-    return graph.pad(graph.stored[op.inputs[0]], op.padding, graph.encoding(op.output))
+    x, encoding = graph.stored[op.inputs[0]], graph.encoding(op.output)
+    return graph.pad(x, op.padding, _stored(op.value, encoding))
+
+
+def _stored(value, encoding):
+    """A number as a tensor of that encoding holds it."""
+    if encoding is None:
+        return np.float32(value)
+    return np.uint8(arithmetic.bounds(encoding, (value, value))[0])
 
 
 def _slice(graph, op):
     axes = range(1, len(op.starts) + 1)
     vectors = arranged(op.starts), arranged(op.stops), axes, arranged(op.strides)
-    constants = [graph.constant(np.int64(vector)) for vector in vectors]
-    return graph.node("Slice", [graph.stored[op.inputs[0]], *constants])
+    return graph.node("Slice", [graph.stored[op.inputs[0]], *map(np.int64, vectors)])
 
 
-_FUNCTIONS = {"logistic": "Sigmoid", "tanh": "Tanh", "exp": "Exp"}
+def _gather(graph, op):
+    rank, (name,) = len(graph.shape(op.output)), op.inputs
+    x, indices = graph.stored[name], np.int64(op.indices)
+    if op.axis % rank == rank - 1:
+        return graph.node("Gather", [x, indices], axis=graph.places(name, [op.axis])[0])
+    # Runtimes copy what stands together behind the axis: best if the channels do.
+    x = graph.node("Gather", [graph.last_channels(x, rank), indices], axis=1 + op.axis % rank)
+    return graph.first_channels(x, rank)
 
 
-def _lookup(graph, op):
-    return _of_floats(_FUNCTIONS[op.function])(graph, op)
+def _function(graph, op):
+    encodings = [graph.encoding(name) for name in (*op.inputs, op.output)]
+    # Of a sigmoid of integers ONNX Runtime has a kernel; any other is a table.
+    if None in encodings or op.kind == "logistic":
+        return graph.store(expression(graph, op), op)
+    table, shape = arithmetic.table(op.steps, op.constants, *encodings), graph.shape(op.output)
+    # Channels last, as ONNX Runtime has them around its convolutions.
+    index = graph.cast(graph.last_channels(graph.stored[op.inputs[0]], len(shape)), np.int32)
+    if table.ndim == 2:
+        index = graph.node("Add", [index, np.int32(256 * np.arange(table.shape[1]))])
+    # Along one axis ONNX Runtime looks up eight times as fast as with its Gather.
+    index = graph.node("Reshape", [index, np.int64([-1])])
+    found = graph.node("GatherElements", [table.T.ravel(), index], axis=0)
+    return graph.first_channels(graph.node("Reshape", [found, np.int64([-1, *shape])]), len(shape))
 
 
-def _convert(graph, op):
-    before, after = graph.encoding(op.inputs[0]), graph.encoding(op.output)
-    if before == after:
-        return graph.stored[op.inputs[0]]
-    # From one encoding to another a Clip stands behind, if only of all that there is: of two bare
-    # pairs in a row ONNX Runtime makes one of a third scale, with which the next kernel is wrong.
-    within = WHOLE if before is None else (None, None)
-    return graph.store(graph.floats(op.inputs[0]), op, within)
+def _softmax(graph, op):
+    (axis,), x = graph.places(op.output, [op.axis]), graph.floats(op.inputs[0])
+    if graph.kind(x) == "DequantizeLinear":
+        # Between integers ONNX Runtime would take a kernel that is up to a step off.
+        x = graph.node("Clip", [x, np.finfo(np.float32).min])
+    return graph.store(graph.node("Softmax", [x], axis=axis), op)
 
 
-_RULES = {
-    Conv: _conv,
-    Dense: _dense,
-    Add: _of_floats("Add"),
-    Multiply: _of_floats("Mul"),
-    Clip: _clip,
-    MaxPool: _max_pool,
-    AveragePool: _average_pool,
-    Mean: _mean,
-    Concatenate: _concatenate,
-    Reshape: _reshape,
-    Transpose: _transpose,
-    Pad: _pad,
-    Slice: _slice,
-    Lookup: _lookup,
-    Softmax: _softmax,
-    Convert: _convert,
+def _normalize(graph, op):
+    (name,), shape = op.inputs, graph.shape(op.inputs[0])
+    x, axes = graph.floats(name), graph.places(name, op.axes)
+    if len(shape) == 2:  # OpenVINO's integer ReduceMean of three axes is wrong
+        x = graph.node("Reshape", [x, np.int64([0, *shape, 1])])
+    centred = graph.node("Sub", [x, graph.reduce("ReduceMean", x, axes, 1)])
+    squares = graph.node("Mul", [centred, centred])
+    variance = graph.reduce("ReduceMean", squares, axes, 1)
+    variance = graph.node("Add", [variance, np.float32(op.epsilon)])
+    y = graph.node("Div", [centred, graph.node("Sqrt", [variance])])
+    if len(shape) == 2:
+        y = graph.node("Reshape", [y, np.int64([0, *shape])])
+    return graph.store(y, op)
+
+
+def _constant(graph, op):
+    encoding = graph.encoding(op.output)
+    value = op.floats() if encoding is None else op.integers([], [], encoding)
+    order = [0, *(axis + 1 for axis in axis_order(len(graph.shape(op.output))))]
+    return graph.constant(np.asarray(value).transpose(order))
+
+
+RULES = {
+    p.Conv: _conv,
+    p.Dense: _dense,
+    p.MatMul: _matmul,
+    p.Add: _add,
+    p.Multiply: _of_floats("Mul"),
+    p.Maximum: _of_floats("Max"),
+    p.Minimum: _of_floats("Min"),
+    p.Clip: _clip,
+    p.Function: _function,
+    p.Mean: _mean,
+    p.Largest: _largest,
+    p.MaxPool: _max_pool,
+    p.AveragePool: _average_pool,
+    p.Concatenate: _concatenate,
+    p.Reshape: _reshape,
+    p.Transpose: _transpose,
+    p.Broadcast: _broadcast,
+    p.Pad: _pad,
+    p.Slice: _slice,
+    p.Gather: _gather,
+    p.Softmax: _softmax,
+    p.Normalize: _normalize,
+    p.Constant: _constant,
+    p.Convert: _convert,
 }
+"""{class of operation: rule}: of every class but `Call`."""

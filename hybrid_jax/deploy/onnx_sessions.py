@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +12,7 @@ from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.onnx_writer import KIND
 
 
-def onnx_session(
-    file: str | os.PathLike | bytes, threads: int | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
+def onnx_session(file: str | os.PathLike | bytes, threads: int | None = None) -> Callable[..., Any]:
     """A file run by ONNX Runtime, in a session without options.
 
     Args:
@@ -21,17 +20,17 @@ def onnx_session(
       threads: That it may use, the one option that is set; None leaves it to the runtime.
 
     Returns:
-      fn(x) -> y, float32 (n, …) to float32 (n, …), n >= 1.
+      fn(*inputs) -> outputs, arrays (n, …) of the file's dtypes, n >= 1; a single one alone.
 
     Raises:
       ImportError: If the extra `onnx` is not installed.
       FileNotFoundError: If the file or its manifest is missing.
       ValueError: If the file was changed or damaged, is of another kind, or is none that this
-        ONNX Runtime takes, as one of a newer opset; `fn` if the shape of x does not fit.
+        ONNX Runtime takes, as one of a newer opset; `fn` if an input does not fit.
 
     Example:
       >>> from hybrid_jax.deploy.onnx_writer import to_onnx
-      >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Program, Tensor, Weights
+      >>> from hybrid_jax.program import Convert, Dense, Encoding, Program, Tensor, Weights
       >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
       >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
       >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
@@ -47,15 +46,20 @@ def onnx_session(
         session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class of their own
         raise _refusal(f"ONNX Runtime {runtime.__version__}", error) from error
-    (x,) = session.get_inputs()
-    return _checked(x.shape[1:], lambda images: session.run(None, {x.name: images})[0])
+    # A type is written 'tensor(float)', 'tensor(uint8)'.
+    ends = [
+        (x.name, x.shape[1:], np.dtype(x.type[7:-1].replace("float", "float32")))
+        for x in session.get_inputs()
+    ]
+    return _checked(ends, lambda arrays: session.run(None, arrays))
 
 
 def openvino_session(
     file: str | os.PathLike | bytes, threads: int | None = None, precision: str | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Callable[..., Any]:
     """A file run by OpenVINO; arguments, result and errors are those of `onnx_session`.
 
+    An input that nothing in the file reads is none of its function's: OpenVINO leaves it out.
     What is not in integers computes in float32, or in bfloat16 where the processor multiplies
     that: such is OpenVINO's default, unless `precision` is 'f32'. Its package tells its makers of
     its use, unless the variable CI is 'true' or its command `opt_in_out --opt_out` was given.
@@ -74,8 +78,15 @@ def openvino_session(
         compiled = engine.compile_model(engine.read_model(data), "CPU", options)
     except RuntimeError as error:
         raise _refusal(f"OpenVINO {openvino.__version__}", error) from error
-    shape = [axis.get_length() for axis in list(compiled.input(0).partial_shape)[1:]]
-    return _checked(shape, lambda images: compiled(images)[0])
+    ends = [
+        (
+            x.any_name,
+            [axis.get_length() for axis in list(x.partial_shape)[1:]],
+            np.dtype(x.element_type.to_dtype()),
+        )
+        for x in compiled.inputs
+    ]
+    return _checked(ends, lambda arrays: list(compiled(arrays).to_tuple()))
 
 
 def _contents(file):
@@ -91,12 +102,21 @@ def _refusal(runtime, error):
     return ValueError(f"file must be a model that {runtime} takes: {error}")
 
 
-def _checked(shape, run):
-    def fn(x):
-        images = np.asarray(x, np.float32)
-        if not len(images) or list(images.shape[1:]) != list(shape):
-            wanted = ", ".join(map(str, shape))
-            raise ValueError(f"x must have shape (n, {wanted}) with n >= 1, got {images.shape}")
-        return run(images)
+def _checked(ends, run):
+    """fn(*arrays) -> what the runtime makes of them by name; `ends` are (name, shape, dtype)."""
+
+    def fn(*arrays):
+        if len(arrays) != len(ends):
+            raise ValueError(f"inputs must be {len(ends)} arrays, got {len(arrays)}")
+        given = {}
+        for (name, shape, dtype), x in zip(ends, map(np.asarray, arrays), strict=True):
+            if (dtype == np.uint8) != (x.dtype == np.uint8):
+                raise ValueError(f"{name} must be of dtype {dtype}, got {x.dtype}")
+            if x.ndim == 0 or not len(x) or list(x.shape[1:]) != list(shape):
+                wanted = ", ".join(map(str, ("n", *shape)))
+                raise ValueError(f"{name} must have shape ({wanted}) with n >= 1, got {x.shape}")
+            given[name] = x.astype(dtype)
+        outputs = run(given)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return fn

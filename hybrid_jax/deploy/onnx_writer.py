@@ -4,7 +4,9 @@ An encoded tensor is a uint8 behind a `QuantizeLinear`. Operations that compute 
 `DequantizeLinear`, and runtimes fuse what lies between the two into one integer operation; those
 that only move or compare values (maxima, reshapes, slices) work on the uint8 itself. The saturation
 of `QuantizeLinear` is the ReLU; other bounds are a `Clip` of the uint8 behind it, which leaves the
-fusion as it is. Images are channels first, as ONNX has them; the input is turned once.
+fusion as it is. A function of one encoded tensor is a table of 256 entries, but for the sigmoid, of
+which ONNX Runtime has a kernel. What has three axes is channels first, as ONNX has images; inputs
+and outputs are in the program's order.
 
 A file is right in a session opened with no options, on every processor. x86 without VNNI adds
 products of uint8 and int8 in pairs that stop at ±2^15 (`arithmetic.saturates`): kernels of up to 7
@@ -12,13 +14,14 @@ bits never reach that, and are stored as int8; those of 8 bits that may are uint
 128, for which the runtimes have slower kernels. With `vnni` they are int8, which is right on
 processors with VNNI and on Arm alone. Kernels of up to 4 bits are int4 in the file, from opset 21
 on, and int8 once it is opened. Kernels that take floats are stored in float32. Where the
-runtimes differ from `reference.run`: both compute sums, products, concatenations and conversions of
+runtimes differ from `program.run`: both compute sums, products, concatenations and conversions of
 encoded tensors in floats, and may round what lies next to a tie the other way; ONNX Runtime does a
 convolution from integers to floats in floats; and OpenVINO leaves a convolution unrounded that it
 adds to something, which is where most of its differences in a residual network begin.
 """
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -26,8 +29,9 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
+from hybrid_jax.deploy.onnx_graph import file_dtype
 from hybrid_jax.deploy.onnx_operations import stored_bits, written
-from hybrid_jax.deploy.program import Mixture, Program
+from hybrid_jax.program import Mixture, Program
 
 KIND = "onnx"
 OLDEST_OPSET = 13  # the first whose QuantizeLinear has a scale for each channel
@@ -36,7 +40,7 @@ _BATCH = "N"
 
 
 def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) -> Any:
-    """An ONNX model of the program, for any number of images.
+    """An ONNX model of the program, for any number of examples.
 
     A mixture is a loop over the images (`Scan`), which runs for each the gate and one expert.
 
@@ -46,15 +50,16 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) 
       vnni: Whether kernels of 8 bits, too, are int8: on x86 faster, and right with VNNI alone.
 
     Returns:
-      An `onnx.ModelProto`, checked: input 'x', float32 (N, …), to output 'y', float32 (N, …).
+      An `onnx.ModelProto`, checked: input 'x' (N, …) to output 'y' (N, …); of several the names
+      are those of the edges, with '_' for what is no letter. Floats are float32, bytes uint8.
 
     Raises:
       ImportError: If the extra `onnx` is not installed.
       ValueError: If the opset is none of these, ONNX has no form of an operation of the program
-        (which is named), or an accumulator may leave int32.
+        (which is named, with what to change), or an accumulator may leave int32.
 
     Example:
-      >>> from hybrid_jax.deploy.program import Convert, Dense, Encoding, Tensor, Weights
+      >>> from hybrid_jax.program import Convert, Dense, Encoding, Tensor, Weights
       >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
       >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
       >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
@@ -64,17 +69,21 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) 
     """
     onnx = require("onnx", "onnx")
     core.check_integer("opset", opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
-    nodes, constants, options = [], [], {"vnni": vnni, "opset": opset}
+    options = {"vnni": vnni, "opset": opset}
+    first, last = program.parts[0], program.parts[-1]
+    names = _end_names(first.inputs, last.outputs)
     if isinstance(program, Mixture):
-        body = _of_an_image(onnx, program, options)
-        nodes = [onnx.helper.make_node("Scan", ["x"], ["y"], body=body, num_scan_inputs=1)]
+        body, constants = _of_an_image(onnx, program, options), []
+        nodes = [onnx.helper.make_node("Scan", *names, body=body, num_scan_inputs=1)]
     else:
-        nodes, constants = written(onnx, program, "x", "y", **options)
-    x = _value(onnx, "x", (_BATCH, *program.input_shape))
-    y = _value(onnx, "y", (_BATCH, *program.output_shape))
+        nodes, constants = written(onnx, program, *names, **options)
+    ends = [
+        [_value(onnx, name, part.tensors[edge], (_BATCH,)) for name, edge in zip(titles, edges)]
+        for titles, part, edges in zip(names, (first, last), (first.inputs, last.outputs))
+    ]
     opsets = [onnx.helper.make_opsetid("", opset)]
     model = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "program", [x], [y], constants),
+        onnx.helper.make_graph(nodes, "program", *ends, constants),
         opset_imports=opsets,
         ir_version=onnx.helper.find_min_ir_version_for(opsets),
         producer_name="hybrid_jax",
@@ -96,7 +105,7 @@ def export_onnx(
       ImportError, ValueError: As `to_onnx`.
       OSError: If it cannot be written; what was there stays.
     """
-    model = to_onnx(program, opset=opset, vnni=vnni)
+    onnx, model = require("onnx", "onnx"), to_onnx(program, opset=opset, vnni=vnni)
     bits = {
         stored_bits(op.weights, part.encoding(op.inputs[0]), opset)
         for part in program.parts
@@ -104,29 +113,44 @@ def export_onnx(
     }
     facts = {
         "kind": KIND,
-        "onnx": require("onnx", "onnx").__version__,
+        "onnx": onnx.__version__,
         "opset": opset,
         "vnni": vnni,
         "kernel_bits": sorted(bits),
-        "inputs": [_describe(value) for value in model.graph.input],
-        "outputs": [_describe(value) for value in model.graph.output],
+        "inputs": [_describe(onnx, value) for value in model.graph.input],
+        "outputs": [_describe(onnx, value) for value in model.graph.output],
     }
     return artifact.write(path, model.SerializeToString(deterministic=True), facts)
 
 
-def _value(onnx, name, shape):
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+def _end_names(inputs, outputs):
+    """Names in the file of inputs and outputs: 'x' and 'y', of several those of the edges."""
+    found: list[str] = []
+    for edges, alone in ((inputs, "x"), (outputs, "y")):
+        for edge in edges:
+            name = re.sub(r"\W|^(?=\d)", "_", edge, flags=re.ASCII) if len(edges) > 1 else alone
+            while name in found:
+                name += "_"
+            found.append(name)
+    return found[: len(inputs)], found[len(inputs) :]
 
 
-def _describe(value):
-    shape = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-    return {"shape": shape, "dtype": "float32"}
+def _value(onnx, name, tensor, batch=()):
+    kind = onnx.helper.np_dtype_to_tensor_dtype(file_dtype(tensor.dtype))
+    return onnx.helper.make_tensor_value_info(name, kind, (*batch, *tensor.shape))
+
+
+def _describe(onnx, value):
+    kind = value.type.tensor_type
+    shape = [axis.dim_param or axis.dim_value for axis in kind.shape.dim]
+    return {"shape": shape, "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))}
 
 
 def _of_an_image(onnx, mixture, options):
     """The graph of what a mixture makes of one image 'image': gate, choice, one expert."""
     make, gate = onnx.helper.make_node, mixture.gate
-    shapes = [p.tensors[name].shape for p in mixture.experts[:1] for name in (p.input, p.output)]
+    expert_ = mixture.experts[0]
+    image, result = expert_.tensors[expert_.input], expert_.tensors[expert_.output]
     expert = _one_of(onnx, mixture.experts, 0, len(mixture.experts), options)
     nodes, constants = _of_a_batch_of_one(onnx, gate, "scores", "g", options)
     nodes = [
@@ -141,9 +165,9 @@ def _of_an_image(onnx, mixture, options):
         make("Where", ["is_nan", "nan", expert.output[0].name], ["checked"]),
         make("Reshape", ["checked", "shape"], ["result"]),
     ]
-    values = {"nan": np.float32(np.nan), "shape": np.int64(shapes[1])}
+    values = {"nan": np.float32(np.nan), "shape": np.int64(result.shape)}
     constants = [*constants, *expert.initializer, *_constants(onnx, values)]
-    ends = [[_value(onnx, *named)] for named in zip(("image", "result"), shapes)]
+    ends = [[_value(onnx, "image", image)], [_value(onnx, "result", result)]]
     return onnx.helper.make_graph(nodes, "mixture", *ends, constants)
 
 
@@ -162,8 +186,8 @@ def _one_of(onnx, experts, first, stop, options):
             make("If", [below], [y], then_branch=low, else_branch=high),
         ]
         constants = _constants(onnx, {number: np.int64([middle])})
-    shape = experts[first].tensors[experts[first].output].shape
-    return onnx.helper.make_graph(nodes, y, [], [_value(onnx, y, (1, *shape))], constants)
+    result = experts[first].tensors[experts[first].output]
+    return onnx.helper.make_graph(nodes, y, [], [_value(onnx, y, result, (1,))], constants)
 
 
 def _of_a_batch_of_one(onnx, program, y, prefix, options):
@@ -173,7 +197,7 @@ def _of_a_batch_of_one(onnx, program, y, prefix, options):
     move the gate's QuantizeLinear before it, and the experts would see what the gate sees.
     """
     x, shape = f"{prefix}x", f"{prefix}x_shape"
-    nodes, constants = written(onnx, program, x, y, prefix, **options)
+    nodes, constants = written(onnx, program, [x], [y], prefix, **options)
     sizes = {shape: np.int64([1, *program.tensors[program.input].shape])}
     reshape = onnx.helper.make_node("Reshape", ["image", shape], [x])
     return [reshape, *nodes], [*constants, *_constants(onnx, sizes)]

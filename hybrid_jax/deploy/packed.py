@@ -1,311 +1,281 @@
-r"""The packed file: named arrays in as few bits as they need, in one file that runs no code.
+"""The packed file: a program in a safetensors file, each integer array in the bits that it needs.
 
-A packed file is a safetensors file, so that any reader of those opens it. All numbers in it are
-little-endian:
+Any reader of safetensors opens it, and reading runs no code of the file. It holds three tensors:
 
-    8 bytes    N, the length of the header, a multiple of 8
-    N bytes    the header: JSON in ASCII, spaces at its end
-    the rest   the stored bytes of the arrays, one after the other without gaps
+* 'graph', uint8: JSON under zlib. A dataclass or named tuple is {"is": its class, field: value, …};
+  a dict {"is": "dict", "items": [[key, value], …]}; a tuple a list; infinity is Infinity, as Python
+  writes it. An array of floats is {"is": "float32", "shape": […]}, one of integers has beside its
+  dtype and shape "bits" b, "low" and "step", and stands for low + step · q with q of b bits.
+* 'float32': the entries of all float arrays, in C order, array after array as the graph has them.
+* 'bits', uint8: likewise the q of all integer arrays, as `pack_bits` lays them.
 
-The header is one JSON object, without white space between its tokens:
-
-    {"__metadata__":
-       {"crc32": C, "format": "hybrid_jax packed 1", "metadata": M, NAME: RECORD, ...},
-     NAME: {"dtype": D, "shape": S, "data_offsets": [FIRST, END]}, ...}
-
-* C is 8 hexadecimal digits in lower case, bytes 26 to 33 of the header counted from 0: the CRC-32
-  (that of zlib and PNG) of the N bytes of the header with '00000000' in their place.
-* M is JSON, as a string.
-* NAME is that of a tensor and of one of its parts. `conv:values` are the numbers q of the tensor
-  `conv`; `conv:scale` and `conv:zero_point`, of one shape, say what they stand for:
-  scale · (q − zero_point). A tensor may lack both, or the zero point, which is then 0. A name is
-  a name and never a path: `../x` and `/x` mean nothing.
-* RECORD is 8 fields with one space between them, "5b0fa1c2 int8 4 [3,3,16,32] [3] csr 99 raw": the
-  CRC-32 of the stored bytes; the dtype, a name of NumPy or ml_dtypes; the bits of a value; the
-  shape; the axes of the rows; the layout; the number of values stored; the coding, 'raw' or 'zlib'.
-* FIRST and END are counted from the end of the header. D and S are the array's own if the layout is
-  dense, the coding raw and the bits all those of the dtype; else "U8" and [END − FIRST].
-
-An array is taken as a matrix. Its rows are the indices along the axes of the rows (in the order
-given, the last one fastest), its columns those along all others. Without axes it is one row.
-A coding 'zlib' is undone first. What is then there is a stream of bits, the lowest bit of a byte
-first, and so is every number in it; zero bits fill the last byte. With v values stored:
-
-    dense    the v values of the array, in C order of its shape
-    bitmap   one bit for each place of the matrix, row by row, 1 where a value is stored;
-             the v values
-    csr      the v values, row by row; the column of each in ⌈log2 columns⌉ bits;
-             rows + 1 numbers of ⌈log2 (v + 1)⌉ bits: how many values lie before each row, then v
-
-The layout is the one of the fewest bits (of equals, the first). A place without a value holds the
-tensor's zero point where that is of an integer dtype, else 0. A value is the lowest bits of its
-integer in two's complement, so that the highest of them is the sign if the dtype has one. Floats
-have all their bits, a bool has one. A scale of shape () is one for all; of another, it has along
-each axis one for each of as many equal blocks of consecutive indices as the axis is long.
-
-CRC-32 finds what storage and transfer damage: every change of up to 32 adjacent bits, for sure.
-It takes ten lines where there is no library. Against an adversary no checksum inside a file helps;
-compare the SHA-256 of the manifest, got from where you trust.
+Its metadata is {FORMAT: SHA-256 of the file with 64 zeros in the digest's place}, so that whatever
+byte is damaged, reading is an error. Against an adversary no checksum inside a file helps; compare
+the SHA-256 of the manifest, got from where you trust.
 """
 
+import dataclasses
+import functools
+import hashlib
+import json
+import math
 import os
 import pathlib
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+import re
+import types
+import typing
+import zlib
+from typing import Any
 
+import jax
 import numpy as np
+from safetensors import numpy as safetensors
 
-from hybrid_jax import core, quantization
-from hybrid_jax.deploy import artifact, packed_codec, packed_header, packed_record
+from hybrid_jax import core
+from hybrid_jax.deploy import artifact
+from hybrid_jax.program import Mixture, Program, edges
 
-MAX_BYTES = 1 << 28
-"""Bytes of the arrays that `load` takes unless it is told another number."""
+FORMAT = "hybrid_jax packed 2"
 
-_PARTS = ("values", "scale", "zero_point")
-
-
-class Tensor(NamedTuple):
-    """An array to store, and what its numbers stand for.
-
-    Attributes:
-      values: Of a dtype of `packed_record.DTYPES`.
-      bits: Width in which an integer is stored; it must fit, signed if its dtype is. None is the
-        dtype's own width. Floats keep theirs, and a bool takes 1.
-      rows: The axes of the output channels, whose indices are the rows of the layouts 'bitmap' and
-        'csr'; () for one row. Axes counted from 0.
-      scale: float32, of the shape of a `quantization.Range` for the values; or None.
-      zero_point: Of scale's shape, or None where all are 0; what is pruned has its value.
-    """
-
-    values: Any
-    bits: int | None = None
-    rows: tuple[int, ...] = ()
-    scale: Any = None
-    zero_point: Any = None
+_DTYPES = ("float32", "int8", "uint8", "int16", "int32", "int64")
+_MAX_EDGE = 1 << 28  # entries of a tensor between operations
+_hints = functools.cache(typing.get_type_hints)
+_DIGEST = re.compile(f'"{FORMAT}":"([0-9a-f]{{64}})"'.encode())
 
 
-def save(
-    path: str | os.PathLike,
-    tensors: Mapping[str, Tensor],
-    metadata: Any = None,
-    *,
-    compress: Collection[str] = (),
-) -> dict[str, Any]:
-    """Writes tensors to a packed file, and a manifest to `path` + '.json'.
-
-    The file alone is enough to read it. With a full disk the old file stays.
-
-    Args:
-      path: Target; its folder is made if it is missing.
-      tensors: {name: tensor}.
-      metadata: What JSON can hold.
-      compress: Names of the tensors to apply zlib to, where it makes them smaller.
+def save_program(path: str | os.PathLike, program: Program | Mixture) -> dict[str, Any]:
+    """Writes a program to a packed file, from which `load_program` gives back the exact arrays.
 
     Returns:
-      The manifest: 'bytes' of the file, 'payload_bytes' of the arrays in it, and 'sha256'. The
-      payload is what `cost.count` counts, less for zeros that no mask tells of, and more for zero
-      points that are not 0, which it does not count.
+      The manifest, which lies beside it in `path` + '.json': kind, kernel_bits, bytes and sha256.
+    """
+    pools = {"float32": [np.zeros(0, np.float32)], "bits": [np.zeros(0, np.uint8)]}
+    text = json.dumps(_plain(program, _classes(), pools), separators=(",", ":")).encode()
+    stored = zlib.compress(text, 9)
+    core.check_integer("bytes of the graph as JSON", len(text), 0, _most_text(stored))
+    tensors = {name: np.concatenate(arrays) for name, arrays in pools.items()}
+    tensors["graph"] = np.frombuffer(stored, np.uint8)
+    data = safetensors.save(tensors, {FORMAT: "0" * 64})
+    start, end = _DIGEST.search(data).span(1)
+    data = data[:start] + hashlib.sha256(data).hexdigest().encode() + data[end:]
+    kernels = (op.weights.values for part in program.parts for op in part.weighted)
+    bits = sorted({32 if kernel.dtype == np.float32 else _grid(kernel)[2] for kernel in kernels})
+    return artifact.write(path, data, {"kind": FORMAT, "kernel_bits": bits})
 
-    Raises:
-      ValueError: If an array, its bits or `metadata` cannot be stored.
-      TypeError: If `tensors` has another name than a string or another value than a `Tensor`.
-      OSError: If it cannot be written.
+
+def load_program(path: str | os.PathLike) -> Program | Mixture:
+    """Reads what `save_program` wrote; no manifest is needed.
+
+    What the file says is checked before it is believed: arrays take at most 64 times the file's
+    bytes, values have the types of their fields, and the graph the shapes that it states. All else
+    is a ValueError.
 
     Example:
       >>> import tempfile
-      >>> kernel = Tensor(np.array([[7, -8, 0]], np.int8), bits=4, scale=np.float32(0.5))
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax.program import lower
+      >>> program = lower(lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     manifest = save(f'{folder}/model', {'kernel': kernel}, {'classes': 3})
-      ...     tensors, metadata = load(f'{folder}/model')
-      >>> manifest['payload_bytes']  # ⌈3 · 4 / 8⌉ and a scale of 4
-      6
-      >>> print(tensors['kernel'].values, metadata)
-      [[ 7 -8  0]] {'classes': 3}
+      ...     _ = save_program(f'{folder}/model.safetensors', program)
+      ...     loaded = load_program(f'{folder}/model.safetensors')
+      >>> print(next(loaded.weighted).weights.values)
+      [[1. 0.]
+       [0. 1.]]
     """
-    data = encode(tensors, metadata, compress=compress)
-    payload = len(data) - packed_header.payload_start(data)
-    facts = {"kind": packed_header.FORMAT, "payload_bytes": payload}
-    return artifact.write(path, data, facts)
-
-
-def load(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Tensor], Any]:
-    """Reads a packed file.
-
-    Args:
-      path: The file; no manifest is needed.
-      max_bytes: Most bytes that the arrays may take. A file that says more, or is longer than they
-        could make it, is refused before any is made. Reading takes a few times as much memory.
-
-    Returns:
-      ({name: tensor}, metadata): every array with its values, dtype and shape as they were saved.
-
-    Raises:
-      FileNotFoundError: If there is no file.
-      ValueError: If it is no packed file, was changed or damaged, or is larger.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = save(f'{folder}/model', {'bias': Tensor(np.array([1, -2], np.int32), bits=3)})
-      ...     load(f'{folder}/model')[0]['bias'].values
-      array([ 1, -2], dtype=int32)
-    """
-    core.check_integer("max_bytes", max_bytes, 0)
-    path, limit = pathlib.Path(path), 8 + packed_header.MAX_HEADER + max_bytes
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"{path} must have at most {limit} bytes, got {size}")
-        data = file.read(limit)
+    path = pathlib.Path(path)
+    data = path.read_bytes()
     try:
-        return decode(data, max_bytes)
-    except ValueError as error:
-        raise ValueError(f"{path} is no packed file to read: {error}") from error
+        _check_digest(data)
+        return _program(safetensors.load(data))
+    except Exception as error:  # A stranger's file may fail in any way.
+        reason = f"{type(error).__name__}: {error}"[:500].removeprefix("ValueError: ")
+        raise ValueError(f"{path} must be a file of save_program: {reason}") from None
 
 
-def encode(
-    tensors: Mapping[str, Tensor], metadata: Any = None, *, compress: Collection[str] = ()
-) -> bytes:
-    """The contents of a packed file.
-
-    Args:
-      tensors: As for `save`.
-      metadata: As for `save`.
-      compress: As for `save`.
-
-    Raises:
-      ValueError, TypeError: As for `save`.
-
-    Example:
-      >>> data = encode({'bias': Tensor(np.array([1, -2], np.int32), bits=3)})
-      >>> data[-1:].hex()  # 001 and, above it, 110
-      '31'
-    """
-    records, stored = {}, {}
-    for name, tensor in tensors.items():
-        arrays, parts = _described(name, tensor)
-        fill = _fill(name, parts["values"], arrays.get("zero_point"))
-        for part, array in arrays.items():
-            key = f"{name}:{part}"
-            records[key], stored[key] = packed_codec.encode(
-                parts[part], array, fill if part == "values" else 0, name in compress
-            )
-    lengths = {key: len(data) for key, data in stored.items()}
-    header, order = packed_header.format_header(records, lengths, metadata)
-    return b"".join([header, *(stored[key] for key in order)])
-
-
-def decode(data: bytes, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Tensor], Any]:
-    """Reads the contents of a packed file.
-
-    The header is checked whole before any array is made. Names or fields given twice or beside
-    those of the format, gaps, overlaps and what lies behind the last array are refused.
-
-    Args:
-      data: The contents.
-      max_bytes: Most bytes that the arrays may take.
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """The lowest `bits` of integers (…, n) without gaps, the lowest bit of the first value first.
 
     Returns:
-      As `load`.
-
-    Raises:
-      ValueError: As `load`.
+      uint8 (…, ⌈n · bits / 8⌉): each row starts in a byte of its own; zero bits fill its last byte.
 
     Example:
-      >>> data = encode({'bias': Tensor(np.array([1, -2], np.int32), bits=3)})
-      >>> decode(data)[0]['bias'].values
-      array([ 1, -2], dtype=int32)
-      >>> decode(data[:-1] + b'2')  # doctest: +ELLIPSIS
-      Traceback (most recent call last):
-      ...
-      ValueError: 'bias:values' must have crc32 ..., got ...; it was changed or damaged
+      >>> pack_bits(np.int8([[1, -2, 3]]), 4).tolist()  # 1 is the low half, −2 = 14 the high one
+      [[225, 3]]
     """
-    core.check_integer("max_bytes", max_bytes, 0)
-    records, places, metadata = packed_header.parse_header(data)
-    found = _grouped(records)
-    total = sum(record.array_bytes for record in records.values())
-    core.check_integer("bytes of all arrays", total, 0, max_bytes)
-    view, tensors = memoryview(data), {}
-    for name, parts in found.items():
-
-        def read(part, fill=0, name=name, parts=parts):
-            key = f"{name}:{part}"
-            return packed_codec.decode(key, parts[part], view[places[key]], fill)
-
-        values = parts["values"]
-        scale, zero_point = (read(part) if part in parts else None for part in _PARTS[1:])
-        # What is not stored of the values is the zero point, which is therefore read before.
-        array = read("values", _fill(name, values, zero_point))
-        tensors[name] = Tensor(array, values.bits, values.rows, scale, zero_point)
-    return tensors, metadata
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    planes = np.unpackbits(little[..., None].view(np.uint8), -1, bits, "little")
+    return np.packbits(planes.reshape(*values.shape[:-1], -1), -1, "little")
 
 
-def _described(name, tensor):
-    """The arrays of a tensor by its parts, and the record of each before it is encoded."""
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise TypeError(f"tensors must be {{str: Tensor}}, got {name!r}: {type(tensor).__name__}")
-    given = ((part, getattr(tensor, part)) for part in _PARTS)
-    arrays = {part: _native_order(value) for part, value in given if value is not None}
-    bits = {"values": tensor.bits}
-    if "zero_point" in arrays:
-        bits["zero_point"] = packed_record.narrowest(arrays["zero_point"])
-    parts = {
-        part: packed_record.describe(
-            f"{name}:{part}", array, bits.get(part), tensor.rows if part == "values" else ()
-        )
-        for part, array in arrays.items()
-    }
-    _check_parts(name, parts)
-    return arrays, parts
+def _unpack_bits(data, bits, count):
+    """The uint32 values, of at most 32 bits, that `pack_bits` packed in one row."""
+    planes = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    octets = np.packbits(planes, -1, "little")
+    return np.pad(octets, ((0, 0), (0, 4 - octets.shape[1]))).view("<u4").ravel()
 
 
-def _native_order(value):
-    array = np.asarray(value)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+def _classes() -> dict[str, type]:
+    """{name: class} of all that a program consists of: of its fields, and of theirs."""
+    found, new = {}, [Program, Mixture]
+    for kind in new:
+        described = dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
+        if described and kind.__name__ not in found:
+            found[kind.__name__] = kind
+            new += [*kind.__subclasses__(), *_types(_hints(kind).values())]
+    return found
 
 
-def _grouped(records):
-    """{tensor: {part: record}}, checked."""
-    tensors: dict[str, dict[str, packed_record.Record]] = {}
-    for key, record in records.items():
-        name, _, part = key.rpartition(":")
-        core.check_choice(f"part of {key!r}", part, _PARTS)
-        tensors.setdefault(name, {})[part] = record
-    for name, parts in tensors.items():
-        _check_parts(name, parts)
-    return tensors
+def _types(hints):
+    """The types in some hints, however deep."""
+    for hint in hints:
+        yield from _types(typing.get_args(hint)) if typing.get_args(hint) else [hint]
 
 
-def _check_parts(name, parts):
-    """Raises ValueError if the parts do not make a tensor."""
-    missing = {"values", "scale"} if "zero_point" in parts else {"values"}
-    if not missing <= parts.keys():
-        raise ValueError(f"{name!r} must have {' and '.join(sorted(missing))}, got {list(parts)}")
-    values, scale = parts["values"], parts.get("scale", parts["values"])
-    if "scale" in parts:
-        core.check_choice(f"dtype of '{name}:scale'", scale.dtype, ["float32"])
-        # As a `quantization.Range`: one for all, or equal blocks along each axis.
-        spreads = len(scale.shape) == len(values.shape) and all(
-            m == n or (m and n % m == 0) for m, n in zip(scale.shape, values.shape, strict=True)
-        )
-        if scale.shape and not spreads:
-            raise ValueError(
-                f"shape of '{name}:scale' must be () or divide {values.shape}, got {scale.shape}"
-            )
-    zero_point = parts.get("zero_point", scale)
-    if zero_point.shape != scale.shape:
-        raise ValueError(
-            f"shape of '{name}:zero_point' must be {scale.shape}, got {zero_point.shape}"
-        )
-    if "zero_point" in parts:
-        integers = [dtype for dtype in packed_record.DTYPES if "int" in dtype]
-        allowed = ["float32", *(integers if values.dtype in integers else [])]
-        core.check_choice(f"dtype of '{name}:zero_point'", zero_point.dtype, allowed)
+def _plain(value, classes, pools):
+    """A value as JSON has it; the arrays in it are appended to the pools."""
+    kind = type(value)
+    if classes.get(kind.__name__) is kind:
+        names = getattr(kind, "_fields", None) or [field.name for field in dataclasses.fields(kind)]
+        fields = {name: _plain(getattr(value, name), classes, pools) for name in names}
+        return {"is": kind.__name__} | fields
+    if kind is dict:
+        return {"is": "dict", "items": _plain(list(value.items()), classes, pools)}
+    if kind in (tuple, list):
+        return [_plain(part, classes, pools) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "__array__"):
+        return _described(np.asarray(value), pools)
+    if isinstance(value, str | int | float | None):
+        return value
+    raise ValueError(f"a packed program must be of numbers, names and arrays, got {kind.__name__}")
 
 
-def _fill(name, values, zero_point):
-    """What stands in places without a value: the zero point if it is an integer, else 0."""
-    if zero_point is None or zero_point.dtype.kind not in "iu":
-        return 0
-    packed_record.check_fits(f"{name}:zero_point", zero_point, values)
-    return np.broadcast_to(np.asarray(quantization.spread(zero_point, values.shape)), values.shape)
+def _described(array, pools):
+    kind = core.check_choice("dtype of an array", array.dtype.name, _DTYPES)
+    described = {"is": kind, "shape": list(array.shape)}
+    if kind == "float32":
+        pools[kind].append(array.ravel())
+        return described
+    low, step, bits = _grid(array)
+    pools["bits"].append(pack_bits((array.ravel().astype(np.int64) - low) // step, bits))
+    return described | {"bits": bits, "low": low, "step": step}
+
+
+def _grid(array) -> tuple[int, int, int]:
+    """The least of some integers, the step and the bits of the coarsest grid that holds all."""
+    if not array.size:
+        return 0, 1, 1
+    low, high = int(array.min()), int(array.max())
+    core.check_integer("span of the integers of an array", high - low, 0, (1 << 32) - 1)
+    step = int(np.gcd.reduce(array.ravel().astype(np.int64) - low)) or 1
+    return low, step, max(((high - low) // step).bit_length(), 1)
+
+
+def _check_digest(data):
+    found = _DIGEST.search(data)
+    if not found:
+        raise ValueError(f"its metadata must have a SHA-256 under {FORMAT!r}")
+    start, end = found.span(1)
+    digest = hashlib.sha256(data[:start] + b"0" * 64 + data[end:]).hexdigest()
+    if digest != (said := found[1].decode()):
+        raise ValueError(f"its SHA-256 must be {said}, got {digest}; it was changed or damaged")
+
+
+def _most_text(stored):
+    """Bytes of JSON to inflate: some 10,000 operations; of a real graph they are 10 to 50 times."""
+    return min(1 << 22, 256 * len(stored))
+
+
+def _program(tensors):
+    for name, dtype in {"graph": "uint8", "float32": "float32", "bits": "uint8"}.items():
+        if name not in tensors or (tensors[name].dtype, tensors[name].ndim) != (dtype, 1):
+            raise ValueError(f"there must be a vector {name!r} of {dtype}")
+    stored, stream = tensors.pop("graph").tobytes(), zlib.decompressobj()
+    text = stream.decompress(stored, most := _most_text(stored))
+    if not stream.eof:
+        raise ValueError(f"the graph must be a zlib stream of at most {most} bytes")
+    program = _restored(json.loads(text), _classes(), tensors)
+    if not isinstance(program, Program | Mixture):
+        raise ValueError(f"the graph must be a Program or Mixture, got {type(program).__name__}")
+    if left := sum(pool.size for pool in tensors.values()):
+        raise ValueError(f"every entry must be that of an array, got {left} more")
+    for part in program.parts:
+        _check_graph(part)
+    return program
+
+
+def _restored(value, classes, pools):
+    """What `_plain` described; the arrays are taken from the front of the pools."""
+    if isinstance(value, list):
+        return tuple(_restored(part, classes, pools) for part in value)
+    if not isinstance(value, dict):
+        return value
+    kind = value.pop("is", None)
+    core.check_choice("'is' in the graph", kind, [*classes, *_DTYPES, "dict"])
+    if kind in _DTYPES:
+        return _array(kind, pools, **value)
+    fields = {name: _restored(part, classes, pools) for name, part in value.items()}
+    if kind == "dict":
+        return dict(fields["items"])
+    hints = _hints(classes[kind])
+    for name, part in fields.items():
+        if name in hints and not _fits(part, hints[name]):
+            raise ValueError(f"{name} of {kind} must be {hints[name]}, got {part!r:.80}")
+    return classes[kind](**fields)
+
+
+def _array(kind, pools, shape, bits=32, low=0, step=1):
+    core.check_integer("axes of an array", len(shape), 0, 32)
+    for number, least in [*((n, 0) for n in shape), (low, None), (step, 1)]:
+        core.check_integer("numbers of an array", number, least)
+    size = math.prod(shape)
+    if kind == "float32":
+        return _taken(pools, kind, size).reshape(shape).copy()
+    core.check_integer("bits of an array", bits, 1, 32)
+    codes = _unpack_bits(_taken(pools, "bits", -(-size * bits // 8)), bits, size)
+    high, limits = low + step * int(codes.max(initial=0)), np.iinfo(kind)
+    for end in (low, high):
+        core.check_integer("integers of an array", end, limits.min, limits.max)
+    return (low + step * codes.astype(np.int64)).astype(kind).reshape(shape)
+
+
+def _taken(pools, name, count):
+    core.check_integer(f"entries of an array in {name!r}", count, 0, pools[name].size)
+    taken, pools[name] = np.split(pools[name], [count])
+    return taken
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of the type of a field."""
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    if hint is Any or not isinstance(value, kind or hint):
+        return hint is Any
+    if kind is dict:
+        return all(_fits(key, parts[0]) and _fits(part, parts[1]) for key, part in value.items())
+    if kind is tuple:
+        parts = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(parts) == len(value) and all(map(_fits, value, parts))
+    return True
+
+
+def _check_graph(program):
+    """Refuses a graph that cannot run, or whose shapes are not those stated; runs nothing."""
+    known = set(program.inputs)
+    for op in program.operations:
+        if not known.issuperset(op.inputs) or op.output in known:
+            raise ValueError(f"operations must read what was made before, got {op.output!r}")
+        known.add(op.output)
+    for name in [*program.outputs, *known]:
+        entries = math.prod(program.tensors[name].shape)
+        core.check_integer(f"entries of tensor {name!r}", entries, 0, _MAX_EDGE)
+    given = [program.tensors[name] for name in program.inputs]
+    inputs = [jax.ShapeDtypeStruct((1, *own.shape), own.dtype) for own in given]
+    made = jax.eval_shape(lambda *inputs: edges(program, inputs), *inputs)
+    for name, value in made.items():
+        if value.shape[1:] != program.tensors[name].shape:
+            raise ValueError(f"tensor {name!r} must have the shape that its operation makes")

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.deploy import artifact, reference
-from hybrid_jax.deploy.program import Mixture, Program, kernel_bits
+from hybrid_jax import program as p
+from hybrid_jax.deploy import artifact
+from hybrid_jax.program import Mixture, Program, kernel_bits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -49,10 +50,6 @@ def export(
     Returns:
       The manifest: kind, jax version, calling_convention_version, platforms, inputs and outputs
       (lists of shape and dtype, an open batch written 'b'), bytes and sha256.
-
-    Raises:
-      ValueError: If a platform is unknown or none is given, an input has no batch axis, or `fn`
-        needs a backend's custom call, which the other platforms do not have.
 
     Example:
       >>> import tempfile
@@ -100,38 +97,30 @@ def export_program(
     *,
     platforms: Sequence[str] = PLATFORMS,
     symbolic_batch: bool = True,
-    forms: reference.Forms | None = None,
+    forms: p.Forms | None = None,
     simulated: bool = False,
 ) -> dict[str, Any]:
     """Writes an inference graph to a StableHLO file, as `export` does; int8 weights take a byte.
 
-    Args:
-      path: As for `export`.
-      program: A mixture runs its gate and one expert for each image.
-      platforms: As for `export`.
-      symbolic_batch: As for `export`; without it the file takes one image.
-      forms: As for `run`.
-      simulated: Whether it computes in floats what `simulate` does.
-
-    Returns:
-      The manifest, as `export`, and kernel_bits.
-
-    Raises:
-      ValueError: As for `export` and `run`.
+    A mixture runs its gate and one expert for each image. Without `symbolic_batch` the file takes
+    one image; `forms` are for `run`; `simulated` computes in floats what `simulate` does. The
+    manifest has kernel_bits too.
 
     Example:
       >>> import tempfile
       >>> from hybrid_jax import deploy
-      >>> program = deploy.lower(lambda w, x: x @ w, jnp.eye(2), None, None, jnp.ones((1, 2)))
+      >>> program = p.lower(lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     _ = export_program(f'{folder}/f', program)
       ...     load(f'{folder}/f')(jnp.float32([[2, 3]]))
       Array([[2., 3.]], dtype=float32)
     """
-    fn = (reference.simulate if simulated else reference.run)(program, forms)
-    x = jax.ShapeDtypeStruct((1, *program.input_shape), jnp.float32)
+    fn = (p.simulate if simulated else p.run)(program, forms)
+    first = program.parts[0]
+    given = [first.tensors[name] for name in first.inputs]
+    inputs = [jax.ShapeDtypeStruct((1, *own.shape), own.dtype) for own in given]
     facts = {"kernel_bits": kernel_bits(program)}
-    return _write(path, lambda _, x: fn(x), (), [x], platforms, symbolic_batch, facts)
+    return _write(path, lambda _, *x: fn(*x), (), inputs, platforms, symbolic_batch, facts)
 
 
 def load(path: str | os.PathLike) -> Callable[..., Any]:
@@ -140,14 +129,6 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
     Raises:
       FileNotFoundError: If the file or its manifest is missing.
       ValueError: If it was changed or damaged, is no StableHLO file, or was made by a newer jax.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = export(f'{folder}/f', lambda w, x: x * w, jnp.float32(3), jnp.ones((1, 2)))
-      ...     load(f'{folder}/f')(jnp.ones((2, 2)))
-      Array([[3., 3.],
-             [3., 3.]], dtype=float32)
     """
     data, _ = _read(path)
     return _function(data)

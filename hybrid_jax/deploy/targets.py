@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybrid_jax.deploy import artifact, c, stablehlo, storage
-from hybrid_jax.deploy.forms import fastest
-from hybrid_jax.deploy.reference import run
+from hybrid_jax.deploy import artifact, c, packed, stablehlo
+from hybrid_jax.program import fastest, run
 
 Session = Callable[[np.ndarray], np.ndarray]
 
@@ -27,9 +26,9 @@ class Target(NamedTuple):
       export: export(path, program, **options) -> manifest. Its 'kernel_bits' are those in which the
         file holds kernels, [4, 8] where some take 4; what a runtime only computes in integers from
         more bits is stored in more.
-      session: session(path, batch, threads) -> fn(x (batch, …)) -> outputs, float32. The file is
-        opened as its user opens it, with no option but the number of threads, and not even that
-        where `threads` is None.
+      session: session(path, batch, threads) -> fn(*inputs (batch, …)) -> outputs, one array or a
+        tuple, of the dtypes that the file takes and makes. The file is opened as its user opens it,
+        with no option but the number of threads, and not even that where `threads` is None.
     """
 
     suffix: str
@@ -45,7 +44,7 @@ def _stablehlo_export(path, program, **options):
 
 def _stablehlo_session(path, batch, threads):
     fn = stablehlo.load(path)
-    return lambda x: np.asarray(fn(x))
+    return lambda *inputs: jax.tree.map(np.asarray, fn(*inputs))
 
 
 def _onnx_export(path, program, **options):
@@ -81,9 +80,9 @@ def _tflite_session(path, batch, threads):
 
 
 def _packed_session(path, batch, threads):
-    program = storage.load_program(path)
+    program = packed.load_program(path)
     fn = jax.jit(run(program, fastest(program)))
-    return lambda x: np.asarray(fn(x))
+    return lambda *inputs: jax.tree.map(np.asarray, fn(*inputs))
 
 
 def _c_session(path, batch, threads):
@@ -98,14 +97,15 @@ def _c_session(path, batch, threads):
         command = [compiler, *flags, "-shared", "-fPIC", os.fspath(path), "-o", library, "-lm"]
         subprocess.run(command, check=True, capture_output=True)
         function = getattr(ctypes.CDLL(library), f"{manifest['name']}_run")
-    shape = manifest["outputs"][0]["shape"][1:]
+    taken = [facts["dtype"] for facts in manifest["inputs"]]
+    made = [(facts["shape"][1:], facts["dtype"]) for facts in manifest["outputs"]]
 
-    def fn(x):
-        x = np.ascontiguousarray(x, np.float32)
-        y = np.empty((len(x), *shape), np.float32)
-        for image, result in zip(x, y, strict=True):
-            function(*(ctypes.c_void_p(a.ctypes.data) for a in (image, result)))
-        return y
+    def fn(*inputs):
+        inputs = [np.ascontiguousarray(x, dtype) for x, dtype in zip(inputs, taken, strict=True)]
+        outputs = [np.empty((len(inputs[0]), *shape), dtype) for shape, dtype in made]
+        for arrays in zip(*inputs, *outputs, strict=True):
+            function(*(ctypes.c_void_p(np.asarray(array).ctypes.data) for array in arrays))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return fn
 
@@ -115,7 +115,7 @@ TARGETS = {
     "onnx": Target(".onnx", _onnx_export, _onnx_session),
     "openvino": Target(".openvino.onnx", _onnx_export, _openvino_session),
     "tflite": Target(".tflite", _tflite_export, _tflite_session),
-    "packed": Target(".safetensors", storage.save_program, _packed_session),
+    "packed": Target(".safetensors", packed.save_program, _packed_session),
     "c": Target(".c", c.export_c, _c_session),
 }
 """The targets by name; 'openvino' is an ONNX file, run by OpenVINO."""

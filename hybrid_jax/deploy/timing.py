@@ -43,15 +43,8 @@ def latency(
     with its weights in the caches: after a dense reference, which had taken their place, a small
     network would be timed at reading them. Compilation is not timed; transfer of NumPy inputs is.
 
-    Args:
-      fn: Jitted function, called as `fn(*inputs)` until its outputs are ready.
-      reference: Another, called with the same inputs (as the dense float model).
-      *inputs: Usually one image, `(1, H, W, C)`.
-      pairs: How many pairs are timed, at least 1.
-      warmup: How many pairs go before them, at least 1.
-
-    Raises:
-      ValueError: If `pairs` or `warmup` is not an integer of at least 1.
+    Both are jitted and called with the same inputs, usually one image `(1, H, W, C)`, until their
+    outputs are ready; `warmup` pairs go before the `pairs` that are timed.
 
     Example:
       >>> small, large = jax.jit(lambda x: x @ x), jax.jit(lambda x: x @ (x @ (x @ x)))
@@ -85,19 +78,11 @@ def width_latencies(
     The network is really shrunk, one group at a time, compiled, and timed against the whole one in
     the same pairs. `pruning.paying_widths` reads off the widths that make it faster.
 
-    Args:
-      fn: A pure function fn(params, *inputs) -> outputs, not jitted.
-      params: Its parameters (in Linen, the whole variables dict).
-      widths: {name of a coupled group: widths to try}; the multiples of 8, say. A compilation each.
-      *inputs: Usually one image, `(1, H, W, C)`.
-      pairs: As for `latency`.
-      warmup: As for `latency`.
+    `fn` is not jitted. `widths` is {name of a coupled group: widths to try}, the multiples of 8,
+    say; each takes a compilation. The rest is for `latency`.
 
     Returns:
       {group name: {width: time / time of the whole network}}, the whole width n with 1.0 included.
-
-    Raises:
-      ValueError: If a group is none of the network's, or a width is not an integer in [1, n].
 
     Example:
       >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']

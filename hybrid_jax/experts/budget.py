@@ -27,17 +27,9 @@ def expected_cost(
 ) -> jax.Array:
     """Mean over inputs of the cost of one expert drawn with the gate's probabilities.
 
-    Args:
-      logits: float `(B, E)`; of `cost_aware`, the `Routed.scores`.
-      costs: `(E,)`, as MACs or BOPs of each expert, in any unit.
-      weight: `(B,)`, of each input in the mean; None weighs all alike. One of weight 0 may hold
-        anything.
-
-    Returns:
-      float (), in float32 or wider.
-
-    Raises:
-      ValueError: If `costs` is not of that shape, or there is no input.
+    `logits` are `(B, E)`, of `cost_aware` the `Routed.scores`; `costs` `(E,)`, as MACs or BOPs of
+    each expert, in any unit; `weight` `(B,)` that of each input in the mean, and one of weight 0
+    may hold anything.
 
     Example:
       >>> expected_cost(jnp.zeros((5, 2)), jnp.array([1.0, 3.0]))
@@ -56,15 +48,8 @@ def cost_aware(
     For the edge the same shift goes into the gate: `one_of(fns, lambda g, x: gate(g, x) - price *
     costs)`.
 
-    Args:
-      routing: What then chooses, as `top_k(1)`.
-      costs: `(E,)`, as MACs or BOPs of each expert. Shares of the parent's keep `price` of the
-        order of the logits.
-      price: Logits per unit of cost, at least 0; may be traced, as `BudgetState.multiplier` is.
-
-    Raises:
-      ValueError: If `price` is a known number and not finite and at least 0, or (when called)
-        `costs` is not of that shape.
+    `costs` `(E,)` are of each expert; as shares of the parent's they keep `price`, the logits per
+    unit of cost, of the order of the logits. It may be traced, as `BudgetState.multiplier` is.
 
     Example:
       >>> from hybrid_jax.experts import top_k
@@ -84,12 +69,7 @@ def cost_aware(
 
 
 def budget_init() -> BudgetState:
-    """A price of 0: cost does not count until it is above the budget.
-
-    Example:
-      >>> budget_init().multiplier
-      Array(0., dtype=float32)
-    """
+    """A price of 0: cost does not count until it is above the budget."""
     return BudgetState(jnp.zeros(()))
 
 
@@ -114,10 +94,7 @@ def budget_update(
       cost: float (), the mean cost of a batch: `expected_cost`, or with one-hot weights what the
         routing really takes, `(weights @ costs).mean()`.
       budget: float (), in the same unit; may be traced.
-      rate: Step in price per unit of cost above the budget; above 0. Too large, the price swings.
-
-    Raises:
-      ValueError: If `rate` is not above 0.
+      rate: Step in price per unit of cost above the budget; too large, the price swings.
 
     Example:
       >>> state = budget_update(budget_init(), cost=2.0, budget=1.5, rate=0.5)
@@ -132,17 +109,7 @@ def budget_update(
 
 
 def check_costs(costs: Sequence[float] | jax.Array, num_experts: int) -> jax.Array:
-    """Returns the costs in float32.
-
-    Raises:
-      ValueError: If they are not `(E,)`.
-
-    Example:
-      >>> check_costs([1.0, 3.0], 3)
-      Traceback (most recent call last):
-      ...
-      ValueError: costs must have shape (3,), one for each expert, got (2,)
-    """
+    """Returns the costs in float32, or raises ValueError if they are not `(E,)`."""
     if np.shape(costs) != (num_experts,):
         raise ValueError(
             f"costs must have shape {(num_experts,)}, one for each expert, got {np.shape(costs)}"

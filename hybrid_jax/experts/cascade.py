@@ -15,7 +15,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.experts.budget import check_costs
-from hybrid_jax.experts.mixture import ExpertFn, check_experts, listed, one_by_one
+from hybrid_jax.experts.mixture import ExpertFn, check_experts, listed
 
 Confidence = Callable[[jax.Array], jax.Array]
 Threshold = float | Sequence[float] | jax.Array
@@ -36,31 +36,12 @@ class Cascaded(NamedTuple):
 
 
 def max_probability(logits: jax.Array) -> jax.Array:
-    """The largest softmax probability (Hendrycks and Gimpel, arXiv 1610.02136).
-
-    Args:
-      logits: float `(..., N)`.
-
-    Example:
-      >>> print(f'{max_probability(jnp.log(jnp.array([6.0, 3.0, 1.0]))):.4f}')
-      0.6000
-    """
+    """The largest softmax probability (Hendrycks and Gimpel, arXiv 1610.02136)."""
     return jax.nn.softmax(logits).max(-1)
 
 
 def margin(logits: jax.Array) -> jax.Array:
-    """The largest softmax probability less the second.
-
-    Args:
-      logits: float `(..., N)`, N at least 2.
-
-    Raises:
-      ValueError: If there is but one class.
-
-    Example:
-      >>> print(f'{margin(jnp.log(jnp.array([6.0, 3.0, 1.0]))):.4f}')
-      0.3000
-    """
+    """The largest softmax probability less the second, of at least two classes."""
     core.check_integer("the number of classes", logits.shape[-1], 2)
     top, _ = jax.lax.top_k(jax.nn.softmax(logits), 2)
     return top[..., 0] - top[..., 1]
@@ -83,10 +64,6 @@ def cascade(
         confident of. 0: never; 1: unless it is certain. May be traced.
       confidence: `max_probability` or `margin`.
       weight: `(B,)`; inputs of weight 0, as padding has, are not counted. None counts all.
-
-    Raises:
-      ValueError: If `expert_logits` is not `(E, B, N)`, or `threshold` is neither a number nor
-        `(E - 1,)`, or known and not in [0, 1].
 
     Example:
       >>> logits = jnp.array([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 2.0], [2.0, 0.0]]])
@@ -115,18 +92,8 @@ def cascade_edge(
     The experts' shapes may differ. A batch goes through image by image; `jax.vmap` of this would
     run every expert.
 
-    Args:
-      expert_fns: E functions `expert_fn(params, x)` -> logits `(B, N)`, the cheapest first.
-      threshold: As for `cascade`.
-      confidence: As for `cascade`.
-
-    Returns:
-      `edge(params_list, x)` -> `Cascaded`, with one params pytree for each expert. It raises
-      ValueError if the numbers of functions and parameters, or the experts' outputs, differ, or
-      these are not logits.
-
-    Raises:
-      ValueError: If there is no expert, or for `threshold` as `cascade`.
+    `edge(params_list, x)` has one params pytree for each of the `expert_fns`, the cheapest first;
+    each makes logits `(B, N)`. `threshold` and `confidence` are as for `cascade`.
 
     Example:
       >>> edge = cascade_edge([lambda w, x: x * w, lambda w, x: x + w], threshold=0.9)
@@ -154,7 +121,7 @@ def cascade_edge(
             unsure = confidence(logits)[0] < _thresholds(threshold, last + 1, logits.dtype)[e]
             return jax.lax.cond(unsure, lambda: answer(e + 1, x), lambda: here)
 
-        logits, stage = one_by_one(lambda x: answer(0, x), x)
+        logits, stage = core.one_by_one(lambda x: answer(0, x), x)
         return Cascaded(logits, stage, (stage[None] > jnp.arange(last)[:, None]).sum(1))
 
     return edge
@@ -165,13 +132,8 @@ def cascade_cost(
 ) -> jax.Array:
     """Mean over inputs of the cost of every expert that ran: those up to the one that answered.
 
-    Args:
-      cascaded: From `cascade` or `cascade_edge`.
-      costs: `(E,)`, as MACs or BOPs of each expert, in any unit.
-      weight: `(B,)`, of each input in the mean; None weighs all alike.
-
-    Raises:
-      ValueError: If `costs` is not of that shape, or there is no input.
+    `costs` `(E,)` are as MACs or BOPs of each expert, in any unit; `weight` `(B,)` is that of each
+    input in the mean.
 
     Example:
       >>> stage = jnp.array([0, 0, 0, 1])

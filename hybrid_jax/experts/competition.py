@@ -18,14 +18,9 @@ def expected_loss(
     Source: Jacobs, Jordan, Nowlan and Hinton, Adaptive Mixtures of Local Experts, Neural
     Computation 3 (1991), eq. 1.2.
 
-    Args:
-      weights: float `(B, E)`, of any routing whose weights sum to one.
-      losses: float `(E, B)`, each expert's own on each input.
-      weight: `(B,)`, of each input in the mean; None weighs all alike. One of weight 0 may hold
-        anything: no part of it is in the loss or its gradient.
-
-    Raises:
-      ValueError: If `losses` is not `(E, B)`, or there is no input.
+    `weights` `(B, E)` are of any routing whose weights sum to one, `losses` `(E, B)` each expert's
+    own on each input. `weight` `(B,)` is that of each input in the mean; one of weight 0 may hold
+    anything.
 
     Example:
       >>> import jax.numpy as jnp

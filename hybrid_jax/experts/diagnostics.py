@@ -12,13 +12,9 @@ from hybrid_jax import core
 
 
 def usage(weights: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
-    """The share of inputs whose largest weight is each expert's, `(E,)`.
+    """The share of inputs whose largest of the weights `(B, E)` is each expert's, `(E,)`.
 
     The shares sum to one, or less where inputs have no expert. NaN weights make them NaN.
-
-    Args:
-      weights: float `(B, E)`, of any routing.
-      weight: `(B,)`, of each input.
 
     Example:
       >>> usage(jnp.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [1.0, 0.0]]))
@@ -36,20 +32,7 @@ def usage_per_class(
 ) -> jax.Array:
     """Row n: `usage` by the inputs of class n, `(N, E)`; zero for a class without any.
 
-    Args:
-      weights: float `(B, E)`, of any routing.
-      labels: int `(B,)` in [0, N); a traced one outside makes all NaN.
-      num_classes: N.
-      weight: `(B,)`, of each input.
-
-    Raises:
-      ValueError: If labels are not integers or (where they are known) outside [0, N).
-
-    Example:
-      >>> weights = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-      >>> usage_per_class(weights, jnp.array([0, 0, 1]), num_classes=2)
-      Array([[0.5, 0.5],
-             [0. , 1. ]], dtype=float32)
+    `labels` are `(B,)` in [0, N); a traced one outside makes all NaN.
     """
     of_class = core.one_hot(labels, num_classes, weight)
     if weight is not None:
@@ -58,27 +41,12 @@ def usage_per_class(
 
 
 def usage_entropy(usage: jax.Array) -> jax.Array:
-    """Entropy of the usage in nats: log E when all experts are used alike, 0 when only one is.
-
-    Args:
-      usage: float `(E,)`, summing to one.
-
-    Example:
-      >>> usage_entropy(jnp.array([0.5, 0.5, 0.0])).round(4)  # log 2
-      Array(0.6931, dtype=float32)
-    """
+    """Entropy of the usage `(E,)` in nats: log E when all experts are used alike, 0 for one."""
     return jax.scipy.special.entr(usage).sum()
 
 
 def unused(usage: jax.Array, share: float = 0.1) -> jax.Array:
-    """Which experts get less than `share` of an even share, bool `(E,)`.
-
-    Args:
-      usage: float `(E,)`, summing to one.
-      share: In [0, 1]; the even share is 1/E.
-
-    Raises:
-      ValueError: If `share` is not in [0, 1].
+    """Which experts get less than `share` of an even share 1/E of the usage `(E,)`, bool `(E,)`.
 
     Example:
       >>> unused(jnp.array([0.6, 0.39, 0.01]))
@@ -89,21 +57,7 @@ def unused(usage: jax.Array, share: float = 0.1) -> jax.Array:
 
 
 def collapsed(usage: jax.Array, share: float = 0.1) -> jax.Array:
-    """Whether the gate uses one expert only, bool `()`; never for a single expert.
-
-    Args:
-      usage: float `(E,)`, summing to one.
-      share: As for `unused`.
-
-    Raises:
-      ValueError: If `share` is not in [0, 1].
-
-    Example:
-      >>> bool(collapsed(jnp.array([0.99, 0.01])))
-      True
-      >>> bool(collapsed(jnp.array([0.6, 0.4])))
-      False
-    """
+    """Whether all experts but one are `unused`, bool `()`; never for a single expert."""
     num_experts = usage.shape[0]
     return (unused(usage, share).sum() == num_experts - 1) & (num_experts > 1)
 
@@ -111,11 +65,7 @@ def collapsed(usage: jax.Array, share: float = 0.1) -> jax.Array:
 def disagreement(expert_logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """The share of inputs, or positions, on which two experts name different classes, `(E, E)`.
 
-    NaN logits name no class, which differs from every class.
-
-    Args:
-      expert_logits: float `(E, B, ..., N)`.
-      weight: `(B,)`, of each input.
+    Of `expert_logits` `(E, B, ..., N)`. NaN logits name no class, which differs from every class.
 
     Example:
       >>> disagreement(jnp.array([[[2.0, 1.0], [0.0, 1.0]], [[2.0, 1.0], [1.0, 0.0]]]))

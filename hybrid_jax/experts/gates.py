@@ -51,9 +51,6 @@ def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8)
       size: Side in pixels that the image is averaged down to (the least above it that is a whole
         division); a smaller image is left as it is.
 
-    Raises:
-      ValueError: If one of them is not an integer of at least 1.
-
     Example:
       >>> gate = gate_cnn(num_experts=4)
       >>> images = jax.numpy.zeros((2, 32, 32, 3))
@@ -73,19 +70,7 @@ def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8)
 def gate_linear(num_experts: int, size: int = 8) -> nn.Module:
     """A gate of one dense layer on the pixels of the down-scaled image.
 
-    Args:
-      num_experts: E, at least 1.
-      size: As for `gate_cnn`.
-
-    Raises:
-      ValueError: If one of them is not an integer of at least 1.
-
-    Example:
-      >>> gate = gate_linear(num_experts=4)
-      >>> images = jax.numpy.zeros((2, 32, 32, 3))
-      >>> variables = gate.init(jax.random.key(0), images)
-      >>> variables['params']['Dense_0']['kernel'].shape  # 8 * 8 * 3
-      (192, 4)
+    `size` is as for `gate_cnn`.
     """
     core.check_integer("num_experts", num_experts, 1)
     core.check_integer("size", size, 1)
@@ -95,14 +80,10 @@ def gate_linear(num_experts: int, size: int = 8) -> nn.Module:
 def shared_stem(stem_fn: Callable[..., jax.Array], moe: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a mixture whose stem runs once for each image, before the gate and all experts.
 
-    Args:
-      stem_fn: `stem_fn(stem_params, x)` -> features `(B, ...)`.
-      moe: From `mixture` or `one_of`; its gate and its experts are functions of the features.
-
-    Returns:
-      The same mixture with the stem's parameters before its other arguments:
-      `moe(stem_params, experts, gate_params, x, ...)`. The stem sees inputs of weight 0 no more
-      than the mixture does.
+    `stem_fn(stem_params, x)` makes features `(B, ...)`, and the gate and the experts of `moe`, a
+    `mixture` or `one_of`, are functions of these. The result takes the stem's parameters before its
+    other arguments: `moe(stem_params, experts, gate_params, x, ...)`. The stem sees inputs of
+    weight 0 no more than the mixture does.
 
     Example:
       >>> from hybrid_jax import experts
@@ -126,12 +107,8 @@ def linear_probe(features_fn: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     Source: Alain and Bengio, Understanding intermediate layers using linear classifier probes,
     arXiv 1610.01644.
 
-    Args:
-      features_fn: `features_fn(features_params, x)` -> features `(B, ...)`, flattened to `(B, F)`.
-
-    Returns:
-      `gate_fn(gate_params, x)` -> gate logits `(B, E)`, with gate_params {'features':
-      features_params, 'head': what `ridge` returns}.
+    `features_fn(features_params, x)` makes features `(B, ...)`, flattened to `(B, F)`; the gate's
+    parameters are {'features': features_params, 'head': what `ridge` returns}.
 
     Example:
       >>> gate_fn = linear_probe(lambda scale, x: scale * x)
@@ -167,15 +144,11 @@ def ridge(
       targets: float `(B, E)`, larger for a better expert: the log-probability that each gives to
         the label, or a one-hot row for each input's cluster.
       penalty: Above 0; may be traced.
-      weight: `(B,)`, of each input in all means; None weighs all alike. One of weight 0 may hold
-        anything.
+      weight: `(B,)`, of each input in all means; one of weight 0 may hold anything.
 
     Returns:
       {'kernel': `(F, E)`, 'bias': `(E,)`}, in float32 or wider. A feature that is constant gets
       weight 0. NaN in the features or targets makes it NaN.
-
-    Raises:
-      ValueError: If `features` is empty, or `targets` is not `(B, E)`.
 
     Example:
       >>> head = ridge(jnp.array([[0.0], [1.0], [2.0]]), jnp.array([[1.0], [3.0], [5.0]]), 1e-6)

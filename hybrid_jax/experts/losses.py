@@ -18,13 +18,7 @@ from hybrid_jax import core
 def importance(weights: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Squared coefficient of variation of each expert's total weight; 0 when all are equal.
 
-    So it is where no expert has any.
-
-    Source: Shazeer et al., arXiv 1701.06538, eq. 6-7.
-
-    Args:
-      weights: float `(B, E)`, of any routing.
-      weight: `(B,)`, of each input.
+    So it is where no expert has any. Source: Shazeer et al., arXiv 1701.06538, eq. 6-7.
 
     Example:
       >>> importance(jnp.array([[1.0, 0.0], [1.0, 0.0]]))
@@ -46,19 +40,8 @@ def load(
     The expectation is over a new draw of that expert's own noise, so that, unlike a count, it has a
     gradient. Source: Shazeer et al., arXiv 1701.06538, eq. 8-11.
 
-    Args:
-      logits: float `(B, E)`, the gate's, without noise.
-      scores: float `(B, E)`, with noise: `Routed.scores` of `noisy_top_k(k, noise)`.
-      k: K, from 1 to E - 1 (with all experts chosen there is nothing to balance).
-      noise: The deviation that was used; above 0.
-      weight: `(B,)`, of each input.
-
-    Raises:
-      ValueError: If there is but one expert, `k` is not from 1 to E - 1 or `noise` not above 0.
-
-    Example:
-      >>> load(jnp.zeros((1, 2)), jnp.zeros((1, 2)), k=1)
-      Array(0., dtype=float32)
+    `scores` are the `Routed.scores` of `noisy_top_k(k, noise)`, and `logits` those without noise;
+    `k` is below E, as with all experts chosen there is nothing to balance.
     """
     num_experts = core.check_integer("the number of experts", logits.shape[-1], 2)
     core.check_integer("k", k, 1, num_experts - 1)
@@ -79,10 +62,6 @@ def switch_balance(logits: jax.Array, *, weight: jax.Array | None = None) -> jax
 
     Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4-6 (without its factor alpha).
 
-    Args:
-      logits: float `(B, E)`.
-      weight: `(B,)`, of each input.
-
     Example:
       >>> switch_balance(jnp.array([[30.0, 0.0], [0.0, 30.0]]))
       Array(1., dtype=float32)
@@ -98,14 +77,6 @@ def entropy(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Mean entropy of the gate's choice for one input, in nats; 0 when it is sure, at most log E.
 
     Add it to make the gate decisive, subtract it to keep it open.
-
-    Args:
-      logits: float `(B, E)`.
-      weight: `(B,)`, of each input.
-
-    Example:
-      >>> entropy(jnp.zeros((3, 4))).round(4)  # log 4
-      Array(1.3863, dtype=float32)
     """
     log_p = jax.nn.log_softmax(core.selected(core.widen(logits), weight))
     return -core.weighted_mean(core.expectation(jnp.exp(log_p), log_p), weight)
@@ -115,14 +86,6 @@ def z_loss(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Mean square of logsumexp of the logits, which keeps them small.
 
     Source: Zoph et al., ST-MoE, arXiv 2202.08906, eq. 5.
-
-    Args:
-      logits: float `(B, E)`.
-      weight: `(B,)`, of each input.
-
-    Example:
-      >>> z_loss(jnp.zeros((3, 1)))
-      Array(0., dtype=float32)
     """
     logits = core.selected(core.widen(logits), weight)
     return core.weighted_mean(jnp.square(jax.nn.logsumexp(logits, -1)), weight)

@@ -41,10 +41,6 @@ def map_experts(
       Function of the same arguments whose outputs have a leading axis E. Where a stack lies on an
       `expert_mesh`, each device maps over its own experts.
 
-    Raises:
-      ValueError: At once if `method` is unknown; when called, if expert axes differ in size, or E
-        is not a multiple of the mesh's axis 'expert'.
-
     Example:
       >>> dot = map_experts(lambda w, x: x @ w, 'unroll', in_axes=(0, None))
       >>> dot(jnp.ones((4, 3)), jnp.ones(3))
@@ -87,9 +83,6 @@ def fastest(
 
     Returns:
       'vmap' or 'map'; for a single expert 'unroll', without a measurement.
-
-    Raises:
-      ValueError: If a shape is symbolic (name the method there), or expert axes differ in size.
 
     Example:
       >>> fastest(lambda w: w * 2, jnp.ones((2, 3))) in ('vmap', 'map')

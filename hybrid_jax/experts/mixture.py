@@ -1,6 +1,5 @@
 """The mixture of experts: all of them run and weighed, or the gate and the one that it chose."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ class Aux(NamedTuple):
       gate_logits: float `(B, E)`.
       scores: float `(B, E)`, the logits that the routing went by (with their noise, if any).
       weights: float `(B, E)`, those that the outputs were weighed by.
-      expert_logits: float `(E, B, ...)`; zero where an expert did not run (`gathered`).
-      dropped: int32 `(E,)`, inputs routed to an expert that had no place left (`gathered`).
+      expert_logits: float `(E, B, ...)`.
       unrouted: int32 (), inputs without any weight, whose output is zero.
       nan_gates: int32 (), inputs with NaN among their gate logits, whose output is NaN.
     """
@@ -34,7 +32,6 @@ class Aux(NamedTuple):
     scores: jax.Array
     weights: jax.Array
     expert_logits: jax.Array
-    dropped: jax.Array
     unrouted: jax.Array
     nan_gates: jax.Array
 
@@ -59,12 +56,10 @@ def mixture(
 
     Returns:
       `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), with
-      axis E leading in `stack`. It raises ValueError if the gate's outputs are not `(B, E)`. NaN
-      gate logits of an input make its logits NaN, and are counted in `Aux.nan_gates`.
-
-      `weight` is `(B,)`, None where all inputs count. An input of weight 0, as padding has, takes
-      no expert, and its logits are 0; the gate and the experts see one that counts in its place, so
-      that whatever it holds reaches no other input, and no gradient as long as any input counts.
+      axis E leading in `stack`. NaN gate logits of an input make its logits NaN. `weight` is
+      `(B,)`, None where all inputs count. An input of weight 0, as padding has, takes no expert,
+      and its logits are 0; the gate and the experts see one that counts in its place, so that
+      whatever it holds reaches no other input, and no gradient as long as any input counts.
 
     Example:
       >>> expert_fn = lambda params, x: x @ params
@@ -83,8 +78,7 @@ def mixture(
         gate_logits = gate_fn(gate_params, x)
         check_gate(gate_logits, x, len(expert_logits))
         routed = routing(gate_logits, key, weight)
-        none_dropped = jnp.zeros(len(expert_logits), jnp.int32)
-        return weigh(gate_logits, routed, expert_logits, none_dropped, weight)
+        return weigh(gate_logits, routed, expert_logits, weight)
 
     return moe
 
@@ -95,15 +89,7 @@ def combine(expert_logits: jax.Array, weights: jax.Array) -> jax.Array:
     Every control is this with other weights: those of `random()`, of `oracle`, or 1/E for the plain
     average. All experts count: a non-finite output of one with weight 0 is not hidden.
 
-    Args:
-      expert_logits: float `(E, B, ...)`, of any rank: logits `(E, B, N)`, maps `(E, B, H, W, C)`.
-      weights: float `(B, E)`.
-
-    Returns:
-      float `(B, ...)`.
-
-    Raises:
-      ValueError: If the leading axes of `expert_logits` are not those of `weights`.
+    `expert_logits` are `(E, B, ...)` of any rank, `weights` `(B, E)`, the sum is `(B, ...)`.
 
     Example:
       >>> combine(jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]]), jnp.array([[0.5, 0.5]]))
@@ -122,15 +108,12 @@ def weigh(
     gate_logits: jax.Array,
     routed: Routed,
     expert_logits: jax.Array,
-    dropped: jax.Array,
     weight: jax.Array | None,
 ) -> tuple[jax.Array, Aux]:
     """The weighted sum and the `Aux` of a mixture, with its counts."""
     unrouted = core.selected((routed.weights == 0).all(-1), weight).sum()
     nan_gates = core.selected(jnp.isnan(gate_logits).any(-1), weight).sum()
-    aux = Aux(
-        gate_logits, routed.scores, routed.weights, expert_logits, dropped, unrouted, nan_gates
-    )
+    aux = Aux(gate_logits, routed.scores, routed.weights, expert_logits, unrouted, nan_gates)
     return combine(expert_logits, routed.weights), aux
 
 
@@ -140,17 +123,8 @@ def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax
     The experts' shapes may differ. A batch goes through image by image; `jax.vmap` of this would
     run every expert. Ties go to the lowest index.
 
-    Args:
-      expert_fns: E functions `expert_fn(params, x)` -> logits `(B, ...)`.
-      gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
-
-    Returns:
-      `edge(params_list, gate_params, x)` -> logits `(B, ...)`, with one params pytree for each
-      expert. It raises ValueError if the numbers of functions, parameters and gate outputs differ,
-      or the experts' outputs do. NaN gate logits of an image make its logits NaN.
-
-    Raises:
-      ValueError: If there is no expert.
+    `edge(params_list, gate_params, x)` -> logits `(B, ...)` has one params pytree for each of the
+    `expert_fns`. NaN gate logits of an image make its logits NaN.
 
     Example:
       >>> edge = one_of([lambda w, x: x * w, lambda w, x: x + w], lambda g, x: x @ g)
@@ -173,17 +147,9 @@ def one_of(expert_fns: Sequence[ExpertFn], gate_fn: GateFn) -> Callable[..., jax
             logits = jax.lax.switch(chosen, branches, list(params_list), x)
             return jnp.where(jnp.isnan(gate_logits).any(), jnp.nan, logits)
 
-        return one_by_one(one, x)
+        return core.one_by_one(one, x)
 
     return edge
-
-
-def one_by_one(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """`fn` of batches of one image, for each of x `(B, ...)`: what it skips is really skipped."""
-    if x.shape[0] == 1:
-        return fn(x)
-    first = operator.itemgetter(0)
-    return jax.lax.map(lambda image: jax.tree.map(first, fn(image[None])), x)
 
 
 def listed(expert_fns: Sequence[ExpertFn]) -> list[ExpertFn]:

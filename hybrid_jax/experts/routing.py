@@ -4,8 +4,8 @@ A routing is `routing(logits, key=None, weight=None) -> Routed`. NaN in an input
 NaN weights for that input, and so a NaN output: it is never routed in silence. Ties go to the
 lowest index. A routing that goes by costs is `cost_aware`, in `budget`.
 
-`weight` `(B,)` says which inputs count: one of weight 0, as padding has, takes no expert and no
-place of one, whatever its logits are. The others are routed as they would be without it.
+`weight` `(B,)` says which inputs count: one of weight 0, as padding has, takes no expert,
+whatever its logits are. The others are routed as they would be without it.
 """
 
 import functools
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.experts.capacity import best_inputs
 
 
 class Routed(NamedTuple):
@@ -34,7 +33,7 @@ class Routed(NamedTuple):
 Routing = Callable[[jax.Array, jax.Array | None, jax.Array | None], Routed]
 
 
-def _of_those_that_count(route: Routing) -> Routing:
+def of_those_that_count(route: Routing) -> Routing:
     """`route`, whose other inputs have no weight, nor a gradient where their logits are NaN."""
 
     @functools.wraps(route)
@@ -46,21 +45,10 @@ def _of_those_that_count(route: Routing) -> Routing:
 
 
 def soft(temperature: float = 1.0) -> Routing:
-    """Every expert, weighted by the softmax of the logits (Jacobs et al. 1991).
-
-    Args:
-      temperature: Divides the logits; above 0.
-
-    Raises:
-      ValueError: If `temperature` is not a finite number above 0.
-
-    Example:
-      >>> soft()(jnp.array([[0.0, 0.0]])).weights
-      Array([[0.5, 0.5]], dtype=float32)
-    """
+    """Every expert, weighted by the softmax of the logits (Jacobs et al. 1991)."""
     core.check_positive("temperature", temperature)
 
-    @_of_those_that_count
+    @of_those_that_count
     def route(logits, key, weight):
         del key, weight
         scores = logits / temperature
@@ -72,34 +60,25 @@ def soft(temperature: float = 1.0) -> Routing:
 def top_k(k: int, *, normalize: bool = True) -> Routing:
     """The K experts with the largest logits, weighted by softmax.
 
-    Args:
-      k: K, from 1 to E.
-      normalize: True: the softmax runs over the chosen experts alone and the weights sum to one
-        (Shazeer et al., Outrageously Large Neural Networks, arXiv 1701.06538, eq. 3-5); with K = 1
-        the weight is exactly 1 and the gate gets no gradient (see `straight_through`). False: the
-        softmax over all experts, cut to the chosen (Fedus et al., arXiv 2101.03961).
-
-    Raises:
-      ValueError: If `k` is not an integer from 1 to E (E known when called).
+    With `normalize` the softmax runs over the chosen experts alone and the weights sum to one
+    (Shazeer et al., Outrageously Large Neural Networks, arXiv 1701.06538, eq. 3-5); with K = 1 the
+    weight is exactly 1 and the gate gets no gradient (see `straight_through`). Else it is the
+    softmax over all experts, cut to the chosen (Fedus et al., arXiv 2101.03961).
 
     Example:
       >>> top_k(2)(jnp.array([[1.0, 5.0, 5.0]])).weights
       Array([[0. , 0.5, 0.5]], dtype=float32)
-      >>> top_k(4)(jnp.zeros((1, 3)))
-      Traceback (most recent call last):
-      ...
-      ValueError: k must be an integer in [1, 3], got 4
     """
     core.check_integer("k", k, 1)
 
-    @_of_those_that_count
+    @of_those_that_count
     def route(logits, key, weight):
         del key, weight
         num_experts = logits.shape[-1]
         core.check_integer("k", k, 1, num_experts)
         _, chosen = jax.lax.top_k(logits, k)
         kept = jax.nn.one_hot(chosen, num_experts, dtype=bool).any(-2)
-        return Routed(_softmax_of(logits, kept, normalize), logits)
+        return Routed(softmax_of(logits, kept, normalize), logits)
 
     return route
 
@@ -109,10 +88,6 @@ def switch() -> Routing:
 
     The weight scales the output, which gives the gate a gradient and leaves the top-1 class alone.
     Source: Switch Transformers, arXiv 2101.03961, eq. 2.
-
-    Example:
-      >>> switch()(jnp.array([[0.0, 0.0]])).weights
-      Array([[0.5, 0. ]], dtype=float32)
     """
     return top_k(1, normalize=False)
 
@@ -123,18 +98,7 @@ def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routin
     Source: Shazeer et al., arXiv 1701.06538, eq. 4, with the constant deviation of Riquelme et al.,
     arXiv 2106.05974. Without a key (at inference) there is no noise.
 
-    Args:
-      k: K, from 1 to E.
-      noise: Standard deviation, in units of logits; above 0.
-      normalize: As for `top_k`.
-
-    Raises:
-      ValueError: If `k` is not from 1 to E or `noise` not above 0.
-
-    Example:
-      >>> routed = noisy_top_k(1)(jnp.zeros((1, 3)), jax.random.key(0))
-      >>> int((routed.weights > 0).sum())
-      1
+    `noise` is the deviation in units of logits.
     """
     core.check_positive("noise", noise)
     chosen = top_k(k, normalize=normalize)
@@ -143,47 +107,6 @@ def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routin
         if key is not None:
             logits = logits + noise * jax.random.normal(key, logits.shape, logits.dtype)
         return chosen(logits, None, weight)
-
-    return route
-
-
-def expert_choice(k: int, capacity_factor: float = 1.0, *, normalize: bool = True) -> Routing:
-    """Each expert picks the inputs that the gate most gives it, as many as its `capacity`.
-
-    The load is even by construction, at the price that an input may have several experts or none:
-    then its weights and its output are zero, and it counts in `Aux.unrouted`. The choice depends on
-    the whole batch, so it is one for training; at inference an input alone goes by `top_k`. An
-    expert does not pick what has probability 0. Source: Zhou et al., Mixture-of-Experts with Expert
-    Choice Routing, arXiv 2202.09368, whose capacity factor is `k * capacity_factor`.
-
-    Args:
-      k: K, from 1 to E: how many experts an input has on average, at a factor of 1.
-      capacity_factor: Above 0.
-      normalize: True: the softmax runs over the experts that picked the input, and the weights of
-        an input with any sum to one. False: the softmax over all experts, as in the source.
-
-    Raises:
-      ValueError: If `k` is not an integer from 1 to E or the factor not above 0.
-
-    Example:
-      >>> logits = jnp.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-      >>> expert_choice(1)(logits).weights
-      Array([[1., 0.],
-             [1., 0.],
-             [0., 1.],
-             [0., 1.]], dtype=float32)
-    """
-    core.check_integer("k", k, 1)
-    core.check_positive("capacity_factor", capacity_factor)
-
-    @_of_those_that_count
-    def route(logits, key, weight):
-        del key
-        # Ranked by logarithms, where small probabilities do not vanish and tie.
-        scores = jax.nn.log_softmax(logits)
-        held = best_inputs(scores, k, capacity_factor, weight).held
-        kept = held & ~jnp.isneginf(scores)
-        return Routed(_softmax_of(logits, kept, normalize), logits)
 
     return route
 
@@ -201,7 +124,7 @@ def straight_through(routing: Routing) -> Routing:
       (Array(1., dtype=float32), Array([[ 0.25, -0.25]], dtype=float32))
     """
 
-    @_of_those_that_count
+    @of_those_that_count
     def route(logits, key, weight):
         hard = routing(logits, key, weight)
         probabilities = jax.nn.softmax(hard.scores)
@@ -215,17 +138,9 @@ def straight_through(routing: Routing) -> Routing:
 
 
 def random() -> Routing:
-    """One expert at random, whatever the gate says (but NaN stays NaN): a control for evaluation.
+    """One expert at random, whatever the gate says (but NaN stays NaN): a control."""
 
-    Raises:
-      ValueError: If called without a key.
-
-    Example:
-      >>> random()(jnp.zeros((5, 3)), jax.random.key(0)).weights.sum(-1)
-      Array([1., 1., 1., 1., 1.], dtype=float32)
-    """
-
-    @_of_those_that_count
+    @of_those_that_count
     def route(logits, key, weight):
         del weight
         if key is None:
@@ -242,18 +157,9 @@ def oracle(expert_logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     An expert with NaN logits is the best only where all are so.
 
-    Args:
-      expert_logits: float `(E, B, N)`.
-      labels: int `(B,)` in [0, N); a traced one outside goes to the first expert, which is wrong as
-        all are.
-
-    Returns:
-      One-hot float `(B, E)`: an expert that is right if there is one, and among those (or if none
-      is) the one with the highest probability of the label.
-
-    Raises:
-      ValueError: If shapes differ, or labels are not integers or (where they are known) outside
-        [0, N).
+    One-hot `(B, E)`, of logits `(E, B, N)` and labels `(B,)`: an expert that is right if there is
+    one, and among those (or if none is) the one with the highest probability of the label. A traced
+    label outside [0, N) goes to the first expert, which is wrong as all are.
 
     Example:
       >>> logits = jnp.array([[[2.0, 0.0]], [[0.0, 1.0]]])
@@ -271,7 +177,7 @@ def oracle(expert_logits: jax.Array, labels: jax.Array) -> jax.Array:
     return _one_hot_argmax((right.astype(probability.dtype) + probability).T)
 
 
-def _softmax_of(logits, kept, normalize):
+def softmax_of(logits, kept, normalize):
     """Softmax over the kept experts (or over all, then cut to those); a row of none is zero."""
     scores = jax.nn.log_softmax(logits)
     # A row with NaN is NaN all along, and stays so. It would not, if it were multiplied by a mask:

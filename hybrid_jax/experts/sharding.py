@@ -24,12 +24,7 @@ _EXPERT, _BATCH = "expert", "batch"
 def expert_mesh(experts: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the axes 'expert' and 'batch', of sizes `experts` and D / `experts`.
 
-    Args:
-      experts: Along how many devices a stack is divided.
-      devices: The D devices; all there are if None.
-
-    Raises:
-      ValueError: If `experts` is not an integer of at least 1 that divides D.
+    Of all devices, if `devices` is None.
 
     Example:
       >>> dict(expert_mesh(1, jax.devices()[:1]).shape)
@@ -47,12 +42,7 @@ def expert_mesh(experts: int, devices: Sequence[jax.Device] | None = None) -> Me
 def shard_stack(stack: Tree, mesh: Mesh) -> Tree:
     """Divides a stack among the devices by expert; the copies made are the result's own to donate.
 
-    Args:
-      stack: Pytree with leaves (E, …): parameters, or the states of `training.stack_states`.
-      mesh: Of `expert_mesh`.
-
-    Raises:
-      ValueError: If E is not a multiple of the mesh's axis 'expert', or the mesh has none.
+    `stack` has leaves (E, …): parameters, or the states of `training.stack_states`.
 
     Example:
       >>> mesh = expert_mesh(1, jax.devices()[:1])

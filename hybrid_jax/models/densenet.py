@@ -11,18 +11,10 @@ class DenseNet(nn.Module):
     """DenseNet in its CIFAR form.
 
     Attributes:
-      num_classes: N.
       blocks: Number of layers of each dense block.
       growth: Channels that each layer adds (k in the paper).
       bottleneck: Whether a 1×1 convolution to 4·growth channels precedes each 3×3 (the B of BC).
       reduction: Fraction of channels that a transition keeps (below 1: the C of BC).
-
-    Example:
-      >>> model = DenseNet(10, blocks=(2, 2), growth=4)
-      >>> images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
-      >>> variables['params']['head']['kernel'].shape  # (2·4 + 2·4) / 2 + 2·4
-      (16, 10)
     """
 
     num_classes: int

@@ -1,5 +1,7 @@
 """MobileNetV2: Sandler et al., Inverted Residuals and Linear Bottlenecks (arXiv 1801.04381)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -11,17 +13,10 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 of any width multiplier.
 
     Attributes:
-      num_classes: N.
       stages: For each stage (expansion, channels, number of blocks, stride of the first).
       width: Multiplier of all channels, rounded to multiples of 8.
       stem: 'imagenet', or 'cifar', where stem and first strided stage keep stride 1, so that a
         32×32 image ends as 4×4.
-
-    Example:
-      >>> model = MobileNetV2(10, stages=((1, 8, 1, 1), (6, 16, 2, 2)), stem='cifar')
-      >>> images = jax.numpy.zeros((1, 8, 8, 3))
-      >>> jax.eval_shape(model.init, jax.random.key(0), images)['params']['head']['kernel'].shape
-      (1280, 10)
     """
 
     num_classes: int
@@ -31,11 +26,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images (B, H, W, C) to logits (B, N).
-
-        Raises:
-          ValueError: If `stem` is unknown or `width` not positive.
-        """
+        """Maps images (B, H, W, C) to logits (B, N)."""
         core.check_choice("stem", self.stem, ("cifar", "imagenet"))
         core.check_positive("width", self.width)
         keep_size = self.stem == "cifar"
@@ -57,11 +48,16 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion, 3×3 depthwise and linear 1×1 projection, with a shortcut where shapes fit."""
+    """1×1 expansion, depthwise and linear 1×1 projection, with a shortcut where shapes fit.
+
+    `stride` and `size` are those of the depthwise convolution; `layer` is called as `ConvNorm`.
+    """
 
     features: int
     expansion: int
     stride: int
+    size: int = 3
+    layer: Callable[..., nn.Module] = ConvNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -69,9 +65,9 @@ class InvertedResidual(nn.Module):
         wide = self.expansion * x.shape[-1]
         y = x
         if self.expansion != 1:
-            y = ConvNorm(wide, 1, activation=nn.relu6, name="expand")(y, train)
-        y = ConvNorm(wide, 3, self.stride, wide, activation=nn.relu6, name="depthwise")(y, train)
-        y = ConvNorm(self.features, 1, activation=None, name="project")(y, train)
+            y = self.layer(wide, 1, activation=nn.relu6, name="expand")(y, train)
+        y = self.layer(wide, self.size, self.stride, wide, nn.relu6, name="depthwise")(y, train)
+        y = self.layer(self.features, 1, activation=None, name="project")(y, train)
         return x + y if x.shape == y.shape else y
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from hybrid_jax import core
 from hybrid_jax.models.densenet import DenseNet
+from hybrid_jax.models.efficientnet import EfficientNetLite
 from hybrid_jax.models.mobilenet import MobileNetV2
 from hybrid_jax.models.resnet import ResNet
 from hybrid_jax.models.vgg import VGG
@@ -39,18 +40,27 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
             )
         },
     ),
+    "efficientnet_lite0": (
+        EfficientNetLite,
+        {
+            "stages": (
+                (1, 16, 1, 1, 3),
+                (6, 24, 2, 2, 3),
+                (6, 40, 2, 2, 5),
+                (6, 80, 3, 2, 3),
+                (6, 112, 3, 1, 5),
+                (6, 192, 4, 2, 5),
+                (6, 320, 1, 1, 3),
+            )
+        },
+    ),
     "densenet": (DenseNet, {"blocks": (16, 16, 16)}),
     "densenet40": (DenseNet, {"blocks": (12, 12, 12), "bottleneck": False, "reduction": 1.0}),
 }
 
 
 def names() -> tuple[str, ...]:
-    """The names that `create` knows.
-
-    Example:
-      >>> 'resnet20' in names()
-      True
-    """
+    """The names that `create` knows."""
     return tuple(_MODELS)
 
 
@@ -59,30 +69,20 @@ def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
 
     For 32×32 images: 'resnet8', 'resnet20', 'resnet32', 'resnet56', 'vgg16_bn', 'densenet'
     (DenseNet-BC of 100 layers, growth 12), 'densenet40' (not BC, with the stem of 24 channels that
-    pruning papers give it). For 224×224 images: 'resnet18', 'resnet50', 'mobilenet_v2'; with
-    stem='cifar' these take 32×32 images too. Each takes any number of input channels.
+    pruning papers give it). For 224×224 images: 'resnet18', 'resnet50', 'mobilenet_v2', which with
+    stem='cifar' take 32×32 images too, and 'efficientnet_lite0'. Each takes any number of input
+    channels.
 
-    Args:
-      name: One of `names()`.
-      num_classes: N.
-      **overrides: Attributes of the model's class that differ from the published, as
-        `widths=(8, 16, 32)`; lists become tuples.
+    `overrides` are attributes of the model's class that differ from the published; lists become
+    tuples.
 
     Returns:
       A Linen module, called as `model.apply(variables, images, train)`, with images
       (B, H, W, C) float32 and logits (B, N) float32; collections 'params' and 'batch_stats'.
 
-    Raises:
-      ValueError: If the name, or the name of an override, is unknown (names the nearest), or
-        `num_classes` is below 1.
-
     Example:
       >>> create('resnet8', 10, widths=[8, 16, 32]).widths
       (8, 16, 32)
-      >>> create('densnet', 10)  # doctest: +ELLIPSIS
-      Traceback (most recent call last):
-      ...
-      ValueError: name must be one of ..., got 'densnet'; did you mean densenet?
     """
     cls, published = _MODELS[core.check_choice("name", name, _MODELS)]
     core.check_integer("num_classes", num_classes, 1)

@@ -12,7 +12,6 @@ class ResNet(nn.Module):
     """ResNet of basic or bottleneck blocks.
 
     Attributes:
-      num_classes: N.
       blocks: Number of blocks of each stage.
       widths: Channels of each stage; a bottleneck block puts out four times as many.
       bottleneck: Whether blocks are 1×1, 3×3, 1×1 (with the stride on the 3×3, as in
@@ -39,11 +38,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images (B, H, W, C) to logits (B, N).
-
-        Raises:
-          ValueError: If `stem` or `shortcut` is unknown, or `blocks` and `widths` differ in length.
-        """
+        """Maps images (B, H, W, C) to logits (B, N)."""
         core.check_choice("stem", self.stem, ("cifar", "imagenet"))
         if len(self.blocks) != len(self.widths):
             raise ValueError(f"widths must be {len(self.blocks)} long as blocks, got {self.widths}")

@@ -10,18 +10,10 @@ class VGG(nn.Module):
     """VGG in its CIFAR form: stages of 3×3 convolutions, a max-pool after each, two dense layers.
 
     Attributes:
-      num_classes: N.
       widths: For each stage, the channels of each of its convolutions. Images must be at least
         2^stages pixels high and wide.
       hidden: Features of the dense layer before the last, as in the CIFAR VGG-16-BN that pruning
         papers compare on; 0 leaves it out.
-
-    Example:
-      >>> model = VGG(10, widths=((4,), (8, 8)), hidden=16)
-      >>> images = jax.ShapeDtypeStruct((1, 8, 8, 3), jax.numpy.float32)
-      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
-      >>> variables['params']['hidden']['kernel'].shape
-      (32, 16)
     """
 
     num_classes: int
@@ -30,11 +22,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images (B, H, W, C) to logits (B, N).
-
-        Raises:
-          ValueError: If the images are too small for the number of stages.
-        """
+        """Maps images (B, H, W, C) to logits (B, N)."""
         least = 2 ** len(self.widths)
         if min(x.shape[1:3]) < least:
             raise ValueError(

@@ -23,7 +23,8 @@ class Allocation:
       allocate: `allocate(units, paths, sparsity, at_least) -> kept`, where `units` are {name:
         (rows, n) scores} as a granularity splits them, `paths` {name: path of the kernel}, `kept`
         {name: (rows, n) bool}, and a row keeps `at_least` units whatever the sparsity.
-      by_row: Whether every row loses the same fraction. Only this goes with N:M.
+      by_row: Whether every row loses the same fraction: what a granularity with a `max_sparsity`
+        below 1 needs.
     """
 
     name: str
@@ -95,14 +96,8 @@ def erk(kernels: Kernels) -> Allocation:
     The Erdős–Rényi-Kernel densities of U. Evci et al., Rigging the Lottery (arXiv 1911.11134), with
     the sizes H, W, C and O: small kernels stay denser; one that would exceed 1 is dense and the
     others share what is left. The network loses exactly floor(sparsity · n + ½) of its n units, and
-    each leaf keeps its share rounded up or down. The sizes are those of the kernel, or of the one
-    that makes a group of channels, also where a unit is more than a weight.
-
-    Args:
-      kernels: `core.trace(...).kernels`, which know the sizes in any layout.
-
-    Raises:
-      ValueError: From `masks`, if what is scored is no kernel.
+    each leaf keeps its share rounded up or down. The sizes are those of `core.trace(...).kernels`,
+    or of the one that makes a group of channels, also where a unit is more than a weight.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,6 +133,14 @@ def erk(kernels: Kernels) -> Allocation:
         }
 
     return Allocation("erk", allocate)
+
+
+ALLOCATIONS: dict[str, Callable[[core.Graph], Allocation]] = {
+    "uniform": lambda graph: uniform(),
+    "global": lambda graph: global_(),
+    "erk": lambda graph: erk(graph.kernels),
+}
+"""Every allocation by name, for a graph; open to users."""
 
 
 @np.errstate(over="ignore", invalid="ignore")

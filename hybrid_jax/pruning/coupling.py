@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.pruning.allocation import global_, keep_units, uniform
-from hybrid_jax.pruning.granularity import REDUCTIONS, Granularity
+from hybrid_jax.pruning.allocation import Allocation, keep_units, uniform
+from hybrid_jax.pruning.granularity import GRANULARITIES, REDUCTIONS, Granularity
+from hybrid_jax.pruning.masking import check_kind
 from hybrid_jax.pruning.selection import check_sparsity, rankable
 
 _NORMALIZATIONS = {
@@ -16,7 +17,6 @@ _NORMALIZATIONS = {
     "mean": lambda scores, finite: scores.sum(where=finite) / finite.sum(dtype=scores.dtype),
     "max": lambda scores, finite: scores.max(where=finite, initial=0.0),
 }
-_ALLOCATIONS = {"uniform": uniform(), "global": global_()}
 
 
 def channels(
@@ -29,21 +29,11 @@ def channels(
     """Coupled channels leave as a whole, with every parameter that they touch.
 
     `masks(scores, sparsity, channels(groups), global_())` is
-    `expand(keep_channels(group_scores(scores, groups), sparsity, 'global'), groups, params)`, for
-    any allocation, and in `prune_by_schedule`. `sparsity` is a fraction of the channels.
-
-    Args:
-      groups: The coupled groups, `core.trace(...).groups`, of a function of the parameters that
-        are scored. Each is a row, by its name.
-      reduce: As for `group_scores`.
-      normalize: As for `group_scores`.
-      multiple: As for `keep_channels`. Above 1 counts are the nearest that it allows.
-      at_least: Channels that each group keeps whatever the sparsity. A group that loses all of
-        them cuts the network in two.
-
-    Raises:
-      ValueError: If an argument is outside its bounds, or there is no group. From `masks`, what
-        `group_scores` raises.
+    `expand(keep_channels(group_scores(scores, groups), sparsity, global_()), groups, params)`, for
+    any allocation, and in `prune_by_schedule`. `sparsity` is a fraction of the channels. Each of
+    the `groups` of `core.trace(...)` is a row, by its name, and keeps `at_least` channels whatever
+    the sparsity: one that loses all of them cuts the network in two. `reduce` and `normalize` are
+    as for `group_scores`, `multiple` as for `keep_channels`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,6 +73,9 @@ def channels(
     )
 
 
+GRANULARITIES["channels"] = lambda graph: channels(graph.groups)
+
+
 def group_scores(
     scores: Any, groups: Sequence[Any], reduce: str = "sum", normalize: str = "mean"
 ) -> dict[str, jax.Array]:
@@ -100,16 +93,8 @@ def group_scores(
       reduce: 'sum', 'mean', 'max' or 'l2' over the entries of a unit.
       normalize: 'mean' or 'max' of the group's n scores to divide by, or 'none'.
 
-    Returns:
-      {group name: (n,) float32}.
-
-    Raises:
-      ValueError: If there is no group, a group has no member with scores, a member's path is not
-        in `scores`, `reduce` or `normalize` is unknown, or scores are not finite (unless traced).
-
     Example:
-      >>> import jax.numpy as jnp, numpy as np
-      >>> from hybrid_jax import core
+      >>> import jax.numpy as jnp
       >>> params = {'a': jnp.ones((1, 2)), 'b': jnp.array([[1.0], [5.0]])}
       >>> index = np.array([[0], [1]])
       >>> members = core.Member('a', 1, index, (1, 2)), core.Member('b', 0, index, (2, 1))
@@ -131,45 +116,37 @@ def group_scores(
 def keep_channels(
     scores: dict[str, jax.Array],
     sparsity: float | jax.Array,
-    allocation: str = "uniform",
+    allocation: Allocation | None = None,
     multiple: int = 1,
     exempt: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """Chooses the channels to keep, with exact counts.
 
     The choice that `masks` makes with `channels`, from scores of groups made by other means. With
-    `allocation='uniform'` a group of n channels loses floor(sparsity · n + ½), with
-    'global' all groups together lose that of all their channels. The highest scores stay; of
-    equal scores the lower index, and the group first by name. Widths are whole multiples of
-    `multiple`, or n itself; a group is kept or removed in such steps, best channels first, to
-    the nearest count (half a step up), and always keeps its first step. Uniform widths depend on
-    no score: experts cut by different criteria have equal shapes, and stack.
+    `uniform()` a group of n channels loses floor(sparsity · n + ½), with `global_()` all groups
+    together lose that of all their channels. The highest scores stay; of equal scores the lower
+    index, and the group first by name. Widths are whole multiples of `multiple`, or n itself; a
+    group is kept or removed in such steps, best channels first, to the nearest count (half a step
+    up), and always keeps its first step. Uniform widths depend on no score: experts cut by
+    different criteria have equal shapes, and stack.
 
     Args:
       scores: {group name: (n,) scores}, of `group_scores`.
       sparsity: () fraction of channels removed, in [0, 1], maybe traced.
-      allocation: 'uniform' or 'global'.
+      allocation: `uniform()` (default) or `global_()`.
       multiple: Step of the widths, from 1.
       exempt: Regular expressions on whole group names; those groups keep every channel, and do
         not count.
-
-    Returns:
-      {group name: (n,) bool}, True where kept.
-
-    Raises:
-      ValueError: If an argument is outside its bounds, an exempt pattern matches nothing, no
-        group is left, or scores are not finite (unless traced).
 
     Example:
       >>> import jax.numpy as jnp
       >>> scores = {'a': jnp.array([1.0, 3.0, 2.0, 4.0]), 'b': jnp.array([9.0, 8.0])}
       >>> {name: keep.tolist() for name, keep in keep_channels(scores, 0.5).items()}
       {'a': [False, True, False, True], 'b': [True, False]}
-      >>> {name: int(keep.sum()) for name, keep in keep_channels(scores, 0.5, 'global').items()}
-      {'a': 1, 'b': 2}
     """
     check_sparsity(sparsity)
-    core.check_choice("allocation", allocation, _ALLOCATIONS)
+    allocation = uniform() if allocation is None else allocation
+    check_kind("allocation", allocation, Allocation, "uniform()")
     core.check_integer("multiple", multiple, 1)
     if not core.is_traced(scores):
         core.check_finite("scores", scores)
@@ -179,7 +156,7 @@ def keep_channels(
     units = {n: rankable(xp.asarray(scores[n]))[None] for n in sorted(scores) if not left_out[n]}
     if not units:
         raise ValueError("scores must hold a group to prune, got none that is not exempt")
-    kept = keep_units(units, {}, sparsity, _ALLOCATIONS[allocation], 1, multiple)
+    kept = keep_units(units, {n: n for n in units}, sparsity, allocation, 1, multiple)
     whole = {n: np.ones(np.shape(own), bool) for n, own in scores.items() if left_out[n]}
     return core.on_device({n: whole[n] if n in whole else kept[n][0] for n in scores})
 

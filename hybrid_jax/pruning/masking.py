@@ -34,8 +34,8 @@ def masks(
         counts stay exact.
       sparsity: () fraction of the units removed, in [0, 1]; None for the largest that
         `granularity` allows.
-      granularity: `unstructured()` (default), `n_m(kernels, n, m)`, `blocks(kernels, bc, bo)`,
-        `kernels(kernels)` or `channels(groups)`.
+      granularity: `unstructured()` (default) or `channels(groups)`; with it all the parameters
+        that leave with a channel are masked, biases too.
       allocation: `uniform()` (default), `erk(kernels)` or `global_()`.
       exempt: Regular expressions on whole paths of leaves to leave alone, on whole names of groups
         with `channels`. What is exempt does not count.
@@ -43,14 +43,7 @@ def masks(
 
     Returns:
       Pytree of bool like the parameters, True where kept; `optax.MaskedNode()` where nothing is
-      pruned. With `channels`, all the parameters that leave with one are masked, biases too.
-
-    Raises:
-      TypeError: If `granularity` or `allocation` is not one.
-      ValueError: If there is nothing to prune; if `sparsity` is outside [0, 1] or more than
-        `granularity` allows; if scores are not floating, or not finite (unless traced); if an
-        exempt pattern matches nothing; if granularity and allocation, or a leaf, do not go
-        together.
+      pruned.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,15 +86,8 @@ def masks(
 def apply_masks(params: Any, masks: Any) -> Any:
     """Sets to exactly zero what the masks remove.
 
-    Args:
-      params: Pytree of parameters, or anything shaped like them (averages, moments).
-      masks: Pytree of bool, True where kept, with `optax.MaskedNode()` where nothing is pruned.
-
-    Returns:
-      Pytree like `params`; what is NaN or infinite under the mask is zero too.
-
-    Raises:
-      ValueError: If a mask has another shape than its parameter, or another structure.
+    What is NaN or infinite under the mask is zero too. `params` may be anything shaped like the
+    parameters (averages, moments).
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,11 +113,7 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
 
 
 def check_scores(scores: Any, xp: Any = jnp) -> dict[str, Any]:
-    """Returns {path: scores in float32 as arrays of `xp`, or `MaskedNode`}.
-
-    Raises:
-      ValueError: If scores are not floating, are empty, or are not finite (unless traced).
-    """
+    """Returns {path: scores in float32 as arrays of `xp`, or `MaskedNode`}."""
     if not core.is_traced(scores):
         core.check_finite("scores", scores)
     leaves = core.flatten_paths(scores)

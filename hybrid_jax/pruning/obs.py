@@ -6,7 +6,7 @@ Gram matrix H = XᵀX of `core.input_grams`, each output channel for itself. All
     scores = obs(params, grams, greedy=True)
     params = compensate(params, masks(scores, 0.5), grams)
 
-and each half goes with any other: these scores with N:M, `compensate` with any criterion's masks.
+and each half goes with others: these scores with any granularity, `compensate` with any masks.
 Sources: B. Hassibi, D. Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon
 (1992); E. Frantar et al., Optimal Brain Compression (arXiv 2208.11580).
 """
@@ -22,6 +22,7 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from hybrid_jax import core
+from hybrid_jax.pruning.criteria.leaves import CRITERIA
 
 # Columns are solved together as long as their matrices hold no more than this many numbers.
 _MOST = 1 << 22
@@ -42,17 +43,8 @@ def obs(
     them in that order and, over the whole layer, as Optimal Brain Compression does. Greedy costs
     n³ for each output channel, the other n³ for each feature group.
 
-    Args:
-      params: Pytree of parameters.
-      grams: What `core.input_grams` gives for them.
-      damping: λ of `core.damped_gram`.
-      greedy: Whether weights leave one by one.
-
-    Returns:
-      float32 scores shaped like `params`; `optax.MaskedNode()` where `grams` has nothing.
-
-    Raises:
-      ValueError: If `grams` is empty, or of other parameters.
+    `grams` are what `core.input_grams` gives, of which what has none has no score either, and
+    `damping` is λ of `core.damped_gram`.
 
     Example:
       >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[1.0], [2.0]])}
@@ -85,19 +77,8 @@ def compensate(
     which is where the one-by-one updates of OBS lead, whatever their order. Damping draws ŵ to w,
     not to zero. Costs n³/3 for each output channel.
 
-    Args:
-      params: Pytree of parameters.
-      masks: Pytree of bool, True where kept, with `optax.MaskedNode()` where nothing is pruned.
-      grams: What `core.input_grams` gives for `params`, at least where `masks` has a mask.
-      damping: λ of `core.damped_gram`.
-
-    Returns:
-      Pytree like `params`, exactly zero where removed. An output channel that loses nothing, and a
-      leaf without a mask, are as they were.
-
-    Raises:
-      ValueError: If a mask has another shape than its parameter, or no Gram matrix; if `grams` are
-        of other parameters.
+    An output channel that loses nothing, and a leaf without a mask, are as they were. `damping` is
+    λ of `core.damped_gram`.
 
     Example:
       >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[2.0], [3.0]])}
@@ -121,6 +102,12 @@ def compensate(
         return _compensate(leaf, mask, grams[path], damping)
 
     return core.map_with_path(move, masks, params)
+
+
+CRITERIA["obs"] = lambda given: obs(
+    given.params,
+    core.input_grams(given.needed("fn"), given.params, given.needed("batches")),
+)
 
 
 @functools.partial(jax.jit, static_argnames="greedy")

@@ -21,16 +21,9 @@ def group_lasso(params: Any, groups: Sequence[core.Group]) -> jax.Array:
     Lin, Model selection and estimation in regression with grouped variables (2006); W. Wen et
     al., Learning Structured Sparsity in Deep Neural Networks (arXiv 1608.03665).
 
-    Args:
-      params: Pytree with the paths that `groups` have: in Linen {'params': …}. What is not in it,
-        and Linen's 'batch_stats', is not penalized.
-      groups: The coupled groups, `core.trace(...).groups`.
-
-    Returns:
-      () float32, to be scaled and added to the loss, or handed to `add_penalty`.
-
-    Raises:
-      ValueError: If there is no group, or `params` has no member of one.
+    `params` have the paths of `groups`, in Linen {'params': …}; what is not in it, and Linen's
+    'batch_stats', is not penalized. The result is to be scaled and added to the loss, or the
+    function handed to `add_penalty`.
 
     Example:
       >>> import numpy as np
@@ -56,25 +49,6 @@ def group_shrinkage(params: Any, groups: Sequence[core.Group], alpha: float = 4.
     γ_g,k = 2^(α (I_max − I_g,k) / (I_max − I_min)) with I_g,k = ‖θ_g[k]‖₂² lies in [1, 2^α], is 1
     where a group's units are all alike, and counts as a constant in the gradient. After G. Fang
     et al., DepGraph: Towards Any Structural Pruning (arXiv 2301.12900).
-
-    Args:
-      params: As for `group_lasso`.
-      groups: As for `group_lasso`.
-      alpha: α, a finite number from 0.
-
-    Returns:
-      () float32.
-
-    Raises:
-      ValueError: As for `group_lasso`, and if `alpha` is negative or not finite.
-
-    Example:
-      >>> import numpy as np
-      >>> index = np.array([[0], [1], [2]])
-      >>> group = core.Group('a', 3, (core.Member('a', 1, index, (1, 3)),))
-      >>> params = {'a': jnp.array([[1.0, 2.0, 3.0]])}  # I = 1, 4, 9; γ = 2⁴, 2^2.5, 2⁰
-      >>> round(float(group_shrinkage(params, [group])) - 4 * 2 ** 2.5, 3)
-      25.0
     """
     if alpha != 0:
         core.check_positive("alpha", alpha)
@@ -95,19 +69,7 @@ def batchnorm_l1(params: Any, pattern: str = r"(.*/)?scale") -> jax.Array:
     Z. Liu et al., Learning Efficient Convolutional Networks through Network Slimming (arXiv
     1708.06519); `batchnorm_scale` is the criterion that goes with it.
 
-    Args:
-      params: Pytree of parameters.
-      pattern: Regular expression that matches the whole path of each scale.
-
-    Returns:
-      () float32.
-
-    Raises:
-      ValueError: If `pattern` matches no path, or a leaf that is not a floating vector.
-
-    Example:
-      >>> float(batchnorm_l1({'bn': {'scale': jnp.array([-2.0, 1.0]), 'bias': jnp.ones(2)}}))
-      3.0
+    `pattern` matches the whole path of each scale.
     """
     scales = jax.tree.leaves(batchnorm_scale(params, pattern))
     # The gradient of `abs` at 0 is 1; that of a scale which is zero has to be 0.
@@ -121,10 +83,6 @@ def add_penalty(
 
     Before the optimizer it is a term of the loss; after the optimizer's scaling by its moments, and
     before its learning rate, it is decoupled as AdamW's weight decay is.
-
-    Args:
-      penalty: `penalty(params) -> ()`, such as `group_lasso` with its groups.
-      strength: () factor, maybe traced.
 
     Example:
       >>> tx = optax.chain(add_penalty(batchnorm_l1, 0.5), optax.sgd(1.0))

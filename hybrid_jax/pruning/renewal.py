@@ -18,11 +18,7 @@ from hybrid_jax.pruning.masking import apply_masks
 
 
 def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns `inner` as a transformation that takes extra arguments.
-
-    Raises:
-      ValueError: If it has no `init` and `update`.
-    """
+    """Returns `inner` as a transformation that takes extra arguments."""
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise ValueError(f"inner must be an optax transformation, got {inner!r}")
     return optax.with_extra_args_support(inner)
@@ -62,18 +58,8 @@ def renew(
     those of a weight that leaves, at what `inner.init` gives them. If not due, the step costs the
     landing alone, except under `jax.vmap`, which runs both branches of a condition.
 
-    Args:
-      due: () bool.
-      new_masks: `new_masks(candidate) -> masks`, from the parameters that the updates lead to on
-        the old masks.
-      masks: The masks so far.
-      inner: The optimizer that made `updates`.
-      inner_state: Its state.
-      updates: Its updates.
-      params: The parameters before them.
-
-    Returns:
-      (updates that land on the masks, masks, state of `inner`).
+    `new_masks(candidate) -> masks` are of the parameters that the `updates`, made by `inner`, lead
+    to on the old masks. Returns updates that land on the masks, the masks, the state of `inner`.
     """
 
     def renewed():
@@ -94,9 +80,8 @@ def split_copies(
 
     What schedule-free optimizers are evaluated at is made of such an entry, and of the parameters.
 
-    Returns:
-      (state, hidden): `hidden` are the leaves of the state as they were, `optax.MaskedNode()` for
-      those that stay; () if all do.
+    Beside the state are its leaves as they were, `optax.MaskedNode()` for those that stay; () if
+    all do.
     """
     copies = _copies(inner, params)
     if not any(copies):

@@ -56,10 +56,6 @@ def prune_in_rounds(
     Returns:
       (small_fns, tree, keep): what the last round left, and the channels kept of the first widths.
 
-    Raises:
-      ValueError: If there is no round, a round would bring back a channel that is removed, or what
-        `choose` and `cut` raise.
-
     Example:
       >>> import jax
       >>> from hybrid_jax.pruning import group_scores, magnitude

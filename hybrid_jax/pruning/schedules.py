@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hybrid_jax import core
 from hybrid_jax.pruning.selection import check_sparsity
@@ -17,9 +18,6 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 def one_shot(sparsity: float | jax.Array, step: int = 0) -> Schedule:
     """Nothing is removed before `step`, all of `sparsity` from it on.
-
-    Raises:
-      ValueError: If `sparsity` is outside [0, 1] or `step` is negative.
 
     Example:
       >>> schedule = one_shot(0.5, step=10)
@@ -42,15 +40,6 @@ def cubic(
     s_t = s_f + (s_i − s_f)(1 − (t − t_0) / (t_1 − t_0))³, M. Zhu and S. Gupta, To prune, or not
     to prune (arXiv 1710.01878).
 
-    Args:
-      sparsity: s_f, the sparsity from `end` on, in [0, 1].
-      begin: t_0, the first step that removes.
-      end: t_1, after `begin`.
-      initial: s_i in [0, `sparsity`].
-
-    Raises:
-      ValueError: If an argument lies outside these bounds.
-
     Example:
       >>> schedule = cubic(0.8, begin=0, end=100)
       >>> [round(float(schedule(step)), 3) for step in (0, 50, 100, 200)]  # 0.8 (1 − 0.5³) = 0.7
@@ -58,31 +47,20 @@ def cubic(
     """
     final = check_sparsity(sparsity)
     check_sparsity(initial, "initial", most=1.0 if core.is_traced(final) else final)
-    done = _fraction_done(begin, end)
-
-    def schedule(now):
-        to, start = jnp.asarray(sparsity, jnp.float32), jnp.asarray(initial, jnp.float32)
-        rising = to + (start - to) * (1.0 - jnp.clip(done(now), 0.0, 1.0)) ** 3
-        return jnp.where(done(now) < 0, 0.0, rising)
-
-    return schedule
+    _check_span(begin, end)
+    start, to = (jnp.asarray(s, jnp.float32) for s in (initial, sparsity))
+    rising = optax.polynomial_schedule(start, to, 3, end - begin)
+    schedule = optax.join_schedules([optax.constant_schedule(jnp.float32(0.0)), rising], [begin])
+    return lambda now: schedule(jnp.asarray(now))
 
 
 def exponential(sparsity: float | jax.Array, begin: int, end: int) -> Schedule:
     """Every step removes the same fraction of what remains, from `begin` to `end`.
 
-    s_t = 1 − (1 − s_f)^((t − t_0) / (t_1 − t_0)), so the density falls exponentially to 1 − s_f.
-    H. Tanaka, D. Kunin, D. Yamins, S. Ganguli, Pruning neural networks without any data by
-    iteratively conserving synaptic flow (arXiv 2006.05467), who prune so in 100 steps before
-    training.
-
-    Args:
-      sparsity: s_f, the sparsity from `end` on, in [0, 1]; 1 is reached at the first step.
-      begin: t_0, the last step at which nothing is removed.
-      end: t_1, after `begin`.
-
-    Raises:
-      ValueError: If an argument lies outside these bounds.
+    s_t = 1 − (1 − s_f)^((t − t_0) / (t_1 − t_0)), so the density falls exponentially to 1 − s_f;
+    a sparsity of 1 is reached at the first step. H. Tanaka, D. Kunin, D. Yamins, S. Ganguli,
+    Pruning neural networks without any data by iteratively conserving synaptic flow (arXiv
+    2006.05467), who prune so in 100 steps before training.
 
     Example:
       >>> schedule = exponential(0.99, begin=0, end=100)
@@ -90,30 +68,23 @@ def exponential(sparsity: float | jax.Array, begin: int, end: int) -> Schedule:
       [0.0, 0.9, 0.99]
     """
     check_sparsity(sparsity)
-    done = _fraction_done(begin, end)
+    _check_span(begin, end)
 
+    # Not optax's, which is constant where nothing is to be left and takes no traced rate.
     def schedule(now):
         final = jnp.asarray(sparsity, jnp.float32)
-        rising = 1.0 - (1.0 - final) ** jnp.clip(done(now), 0.0, 1.0)
+        done = (jnp.asarray(now, jnp.float32) - begin) / (end - begin)
         # 1 − (1 − s_f) is not s_f in floating point.
-        return jnp.where(done(now) < 1, rising, final)
+        return jnp.where(done < 1, 1.0 - (1.0 - final) ** jnp.clip(done, 0.0, 1.0), final)
 
     return schedule
 
 
 def iterative(fraction: float | jax.Array, every: int, rounds: int) -> Schedule:
-    """At each `every`-th step the same fraction of what remains is removed, `rounds` times.
+    """At each `every`-th step `fraction` p of what remains is removed, `rounds` times.
 
     s_k = 1 − (1 − p)^k after k rounds, as lottery tickets are found: J. Frankle and M. Carbin, The
     Lottery Ticket Hypothesis (arXiv 1803.03635).
-
-    Args:
-      fraction: p in [0, 1], removed in each round.
-      every: Steps between rounds, from 1; the first round is at step `every`.
-      rounds: How many there are, from 1.
-
-    Raises:
-      ValueError: If an argument lies outside these bounds.
 
     Example:
       >>> schedule = iterative(0.2, every=10, rounds=3)
@@ -144,19 +115,6 @@ def cyclic(schedule: Schedule, period: int, cycles: int) -> Schedule:
     Cyclical pruning, gradual pruning done anew several times so that weights which were wrongly
     removed recover: `cyclic(cubic(0.9, 0, end), period, cycles)`. S. Srinivas et al., Cyclical
     Pruning for Sparse Neural Networks (arXiv 2202.01290).
-
-    Args:
-      schedule: The schedule of one cycle.
-      period: Steps of a cycle, from 1.
-      cycles: How many there are, from 1.
-
-    Raises:
-      ValueError: If `period` or `cycles` is below 1.
-
-    Example:
-      >>> schedule = cyclic(one_shot(0.9, step=5), period=10, cycles=2)
-      >>> [round(float(schedule(step)), 2) for step in (0, 5, 10, 15, 20, 25)]
-      [0.0, 0.9, 0.0, 0.9, 0.9, 0.9]
     """
     core.check_integer("period", period, 1)
     core.check_integer("cycles", cycles, 1)
@@ -168,8 +126,26 @@ def cyclic(schedule: Schedule, period: int, cycles: int) -> Schedule:
     return repeated
 
 
-def _fraction_done(begin: int, end: int) -> Callable[[int | jax.Array], jax.Array]:
-    """(t − begin) / (end − begin), below 0 before and above 1 after."""
+def _in_rounds(sparsity: float | jax.Array, steps: int) -> Schedule:
+    rounds = min(steps, 5)
+    return iterative(1 - (1 - sparsity) ** (1 / rounds), steps // rounds, rounds)
+
+
+def _in_cycles(sparsity: float | jax.Array, steps: int) -> Schedule:
+    period = steps // min(steps, 3)
+    return cyclic(cubic(sparsity, 0, max(period // 2, 1)), period, min(steps, 3))
+
+
+SCHEDULES: dict[str, Callable[[float | jax.Array, int], Schedule]] = {
+    "one_shot": one_shot,
+    "cubic": lambda sparsity, steps: cubic(sparsity, 0, steps),
+    "exponential": lambda sparsity, steps: exponential(sparsity, 0, steps),
+    "iterative": _in_rounds,
+    "cyclic": _in_cycles,
+}
+"""Every schedule by name, of a sparsity and the steps, at least 1, after which it is reached."""
+
+
+def _check_span(begin: int, end: int) -> None:
     core.check_integer("begin", begin, 0)
     core.check_integer("end", end, begin + 1)
-    return lambda now: (jnp.asarray(now, jnp.float32) - begin) / (end - begin)

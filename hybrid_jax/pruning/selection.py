@@ -14,17 +14,7 @@ from hybrid_jax import core
 def check_sparsity(
     sparsity: float | jax.Array, name: str = "sparsity", most: float = 1.0
 ) -> float | jax.Array:
-    """Returns `sparsity` as a float if it lies in [0, `most`], as it is if it is traced.
-
-    Raises:
-      ValueError: If a concrete `sparsity` lies outside, or is not one number.
-
-    Example:
-      >>> check_sparsity(0.8, most=0.5)
-      Traceback (most recent call last):
-      ...
-      ValueError: sparsity must be in [0, 0.5], got 0.8
-    """
+    """Returns `sparsity` as a float if it lies in [0, `most`], as it is if it is traced."""
     if np.ndim(sparsity):
         raise ValueError(f"{name} must be one number, got shape {np.shape(sparsity)}")
     if core.is_traced(sparsity):
@@ -43,12 +33,7 @@ def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> int | jax.
     Sparsity is read to six decimals, which float32 holds, and the rest is integer arithmetic: a
     Python 0.9 and a traced float32 0.9 mean the same count, compiled or not, however large `n`.
 
-    Args:
-      sparsity: () fraction in [0, 1], maybe traced.
-      n: () number of units, below 2³¹.
-
-    Returns:
-      An integer; () int32 if an argument is traced.
+    `n` is below 2³¹. The result is a Python integer, or () int32 if an argument is traced.
 
     Example:
       >>> [removed_count(0.9, n) for n in (4, 5, 25_000_000)]
@@ -74,12 +59,8 @@ def _traced_count(sparsity, n):
 def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
     """Marks the `kept` highest of the last axis; of equal scores the lower index is kept.
 
-    Args:
-      scores: (..., n) floats.
-      kept: Integer in [0, n], maybe traced: one, or (..., 1) for each row.
-
-    Returns:
-      (..., n) bool with exactly `kept` True in each row: NumPy's of NumPy's scores.
+    `scores` are (..., n), `kept` integers in [0, n], maybe traced: one, or (..., 1) for each row.
+    The result is NumPy's of NumPy's scores.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,13 +95,7 @@ def _keep_traced(scores, kept):
 
 
 def rankable(scores: jax.Array) -> jax.Array:
-    """float32 scores that are finite: NaN and −∞ rank lowest, ∞ highest, equals by index.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> keep_best(rankable(jnp.array([jnp.nan, -9.0, jnp.inf])), 2)
-      Array([False,  True,  True], dtype=bool)
-    """
+    """float32 scores that are finite: NaN and −∞ rank lowest, ∞ highest, equals by index."""
     lowest = np.finfo(np.float32).min
     return scores.__array_namespace__().nan_to_num(scores.astype(np.float32), nan=lowest)
 
@@ -139,14 +114,9 @@ def _compiled_unless_known(f: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled_unless_known
 def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
-    """Gives each unit of a row the mean score of its step of `multiple`, best units first.
+    """Gives each unit of (rows, n) the mean score of its step of `multiple`, best units first.
 
-    Args:
-      scores: (rows, n) floats.
-      multiple: Units to a step; the last one may be smaller.
-
-    Returns:
-      (rows, n) floats.
+    The last step may be smaller.
 
     Example:
       >>> import jax.numpy as jnp
@@ -168,22 +138,7 @@ def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
 
 @_compiled_unless_known
 def whole_steps(scores: jax.Array, kept: jax.Array, multiple: int) -> jax.Array:
-    """Rounds what each row keeps to whole steps: the nearest, half a step up.
-
-    Args:
-      scores: (rows, n) floats.
-      kept: (rows, n) bool, of which only the counts matter.
-      multiple: Units to a step; the last one may be smaller.
-
-    Returns:
-      (rows, n) bool, the best of each row.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> kept = jnp.array([[True, True, True, False, False]])  # 3 of 5: to 4
-      >>> whole_steps(jnp.array([[1.0, 5.0, 4.0, 2.0, 7.0]]), kept, 2)
-      Array([[False,  True,  True,  True,  True]], dtype=bool)
-    """
+    """Rounds the count that each row (rows, n) keeps to whole steps, half a step up: its best."""
     xp, count = kept.__array_namespace__(), _count(kept)
     whole = count // multiple * multiple
     step = xp.minimum(multiple, scores.shape[-1] - whole)

@@ -52,11 +52,6 @@ def sensitivity(
       {path of a leaf: (S,) losses}, in tree order; with `channels` {group name: (S,) losses}, by
       name.
 
-    Raises:
-      TypeError: If `granularity` is not one.
-      ValueError: If there is nothing to prune, an argument is out of its bounds or of another
-        structure, `loss_fn` gives no scalar, or a loss is not finite (unless traced).
-
     Example:
       >>> from hybrid_jax.pruning import channels, magnitude
       >>> params = {'a': jnp.array([[1.0, 2.0]]), 'b': jnp.array([[3.0], [4.0]])}
@@ -103,12 +98,7 @@ def sensitivity(
 def sensitive(losses: Mapping[str, Any], limit: float) -> tuple[str, ...]:
     r"""Names of the layers, or groups, that go beyond a loss of `limit`, as patterns for `exempt`.
 
-    Args:
-      losses: {name: (S,) losses}, of `sensitivity`.
-      limit: The most that the loss may be, at every sparsity.
-
-    Raises:
-      ValueError: If there are no losses, or all layers go beyond the limit.
+    `losses` are those of `sensitivity`, `limit` the most that one may be, at every sparsity.
 
     Example:
       >>> sensitive({'conv#2': jnp.array([1.0, 3.0]), 'head': jnp.array([1.0, 1.5])}, limit=2.0)

@@ -12,13 +12,7 @@ _STEPS = 1_000_000
 
 
 class Reached(NamedTuple):
-    """What a search for a target found.
-
-    Attributes:
-      choice: What `choose` made: the channels or weights that are kept.
-      sparsity: The sparsity it was made for.
-      cost: What it costs, not above the target.
-    """
+    """What a search for a target found: the choice, the sparsity it was made for, and its cost."""
 
     choice: Any
     sparsity: float
@@ -48,10 +42,6 @@ def to_target(
       target: The most that the choice may cost, in the units of `cost`.
       most: Largest sparsity to look at, in [0, 1]; what the granularity allows.
       sparsities: Sparsities to try, each of them, instead of the bisection.
-
-    Raises:
-      ValueError: If the target is above the cost at sparsity 0, or below every cost looked at
-        (the message gives the least); if a cost is not finite, or a sparsity outside its bounds.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -24,12 +24,7 @@ from hybrid_jax.pruning.scoring import Accumulate, Scoring
 
 
 class HoldMasksState(NamedTuple):
-    """State of `hold_masks`.
-
-    Attributes:
-      masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
-      inner: State of the inner optimizer.
-    """
+    """State of `hold_masks`: the masks, and the inner optimizer's state."""
 
     masks: Any
     inner: Any
@@ -63,15 +58,6 @@ def hold_masks(
     unchanged. So does what `inner` holds of the parameters: what
     `optax.contrib.schedule_free_eval_params` makes of it is on the masks. Parameters that were
     never masked land on the mask with the first update.
-
-    Args:
-      inner: Any optax optimizer to wrap. `update` hands it extra arguments.
-      masks: Pytree of bool like the parameters, True where kept, `optax.MaskedNode()` where
-        nothing is pruned.
-
-    Raises:
-      ValueError: If `inner` is no optimizer; from `init`, if `masks` do not fit the parameters;
-        from `update`, if it is called without the parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -141,12 +127,6 @@ def prune_by_schedule(
         shaped like the parameters.
       accumulate: `accumulate(accumulated, params, gradients) -> accumulated`, called at every
         step, from zeros shaped like the parameters (float32 where these are floating).
-
-    Raises:
-      ValueError: If `inner` is no optimizer, `every` is below 1, only one of `accumulate` and
-        'accumulated' is given, or the schedule ends above what `granularity` allows. From `init`,
-        what `masks` raises on these parameters. From `update`, if the parameters or an argument in
-        `needs` are not given.
 
     Example:
       >>> import functools, jax.numpy as jnp, optax

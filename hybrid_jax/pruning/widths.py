@@ -22,13 +22,6 @@ def paying_widths(
       margin: Fraction by which a width must be faster than the fastest larger one, in [0, 1]; the
         spread of the measurement.
 
-    Returns:
-      {group name: widths, rising}; the largest of the table is always among them.
-
-    Raises:
-      ValueError: If there is no group or a group no width, a width is not an integer of at least
-        1, a latency is not a finite number above 0, or `margin` is not in [0, 1].
-
     Example:
       >>> paying_widths({'conv': {64: 1.0, 60: 1.1, 48: 0.9, 32: 0.6, 30: 0.6}})
       {'conv': (32, 48, 64)}
@@ -61,15 +54,8 @@ def to_widths(
 
     Args:
       keep: {group name: (n,) bool}, what `keep_channels` chose; maybe traced.
-      scores: {group name: (n,)} scores that it chose by: the best channels stay.
+      scores: {group name: (n,) scores} that it chose by: the best channels stay.
       widths: {group name: widths that are allowed}; groups left out stay as they are.
-
-    Returns:
-      {group name: (n,) bool}, like `keep`.
-
-    Raises:
-      ValueError: If a group is none of those in `keep`, has no allowed width, or one that is not
-        an integer in [1, n].
 
     Example:
       >>> import jax.numpy as jnp

@@ -20,114 +20,62 @@ Each site its own bits, within budgets (with `widths`, how many channels each gr
     spec = quantization.with_bits(spec, found.bits)   # or q_fn(..., bits=found.bits)
 """
 
-from hybrid_jax.quantization.allocation import Allocation, allocate_bits, with_bits
-from hybrid_jax.quantization.calibration import calibrate
-from hybrid_jax.quantization.correction import correct_biases
-from hybrid_jax.quantization.equalization import equalize
-from hybrid_jax.quantization.fractional import bit_operations, fractional, round_bits
-from hybrid_jax.quantization.gptq import gptq
-from hybrid_jax.quantization.gradients import fake_quant, lsq, pact
-from hybrid_jax.quantization.grids import (
-    LEAST_SCALE,
-    OFF,
-    Grid,
-    Range,
-    dequantize,
-    extent,
-    integer_step,
-    nearest,
-    quantize,
-    spread,
-)
-from hybrid_jax.quantization.lookup import range_at
-from hybrid_jax.quantization.model import (
-    Integers,
-    at_biases,
-    at_joins,
-    fake_quantized,
-    integer_kernels,
-    scale_counts,
-)
-from hybrid_jax.quantization.observers import (
-    Observer,
-    entropy,
-    mean_abs,
-    minmax,
-    moving_average,
-    mse,
-    percentile,
-    ternary,
-)
-from hybrid_jax.quantization.reconstruction import adaround
-from hybrid_jax.quantization.schedules import annealing
-from hybrid_jax.quantization.schemes import affine, binary, e4m3, e5m2, power_of_two, symmetric
-from hybrid_jax.quantization.sensitivity import (
-    hessian_sensitivity,
-    hessian_trace,
-    increase,
-    kl_divergence,
-    sensitivity,
-)
-from hybrid_jax.quantization.specs import JoinSpec, Quantizer, SiteSpec, Spec, range_shape, spec
-from hybrid_jax.quantization.surrogate import with_gradient
-
-__all__ = [
-    "LEAST_SCALE",
-    "OFF",
-    "Allocation",
-    "Grid",
-    "Integers",
-    "JoinSpec",
-    "Observer",
-    "Quantizer",
-    "Range",
-    "SiteSpec",
-    "Spec",
-    "adaround",
-    "affine",
-    "allocate_bits",
-    "annealing",
-    "at_biases",
-    "at_joins",
-    "binary",
-    "bit_operations",
-    "calibrate",
-    "correct_biases",
-    "dequantize",
-    "e4m3",
-    "e5m2",
-    "entropy",
-    "equalize",
-    "extent",
-    "fake_quant",
-    "fake_quantized",
-    "fractional",
-    "gptq",
-    "hessian_sensitivity",
-    "hessian_trace",
-    "increase",
-    "integer_kernels",
-    "integer_step",
-    "kl_divergence",
-    "lsq",
-    "mean_abs",
-    "minmax",
-    "moving_average",
-    "mse",
-    "nearest",
-    "pact",
-    "percentile",
-    "power_of_two",
-    "quantize",
-    "range_at",
-    "range_shape",
-    "round_bits",
-    "scale_counts",
-    "sensitivity",
-    "spec",
-    "spread",
-    "symmetric",
-    "ternary",
-    "with_bits",
-    "with_gradient",
-]
+from hybrid_jax.quantization.allocation import Allocation as Allocation
+from hybrid_jax.quantization.allocation import allocate_bits as allocate_bits
+from hybrid_jax.quantization.allocation import with_bits as with_bits
+from hybrid_jax.quantization.calibration import calibrate as calibrate
+from hybrid_jax.quantization.correction import correct_biases as correct_biases
+from hybrid_jax.quantization.encoding import encode as encode
+from hybrid_jax.quantization.equalization import equalize as equalize
+from hybrid_jax.quantization.fractional import bit_operations as bit_operations
+from hybrid_jax.quantization.fractional import fractional as fractional
+from hybrid_jax.quantization.fractional import round_bits as round_bits
+from hybrid_jax.quantization.gptq import gptq as gptq
+from hybrid_jax.quantization.gradients import fake_quant as fake_quant
+from hybrid_jax.quantization.gradients import lsq as lsq
+from hybrid_jax.quantization.gradients import pact as pact
+from hybrid_jax.quantization.grids import LEAST_SCALE as LEAST_SCALE
+from hybrid_jax.quantization.grids import OFF as OFF
+from hybrid_jax.quantization.grids import Grid as Grid
+from hybrid_jax.quantization.grids import Range as Range
+from hybrid_jax.quantization.grids import dequantize as dequantize
+from hybrid_jax.quantization.grids import extent as extent
+from hybrid_jax.quantization.grids import integer_step as integer_step
+from hybrid_jax.quantization.grids import nearest as nearest
+from hybrid_jax.quantization.grids import quantize as quantize
+from hybrid_jax.quantization.grids import spread as spread
+from hybrid_jax.quantization.lookup import range_at as range_at
+from hybrid_jax.quantization.model import Integers as Integers
+from hybrid_jax.quantization.model import at_biases as at_biases
+from hybrid_jax.quantization.model import at_joins as at_joins
+from hybrid_jax.quantization.model import fake_quantized as fake_quantized
+from hybrid_jax.quantization.model import integer_kernels as integer_kernels
+from hybrid_jax.quantization.model import scale_counts as scale_counts
+from hybrid_jax.quantization.observers import Observer as Observer
+from hybrid_jax.quantization.observers import entropy as entropy
+from hybrid_jax.quantization.observers import mean_abs as mean_abs
+from hybrid_jax.quantization.observers import minmax as minmax
+from hybrid_jax.quantization.observers import moving_average as moving_average
+from hybrid_jax.quantization.observers import mse as mse
+from hybrid_jax.quantization.observers import percentile as percentile
+from hybrid_jax.quantization.observers import ternary as ternary
+from hybrid_jax.quantization.reconstruction import adaround as adaround
+from hybrid_jax.quantization.schedules import annealing as annealing
+from hybrid_jax.quantization.schemes import affine as affine
+from hybrid_jax.quantization.schemes import binary as binary
+from hybrid_jax.quantization.schemes import e4m3 as e4m3
+from hybrid_jax.quantization.schemes import e5m2 as e5m2
+from hybrid_jax.quantization.schemes import power_of_two as power_of_two
+from hybrid_jax.quantization.schemes import symmetric as symmetric
+from hybrid_jax.quantization.sensitivity import hessian_sensitivity as hessian_sensitivity
+from hybrid_jax.quantization.sensitivity import hessian_trace as hessian_trace
+from hybrid_jax.quantization.sensitivity import increase as increase
+from hybrid_jax.quantization.sensitivity import kl_divergence as kl_divergence
+from hybrid_jax.quantization.sensitivity import sensitivity as sensitivity
+from hybrid_jax.quantization.specs import JoinSpec as JoinSpec
+from hybrid_jax.quantization.specs import Quantizer as Quantizer
+from hybrid_jax.quantization.specs import SiteSpec as SiteSpec
+from hybrid_jax.quantization.specs import Spec as Spec
+from hybrid_jax.quantization.specs import range_shape as range_shape
+from hybrid_jax.quantization.specs import spec as spec
+from hybrid_jax.quantization.surrogate import with_gradient as with_gradient

@@ -59,15 +59,6 @@ def allocate_bits(
       widths: {group name: {channels kept: damage}}; groups left out keep all channels. Weight and
         width damages are in one unit, as when both are measured as the loss.
 
-    Returns:
-      An `Allocation`.
-
-    Raises:
-      ValueError: If a budget cannot be kept (says the least that can be had), there is none, a
-        name is unknown, choices are empty or some that the scheme has not, a damage is missing or
-        not finite,
-        or sites that share a kernel have different choices.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from hybrid_jax import cost
@@ -116,17 +107,7 @@ def allocate_bits(
 def with_bits(spec: specs.Spec, bits: Mapping[str, Mapping[str, int]]) -> specs.Spec:
     """The same spec with other bits: what `allocate_bits` chose, to be stated for good.
 
-    Args:
-      spec: How each site is quantized.
-      bits: {site name: {'weight', 'activation' or both: bits}}; sites left out keep theirs.
-
-    Raises:
-      ValueError: If a site or role is unknown, or the scheme has not these bits.
-
-    Example:
-      >>> one = specs.SiteSpec('w', specs.Quantizer(8), specs.Quantizer(8, 'affine'))
-      >>> with_bits(specs.Spec((one,)), {'w': {'weight': 3}}).weight_bits
-      {'w': 3}
+    `bits` is {site name: {'weight', 'activation' or both: bits}}; sites left out keep theirs.
     """
     changed = {site.name: site for site in spec.sites}
     for name, roles in bits.items():

@@ -58,26 +58,9 @@ def cut(
 ) -> Block:
     """Cuts the block of `sites` out of the jaxpr of a `marked` function.
 
-    Args:
-      jaxpr: The jaxpr.
-      sites: Names of the block's sites.
-      kernels: {path: argument of the jaxpr} of their kernels.
-      inputs: The arguments of the jaxpr that are the model's inputs.
-
-    Raises:
-      ValueError: If a site lies in a loop or branch, or is not reached without passing a site
-        outside the block.
-
-    Example:
-      >>> import jax
-      >>> from jax import numpy as jnp
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> params, x = {'a': jnp.ones((2, 3)), 'b': jnp.ones((3, 1))}, jnp.ones((1, 2))
-      >>> jaxpr = jax.make_jaxpr(marked(fn))(params, x).jaxpr
-      >>> a, b, images = jaxpr.invars
-      >>> block = cut(jaxpr, ['a'], {'a': a}, [images])
-      >>> block.taps, block([x], [], [jnp.full((2, 3), 2.0)])
-      ((('b',),), [Array([[4., 4., 4.]], dtype=float32)])
+    `kernels` is {path: argument of the jaxpr} of the kernels of the sites; `inputs` are the
+    arguments that are the model's inputs. A block holds every site between its own,
+    none in a loop or branch.
     """
     inside, seen = set(sites), set()
     varying, moved, beyond = set(inputs), set(kernels.values()), set()
@@ -143,14 +126,9 @@ def observed(
 ) -> Callable[..., Seen]:
     """Makes the function that runs the model and picks out what a block takes and is to give.
 
-    Args:
-      fn: The float model, whose taps are the targets.
-      closed: The jaxpr that the blocks are cut from; its arguments are leaves of (params, ranges,
-        *inputs).
-      blocks: All the blocks; one compilation serves them.
-
-    Returns:
-      observe(block, float params, params, ranges, batch) -> Seen.
+    `fn` is the float model, whose taps are the targets; the arguments of `closed`, which the blocks
+    are cut from, are leaves of (params, ranges, *inputs). One compilation serves all blocks. The
+    result is observe(block, float params, params, ranges, batch) -> Seen.
     """
     taken = list(dict.fromkeys(v for b in blocks for v in (*b.streams, *b.constants)))
     taps = list(dict.fromkeys(tap for b in blocks for tap, *_ in b.taps))

@@ -25,19 +25,12 @@ def calibrate(
 ) -> dict[str, dict[str, grids.Range]]:
     """Finds the ranges of kernels and activations by running the float model.
 
-    The model is compiled once for each shape of batch, and batches are not kept.
-
-    Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Its parameters.
-      batches: Yields tuples of inputs.
-      spec: How each site is quantized; which ranges there are, and for some methods their grids.
-      method: A name in `observers.METHODS` ('minmax', 'ema', 'percentile', 'mse', 'entropy',
-        'mean_abs', 'ternary') or an `Observer`, for tensors whose quantizer states none.
-      bits: Bit-widths as `Spec.bits` gives them, in place of the spec's; only 'mse' and 'entropy'
-        mind.
-      stacked: Whether `params` (and `bits`, if given) have a leading axis E on every leaf. All
-        experts see each batch, and the ranges have the axis too.
+    The model, in evaluation mode, is compiled once for each shape of batch, and batches are not
+    kept. `method` is a name in `observers.METHODS` ('minmax', 'ema', 'percentile', 'mse',
+    'entropy', 'mean_abs', 'ternary') or an `Observer`, for tensors whose quantizer states none;
+    `bits`, as `Spec.bits` gives them, take the place of the spec's, which only 'mse' and 'entropy'
+    mind. Of `stacked` parameters (and bits) every leaf has a leading axis E: all experts see each
+    batch, and the ranges have the axis too.
 
     Returns:
       Ranges, float32 and trainable: {site name: {'weight': Range, 'activation': Range}}, without
@@ -45,11 +38,6 @@ def calibrate(
       kernel's have the kernel's rank, with 1 (or the number of groups) for the axes that are summed
       over, or are () per tensor; an activation's are (). A site in a `scan` has one for all of its
       iterations. What is constantly 0 (a dead channel) has the range [0, 0], of the least scale.
-
-    Raises:
-      ValueError: If there is no batch, a tensor holds NaN or infinity, or a site lies in a `while`
-        loop, where nothing can be observed.
-      TypeError: If a batch is not a tuple.
 
     Example:
       >>> import jax.numpy as jnp

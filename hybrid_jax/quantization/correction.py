@@ -26,24 +26,13 @@ def correct_biases(
 
         bias := float bias + E[float output] − E[quantized output]
 
-    for each output channel, the means taken over examples and positions of `batches`.
+    for each output channel, the means taken over examples and positions of `batches`, all of the
+    same shapes. The model runs on them once for each site. A site without a folded bias
+    (name + '/bias') stays as it is.
 
-    Args:
-      fn: The folded function that `core.fold` returns.
-      params: Its float parameters. A site without a folded bias (name + '/bias') stays as it is.
-      batches: Tuples of inputs, all of the same shapes. The model runs on them once for each site.
-      spec: How each site is quantized.
-      ranges: As `calibrate` returns them.
-      rounded: The parameters to correct, such as those of `adaround`; None for `params`.
-      bits: Bit-widths as `Spec.bits` returns them, in place of the spec's.
-
-    Returns:
-      `rounded`, with other biases.
-
-    Raises:
-      ValueError: If no site has a folded bias, there is no batch or their shapes differ, a range is
-        missing, or a mean is not finite.
-      TypeError: If a batch is not a tuple.
+    `fn` is the folded function that `core.fold` returns, `params` are its float parameters and
+    `ranges` those of `calibrate`. Corrected and returned are `rounded`, such as what `adaround`
+    gives, or else `params`; `bits`, as `Spec.bits` gives them, take the place of the spec's.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     arXiv 1906.04721, section 4.2 and appendix D (empirical bias correction).

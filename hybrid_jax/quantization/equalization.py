@@ -23,10 +23,7 @@ class _Part(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Channels between a site and those that read it: scaled by 1/s before, by s after.
-
-    `bias` is the producer's.
-    """
+    """Channels between a site (with its bias) and its readers: scaled by 1/s before, by s after."""
 
     producer: _Part
     bias: _Part
@@ -56,18 +53,9 @@ def equalize(
     the largest. What the inputs do not show (an activation that none of them reaches) is not found:
     give real images.
 
-    Args:
-      fn: The folded function that `core.fold` returns.
-      params: Its parameters.
-      *inputs: Inputs on which the function must stay the same.
-      iterations: How often to go through all sites at most.
-      tolerance: The largest change of an output, relative to the largest output.
-
-    Returns:
-      The scaled parameters; and {site name: reason} for each site that is not scaled.
-
-    Raises:
-      ValueError: If no site has a folded bias, or the outputs on `inputs` are not finite.
+    `fn` is the folded function that `core.fold` returns. The sites are gone through `iterations`
+    times at most. With the scaled parameters comes {site name: reason} for each site that is not
+    scaled.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     arXiv 1906.04721, section 4.1.

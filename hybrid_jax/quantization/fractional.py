@@ -27,18 +27,9 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
     and ∂x̂/∂x and the gradients of ranges are those of Q_k, mixed alike. At an integer b, x̂ is what
     `fake_quantized` computes. b = 8 counts as 7 + 1. Both grids span the same range.
 
-    Args:
-      fn: fn(params, *inputs) -> outputs, in training or evaluation mode.
-      spec: How each site is quantized, but for the bits.
-
-    Returns:
-      q_fn(params, ranges, bits, *inputs) -> outputs. `ranges` is as `calibrate` returns it; `bits`
-      {site name: {'weight': float32 (), 'activation': float32 ()}} in [2, 8], where it has to be
-      clipped to after each step.
-
-    Raises:
-      ValueError: (q_fn) As q_fn of `fake_quantized` does for `ranges`; if a site or role is missing
-        in `bits`, or concrete bits are outside [2, 8], or a scheme has not all of these.
+    q_fn(params, ranges, bits, *inputs) -> outputs takes `ranges` as `calibrate` returns them, and
+    `bits` {site name: {'weight': float32 (), 'activation': float32 ()}} in [2, 8], where they have
+    to be clipped to after each step.
 
     Source: Yang and Jin, FracBits: Mixed Precision Quantization via Fractional Bit-Widths, arXiv
     2007.02017.
@@ -78,17 +69,9 @@ def bit_operations(graph: core.Graph, bits: Mapping[str, Mapping[str, Any]]) -> 
 
         Σ MACs · weight bits · activation bits, over sites
 
-    At integers it is `cost.count(graph, None, weight_bits, activation_bits).bops`, in float32.
-
-    Args:
-      graph: The traced model.
-      bits: {site name: {'weight': (), 'activation': ()}} of every site.
-
-    Returns:
-      float32 (), differentiable in the bits.
-
-    Raises:
-      ValueError: If a site or role is missing.
+    `bits` is {site name: {'weight': (), 'activation': ()}} of every site. At integers the result,
+    float32 () and differentiable in the bits, is
+    `cost.count(graph, None, weight_bits, activation_bits).bops`.
 
     Example:
       >>> fn = lambda params, x: x @ params['w']
@@ -114,15 +97,8 @@ def round_bits(
 ) -> allocation.Allocation:
     """The integers nearest to learned bits within budgets: those with Σ (bits − learned)² least.
 
-    Args:
-      bits: {site name: {role: learned bits}}.
-      formula: As `allocate_bits` takes it.
-      spec: As `allocate_bits` takes it.
-      budgets: As `allocate_bits` takes it.
-      choices: Bit-widths that the device has.
-
-    Raises:
-      ValueError: As `allocate_bits` does.
+    `bits` is {site name: {role: learned bits}}, `choices` are the bit-widths that the device has;
+    the rest is what `allocate_bits` takes.
     """
     choices = tuple(choices)
     distance = {

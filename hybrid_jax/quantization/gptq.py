@@ -40,28 +40,16 @@ def gptq(
     `compensate` and not exact. The Gram matrices are those of the float model, not of layers before
     that are already quantized.
 
-    Args:
-      params: Pytree of parameters.
-      grams: What `core.input_grams` gives for them, with every kernel that `spec` quantizes.
-      spec: How each site is quantized.
-      ranges: What `calibrate` gives for `spec`; a kernel used at several sites has one range.
-      masks: Pytree of bool like `params`, True where kept, with `optax.MaskedNode()` where nothing
-        is pruned; None for no pruning. Masked weights come out exactly zero.
-      bits: Bit-widths as `Spec.bits` gives them, which may be traced, in place of the spec's.
-      damping: λ of `core.damped_gram`.
-      order: 'activation' rounds the inputs with the largest second moments first, 'natural' goes
-        through them as the kernel has them.
+    `grams` have every kernel that `spec` quantizes. `masks` are bool like `params`, True where
+    kept, with `optax.MaskedNode()` where nothing is pruned; masked weights come out exactly zero.
+    `bits`, as `Spec.bits` gives them, may be traced. A kernel used at several sites has one range.
+    `damping` is λ of `core.damped_gram`; the `order` 'activation' rounds the inputs with the
+    largest second moments first, 'natural' goes through them as the kernel has them.
 
     Returns:
       Pytree like `params`. Its kernels lie on their grids: `fake_quantized`, compiled, with the
       same spec, ranges and bits, does not change them, to the bit, and `integer_kernels` gives
       their integers. A kernel of 32 bits is only pruned, and left alone where it has no mask.
-
-    Raises:
-      ValueError: If a quantized kernel has no Gram matrix or a mask has none; if `grams` are of
-        other parameters, or have a site that `spec` or `ranges` has not; if a kernel's range is
-        'dynamic', and so would change with the kernel, differs between its sites, or is refused by
-        `range_at`; if a kernel that is 'binary', which has no zero, has a mask.
 
     Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, arXiv 2210.17323; jointly with masks E. Frantar, D. Alistarh, SparseGPT, arXiv

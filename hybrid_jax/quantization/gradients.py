@@ -25,14 +25,6 @@ def fake_quant(x: jax.Array, grid: grids.Grid, key: jax.Array | None = None) -> 
 
     The grid gets no gradient.
 
-    Args:
-      x: Floating-point array.
-      grid: Its grid.
-      key: Random key, to round stochastically.
-
-    Returns:
-      x̂, of the shape and dtype of `x`.
-
     Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, arXiv
     1308.3432.
 
@@ -57,14 +49,7 @@ def lsq(x: jax.Array, grid: grids.Grid, count: int, key: jax.Array | None = None
         ∂x̂/∂scale = g · (round(v) − v) where n < v < p,  g · n where v ≤ n,  g · p where v ≥ p
         g          = 1 / √(count · max(p, −n))
 
-    Args:
-      x: Floating-point array.
-      grid: Its grid.
-      count: N of the paper: how many weights, or how many features of one example, share a scale.
-      key: Random key, to round stochastically.
-
-    Returns:
-      x̂, of the shape and dtype of `x`.
+    `count` is N of the paper: how many weights, or how many features of one example, share a scale.
 
     Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153, equations 3 and 5 and
     section 2.2.
@@ -96,15 +81,7 @@ def pact(
         ∂x̂/∂high = 1 where x > high, else 0        ∂x̂/∂low = 1 where x < low, else 0
 
     With low = 0 this is PACT, high being its α; with low < 0 the same holds for the other end.
-
-    Args:
-      x: Floating-point array.
-      span: The clipping range, low ≤ 0 ≤ high.
-      bits: int or int32 (), 1 to 8; may be traced.
-      key: Random key, to round stochastically.
-
-    Returns:
-      x̂, of the shape and dtype of `x`.
+    `bits`, 1 to 8, may be traced.
 
     Source: Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural Networks,
     arXiv 1805.06085, equations 1 to 3.

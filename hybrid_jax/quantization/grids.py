@@ -62,10 +62,7 @@ def integer_step(bits: jax.Array | int) -> Any:
     a uint8 then add up in an int16, as they must on an x86 without VNNI (see
     `deploy.arithmetic.saturates`). The scale is as many times smaller than that of the grid, so the
     kernel is the same, and the bias is rounded to steps that are as many times finer. Signs, of 1
-    bit, are −32 and 32: those of 2 bits without a zero.
-
-    Args:
-      bits: 1 to 8; may be traced.
+    bit, are −32 and 32: those of 2 bits without a zero. `bits` may be traced.
 
     Example:
       >>> [integer_step(bits) for bits in (8, 4, 2, 1)]
@@ -79,22 +76,7 @@ def integer_step(bits: jax.Array | int) -> Any:
 def check_bits(name: str, bits: Any, supported: Sequence[int] = range(2, 9)) -> Any:
     """Returns `bits` if supported, or 32 for off; of a traced array only the dtype is checked.
 
-    Args:
-      name: The argument's name, for the message.
-      bits: An integer, or an array of integers.
-      supported: Consecutive bit-widths, beside 32.
-
-    Raises:
-      ValueError: If a concrete value is another number.
-      TypeError: If an array is not one of integers.
-
-    Example:
-      >>> check_bits('weight_bits', 4)
-      4
-      >>> check_bits('weight_bits', 1)
-      Traceback (most recent call last):
-      ...
-      ValueError: weight_bits must be 2 to 8, or 32 for off, got 1
+    `name` is the argument's, for the message; `supported` are consecutive, and 32 is too.
     """
     if hasattr(bits, "dtype") and not jnp.issubdtype(bits.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got an array of {bits.dtype}")
@@ -109,13 +91,7 @@ def check_bits(name: str, bits: Any, supported: Sequence[int] = range(2, 9)) -> 
 
 
 def extent(x: jax.Array, axes: tuple[int, ...] | None = None) -> Range:
-    """The least and the greatest value of `x` over `axes` (kept, with length 1), or over all of it.
-
-    Example:
-      >>> low, high = extent(jnp.array([[-1.0, 3.0], [2.0, 0.5]]), axes=(0,))
-      >>> print(low, high)
-      [[-1.   0.5]] [[2. 3.]]
-    """
+    """The least and the greatest value of `x` over `axes` (kept, with length 1), or over all."""
     x, keep = x.astype(jnp.float32), axes is not None
     return Range(jnp.min(x, axes, keepdims=keep), jnp.max(x, axes, keepdims=keep))
 
@@ -123,9 +99,7 @@ def extent(x: jax.Array, axes: tuple[int, ...] | None = None) -> Range:
 def spread(tree: Any, shape: tuple[int, ...]) -> Any:
     """Repeats the entries of a range or grid over their blocks: what broadcasts stays as it is.
 
-    Args:
-      tree: A `Range`, a `Grid`, or an array shaped as theirs.
-      shape: The tensor's.
+    `shape` is the tensor's.
 
     Example:
       >>> print(spread(jnp.array([[1.0], [2.0]]), (4, 3))[:, 0])
@@ -169,20 +143,9 @@ def steps(grid: Grid) -> tuple[jax.Array, jax.Array]:
 def nearest(v: jax.Array, grid: Grid, key: jax.Array | None = None) -> jax.Array:
     """Rounds steps from zero to the numbers of the grid's code, as if it had no ends.
 
-    Args:
-      v: float32, x / scale.
-      grid: The grid.
-      key: With a random key, one of the two numbers around v is drawn, such that the mean is v.
-        Without, the nearest one is taken: of two integers or floats as near, the even one.
-
-    Returns:
-      float32 of v's shape.
-
-    Example:
-      >>> from hybrid_jax.quantization.schemes import symmetric
-      >>> grid = symmetric(Range(jnp.float32(-7.0), jnp.float32(7.0)), bits=4)
-      >>> print(nearest(jnp.array([0.5, 1.5, -9.2]), grid))
-      [ 0.  2. -9.]
+    `v` is float32, x / scale. With a random key, one of the two numbers around v is drawn, such
+    that the mean is v. Without, the nearest one is taken: of two integers or floats as near, the
+    even one.
     """
 
     def whole(v):
@@ -203,13 +166,8 @@ def nearest(v: jax.Array, grid: Grid, key: jax.Array | None = None) -> jax.Array
 def quantize(x: jax.Array, grid: Grid) -> jax.Array:
     """The numbers to store for `x`: clip(nearest(x / scale) + zero_point, low, high).
 
-    Args:
-      x: Floating-point array.
-      grid: The grid.
-
-    Returns:
-      Of `x`'s shape and the grid's code: int32 in [low, high], so that int8 (symmetric) or uint8
-      (affine) can hold it; bool for signs; float8.
+    They are of `x`'s shape and the grid's code: int32 in [low, high], so that int8 (symmetric) or
+    uint8 (affine) can hold it; bool for signs; float8.
 
     Example:
       >>> from hybrid_jax.quantization.schemes import symmetric

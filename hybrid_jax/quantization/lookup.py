@@ -11,11 +11,7 @@ from hybrid_jax.quantization import grids, specs
 
 
 def entry(argument: str, tree: Mapping[str, Mapping[str, Any]], name: str, role: str) -> Any:
-    """tree[name][role], of the argument of that name.
-
-    Raises:
-      ValueError: If there is no such entry.
-    """
+    """tree[name][role], of the argument of that name."""
     try:
         return tree[name][role]
     except (KeyError, TypeError):
@@ -31,23 +27,8 @@ def range_at(
     An end beyond zero counts as zero on every grid, so that [0.2, 0.1] is [0, 0.1]; but where
     nothing is left between the ends, as in [0, −0.1], the range was learned past zero or is wrong.
 
-    Args:
-      ranges: {name: {'weight': Range, 'activation': Range}}.
-      name: Of the site or join.
-      role: 'weight' or 'activation'.
-      shape: The tensor's, which the range must cut into blocks, see `Range`; () for a range that
-        must be (), and None for any.
-
-    Raises:
-      ValueError: If there is no such range, its ends do not fit the shape or, unless they are
-        traced, hold NaN or infinity, or leave nothing between them.
-
-    Example:
-      >>> ranges = {'w': {'weight': grids.Range(np.float32(0.5), np.float32(-0.5))}}
-      >>> range_at(ranges, 'w', 'weight')
-      Traceback (most recent call last):
-      ...
-      ValueError: ranges['w']['weight'] must have low ≤ high, got low 0.5 and high -0.5
+    `shape` is the tensor's, which the range must cut into blocks, see `Range`; () for a range that
+    must be (), and None for any. Traced ends are not looked at.
     """
     span, where = entry("ranges", ranges, name, role), f"ranges[{name!r}][{role!r}]"
     for end in span if shape is not None else ():
@@ -70,14 +51,7 @@ def range_at(
 def range_of(
     spec: specs.Spec, ranges: Mapping[str, Any], site: core.Site, role: str
 ) -> grids.Range | None:
-    """The range that the kernel or the input of a site has, perhaps a shared one.
-
-    Returns:
-      The `Range`; None if it is 'dynamic'.
-
-    Raises:
-      ValueError: As `range_at` does.
-    """
+    """The range, perhaps a shared one, of the kernel or input of a site; None if 'dynamic'."""
     own = spec[site.name]
     if getattr(own, role).learning == "dynamic":
         return None

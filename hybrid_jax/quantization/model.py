@@ -33,10 +33,8 @@ class Integers(NamedTuple):
 def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
     """The same model with the kernel and the input of every site quantized, and with its joins.
 
-    Args:
-      fn: fn(params, *inputs) -> outputs, in training or evaluation mode; `spec` has all of its
-        sites, and all of its joins or none. Biases are rounded where the spec says so.
-      spec: How each site is quantized. It is static; ranges and bits are data.
+    `fn` is in training or evaluation mode; `spec` has all of its sites, and all of its joins or
+    none. Biases are rounded where the spec says so. The spec is static; ranges and bits are data.
 
     Returns:
       q_fn(params, ranges, *inputs, bits=None, key=None) -> outputs, of the structure that `fn`
@@ -48,10 +46,6 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
       zero, but at a site that is 'binary'. A site in a custom derivative keeps the gradient that
       the rule states, in which its ranges are not: they cannot be trained, and to train the others
       `lax.stop_gradient` must be applied to them before they are given; if it is not, JAX raises.
-
-    Raises:
-      ValueError: (q_fn) If a site is missing in `spec`, `ranges` or `bits`, `range_at` refuses
-        a range, or concrete bits are none that its quantizer has.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -85,13 +79,9 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
 def at_joins(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., Any] | None:
     """What `core.at_sites` does with the tensors that meet in joins, to quantize them.
 
-    Args:
-      spec: How each is quantized.
-      ranges: {name: {'activation': Range}} of joins, and of the sites that take the same tensor.
-      bits: Of the sites, as `Spec.bits` returns them; None for the spec's.
-
-    Returns:
-      (join, x) -> (x fake-quantized, None); None if the spec leaves joins in floats.
+    `ranges` is {name: {'activation': Range}} of joins, and of the sites that take the same tensor;
+    `bits` are of the sites, as `Spec.bits` returns them, or None for the spec's. The rule is
+    (join, x) -> (x fake-quantized, None), and None if the spec leaves joins in floats.
     """
 
     def rule(join, x):
@@ -109,15 +99,11 @@ def at_biases(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., 
     of the scale of the input times that of the kernel's channel, see `grids.integer_step`. What
     scales the tensor of a join is a kernel of one weight for each channel, which is ±127.
 
-    Args:
-      spec: How each site is quantized.
-      ranges: {site name: {'weight': Range, 'activation': Range}}, of joins the latter alone.
-      bits: Of the sites, as `Spec.bits` returns them; None for the spec's.
-
-    Returns:
-      (site or join, scale, bias) -> bias rounded, with the gradient of one that is not; None if the
-      spec leaves biases in floats. So is that of a channel of scale 0, and of a site that is not to
-      be in integers: at 32 bits, with groups or with a range of its own at every call.
+    `ranges` is {site name: {'weight': Range, 'activation': Range}}, of joins the latter alone;
+    `bits` are of the sites, as `Spec.bits` returns them, or None for the spec's. The rule is
+    (site or join, scale, bias) -> bias rounded, with the gradient of one that is not; and None if
+    the spec leaves biases in floats. So stays that of a channel of scale 0, and of a site that is
+    not to be in integers: at 32 bits, with groups or with a range of its own at every call.
     """
 
     def rule(at, scale, bias):
@@ -141,20 +127,9 @@ def integer_kernels(
 ) -> dict[str, Integers]:
     """The integers that the kernels of a fake-quantized model stand for, to be packed or exported.
 
-    Args:
-      fn: As given to `fake_quantized`.
-      spec: As given to `fake_quantized`.
-      params: The parameters, on their masks where pruned.
-      ranges: The ranges.
-      *inputs: Arrays of the shapes that `fn` takes; their values do not matter.
-      bits: Bit-widths in place of the spec's.
-
-    Returns:
-      {site name: Integers}, without sites whose kernel has 32 bits.
-
-    Raises:
-      ValueError: As q_fn of `fake_quantized` does, or if a kernel that is 'binary' holds a zero, as
-        a pruned one does: signs cannot store it.
+    `fn` and `spec` are as given to `fake_quantized`, `params` on their masks where pruned (a
+    'binary' kernel must hold no zero: signs cannot store it). Of `inputs` only the shapes matter;
+    `bits` take the place of the spec's. Sites whose kernel has 32 bits are left out.
 
     Example:
       >>> fn = lambda params, x: x @ params['w']
@@ -198,25 +173,6 @@ def scale_counts(graph: core.Graph, spec: specs.Spec) -> dict[str, int]:
     its scales once; a parameter that sites take different parts of has those of all parts. Bits do
     not matter, so that the counts hold for all that `allocate_bits` may choose; at 32 bits `count`
     counts no scale.
-
-    Args:
-      graph: The traced model.
-      spec: How each site is quantized.
-
-    Returns:
-      {site name: scales stored with the parameter that its kernel is taken from}.
-
-    Raises:
-      ValueError: If `spec` lacks a site, or a group does not divide a kernel.
-
-    Example:
-      >>> params = {name: jnp.ones((8, 8)) for name in 'abc'}
-      >>> fn = lambda params, x: x @ params['a'] @ params['b'] @ params['c']
-      >>> graph = core.trace(fn, params, jnp.ones((1, 8)))
-      >>> groups = specs.Quantizer(4, per_channel=True, group=4)
-      >>> rules = [('a', {'weight': specs.Quantizer(4)}), ('b', {'weight': groups})]
-      >>> scale_counts(graph, specs.spec(graph, rules))
-      {'a': 1, 'b': 16, 'c': 8}
     """
     stored: dict[str, int] = collections.Counter()
     for site in graph.sites:

@@ -78,18 +78,8 @@ def moving_average(momentum: float = 0.9) -> Observer:
     """An exponential moving average of each batch's least and greatest value, from the first on.
 
     A batch of r times as many values as the first one counts as r batches: what was seen before
-    then has the weight momentum^r. The state counts the values of the first.
-
-    Args:
-      momentum: Weight of what was seen before, in [0, 1].
-
-    Source: Jacob et al., arXiv 1712.05877, section 3.1.
-
-    Example:
-      >>> observer = moving_average(0.75)
-      >>> state = observer.merge(observer.init(jnp.array([4.0])), observer.init(jnp.array([8.0])))
-      >>> print(observer.value(state, None, 8).high)
-      5.0
+    then has the weight momentum^r, with `momentum` in [0, 1]. The state counts the values of the
+    first. Source: Jacob et al., arXiv 1712.05877, section 3.1.
     """
     momentum = core.check_fraction("momentum", momentum)
 
@@ -106,20 +96,8 @@ def moving_average(momentum: float = 0.9) -> Observer:
 def percentile(percent: float = 99.99) -> Observer:
     """Leaves out 100 − `percent` percent of the values at either end, to a histogram bin.
 
-    Args:
-      percent: In (50, 100]; 100 leaves out nothing.
-
-    Raises:
-      ValueError: If it is not.
-
-    Source: Wu et al., Integer Quantization for Deep Learning Inference: Principles and Empirical
-    Evaluation, arXiv 2004.09602, section 5.
-
-    Example:
-      >>> observer = percentile(99.0)
-      >>> x = jnp.linspace(0.0, 1.0, 1000).at[0].set(50.0)
-      >>> print(observer.value(observer.init(x), None, 8).high < 1.1)
-      True
+    `percent` is in (50, 100]. Source: Wu et al., Integer Quantization for Deep Learning Inference:
+    Principles and Empirical Evaluation, arXiv 2004.09602, section 5.
     """
     if not 50 < core.check_positive("percent", percent) <= 100:
         raise ValueError(f"percent must be in (50, 100], got {percent}")
@@ -143,14 +121,6 @@ def mse() -> Observer:
 
     Source: Nagel et al., A White Paper on Neural Network Quantization, arXiv 2106.08295, section
     3.1.
-
-    Example:
-      >>> from hybrid_jax.quantization import schemes
-      >>> observer = mse()
-      >>> x = jax.random.normal(jax.random.key(0), (10_000,))
-      >>> span = observer.value(observer.init(x), schemes.symmetric, 4)
-      >>> bool(span.high < jnp.abs(x).max())
-      True
     """
 
     def error(counts, values, grid):
@@ -168,14 +138,6 @@ def entropy() -> Observer:
 
     Source: S. Migacz, 8-bit Inference with TensorRT, GPU Technology Conference 2017, with the grid
     at hand in place of 128 levels.
-
-    Example:
-      >>> from hybrid_jax.quantization import schemes
-      >>> observer = entropy()
-      >>> x = jax.random.normal(jax.random.key(0), (10_000,)).at[0].set(50.0)
-      >>> span = observer.value(observer.init(x), schemes.symmetric, 8)
-      >>> bool(span.high < 10)
-      True
     """
     return Observer(histogram, _neutral(histograms.merge), partial(_least, _divergence))
 
@@ -184,11 +146,6 @@ def mean_abs() -> Observer:
     """From −a to a, where a is the mean of |x|: for signs, the range of least squared error.
 
     Source: Rastegari et al., XNOR-Net, arXiv 1603.05279, equation 6.
-
-    Example:
-      >>> observer = mean_abs()
-      >>> print(observer.value(observer.init(jnp.array([-1.0, 2.0, 6.0])), None, 1).high)
-      3.0
     """
 
     def init(x):
@@ -246,11 +203,7 @@ METHODS = METHODS_OF_ANY_BITS | {"mean_abs": mean_abs, "ternary": ternary}
 
 
 def observer(method: str | Observer) -> Observer:
-    """The observer of that name in `METHODS`, or the one given.
-
-    Raises:
-      ValueError: If there is none of that name; the message names the nearest.
-    """
+    """The observer of that name in `METHODS`, or the one given."""
     if isinstance(method, Observer):
         return method
     return METHODS[core.check_choice("method", method, METHODS)]()
@@ -264,13 +217,7 @@ def observe(watch: Observer, x: jax.Array, shape: tuple[int, ...]) -> Any:
 def conclude(
     watch: Observer, states: Any, shape: tuple[int, ...], scheme: Callable[..., Grid], bits: Any
 ) -> Range:
-    """The range of that shape from such states.
-
-    Example:
-      >>> x = jnp.array([[1.0, 2.0], [-3.0, 5.0]])
-      >>> print(conclude(minmax(), observe(minmax(), x, (1, 2)), (1, 2), None, 8).high)
-      [[1. 5.]]
-    """
+    """The range of that shape from such states."""
     span = jax.vmap(lambda state: watch.value(state, scheme, bits))(states)
     return jax.tree.map(lambda end: end.reshape(shape), span)
 

@@ -56,12 +56,7 @@ def solve(
 
     Limits are kept exactly: what the solver finds within its tolerance is counted in integers, and
     excluded if it does not fit. The damage is the least to 1e-10 of the largest entry of a table.
-
-    Args:
-      options: {decision: its options}.
-      damage: Tables of floats that are added.
-      limits: The budgets.
-      largest: {decision: other decisions}: its option is the largest of theirs.
+    The option of a decision in `largest` is the largest of those of the other decisions there.
 
     Raises:
       ValueError: If no choice keeps every limit; names the first limit that cannot be kept along

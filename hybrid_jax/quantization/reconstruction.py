@@ -60,30 +60,17 @@ def adaround(
     What one block takes and is to give is held in memory for all batches at once. A block is
     compiled unless an earlier one was the same program on the same shapes.
 
-    Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Its parameters. A weight that is exactly 0 (pruned) stays 0.
-      batches: Tuples of inputs, all of the same shapes.
-      spec: How each site is quantized.
-      ranges: As `calibrate` returns them.
-      key: For the order of the batches.
-      blocks: Patterns on names of sites, the first match counts: the sites of one pattern are one
-        block. A kernel that none matches is a block of its own.
-      bits: Bit-widths as `Spec.bits` returns them, in place of the spec's.
-      steps: Steps of Adam for each block, each on one batch.
-      learning_rate: Of Adam, for v.
-      regularization: λ.
+    `fn` is in evaluation mode, batches are all of the same shapes, and `key` is for their order.
+    `ranges` are those of `calibrate`, and `bits`, as `Spec.bits` gives them, replace the spec's.
+    A weight that is exactly 0 (pruned) stays 0. `blocks` are patterns on names of sites, of which
+    the first match counts: the sites of one pattern are one block, and a kernel that none matches
+    is one of its own. There are `steps` of Adam for v in each block, each on one batch;
+    `regularization` is λ.
 
     Returns:
       `params`, with every quantized kernel on the points of its grid that were chosen:
       `fake_quantized` with the same ranges and bits rounds it to itself. A kernel of 32 bits stays
       as it is.
-
-    Raises:
-      ValueError: If there is no batch or their shapes differ, no kernel is quantized, a range is
-        missing or 'dynamic', a grid is not one of integers, a quantized kernel is not a parameter
-        as it stands, what a block sees is not finite, or `blocks` do not fit the model.
-      TypeError: If a batch is not a tuple.
 
     Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, arXiv
     2004.10568, section 3; Li et al., BRECQ: Pushing the Limit of Post-Training

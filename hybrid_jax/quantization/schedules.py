@@ -28,9 +28,6 @@ def annealing(bits: Any, stages: Sequence[tuple[int, int]]) -> Callable[[int | j
     Returns:
       step -> bits, for `bits` of a q_fn of `fake_quantized`. No stage recompiles it.
 
-    Raises:
-      ValueError: If a step is negative or does not rise, or bits are not 1 to 8 or 32.
-
     Example:
       >>> schedule = annealing(jnp.int32([4, 8, 32]), [(100, 32), (200, 8)])
       >>> [schedule(step).tolist() for step in (0, 100, 200)]

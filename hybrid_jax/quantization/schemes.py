@@ -22,11 +22,7 @@ def symmetric(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
 
     scale = max(−low, high) / Q, and at least `grids.LEAST_SCALE` (a dead channel). At 2 bits this
     is the ternary grid {−scale, 0, scale}. In the backward pass the range follows the scale as
-    `follow` states.
-
-    Args:
-      span: The range to cover.
-      bits: int or int32 (), 2 to 8; may be traced, in which case 1, that has no step, gives NaN.
+    `follow` states. `bits`, 2 to 8, may be traced, in which case 1, that has no step, gives NaN.
 
     Example:
       >>> grid = symmetric(grids.Range(jnp.float32(-0.5), jnp.float32(1.4)), bits=4)
@@ -45,11 +41,7 @@ def affine(span: grids.Range, bits: jax.Array | int) -> grids.Grid:
     `grids.LEAST_SCALE` (an activation that is always 0). zero_point = round(−low / scale), which is
     0 for a range without negative values: the plain unsigned grid after a ReLU. At 1 bit the values
     are 0 and scale, or −scale and 0. In the backward pass the range follows the scale as `follow`
-    states.
-
-    Args:
-      span: The range to cover.
-      bits: int or int32 (), 1 to 8; may be traced.
+    states. `bits`, 1 to 8, may be traced.
 
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference, arXiv 1712.05877, section 2.1.
@@ -70,11 +62,8 @@ def binary(span: grids.Range, bits: jax.Array | int = 1) -> grids.Grid:
     """The grid of signs: −scale / 2 and scale / 2, the ends of the range, and no zero.
 
     q is a bool, the zero point ½ and scale = 2 · max(−low, high), and at least
-    `grids.LEAST_SCALE` (a dead channel). A zero becomes positive.
-
-    Args:
-      span: The range, whose ends are the two values; `mean_abs` finds the one of XNOR-Net.
-      bits: 1; whatever it is, the grid is the same.
+    `grids.LEAST_SCALE` (a dead channel). A zero becomes positive. The ends of the range are the
+    two values, and `mean_abs` finds those of XNOR-Net. `bits` change nothing.
 
     Source: Rastegari et al., XNOR-Net: ImageNet Classification Using Binary Convolutional Neural
     Networks, arXiv 1603.05279, section 3.1.
@@ -93,18 +82,9 @@ def e4m3(span: grids.Range, bits: jax.Array | int = 8) -> grids.Grid:
     """The 8-bit floats with 4 bits of exponent and 3 of mantissa, from −448 to 448, scaled.
 
     scale = max(−low, high) / 448, and at least `grids.LEAST_SCALE`. What lies outside saturates;
-    the code's NaN is never used.
-
-    Args:
-      span: The range to cover.
-      bits: 8; whatever it is, the grid is the same.
+    the code's NaN is never used. `bits` change nothing.
 
     Source: Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433, section 3.
-
-    Example:
-      >>> grid = e4m3(grids.Range(jnp.float32(-448.0), jnp.float32(448.0)))
-      >>> print(grids.quantize(jnp.array([0.3, 17.0, 1e4]), grid))
-      [0.3125 16 448]
     """
     return _float8(span, jnp.float8_e4m3fn)
 
@@ -112,12 +92,7 @@ def e4m3(span: grids.Range, bits: jax.Array | int = 8) -> grids.Grid:
 def e5m2(span: grids.Range, bits: jax.Array | int = 8) -> grids.Grid:
     """The 8-bit floats with 5 bits of exponent and 2 of mantissa, from −57344 to 57344, scaled.
 
-    As `e4m3` otherwise; the code's infinities are never used.
-
-    Example:
-      >>> grid = e5m2(grids.Range(jnp.float32(-57344.0), jnp.float32(57344.0)))
-      >>> print(grids.quantize(jnp.array([0.3, 17.0, 1e9]), grid))
-      [0.3125 16 57344]
+    Otherwise it is like `e4m3`; the code's infinities are never used.
     """
     return _float8(span, jnp.float8_e5m2)
 

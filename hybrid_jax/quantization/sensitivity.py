@@ -24,29 +24,16 @@ Sensitivity = dict[str, dict[str, dict[int, float]]]
 def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     """Mean over the batch of KL(softmax(reference) ‖ softmax(logits)), in nats.
 
-    Args:
-      logits: (..., N) of the quantized model.
-      reference: (..., N) of the float model.
-
-    Source: Cai et al., ZeroQ: A Novel Zero Shot Quantization Framework, arXiv 2001.00281,
-    where it is the measure of sensitivity.
-
-    Example:
-      >>> even, sure = jnp.zeros((1, 2)), jnp.array([[100.0, 0.0]])
-      >>> print(kl_divergence(even, even), kl_divergence(even, sure))  # 0 and log 2
-      0.0 0.6931472
+    Both are (..., N): of the quantized model, and of the float one. Source: Cai et al., ZeroQ: A
+    Novel Zero Shot Quantization Framework, arXiv 2001.00281, where it is the measure of
+    sensitivity.
     """
     log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (reference, logits))
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
 def increase(loss: jax.Array, reference: jax.Array) -> jax.Array:
-    """The quantized model's loss minus the float one's; the damage where `fn` returns a loss.
-
-    Example:
-      >>> print(increase(jnp.float32(0.5), jnp.float32(0.25)))
-      0.25
-    """
+    """The quantized model's loss minus the float one's; the damage where `fn` returns a loss."""
     return loss.astype(jnp.float32) - reference.astype(jnp.float32)
 
 
@@ -81,15 +68,6 @@ def sensitivity(
       around: {site name: {role: bits}} of all sites, 32 or bits that have ranges; as
         `allocate_bits` returns it.
       roles: 'weight', 'activation' or both.
-
-    Returns:
-      {site name: {role: {bits: damage}}}.
-
-    Raises:
-      ValueError: If there is no batch, no bits or no role, a role is unknown, a tensor's scheme has
-        not these bits, `range_at` refuses a range, `around` lacks a site or has bits without
-        ranges, or a damage is not finite.
-      TypeError: If a batch is not a tuple.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -165,18 +143,9 @@ def hessian_trace(
     One Hessian-vector product of the whole network serves all parameters: the blocks off the
     diagonal have mean zero. It is forward over reverse, the derivative of the gradient along v.
 
-    Args:
-      loss: loss(params, *inputs) -> float32 (), of the float model.
-      params: Its parameters, all of floating point.
-      *inputs: Its inputs.
-      key: Randomness of the probes.
-      probes: How many v are averaged, one after the other.
-
-    Returns:
-      {path of the parameter: float32 ()}.
-
-    Raises:
-      ValueError: If `probes` is below 1.
+    `loss` is loss(params, *inputs) -> float32 () of the float model, with parameters all of
+    floating point. Over `probes` v the mean is taken, one after the other. The result is {path of
+    the parameter: float32 ()}.
 
     Source: Yao et al., PyHessian: Neural Networks Through the Lens of the Hessian, arXiv
     1912.07145.
@@ -217,21 +186,10 @@ def hessian_sensitivity(
 
         Ω(site, bits) = tr(H) / n · ‖Q(w) − w‖²,    n the number of weights
 
-    Args:
-      fn: fn(params, *inputs) -> outputs.
-      params: Its parameters.
-      inputs: Its inputs; only their shapes matter.
-      spec: How each site is quantized.
-      ranges: {bits: ranges at these bits}, the bits to try.
-      traces: {path: tr(H)} of all kernels, as `hessian_trace` estimates it.
-
-    Returns:
-      {site name: {'weight': {bits: Ω}}}; sites that share a kernel share its Ω equally. Of
-      activations it says nothing.
-
-    Raises:
-      ValueError: If there are no bits, or some that a kernel's scheme has not, or `traces` lacks a
-        kernel or is not finite.
+    `ranges` is {bits: ranges at these bits}, for the bits to try, and `traces` {path: tr(H)} of all
+    kernels, as `hessian_trace` estimates it; of `inputs` only the shapes matter. The result is
+    {site name: {'weight': {bits: Ω}}}: sites that share a kernel share its Ω equally, and of
+    activations it says nothing.
 
     Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks,
     arXiv 1911.03852.

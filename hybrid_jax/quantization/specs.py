@@ -35,19 +35,13 @@ class Quantizer:
       method: How the range is found, of `observers.METHODS`. None takes what `calibrate` is given,
         or 'minmax' if 'dynamic'; for 'binary' it is 'mean_abs'.
 
-    Raises:
-      ValueError: If a field has none of these values, or for a combination without meaning:
-        'pact', whose gradient is that of clipping at the range's own ends, needs 'affine' and no
-        rounded scale; 'lsq' gives no gradient beyond the ends, which for 'binary' are its values;
-        a `group` is one of a channel.
+    'pact', whose gradient is that of clipping at the range's own ends, needs 'affine' and no
+    rounded scale; 'lsq' gives no gradient beyond the ends, which for 'binary' are its values; a
+    `group` is one of a channel.
 
     Example:
       >>> Quantizer(bits=4, scheme='affine', learning='pact').per_channel
       False
-      >>> Quantizer(bits=12)
-      Traceback (most recent call last):
-      ...
-      ValueError: bits must be 2 to 8, or 32 for off, got 12
     """
 
     bits: int = 8
@@ -105,14 +99,10 @@ class SiteSpec:
     """How the kernel and the input activation of one site are quantized.
 
     Attributes:
-      name: The site's name.
-      weight: Quantizer of the kernel.
-      activation: Quantizer of the input, per tensor.
       shares: The earlier site that takes the same tensor, whose range it has; None for its own.
 
-    Raises:
-      ValueError: If the activation is to be quantized per channel: the sum over input channels is
-        an integer sum only if they have one scale. Or as binary: padding needs a zero.
+    An activation is never per channel: the sum over input channels is an integer sum only if they
+    have one scale. Nor is it binary: padding needs a zero.
     """
 
     name: str
@@ -135,11 +125,8 @@ class SiteSpec:
 class JoinSpec:
     """How a tensor that takes part in a join is quantized.
 
-    Attributes:
-      name: The join's name.
-      activation: Quantizer of the tensor.
-      shares: The site that takes the same tensor, whose range it has where that site has 8 bits;
-        None for its own.
+    `shares` names the site that takes the same tensor, whose range it has where that site has 8
+    bits; None for its own.
     """
 
     name: str
@@ -152,8 +139,7 @@ class Spec:
     """How each site of a model is quantized, in the order in which they run.
 
     Attributes:
-      sites: A `SiteSpec` per site.
-      joins: A `JoinSpec` per join, or none where joins are left in floats.
+      joins: Empty where joins are left in floats.
       biases: Whether biases are rounded to the steps of the integer sums that they are added to.
     """
 
@@ -217,14 +203,6 @@ def spec(
         that folds into it: to the steps of the integer sums that it is added to. What is trained so
         is what is deployed; otherwise only sites are quantized, each by itself.
 
-    Returns:
-      The specification, static and hashable.
-
-    Raises:
-      ValueError: If bits are not 2 to 8 (1 to 8 for activations) or 32, a rule matches no site or
-        has another key, a group does not divide the weights of an output channel, or sites that
-        share a kernel get different quantizers for it.
-
     Example:
       >>> def mlp(params, x):
       ...     return jax.nn.relu(x @ params['a']) @ params['b'] @ params['c']
@@ -282,9 +260,8 @@ def _stored_once(graph: core.Graph, made: Spec) -> Spec:
 def range_shape(site: core.Site, quantizer: Quantizer) -> tuple[int, ...]:
     """The shape of the range of a site's kernel: () or of the kernel's rank.
 
-    Raises:
-      ValueError: If the quantizer's group does not cut the kernel into blocks: from the last axis
-        that is summed over to the first, it divides the axis, or is a multiple of it.
+    A quantizer's group has to cut the kernel into blocks: from the last axis that is summed over to
+    the first, it divides the axis, or is a multiple of it.
 
     Example:
       >>> fn = lambda params, x: x @ params['w']
@@ -325,22 +302,9 @@ def apply(
 ) -> jax.Array:
     """Fake-quantizes one tensor as its quantizer says.
 
-    Args:
-      x: Floating-point array.
-      quantizer: How.
-      span: Its range; None where it is 'dynamic'.
-      bits: int or int32 (); may be traced. 32 returns `x` to the bit.
-      shape: That of its range, to find a 'dynamic' one.
-      count: How many values share a scale, for the gradient of LSQ.
-      key: Random key, to round stochastically.
-
-    Returns:
-      Of the shape and dtype of `x`.
-
-    Example:
-      >>> x = jnp.array([0.1, 0.6, 1.0])
-      >>> print(apply(x, Quantizer(2, 'symmetric', learning='dynamic'), None, 2, (), 3))
-      [0. 1. 1.]
+    `span` is its range, None where it is 'dynamic', and then of `shape`. `bits` may be traced, and
+    32 returns `x` to the bit. `count` says how many values share a scale, for the gradient of LSQ;
+    with a random `key` it is rounded stochastically.
     """
     if isinstance(bits, int) and bits == grids.OFF:
         return x

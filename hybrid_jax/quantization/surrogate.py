@@ -7,9 +7,7 @@ import jax
 def with_gradient(value: jax.Array, surrogate: jax.Array) -> jax.Array:
     """Returns `value` to the bit, with the derivative of `surrogate` in either mode.
 
-    Args:
-      value: What is computed; its own derivative is ignored.
-      surrogate: Array of the same shape and dtype; its value is ignored.
+    The derivative of `value` and the value of `surrogate`, of its shape and dtype, are ignored.
 
     Example:
       >>> import jax.numpy as jnp

@@ -4,46 +4,27 @@ job = recipes.prepare(config, workdir)   # checks everything, writes nothing but
 results = recipes.run(job)               # resumes, and leaves the report in the work directory
 """
 
-from hybrid_jax.recipes.checks import check_config
-from hybrid_jax.recipes.collapse import collapse
-from hybrid_jax.recipes.config import (
-    ExpertSpec,
-    default_config,
-    expert_specs,
-    flatten,
-    nearest_key,
-)
-from hybrid_jax.recipes.evaluation import evaluate
-from hybrid_jax.recipes.job import Job, Network
-from hybrid_jax.recipes.parent import parent
-from hybrid_jax.recipes.phase1 import Experts, compress
-from hybrid_jax.recipes.phase2 import Gate, fine_tune, learn_gate
-from hybrid_jax.recipes.pipeline import export, make, prepare, resume, run
-from hybrid_jax.recipes.programs import Models, Programs, lower
-
-__all__ = [
-    "ExpertSpec",
-    "Experts",
-    "Gate",
-    "Job",
-    "Models",
-    "Network",
-    "Programs",
-    "check_config",
-    "collapse",
-    "compress",
-    "default_config",
-    "evaluate",
-    "expert_specs",
-    "export",
-    "fine_tune",
-    "flatten",
-    "learn_gate",
-    "lower",
-    "make",
-    "nearest_key",
-    "parent",
-    "prepare",
-    "resume",
-    "run",
-]
+from hybrid_jax.recipes.checks import check_config as check_config
+from hybrid_jax.recipes.collapse import collapse as collapse
+from hybrid_jax.recipes.config import ExpertSpec as ExpertSpec
+from hybrid_jax.recipes.config import default_config as default_config
+from hybrid_jax.recipes.config import expert_specs as expert_specs
+from hybrid_jax.recipes.config import flatten as flatten
+from hybrid_jax.recipes.config import nearest_key as nearest_key
+from hybrid_jax.recipes.evaluation import evaluate as evaluate
+from hybrid_jax.recipes.job import Job as Job
+from hybrid_jax.recipes.job import Network as Network
+from hybrid_jax.recipes.parent import parent as parent
+from hybrid_jax.recipes.phase1 import Experts as Experts
+from hybrid_jax.recipes.phase1 import compress as compress
+from hybrid_jax.recipes.phase2 import Gate as Gate
+from hybrid_jax.recipes.phase2 import fine_tune as fine_tune
+from hybrid_jax.recipes.phase2 import learn_gate as learn_gate
+from hybrid_jax.recipes.pipeline import export as export
+from hybrid_jax.recipes.pipeline import make as make
+from hybrid_jax.recipes.pipeline import prepare as prepare
+from hybrid_jax.recipes.pipeline import resume as resume
+from hybrid_jax.recipes.pipeline import run as run
+from hybrid_jax.recipes.programs import Models as Models
+from hybrid_jax.recipes.programs import Programs as Programs
+from hybrid_jax.recipes.programs import lower as lower

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from hybrid_jax import core, models
+from hybrid_jax import core, models, pruning
 from hybrid_jax.quantization.observers import METHODS_OF_ANY_BITS
 from hybrid_jax.recipes import config as configuration
 
@@ -10,12 +10,8 @@ from hybrid_jax.recipes import config as configuration
 def check_config(config: ConfigDict) -> None:
     """Checks every key and value; reads no file and writes none.
 
-    Args:
-      config: A configuration with the keys of `default_config`.
-
-    Raises:
-      ValueError: Names the key, what it got and what was expected, and the nearest key if the
-        key is unknown.
+    The error names the key, what it got and what was expected, and the nearest key if the key is
+    unknown.
 
     Example:
       >>> config = configuration.default_config()
@@ -70,7 +66,7 @@ def check_config(config: ConfigDict) -> None:
     for width in config.model.widths:
         core.check_integer("config.model.widths", width, 1)
     for criterion in config.experts.criteria:
-        core.check_choice("config.experts.criteria", criterion, configuration.CRITERIA)
+        core.check_choice("config.experts.criteria", criterion, pruning.CRITERIA)
     for source in configuration.diversity_sources(config):
         core.check_choice("config.experts.diversity", source, configuration.DIVERSITY)
         _check_source(config, source)
@@ -80,7 +76,6 @@ def check_config(config: ConfigDict) -> None:
     each(core.check_choice, "collapse.routing", ("soft", "top_1"))
     each(core.check_choice, "experts.method", ("auto", "vmap", "map", "unroll"))
     each(core.check_choice, "experts.calibration", METHODS_OF_ANY_BITS)
-    configuration.parse_granularity(config.experts.granularity)
     if config.gate.k > config.experts.count:
         raise ValueError(
             f"config.gate.k must be at most config.experts.count = {config.experts.count}, "

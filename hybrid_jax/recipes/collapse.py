@@ -34,27 +34,13 @@ def collapse(
     Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network,
     arXiv 1503.02531.
 
-    Args:
-      moe: Of `experts.mixture`: its routing decides whether the teacher is soft or top-1.
-      stack: Its experts.
-      gate_params: Its gate.
-      forward: The student: (params, state, images (B, H, W, C), key) -> (logits (B, N), state), any
-        function of a compressed network, quantized or not.
-      student: Where it starts; what holds its masks belongs in its optimizer.
-      batches: As for `training.fit`.
-      steps: Of training.
-      augment: As for `training.make_step`.
-      temperature: As for `training.distillation_loss`.
-      alpha: Share of the mixture in the loss, above 0; the rest is the labels'.
-      choices: As for `training.make_step`.
-      **options: For `training.fit`.
-
-    Returns:
-      The trained student.
-
-    Raises:
-      ValueError: If `temperature` or `alpha` is out of range.
-      FloatingPointError: If a loss is not finite.
+    `moe` is of `experts.mixture`, whose routing decides whether the teacher is soft or top-1;
+    `stack` and `gate_params` are its experts and its gate. The student is
+    forward(params, state, images (B, H, W, C), key) -> (logits (B, N), state), any function of a
+    compressed network, quantized or not; `student` is where it starts, and what holds its masks
+    belongs in its optimizer. `alpha`, above 0, is the share of the mixture in the loss; the rest is
+    the labels'. `augment` and `choices` are for `training.make_step`, `temperature` for
+    `training.distillation_loss`, `batches`, `steps` and `options` for `training.fit`.
 
     Example:
       >>> import itertools, jax.numpy as jnp
@@ -81,16 +67,7 @@ def collapse(
 
 
 def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
-    """Returns the expert that is best on validation, trained on towards the whole mixture.
-
-    Args:
-      job: The run; `config.collapse` says how long and towards which mixture.
-      made: The experts.
-      gate: The gate, fitted to them.
-
-    Raises:
-      FloatingPointError: If a loss is not finite.
-    """
+    """Returns the expert that is best on validation, trained on towards the whole mixture."""
     experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
     settings = job.config.collapse
     start = phase1.select(made, int(programs.validation_accuracies(job, made).argmax()))
@@ -105,7 +82,7 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
         made.stack,
         gate.params,
         lambda params, state, images, key: (made.predict(params | state, images), state),
-        training.create_state(params, fixed, tx, job.key("collapse")),
+        job.start("collapse", params, fixed, tx),
         job.batches("collapse", settings.batch_size),
         steps=settings.steps,
         augment=job.augment,

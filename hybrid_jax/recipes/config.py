@@ -7,20 +7,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-CRITERIA = ("magnitude_l1", "magnitude_l2", "batchnorm_scale", "taylor", "geometric_median")
 DIVERSITY = ("criterion", "seed", "bits", "width", "cluster", "classes", "bootstrap")
 IMAGES = ("cluster", "classes", "bootstrap")  # of these, what tells the images of experts apart
 ROUTINGS = ("soft", "top_1", "top_k", "noisy_top_1", "noisy_top_k")
 
 
 def default_config() -> ConfigDict:
-    """Returns the configuration with every key that there is; a config module overrides some.
-
-    Example:
-      >>> config = default_config()
-      >>> config.experts.count, config.experts.sparsity
-      (4, 0.5)
-    """
+    """Returns the configuration with every key that there is; a config module overrides some."""
     config = ConfigDict()
     config.seed = 0
     config.data = ConfigDict(  # as `hybrid_jax.data.load` and `augmentation` take them
@@ -54,15 +47,15 @@ def default_config() -> ConfigDict:
         dict(
             count=4,
             diversity="criterion+cluster",  # sources joined by +; "" makes identical experts
-            criteria=CRITERIA[:4],  # expert e takes criteria[e % len]; the first for all without
+            # Of `pruning.CRITERIA`: expert e takes criteria[e % len]; the first for all without.
+            criteria=("magnitude", "magnitude_l2", "batchnorm_scale", "taylor"),
             jitter=0.3,  # seed: spread of the log-normal factor on channel scores
             others_weight=0.2,  # cluster, classes: weight of images that are not the expert's own
             bits=(4, 8),  # bits: expert e takes bits[e % len] for weights and activations
             sparsities=(0.75, 0.5),  # width: expert e takes sparsities[e % len], cheap and dear
             sparsity=0.5,  # fraction of channels removed
             multiple=1,  # widths kept are rounded to multiples of this
-            granularity="unstructured",  # or n:m as "2:4", of the weights that are left
-            weight_sparsity=0.0,  # fraction of the left weights that are zero (unstructured)
+            weight_sparsity=0.0,  # fraction of the left weights of a kernel that are zero
             weight_bits=4,
             activation_bits=8,
             first_last_bits=8,
@@ -117,11 +110,7 @@ class ExpertSpec:
       images: Index of the training images that it prefers, or None where all are alike to it.
       sparsity: Fraction of channels removed.
       multiple: Widths kept are multiples of this.
-      granularity: "unstructured" or "n:m", of the weights that are left.
       weight_sparsity: Fraction of zeros among the weights that are left.
-      weight_bits: Bits of the weights.
-      activation_bits: Bits of the activations that enter a site.
-      first_last_bits: Bits of the first and the last site.
     """
 
     criterion: str
@@ -129,7 +118,6 @@ class ExpertSpec:
     images: int | None
     sparsity: float
     multiple: int
-    granularity: str
     weight_sparsity: float
     weight_bits: int
     activation_bits: int
@@ -143,7 +131,7 @@ def expert_specs(config: ConfigDict) -> tuple[ExpertSpec, ...]:
       >>> config = default_config()
       >>> config.experts.diversity = "bits"
       >>> [(s.criterion, s.weight_bits) for s in expert_specs(config)][:2]
-      [('magnitude_l1', 4), ('magnitude_l1', 8)]
+      [('magnitude', 4), ('magnitude', 8)]
     """
     e = config.experts
     sources = diversity_sources(config)
@@ -158,7 +146,6 @@ def expert_specs(config: ConfigDict) -> tuple[ExpertSpec, ...]:
                 images=i if set(IMAGES) & set(sources) else None,
                 sparsity=width,
                 multiple=e.multiple,
-                granularity=e.granularity,
                 weight_sparsity=e.weight_sparsity,
                 weight_bits=bits or e.weight_bits,
                 activation_bits=bits or e.activation_bits,
@@ -173,34 +160,8 @@ def diversity_sources(config: ConfigDict) -> tuple[str, ...]:
     return tuple(s for s in config.experts.diversity.split("+") if s)
 
 
-def parse_granularity(granularity: str) -> tuple[int, int] | None:
-    """Returns (n, m) of "n:m", or None for "unstructured".
-
-    Raises:
-      ValueError: If it is neither.
-
-    Example:
-      >>> parse_granularity("2:4")
-      (2, 4)
-    """
-    if granularity == "unstructured":
-        return None
-    n, _, m = granularity.partition(":")
-    if not (n.isdigit() and m.isdigit() and 1 <= int(n) <= int(m)):
-        raise ValueError(
-            "config.experts.granularity must be 'unstructured' or 'n:m' with 1 <= n <= m, "
-            f"got {granularity!r}"
-        )
-    return int(n), int(m)
-
-
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Returns the leaves of `config` by dotted key, as plain JSON values.
-
-    Example:
-      >>> flatten(default_config())["experts.count"]
-      4
-    """
+    """Returns the leaves of `config` by dotted key, as plain JSON values."""
     leaves = {}
 
     def visit(prefix, value):
@@ -215,11 +176,6 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def nearest_key(key: str) -> str:
-    """Returns a hint that names the valid key nearest to `key`, or "" if none is near.
-
-    Example:
-      >>> nearest_key("experts.cout")
-      '; the nearest valid key is config.experts.count'
-    """
+    """Returns a hint that names the valid key nearest to `key`, or "" if none is near."""
     close = difflib.get_close_matches(key, flatten(default_config()), n=1, cutoff=0.5)
     return f"; the nearest valid key is config.{close[0]}" if close else ""

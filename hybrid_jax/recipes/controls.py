@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core, cost, experts
-from hybrid_jax.recipes import cutting, phase1, phase2
+from hybrid_jax import core, cost, experts, pruning
+from hybrid_jax.recipes import phase1, phase2
 from hybrid_jax.recipes.config import ExpertSpec, expert_specs
 from hybrid_jax.recipes.job import Job, Network
 
@@ -27,16 +27,6 @@ def singles(
     "Equal bytes" matches all experts and the gate; "equal BOPs" the gate and, as often as it takes
     each of them for a validation image, the experts. Their steps are those of an expert: the ones
     of phase 1 and of joint fine-tuning.
-
-    Args:
-      job: The run.
-      dense: The parent.
-      variables: The parent's variables.
-      made: The experts of the mixture.
-      gate: Its gate.
-
-    Raises:
-      FloatingPointError: If a loss is not finite.
     """
     prices, own = costs(made), gate_cost(gate)
     targets = {}
@@ -99,10 +89,7 @@ def single_spec(
 
     Where the parent's whole width does not use the target up, weight bits are added, up to 8.
 
-    Args:
-      first: What to change.
-      price: Falls with sparsity and rises with bits.
-      target: The price to match.
+    `price` falls with sparsity and rises with bits.
 
     Example:
       >>> from hybrid_jax.recipes import default_config, expert_specs
@@ -128,20 +115,15 @@ def planned_graph(
 ) -> core.Graph:
     """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
     graph = core.trace(dense.predict, variables, job.images)
-    alike = {group.name: jnp.zeros(group.size) for group in graph.groups}
-    keep = cutting.keep_channels(alike, sparsity, multiple=multiple)
+    alike = {group.name: np.zeros(group.size, np.float32) for group in graph.groups}
+    keep = pruning.keep_channels(alike, sparsity, multiple=multiple)
     masks = core.expand(keep, graph.groups, variables)
     predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
     return core.trace(predict, small, job.images)
 
 
 def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
-    """Returns what an expert of `spec` will cost.
-
-    Args:
-      graph: Of `planned_graph`.
-      spec: Says how its weights are thinned and quantized.
-    """
+    """Returns what an expert of `spec` will cost; the graph is of `planned_graph`."""
     quantizer = phase1.quantizer(graph, spec)
     masks = {
         path: _planned_mask(leaf, graph.kernels.get(path), spec)
@@ -152,6 +134,6 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
 
 def _planned_mask(leaf, kernel, spec):
     """A mask of the count that `cutting.weight_masks` will have: costs depend on counts alone."""
-    sparsity = cutting.kernel_sparsity(kernel, spec)
+    sparsity = 0.0 if kernel is None else spec.weight_sparsity
     removed = math.floor(sparsity * leaf.size + 0.5)
     return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

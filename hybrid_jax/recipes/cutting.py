@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, pruning, training
-from hybrid_jax.recipes import config as configuration
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.job import Job, Network
 
@@ -34,8 +33,6 @@ class Cut(NamedTuple):
     """A network with channels physically removed, as wide as the widest of its stack.
 
     Attributes:
-      network: The small network.
-      variables: Its variables.
       certificate: How far the expert at its own widths is from the masked parent, and the costs
         before and after.
       own: What of it is the expert's own; None for all.
@@ -50,25 +47,15 @@ class Cut(NamedTuple):
 def cut_all(
     job: Job, dense: Network, variables: Any, specs: Sequence[ExpertSpec], key: jax.Array
 ) -> list[Cut]:
-    """Physically removes the channels that are least important by the criterion of each spec.
-
-    Args:
-      job: The run.
-      dense: The parent.
-      variables: The parent's variables.
-      specs: By which criterion, and how many.
-      key: Random key of the jitter.
-    """
+    """Physically removes the channels that are least important by the criterion of each spec."""
     graph = core.trace(dense.predict, variables, job.images)
     probe = job.normalize(job.splits.validation.images[:4])
     widest = min(spec.sparsity for spec in specs)
     alike = all(spec.sparsity == widest for spec in specs)
 
-    def cut(spec, key):
-        scores = channel_scores(job, dense, variables, graph, spec, key)
-
+    def cut(spec, scores):
         def shrink(sparsity):
-            keep = keep_channels(scores, sparsity, multiple=spec.multiple)
+            keep = pruning.keep_channels(scores, sparsity, multiple=spec.multiple)
             masks = core.expand(keep, graph.groups, variables)
             return core.shrink(dense.predict, variables, masks, probe)
 
@@ -86,84 +73,58 @@ def cut_all(
         sites = core.trace(own, core.slice_tree(small, kept), job.images)
         return Cut(network, small, narrower, Own(own, sites, kept))
 
-    return [cut(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(specs)]
+    keys = [jax.random.fold_in(key, i) for i in range(len(specs))]
+    scores = channel_scores(job, dense, variables, graph, specs, keys)
+    return list(map(cut, specs, scores))
 
 
 def channel_scores(
-    job: Job,
-    dense: Network,
-    variables: Any,
-    graph: core.Graph,
-    spec: ExpertSpec,
-    key: jax.Array,
-) -> dict[str, jax.Array]:
-    """Returns the importance of the parent's coupled channels, jittered as `spec` says."""
+    job: Job, dense: Network, variables: Any, graph: core.Graph, specs: Any, keys: Any
+) -> list[dict[str, jax.Array]]:
+    """Returns the importance of the parent's coupled channels for each spec, by one program."""
 
     @jax.jit
-    def score(variables):
-        scores = criterion(job, dense, graph.kernels, variables, spec.criterion)
-        return pruning.group_scores(scores, graph.groups)
+    def score(variables, keys):
+        scores = []
+        for spec, key in zip(specs, keys, strict=True):
+            known = given(job, dense, variables, graph, key)
+            own = pruning.group_scores(pruning.CRITERIA[spec.criterion](known), graph.groups)
+            if spec.jitter:
+                for i, name in enumerate(sorted(own)):
+                    noise = jax.random.normal(jax.random.fold_in(key, i), own[name].shape)
+                    own[name] = own[name] * jnp.exp(spec.jitter * noise)
+            scores.append(own)
+        return scores
 
-    scores = score(variables)
-    if spec.jitter:
-        for i, name in enumerate(scores):
-            noise = jax.random.normal(jax.random.fold_in(key, i), scores[name].shape)
-            scores[name] = scores[name] * jnp.exp(spec.jitter * noise)
-    return scores
-
-
-keep_channels = jax.jit(pruning.keep_channels, static_argnames="multiple")
-
-
-def criterion(job: Job, dense: Network, kernels: Kernels, variables: Any, name: str) -> Any:
-    """Returns the scores of the parent's weights by one of `config.CRITERIA`."""
-    if name == "taylor":
-        images, labels = _first_images(job)
-
-        def loss(variables):
-            return training.cross_entropy(dense.predict(variables, images), labels)
-
-        return pruning.taylor(kernels, variables, jax.grad(loss)(variables))
-    return {
-        "magnitude_l1": lambda: pruning.magnitude(kernels, variables, p=1),
-        "magnitude_l2": lambda: pruning.magnitude(kernels, variables, p=2),
-        "batchnorm_scale": lambda: pruning.batchnorm_scale(variables),
-        "geometric_median": lambda: pruning.geometric_median(kernels, variables),
-    }[name]()
+    return score(variables, keys)
 
 
-def kernel_sparsity(kernel: core.Kernel | None, spec: ExpertSpec) -> float:
-    """Returns the fraction of a parameter's weights that `spec` sets to zero.
+def given(job: Job, dense: Network, variables: Any, graph: core.Graph, key: jax.Array, count=256):
+    """Returns what a criterion by name works the scores of the parent's weights out from."""
+    train = job.splits.train
 
-    What is no kernel (None) has none, nor has one whose inputs are no multiple of the M of N:M.
-    """
-    n_m = configuration.parse_granularity(spec.granularity)
-    if kernel is None:
-        return 0.0
-    if n_m is None:
-        return spec.weight_sparsity
-    return 0.0 if kernel.known_sizes()[2] % n_m[1] else 1 - n_m[0] / n_m[1]
+    def loss(variables, images, labels):
+        return training.cross_entropy(dense.predict(variables, images), labels)
+
+    return pruning.Given(
+        graph.kernels,
+        variables,
+        lambda variables, images, labels: dense.predict(variables, images),
+        loss,
+        [(job.normalize(train.images[:count]), jnp.asarray(train.labels[:count]))],
+        key,
+    )
 
 
 def weight_masks(kernels: Kernels, params: Any, spec: ExpertSpec) -> Any:
     """Returns which weights of a cut network are kept: bool like `params`, or `MaskedNode`."""
-    n_m = configuration.parse_granularity(spec.granularity)
-    granularity = pruning.n_m(kernels, *n_m) if n_m else pruning.unstructured()
-    thinned = {path: own for path, own in kernels.items() if kernel_sparsity(own, spec)}
-    if not thinned:
+    if not spec.weight_sparsity:
         return jax.tree.map(lambda _: optax.MaskedNode(), params)
-    sparsity = max(kernel_sparsity(own, spec) for own in thinned.values())
-    return pruning.masks(pruning.magnitude(thinned, params), sparsity, granularity)
+    return pruning.masks(pruning.magnitude(kernels, params), spec.weight_sparsity)
 
 
 def stack_masks(made: Cut, kernels: Kernels, spec: ExpertSpec) -> Any:
-    """Returns `weight_masks` of an expert's own channels, with all others of the stack masked.
-
-    Args:
-      made: The expert.
-      kernels: Those of the stack.
-      spec: Says how its weights are thinned.
-    """
+    """Returns `weight_masks` of an expert's own channels, with all others of the stack masked."""
     params = {"params": made.variables["params"]}
     if made.own is None:
         return weight_masks(kernels, params, spec)["params"]
@@ -179,8 +140,3 @@ def stack_masks(made: Cut, kernels: Kernels, spec: ExpertSpec) -> Any:
         return jnp.asarray(mask)
 
     return core.map_with_path(widen, params)["params"]
-
-
-def _first_images(job, count=256):
-    train = job.splits.train
-    return job.normalize(train.images[:count]), jnp.asarray(train.labels[:count])

@@ -13,11 +13,6 @@ def image_weights(job: Job, dense: Network, variables: Any) -> np.ndarray | None
     """Returns the weight (E, n) of each training image for each expert: the sources' product.
 
     None where `config.experts.diversity` names no source of this kind.
-
-    Args:
-      job: The run.
-      dense: The parent.
-      variables: The parent's variables.
     """
     settings, train = job.config.experts, job.splits.train
     count, seed = settings.count, job.config.seed
@@ -35,32 +30,12 @@ def image_weights(job: Job, dense: Network, variables: Any) -> np.ndarray | None
 
 
 def prefer(own: np.ndarray, others_weight: float) -> np.ndarray:
-    """Returns weight 1 for an expert's own images and `others_weight` for all others.
-
-    Args:
-      own: bool (E, n).
-      others_weight: In [0, 1].
-
-    Example:
-      >>> prefer(np.array([[True, False]]), 0.2).tolist()
-      [[1.0, 0.2]]
-    """
+    """Returns weight 1 for an expert's own (E, n) images and `others_weight` for all others."""
     return np.where(own, 1.0, others_weight)
 
 
 def own_cluster(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Returns bool (E, n): expert e owns cluster e of k-means.
-
-    Args:
-      features: (n, d) of the images, such as the parent's logits.
-      count: E, at most n.
-      seed: Of the first centres.
-
-    Example:
-      >>> own = own_cluster(np.array([[0.0], [0.1], [9.0]]), 2, seed=0)
-      >>> bool((own[:, 0] == own[:, 1]).all()), own.sum(0).tolist()
-      (True, [1, 1, 1])
-    """
+    """Returns bool (E, n): expert e owns cluster e of k-means of the features (n, d); E ≤ n."""
     means = KMeans(count, n_init=4, random_state=seed)
     return means.fit_predict(features)[None] == np.arange(count)[:, None]
 
@@ -69,10 +44,6 @@ def own_classes(labels: np.ndarray, count: int) -> np.ndarray:
     """Returns bool (E, n): expert e owns every E-th class, from class e on.
 
     With more experts than classes several own the same class.
-
-    Args:
-      labels: (n,) integers from 0.
-      count: E.
 
     Example:
       >>> own_classes(np.array([0, 1, 2]), 2).astype(int).tolist()
@@ -86,15 +57,6 @@ def bootstrap(n: int, count: int, seed: int) -> np.ndarray:
     """Returns float (E, n): how often each image is in each expert's own resample of n images.
 
     Source: Breiman, Bagging Predictors, Machine Learning 24, 1996.
-
-    Args:
-      n: Images; each resample draws n of them with replacement.
-      count: E.
-      seed: Of the draws.
-
-    Example:
-      >>> bootstrap(5, 2, seed=0).sum(1).tolist()
-      [5.0, 5.0]
     """
     rng = np.random.default_rng(seed)
     return rng.multinomial(n, np.full(n, 1 / n), size=count).astype(float)

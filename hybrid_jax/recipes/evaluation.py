@@ -1,5 +1,6 @@
 """The table: every model and every control on the test images, which nothing reads before."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, cost, deploy, experts
+from hybrid_jax import program as p
 from hybrid_jax.recipes import controls
 from hybrid_jax.recipes.job import Job
-from hybrid_jax.recipes.programs import Models, Programs, artifact, best_expert, logits
+from hybrid_jax.recipes.programs import Models, Programs, artifact, logits, top_class
 
 
 class Price(NamedTuple):
@@ -25,31 +27,28 @@ def evaluate(job: Job, models: Models, programs: Programs) -> dict:
     """Returns the parts of `results.json` that come from the test images: rows, gate, layers.
 
     Writes every model that can be shipped to a packed file in deploy/; a row's size is its file's.
-
-    Args:
-      job: The run.
-      models: What it has made.
-      programs: Its inference graphs.
     """
-    test, count = job.splits.test, len(models.made.specs)
-    labels = jnp.asarray(test.labels)
-    expert_logits = jnp.asarray(logits(job, models.made, test))
-    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
+    test, combine = job.splits.test, jax.jit(experts.combine)
+    expert_logits = logits(job, models.made, test)
+    gate_logits = job.logits(models.gate.predict, models.gate.params, test)
     prices = [_price(c) for c in controls.costs(models.made)]
     gate_price = _price(controls.gate_cost(models.gate))
     nothing = Price(0, 0, 0, 0)
     times, files = _latencies(job, models, programs), _files(job, programs)
+    weights = _weights(
+        gate_logits, expert_logits, test.labels, job.key("random gate"), job.config.gate.k
+    )
     rows: list[dict] = []
 
     def add(name, kind, logits, price, file=None, time=None, note=""):
-        correct = np.asarray(core.top_class(logits) == labels)
+        correct = np.asarray(top_class(logits)) == test.labels
         ratio = None if time is None else times[time]
         rows.append(_row(name, kind, correct, rows, price, files.get(file, {}), ratio, note))
 
-    def add_mixture(name, kind, weights, gate, file=None, time=None, note=""):
-        used = np.asarray(weights > 0).mean(0)
-        price = _mixture_price(prices, gate, used)
-        add(name, kind, experts.combine(expert_logits, weights), price, file, time, note)
+    def add_mixture(name, kind, gate, file=None, time=None, note=""):
+        own = weights[name]
+        price = _mixture_price(prices, gate, (np.asarray(own) > 0).mean(0))
+        add(name, kind, combine(expert_logits, own), price, file, time, note)
 
     dense_logits = job.logits(models.dense.predict, models.variables, test)
     dense_graph = core.trace(models.dense.predict, models.variables, job.images)
@@ -59,24 +58,21 @@ def evaluate(job: Job, models: Models, programs: Programs) -> dict:
         name = f"expert {e}"
         add(name, "expert", expert_logits[e], prices[e], name, spec.sparsity, note)
     for k in dict.fromkeys((1, job.config.gate.k)):
-        weights = experts.top_k(k)(gate_logits).weights
         time, note = ("top-1", "") if k == 1 else ("all", "timed with all experts run")
-        add_mixture(f"top-{k} mixture", "mixture", weights, gate_price, "mixture", time, note)
-    softly = experts.soft()(gate_logits).weights
-    add_mixture("soft mixture", "mixture", softly, gate_price, "mixture", "all")
+        add_mixture(f"top-{k} mixture", "mixture", gate_price, "mixture", time, note)
+    add_mixture("soft mixture", "mixture", gate_price, "mixture", "all")
 
-    source, best = best_expert(job, models)
+    source, best = programs.chosen
     best_logits = logits(job, source, test)[best]
     when = "after" if source is models.made else "before"
     note = f"expert {best} {when} joint training, by validation"
     width = models.made.specs[best].sparsity
     add("best single expert", "control", best_logits, prices[best], "expert", width, note)
-    even, note = jnp.full(gate_logits.shape, 1 / count), "of logits; timed with the gate"
-    add_mixture("average of all experts", "control", even, nothing, time="all", note=note)
-    drawn, note = experts.random()(gate_logits, job.key("random gate")), "not deployable: a bound"
-    add_mixture("random gate", "control", drawn.weights, nothing, time="random", note=note)
-    known, note = experts.oracle(expert_logits, labels), "not deployable: reads the label"
-    add_mixture("oracle gate", "control", known, nothing, note=note)
+    note = "of logits; timed with the gate"
+    add_mixture("average of all experts", "control", nothing, time="all", note=note)
+    note = "not deployable: a bound"
+    add_mixture("random gate", "control", nothing, time="random", note=note)
+    add_mixture("oracle gate", "control", nothing, note="not deployable: reads the label")
     for name, single in models.singles.items():
         (spec,), (price,) = single.specs, [_price(c) for c in controls.costs(single)]
         note = f"{spec.sparsity:.0%} of channels removed, {spec.weight_bits}-bit weights"
@@ -84,8 +80,8 @@ def evaluate(job: Job, models: Models, programs: Programs) -> dict:
 
     return {
         "rows": rows,
-        "gate": gate_use(gate_logits, labels, job.splits.num_classes),
-        "disagreement": experts.disagreement(expert_logits).tolist(),
+        "gate": gate_use(gate_logits, test.labels, job.splits.num_classes),
+        "disagreement": jax.jit(experts.disagreement)(expert_logits).tolist(),
         "layers": _layers(models, dense_graph),
     }
 
@@ -93,24 +89,40 @@ def evaluate(job: Job, models: Models, programs: Programs) -> dict:
 def gate_use(gate_logits: jax.Array, labels: jax.Array, num_classes: int) -> dict:
     """Returns how the top-1 mixture uses its experts, and whether the gate has collapsed.
 
-    Args:
-      gate_logits: (n, E).
-      labels: (n,) integers.
-      num_classes: N.
+    Gate logits are (n, E), N is `num_classes`.
 
     Example:
       >>> use = gate_use(jnp.array([[2.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1]), num_classes=2)
       >>> use['share'], use['entropy'], use['collapsed'], use['unused']
       ([1.0, 0.0], 0.0, True, [1])
     """
+    use = _use(gate_logits, labels, num_classes)
+    found = {name: value.tolist() for name, value in use.items()}
+    return found | {"unused": np.flatnonzero(use["unused"]).tolist()}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _use(gate_logits, labels, num_classes):
     chosen = experts.top_k(1)(gate_logits).weights
     share = experts.usage(chosen)
     return {
-        "usage": experts.usage_per_class(chosen, labels, num_classes).tolist(),
-        "share": share.tolist(),
-        "entropy": float(experts.usage_entropy(share)),
-        "collapsed": bool(experts.collapsed(share)),
-        "unused": np.flatnonzero(experts.unused(share)).tolist(),
+        "usage": experts.usage_per_class(chosen, labels, num_classes),
+        "share": share,
+        "entropy": experts.usage_entropy(share),
+        "collapsed": experts.collapsed(share),
+        "unused": experts.unused(share),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _weights(gate_logits, expert_logits, labels, key, k):
+    """{mixture: weight (n, E) of each expert}."""
+    return {
+        **{f"top-{k} mixture": experts.top_k(k)(gate_logits).weights for k in (1, k)},
+        "soft mixture": experts.soft()(gate_logits).weights,
+        "average of all experts": jnp.full(gate_logits.shape, 1 / gate_logits.shape[-1]),
+        "random gate": experts.random()(gate_logits, key).weights,
+        "oracle gate": experts.oracle(expert_logits, labels),
     }
 
 
@@ -168,26 +180,23 @@ def _mixture_price(prices, gate, used) -> Price:
 
 
 def _latencies(job, models, programs):
-    """Time of each model for one image as a ratio to the dense parent's, in this process.
-
-    In floats: of the dense parent, and of the others fake-quantized.
-    """
+    """Ratio of each model's time for one image to the dense parent's; fake-quantized, in floats."""
     image = job.normalize(job.splits.validation.images[:1])
-    gate, *each = map(deploy.simulate, programs.mixture.parts)
+    gate, *each = map(p.simulate, programs.mixture.parts)
 
     def every(x):
         weights = jax.nn.softmax(gate(x))
         return experts.combine(jnp.stack([expert(x) for expert in each]), weights)
 
     run = {
-        "dense": deploy.simulate(programs.dense),
-        "top-1": deploy.simulate(programs.mixture),
+        "dense": p.simulate(programs.dense),
+        "top-1": p.simulate(programs.mixture),
         "all": every,
     }
     # One of each width: experts of equal shape take equally long.
     widths = [spec.sparsity for spec in models.made.specs]
     run |= dict(zip(widths, each, strict=True))
-    run |= {name: deploy.simulate(program) for name, program in programs.singles.items()}
+    run |= {name: p.simulate(program) for name, program in programs.singles.items()}
     run = {name: jax.jit(fn) for name, fn in run.items()}
     calls = job.config.evaluation.latency_calls
     times = {

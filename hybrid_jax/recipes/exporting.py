@@ -6,33 +6,25 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_jax import deploy
+from hybrid_jax import program as p
 from hybrid_jax.recipes.job import Job
-from hybrid_jax.recipes.programs import (
-    Models,
-    Programs,
-    artifact,
-    best_expert,
-    logits,
-    top_1_logits,
-)
+from hybrid_jax.recipes.programs import Models, Programs, artifact, logits, top_1_logits
 
 
 class Exported(NamedTuple):
     """A model of a run to be written for devices.
 
-    Attributes:
-      program: Its inference graph.
-      expected: (n, N) logits of the model as it was evaluated, on the test images.
+    `expected` (n, N) are the logits of the model as it was evaluated, on the test images.
     """
 
-    program: deploy.Program | deploy.Mixture
+    program: p.Program | p.Mixture
     expected: np.ndarray
 
 
 def exported(job: Job, models: Models, programs: Programs) -> dict[str, Exported]:
     """Returns what every run exports: the dense parent in floats, the best expert, the mixture."""
     test = job.splits.test
-    source, best = best_expert(job, models)
+    source, best = programs.chosen
     dense = job.logits(models.dense.predict, models.variables, test)
     return {
         "dense": Exported(programs.dense, dense),
@@ -48,14 +40,9 @@ def write(
 
     A target that cannot express a model, or lacks what it needs to run, gets an entry that says so.
 
-    Args:
-      job: The run.
-      made: {name: model}; files are compared with that of the first that a target can express.
-      targets: Of `deploy.TARGETS`.
-      pairs: How many pairs of calls each latency is taken over.
-
-    Returns:
-      An entry for each file, as `results.json` holds them under 'exports'.
+    Files are compared with that of the first of `made` that a target can express; `pairs` is how
+    many pairs of calls each latency is taken over. There is an entry for each file, as
+    `results.json` holds them under 'exports'.
     """
     images = np.asarray(job.normalize(job.splits.test.images))
     batches = [batch for batch in (1, 32) if batch <= len(images)]
@@ -68,7 +55,6 @@ def write(
             path = job.workdir / record["artifact"]
             try:
                 manifest = deploy.export_to(target, path, program, **options.get(target, {}))
-                # C has no floats, and starts at 8 bits.
                 reference = reference or (name, path)
                 checked = deploy.check(
                     target, path, reference[1], images, expected, batches=batches, pairs=pairs

@@ -33,11 +33,8 @@ class Network(NamedTuple):
 class Job:
     """What a run is made of.
 
-    Attributes:
-      config: The checked configuration.
-      workdir: Where everything is written.
-      splits: The data; only `evaluation` reads its test part.
-      command: The command line, for the report.
+    Everything is written in `workdir`. Only `evaluation` reads the test part of `splits`. The
+    command line, `command`, is for the report.
     """
 
     config: ConfigDict
@@ -80,6 +77,16 @@ class Job:
         augment = data.augmentation(self.config.data.padding, self.config.data.flip)
         return lambda images, key: self.normalize(augment(images, key))
 
+    def start(
+        self, name: str, params: Any, state: Any, tx: optax.GradientTransformation
+    ) -> training.TrainState:
+        """Returns the state before the first step of the stage `name`, made by one program.
+
+        The other arguments are those of `training.create_state`.
+        """
+        key = self.key(name)
+        return jax.jit(lambda *parts: training.create_state(*parts, tx, key))(params, state)
+
     def fit(
         self,
         name: str,
@@ -92,17 +99,8 @@ class Job:
     ) -> training.TrainState:
         """Trains the stage `name`, or goes on from its checkpoint.
 
-        Args:
-          name: Of the stage; decides the order of the data.
-          step: Of `training.make_step` or `training.make_stacked_step`.
-          state: Where to start.
-          steps: To end at.
-          batch_size: B; no more than there are images.
-          weights: (E, n) weight of each training image for each expert: batch['weight'] (E, B).
-          **options: For `training.fit`.
-
-        Raises:
-          FloatingPointError: If the loss is not finite.
+        The name decides the order of the data. `weights` (E, n), of each training image for each
+        expert, become batch['weight'] (E, B); `options` are for `training.fit`.
         """
         return training.fit(
             step,
@@ -144,14 +142,7 @@ class Job:
             yield self.normalize(batch["image"])
 
     def logits(self, predict: Callable, params: Any, arrays: data.Arrays) -> np.ndarray:
-        """Returns the logits (n, N), or (E, n, N), of all images.
-
-        Args:
-          predict: (params, images (B, H, W, C)) -> logits; kept from call to call it is compiled
-            once.
-          params: Handed to `predict`.
-          arrays: The images.
-        """
+        """Returns the logits (n, N), or (E, n, N); `predict` is compiled once if it is kept."""
         size = self.config.evaluation.batch_size
         return training.predict_logits(self._on_raw(predict), params, arrays, size, fill=True)
 
@@ -171,10 +162,7 @@ def optimizer(
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
-    Args:
-      learning_rate: At its peak.
-      weight_decay: Per step and unit of learning rate.
-      steps: Steps in all.
+    `learning_rate` is that of the peak, and `weight_decay` per step and unit of it.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
 

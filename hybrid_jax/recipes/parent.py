@@ -24,10 +24,6 @@ def parent(job: Job) -> tuple[Network, Any]:
     """Returns the dense network and its variables after `config.parent.steps` steps.
 
     Where `config.parent.restore` names the checkpoints of another run's parent, these are taken.
-
-    Raises:
-      ValueError: If those checkpoints are of another network.
-      FloatingPointError: If the loss is not finite.
     """
     dense, init = network(job)
     variables = init()
@@ -39,7 +35,7 @@ def parent(job: Job) -> tuple[Network, Any]:
 
     params, state = {"params": variables["params"]}, {"batch_stats": variables["batch_stats"]}
     tx = optimizer(settings.learning_rate, settings.weight_decay, settings.steps)
-    train_state = training.create_state(params, state, tx, job.key("parent"))
+    train_state = job.start("parent", params, state, tx)
     if settings.restore:
         checkpoints = training.Checkpoints(pathlib.Path(settings.restore).expanduser())
         trained = checkpoints.restore(checkpoints.latest(), train_state)

@@ -26,9 +26,6 @@ class Experts(NamedTuple):
       stack: {'params', 'batch_stats', 'ranges', 'bits'} with a leading axis E on every leaf; an
         expert is one slice of it.
       masks: For each expert which weights are kept: bool pytree like its 'params'.
-      specs: What each was made by.
-      quantizers: How the sites of each are quantized.
-      cuts: How the channels of each were removed.
       graph: The sites of any of them, as wide as the stack.
       method: How the experts are mapped, see `experts.map_experts`.
     """
@@ -50,10 +47,7 @@ class Alone(NamedTuple):
     Attributes:
       predict: (variables, images (B, H, W, C)) -> logits (B, N), in floats.
       variables: {'params', 'batch_stats'}.
-      ranges: Of its sites.
       masks: Which weights are kept, like 'params'.
-      graph: Its sites.
-      quantizer: How these are quantized.
     """
 
     predict: Callable[[Any, jax.Array], jax.Array]
@@ -78,17 +72,7 @@ def compress(
     Specs of different sparsity share a stack of the widest one's shape, in which the channels of
     the others are masked; `alone` removes them, and gives the expert as it is deployed.
 
-    Args:
-      job: The run.
-      dense: The parent.
-      variables: The parent's variables.
-      specs: One per expert.
-      name: Of the stage.
-      steps: Of training.
-      weights: (E, n) weight of each training image for each expert; None weighs all alike.
-
-    Raises:
-      FloatingPointError: If a loss is not finite.
+    `weights` (E, n) are those of each training image for each expert; None weighs all alike.
     """
     settings, key = job.config.experts, job.key(name)
     cuts = cutting.cut_all(job, dense, variables, specs, key)
@@ -124,23 +108,19 @@ def compress(
         logits, updates = train(own, params["ranges"], images, bits=state["bits"])
         return logits, state | updates
 
-    states = []
-    for i, mask in enumerate(masks):
-        params, ranges_i, stats, bits_i = jax.tree.map(
-            lambda leaf, i=i: leaf[i], (stack["params"], ranges, stack["batch_stats"], bits)
-        )
-        held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), ranges_i)}
-        tx = pruning.hold_masks(
-            optimizer(settings.learning_rate, settings.weight_decay, steps), held
-        )
-        states.append(
-            training.create_state(
-                {"params": params, "ranges": ranges_i},
-                {"batch_stats": stats, "bits": bits_i},
-                tx,
-                jax.random.fold_in(key, i),
-            )
-        )
+    inner = optimizer(settings.learning_rate, settings.weight_decay, steps)
+
+    @jax.jit
+    def start(stack):
+        states = []
+        for i, (expert, mask) in enumerate(zip(experts.unstack(stack), masks, strict=True)):
+            params = {name: expert[name] for name in ("params", "ranges")}
+            free = jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])
+            tx = pruning.hold_masks(inner, {"params": mask, "ranges": free})
+            fixed = {name: expert[name] for name in ("batch_stats", "bits")}
+            states.append(training.create_state(params, fixed, tx, jax.random.fold_in(key, i)))
+        return training.stack_states(states)
+
     soft = job.config.distillation
     step = training.make_stacked_step(
         training.classification(forward, temperature=soft.temperature, alpha=soft.alpha),
@@ -151,7 +131,12 @@ def compress(
         choices=job.choices,
     )
     trained = job.fit(
-        name, step, training.stack_states(states), steps, settings.batch_size, weights
+        name,
+        step,
+        start(stack | {"ranges": ranges, "bits": bits}),
+        steps,
+        settings.batch_size,
+        weights,
     )
     state = _batchnorm(job, forward, trained.params, trained.state, method)
     predict = quantization.fake_quantized(small.predict, quantizers[0])

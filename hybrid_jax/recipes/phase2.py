@@ -25,8 +25,6 @@ class Gate(NamedTuple):
       float_predict: (variables, images (B, H, W, C)) -> gate logits (B, E), in floats.
       predict: (params, images) -> gate logits, quantized.
       params: {'variables', 'ranges'}.
-      graph: Its sites.
-      quantizer: How these are quantized.
       fitted_to: `experts.fingerprint` of what was trained of the experts that it chooses from.
     """
 
@@ -67,21 +65,11 @@ def learn_gate(
     Where experts have clusters of the data, the gate learns these as well: an expert's own loss
     tells it from the others by little, and by much noise.
 
-    Args:
-      job: The run.
-      dense: The parent, which the mixture is distilled from.
-      variables: The parent's variables.
-      made: The experts.
-      weights: (E, n) weight of each training image for each expert, where they tell who is to
-        take it, as those of clusters do; None where they do not.
-      name: Of the stage.
-      start: Variables to start from, as `params['variables']` of a gate over experts that have
-        changed since; None starts anew.
-
-    Raises:
-      FloatingPointError: If the loss is not finite.
+    `weights` (E, n) are those of each training image for each expert, where they tell who is to
+    take it, as those of clusters do. `start` are variables to start from, as of a gate over experts
+    that have changed since.
     """
-    settings, key = job.config.gate, job.key(name)
+    settings = job.config.gate
     module = experts.gate_cnn(len(made.specs), settings.features, settings.size)
     start = job.init(module, "gate") if start is None else start
     loss_fn = _loss(
@@ -90,7 +78,7 @@ def learn_gate(
     if weights is not None:
         loss_fn = _supervised(loss_fn, module.apply, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
-    state = training.create_state(start["params"], {"experts": made.stack}, tx, key)
+    state = job.start(name, start["params"], {"experts": made.stack}, tx)
     teacher = functools.partial(dense.predict, variables)
     step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
     state = job.fit(
@@ -131,10 +119,6 @@ def fine_tune(
     """Trains the gate and the experts together, with running statistics held.
 
     Returns both as they came where `config.joint.steps` is 0.
-
-    Raises:
-      ValueError: If the gate was fitted to other experts.
-      FloatingPointError: If the loss is not finite.
     """
     settings = job.config.joint
     experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
@@ -153,7 +137,7 @@ def fine_tune(
     )
     teacher = functools.partial(dense.predict, variables)
     step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
-    state = training.create_state(params, fixed, tx, job.key("joint"))
+    state = job.start("joint", params, fixed, tx)
     state = job.fit(
         "joint",
         step,

@@ -34,13 +34,8 @@ from hybrid_jax.recipes.programs import Models
 def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> Job:
     """Checks the configuration, loads the data and claims the work directory, in this order.
 
-    Args:
-      config: With the keys of `default_config`.
-      path: A directory that is empty, absent, or holds a run of the same config.
-      command: The command line, for the report.
-
-    Raises:
-      ValueError: Names what does not fit; nothing was written then.
+    `path` is empty, absent, or holds a run of the same config; `command` is for the report. Where
+    something does not fit, nothing was written.
     """
     check_config(config)
     splits = _load(config.data)
@@ -55,7 +50,6 @@ def resume(path: str | pathlib.Path) -> Job:
 
     Raises:
       FileNotFoundError: If the directory holds no finished run.
-      ValueError: If its data is not where it was, or another version made it.
     """
     path = pathlib.Path(path)
     for file in ("config.json", "results.json"):
@@ -91,7 +85,7 @@ def run(job: Job) -> dict:
         results = json.loads(file.read_text())
     else:
         results = _results(job)
-        workdir.write_json(file, results)
+        core.write_json(file, results)
     report.write(results, job.workdir)
     return results
 
@@ -100,15 +94,8 @@ def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
     """Writes what a finished run has made for devices, and checks every file, see `write`.
 
     The dense parent in floats and in integers, the best single expert and the top-1 mixture. In
-    `results.json` the entries take the place of those of the same targets.
-
-    Args:
-      job: A finished run.
-      targets: Of `deploy.TARGETS`.
-      pairs: How many pairs of calls each latency is taken over.
-
-    Returns:
-      The entries, which `results.json` then has under 'exports' too.
+    `results.json` the entries, which are returned, take the place of those of the same targets.
+    `pairs` is how many pairs of calls each latency is taken over.
     """
     models = make(job)
     dense, *others = exporting.exported(job, models, programs.lower(job, models)).items()
@@ -117,16 +104,12 @@ def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
     file = job.workdir / "results.json"
     results = json.loads(file.read_text())
     kept = [record for record in results.get("exports", ()) if record["target"] not in targets]
-    workdir.write_json(file, results | {"exports": kept + records})
+    core.write_json(file, results | {"exports": kept + records})
     return records
 
 
 def make(job: Job) -> Models:
-    """Trains everything that is not trained yet, and returns it.
-
-    Raises:
-      FloatingPointError: If a loss is not finite.
-    """
+    """Trains everything that is not trained yet, and returns it."""
     config = job.config
     with workdir.stage(job.workdir, "parent"):
         dense, variables = parent(job)
@@ -205,10 +188,8 @@ def _results(job: Job) -> dict:
 def entropy_per_epoch(records: list[dict], name: str, epoch: int) -> list[float]:
     """Returns the gate's usage entropy in nats, as the mean over the steps of each epoch.
 
-    Args:
-      records: Of a run; there is one for every checkpoint too, of fewer steps than an epoch.
-      name: Of the stage.
-      epoch: Steps of an epoch.
+    `records` are those of a run, of which there is one for every checkpoint too, of fewer steps
+    than an epoch; `epoch` is the steps of one.
 
     Example:
       >>> records = [{"name": "gate", "step": s, "entropy": e} for s, e in [(2, 0.9), (3, 0.6)]]

@@ -1,12 +1,13 @@
 """What a run has made: its models, their answers, and the inference graphs that are deployed."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, data, deploy, experts, quantization
+from hybrid_jax import program as p
 from hybrid_jax.recipes import phase1
 from hybrid_jax.recipes.job import Job, Network
 from hybrid_jax.recipes.phase1 import Alone, Experts
@@ -18,13 +19,8 @@ CALIBRATION_IMAGES = 512
 class Models(NamedTuple):
     """What a run has made.
 
-    Attributes:
-      dense: The parent.
-      variables: The parent's variables.
-      made: The experts of the mixture.
-      before: The experts as they were before joint fine-tuning.
-      gate: The gate.
-      singles: {name: a single compressed network}, the trained controls.
+    `dense` is the parent, `made` the experts of the mixture, `before` as they were before joint
+    fine-tuning, and `singles` {name: a single compressed network}, the trained controls.
     """
 
     dense: Network
@@ -38,37 +34,30 @@ class Models(NamedTuple):
 class Programs(NamedTuple):
     """The inference graphs of `Models`; all take images as `Job.normalize` makes them.
 
-    Attributes:
-      dense: The parent, in floats.
-      experts: The experts of the mixture.
-      gate: The gate.
-      best: The best single expert, see `best_expert`.
-      singles: {name: the trained control}.
+    `best` is the best single expert, and `chosen` the experts that it is one of, and its index, see
+    `best_expert`.
     """
 
-    dense: deploy.Program
-    experts: tuple[deploy.Program, ...]
-    gate: deploy.Program
-    best: deploy.Program
-    singles: dict[str, deploy.Program]
+    dense: p.Program
+    experts: tuple[p.Program, ...]
+    gate: p.Program
+    best: p.Program
+    chosen: tuple[Experts, int]
+    singles: dict[str, p.Program]
 
     @property
-    def mixture(self) -> deploy.Mixture:
+    def mixture(self) -> p.Mixture:
         """The top-1 mixture, which runs the gate and one expert."""
-        return deploy.Mixture(self.gate, self.experts)
+        return p.Mixture(self.gate, self.experts)
 
 
 def lower(job: Job, models: Models) -> Programs:
-    """Returns the inference graph of everything that can be deployed.
-
-    Raises:
-      ValueError: If the gate was fitted to other experts.
-    """
+    """Returns the inference graph of everything that can be deployed."""
     experts.check_fitted(models.gate.fitted_to, phase1.trained(models.made.stack))
     images, gate = calibration_images(job), models.gate
 
-    def lowered(expert: Alone) -> deploy.Program:
-        return deploy.lower(
+    def lowered(expert: Alone) -> p.Program:
+        return in_integers(
             expert.predict, expert.variables, expert.quantizer, expert.ranges, images
         )
 
@@ -76,21 +65,24 @@ def lower(job: Job, models: Models) -> Programs:
     source, best = best_expert(job, models)
     variables, ranges = gate.params["variables"], gate.params["ranges"]
     return Programs(
-        deploy.lower(models.dense.predict, models.variables, None, None, images),
+        p.lower(models.dense.predict, models.variables, images),
         each,
-        deploy.lower(gate.float_predict, variables, gate.quantizer, ranges, images),
+        in_integers(gate.float_predict, variables, gate.quantizer, ranges, images),
         each[best] if source is models.made else lowered(phase1.alone(source)[best]),
+        (source, best),
         {name: lowered(*phase1.alone(single)) for name, single in models.singles.items()},
     )
 
 
-def artifact(model: str, target: str) -> str:
-    """Returns where in the work directory the file of a model for a target lies.
+def in_integers(
+    predict: Callable[..., Any], variables: Any, spec: quantization.Spec, ranges: Any, images: Any
+) -> p.Program:
+    """Returns the inference graph of a quantized model in integers."""
+    return quantization.encode(p.lower(predict, variables, images), spec, ranges, images)
 
-    Example:
-      >>> artifact("dense int8", "c")
-      'deploy/dense_int8.c'
-    """
+
+def artifact(model: str, target: str) -> str:
+    """Returns where in the work directory the file of a model for a target lies."""
     return f"deploy/{model.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
 
 
@@ -99,7 +91,7 @@ def calibration_images(job: Job) -> jax.Array:
     return job.normalize(job.splits.train.images[:CALIBRATION_IMAGES])
 
 
-def dense_integers(job: Job, models: Models) -> tuple[deploy.Program, np.ndarray]:
+def dense_integers(job: Job, models: Models) -> tuple[p.Program, np.ndarray]:
     """Returns the parent in integers, without training, and its logits (n, N) on the test images.
 
     Its kernels have 7 bits: stored in int8 they are no larger than those of 8, for which an ONNX
@@ -110,12 +102,15 @@ def dense_integers(job: Job, models: Models) -> tuple[deploy.Program, np.ndarray
     spec = quantization.spec(graph, weight_bits=7, first_last_bits=7, deployable=True)
     ranges = quantization.calibrate(predict, models.variables, [(images,)], spec)
     quantized = quantization.fake_quantized(predict, spec)
-    program = deploy.lower(predict, models.variables, spec, ranges, images)
+    program = in_integers(predict, models.variables, spec, ranges, images)
 
     def answer(variables, x):
         return quantized(variables, ranges, x)
 
     return program, job.logits(answer, models.variables, job.splits.test)
+
+
+top_class = jax.jit(core.top_class)
 
 
 def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
@@ -128,15 +123,19 @@ def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
 def top_1_logits(job: Job, models: Models) -> np.ndarray:
     """Returns the logits (n, N) of the top-1 mixture for the test images."""
     test = job.splits.test
-    gate_logits = jnp.asarray(job.logits(models.gate.predict, models.gate.params, test))
-    expert_logits = jnp.asarray(logits(job, models.made, test))
-    return np.asarray(experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights))
+    gate_logits = job.logits(models.gate.predict, models.gate.params, test)
+    return np.asarray(_top_1(gate_logits, logits(job, models.made, test)))
+
+
+@jax.jit
+def _top_1(gate_logits, expert_logits):
+    return experts.combine(expert_logits, experts.top_k(1)(gate_logits).weights)
 
 
 def validation_accuracies(job: Job, made: Experts) -> np.ndarray:
     """Returns the accuracy (E,) of each expert on the validation images."""
     validation = job.splits.validation
-    named = np.asarray(core.top_class(logits(job, made, validation)))
+    named = np.asarray(top_class(logits(job, made, validation)))
     return (named == validation.labels).mean(-1)
 
 

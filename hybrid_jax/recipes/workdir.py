@@ -8,15 +8,14 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from hybrid_jax import core
 from hybrid_jax.recipes import config as configuration
 
 
 def claim(path: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
     """Makes `path` the directory of a run of `config`, or takes up the run of it that is there.
 
-    Raises:
-      ValueError: If the directory holds another config's run, or files that are no run of ours.
-        Nothing is changed then.
+    Nothing is changed if it holds another config's run, or files that are no run of ours.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
@@ -35,8 +34,7 @@ def claim(path: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
         raise ValueError(
             f"workdir must be empty or hold a run of the same config, got {path} with {there[0]}"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(stored, ours)
+    core.write_json(stored, ours)
     return path
 
 
@@ -47,17 +45,10 @@ def stage(path: pathlib.Path, name: str) -> Iterator[None]:
     yield
     done = seconds(path)
     if name not in done:
-        write_json(path / "seconds.json", done | {name: round(time.perf_counter() - start, 2)})
+        core.write_json(path / "seconds.json", done | {name: round(time.perf_counter() - start, 2)})
 
 
 def seconds(path: pathlib.Path) -> dict[str, float]:
     """Returns the seconds of each stage that is done."""
     file = path / "seconds.json"
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Writes `value` as JSON in one step, so that a killed process leaves no half file."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(value, indent=1))
-    draft.replace(path)

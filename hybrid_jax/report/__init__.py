@@ -1,18 +1,13 @@
 """Reports: tables, plots and plain words from the results of a run, or of several seeds."""
 
-from hybrid_jax.report.comparison import Comparison, McNemar, compare, mcnemar
-from hybrid_jax.report.exports import describe as describe_export
-from hybrid_jax.report.seeds import aggregate, read, write_aggregate
-from hybrid_jax.report.single import write
+from hybrid_jax.report import exports
+from hybrid_jax.report.comparison import Comparison as Comparison
+from hybrid_jax.report.comparison import McNemar as McNemar
+from hybrid_jax.report.comparison import compare as compare
+from hybrid_jax.report.comparison import mcnemar as mcnemar
+from hybrid_jax.report.seeds import aggregate as aggregate
+from hybrid_jax.report.seeds import read as read
+from hybrid_jax.report.seeds import write_aggregate as write_aggregate
+from hybrid_jax.report.single import write as write
 
-__all__ = [
-    "Comparison",
-    "McNemar",
-    "aggregate",
-    "compare",
-    "describe_export",
-    "mcnemar",
-    "read",
-    "write",
-    "write_aggregate",
-]
+describe_export = exports.describe

@@ -69,16 +69,8 @@ def mcnemar(correct_a, correct_b) -> McNemar:
     Several runs on the same examples are pooled by example: each counts once, for the one that is
     right on it in more of the runs. Its outcomes in several runs are no independent tosses.
 
-    Args:
-        correct_a: (n,) or (runs, n) booleans, or zeros and ones: whether a is right on each
-            example.
-        correct_b: The same for b, on the same examples in the same order.
-
-    Returns:
-        The two discordant counts and the p-value (1.0 where the two never differ).
-
-    Raises:
-        ValueError: If the two are not of one such shape.
+    Both are (n,) or (runs, n) booleans, or zeros and ones: whether a and b are right on each of the
+    same examples, in the same order. The p-value is 1.0 where the two never differ.
 
     Example:
         >>> mcnemar([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1])
@@ -132,14 +124,7 @@ def rivals(results: dict) -> dict[str, dict]:
 
 
 def compare(results: dict) -> list[Comparison]:
-    """The headline mixture against every rival; tested where both rows carry `correct`.
-
-    Example:
-        >>> rows = [{"name": "dense", "kind": "dense", "accuracy": 0.5, "correct": [1, 0]},
-        ...         {"name": "top-1", "kind": "mixture", "accuracy": 1.0, "correct": [1, 1]}]
-        >>> [(c.rival, c.difference, c.verdict) for c in compare({"rows": rows})]
-        [('dense', 0.5, 'ahead, within chance')]
-    """
+    """The headline mixture against every rival; tested where both rows carry `correct`."""
     mixture = headline(results)
     if mixture is None:
         return []
@@ -170,15 +155,7 @@ def summary(results: dict) -> list[str]:
 def outcomes(comparisons: list[Comparison], describe) -> list[str]:
     """Which rivals the mixture beats and which it does not, in plain sentences.
 
-    Args:
-        comparisons: With every rival.
-        describe: (comparison) -> its rival in words.
-
-    Example:
-        >>> tie, loss = McNemar(3, 2, 1.0), McNemar(0, 9, 0.004)
-        >>> both = [Comparison("a", 0.9, 0.01, tie), Comparison("b", 0.9, -0.09, loss)]
-        >>> outcomes(both, lambda c: c.rival)
-        ['It does NOT beat a: within chance.', 'It does NOT beat b: significantly behind.']
+    `describe` puts the rival of a comparison in words.
     """
     sentences = []
     for start, end, chosen in (
@@ -212,12 +189,7 @@ def warnings(results: dict) -> list[str]:
 
 
 def usage_share(gate: dict) -> np.ndarray | None:
-    """The share of images that each expert gets, (E,): as recorded, or the mean over classes.
-
-    Example:
-        >>> usage_share({"usage": [[1.0, 0.0], [0.0, 1.0]]}).tolist(), usage_share({})
-        ([0.5, 0.5], None)
-    """
+    """The share of images that each expert gets, (E,): as recorded, or the mean over classes."""
     if gate.get("share"):
         return np.asarray(gate["share"], float)
     usage = gate.get("usage")
@@ -227,11 +199,7 @@ def usage_share(gate: dict) -> np.ndarray | None:
 def effective_experts(share) -> float:
     """How many experts a gate uses: exp of the entropy of its usage.
 
-    Args:
-        share: (E,) fraction of the images routed to each expert.
-
-    Returns:
-        A number from 1 (all images to one expert) to E (all experts alike).
+    `share` is (E,). The result is from 1 (all images to one expert) to E (all experts alike).
 
     Example:
         >>> effective_experts([0.5, 0.5])

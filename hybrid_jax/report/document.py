@@ -3,12 +3,12 @@
 import base64
 import dataclasses
 import io
-import os
 import pathlib
-import tempfile
 
 import jinja2
 from matplotlib.figure import Figure
+
+from hybrid_jax import core
 
 _DPI = 180
 
@@ -55,36 +55,22 @@ class Document:
 
 
 def publish(document: Document, directory) -> pathlib.Path:
-    """Write report.md, report.html and a PNG per plot into a directory, each file atomically.
+    """Write report.md, report.html and a PNG per plot into a directory, all of them or none.
 
-    Args:
-        document: The report.
-        directory: Made where it does not exist. Other files in it are left alone.
-
-    Returns:
-        The path of report.html.
+    Other files in the directory are left alone. Returns the path of report.html.
     """
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     images = {
         plot.name: _png(plot.figure) for section in document.sections for plot in section.plots
     }
-    for name, image in images.items():
-        write_atomically(directory / f"{name}.png", image)
+    contents = {directory / f"{name}.png": image for name, image in images.items()}
     encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
     for name in ("report.md", "report.html"):
         template = _environment().get_template(f"{name}.jinja")
         text = template.render(document=document, images=encoded)
-        write_atomically(directory / name, text.encode())
+        contents[directory / name] = text.encode()
+    core.write_atomically(contents)
     return directory / "report.html"
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part of it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)  # temporary files are private; a report is there to be read
-    os.replace(file.name, path)
 
 
 def _png(figure: Figure) -> bytes:

@@ -25,14 +25,8 @@ _HEADER = (
 def section(records: Sequence[dict], dataset: Mapping[str, Any] | None = None) -> Section | None:
     """The table of what was written for devices, or None if that was nothing.
 
-    Args:
-      records: 'exports' of `results.json`.
-      dataset: 'dataset' of `results.json`; its 'mean' and 'std' say what the files take.
-
-    Example:
-      >>> record = {'target': 'c', 'model': 'mixture', 'error': 'no C compiler'}
-      >>> section([record]).table.rows[0][-1]
-      'no C compiler'
+    `records` are 'exports' of `results.json`; the 'mean' and 'std' in its `dataset` say what the
+    files take.
     """
     if not records:
         return None
@@ -49,14 +43,7 @@ def section(records: Sequence[dict], dataset: Mapping[str, Any] | None = None) -
 
 
 def warnings(records: Sequence[dict]) -> Iterator[str]:
-    """A sentence for each file that is missing, wrong, or larger or slower than the dense one.
-
-    Example:
-      >>> record = {'target': 'onnx', 'model': 'expert', 'larger': False, 'slower': [1],
-      ...           'reference': 'dense', 'agreement': 1.0}
-      >>> list(warnings([record]))
-      ['The onnx file of the expert is slower than dense at batch 1']
-    """
+    """A sentence for each file that is missing, wrong, or larger or slower than the dense one."""
     for record in records:
         file = f"{record['target']} file of the {record['model']}"
         if "error" in record:
@@ -72,12 +59,7 @@ def warnings(records: Sequence[dict]) -> Iterator[str]:
 
 
 def describe(record: dict) -> str:
-    """One line on one file, for the terminal.
-
-    Example:
-      >>> describe({'target': 'c', 'model': 'dense', 'error': 'floats'})
-      'c, dense: not written: floats'
-    """
+    """One line on one file, for the terminal."""
     name = f"{record['target']}, {record['model']}"
     if "error" in record:
         return f"{name}: not written: {record['error']}"

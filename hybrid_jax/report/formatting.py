@@ -8,12 +8,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 def finite(value) -> float | None:
-    """The value as a float, or None where it is missing or not a finite number.
-
-    Example:
-        >>> finite(3), finite(None), finite(float("nan")), finite("3")
-        (3.0, None, None, None)
-    """
+    """The value as a float, or None where it is missing or not a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     return float(value) if math.isfinite(value) else None
@@ -32,12 +27,7 @@ def percent(value, spread=None) -> str:
 
 
 def points(value, spread=None) -> str:
-    """A difference of two fractions in percentage points, always with its sign.
-
-    Example:
-        >>> points(0.0028), points(-0.0028), points(0.0)
-        ('+0.28', '−0.28', '0.00')
-    """
+    """A difference of two fractions in percentage points, always with its sign."""
     if finite(value) is None:
         return MISSING
     rounded = round(100 * value, 2)
@@ -68,12 +58,7 @@ def si(value, unit="", spread=None) -> str:
 
 
 def times(value, spread=None) -> str:
-    """A ratio; a spread of exactly zero is left out.
-
-    Example:
-        >>> times(0.516), times(12.34), times(None)
-        ('0.52×', '12.3×', '–')
-    """
+    """A ratio; a spread of exactly zero is left out."""
     if finite(value) is None:
         return MISSING
     decimals = _decimals(value)
@@ -109,12 +94,7 @@ def duration(seconds) -> str:
 
 
 def listing(items) -> str:
-    """Items as an English enumeration.
-
-    Example:
-        >>> listing(["a"]), listing(["a", "b", "c"])
-        ('a', 'a, b and c')
-    """
+    """Items as an English enumeration."""
     *head, last = items
     return f"{', '.join(head)} and {last}" if head else last
 

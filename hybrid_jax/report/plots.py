@@ -27,13 +27,8 @@ _GREY = "#666666"
 def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
     """Accuracy against one cost on a log axis, each row labelled, the Pareto front drawn.
 
-    Args:
-        cost: "bytes", "macs" or "bops".
-        rows: The rows of results.json; `accuracy_std` adds error bars. A row without a positive
-            cost or without an accuracy is left out.
-
-    Returns:
-        The figure, or None where no row can be drawn.
+    `cost` is "bytes", "macs" or "bops"; `accuracy_std` of a row adds error bars. A row without a
+    positive cost or without an accuracy is left out; None where no row is left.
     """
     rows = [row for row in rows if _drawable(row, cost)]
     if not rows:
@@ -78,12 +73,8 @@ def accuracy_against(cost: str, rows: list[dict]) -> Figure | None:
 def pareto_front(costs, scores) -> np.ndarray:
     """Indices of the points that no other point beats in both, by rising cost.
 
-    Args:
-        costs: (n,) the smaller the better.
-        scores: (n,) the larger the better; −inf keeps a point off the front.
-
-    Returns:
-        (m,) int indices into `costs`.
+    Costs are the better the smaller, scores the larger; −inf keeps a point off the front. The
+    result is (m,) int indices into `costs`.
 
     Example:
         >>> pareto_front([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.95])
@@ -101,14 +92,7 @@ def spread_labels(positions, gap: float, low: float, high: float) -> np.ndarray:
     Subtracting i·gap from the i-th turns "at least gap apart" into "not decreasing": an isotonic
     regression.
 
-    Args:
-        positions: (n,) rising wanted positions.
-        gap: The least distance between neighbours.
-        low: The least position allowed.
-        high: The greatest position allowed; room for n·gap is the caller's to give.
-
-    Returns:
-        (n,) positions.
+    `positions` rise; room for n·gap between `low` and `high` is the caller's to give.
 
     Example:
         >>> spread_labels([0.5, 0.5, 0.9], gap=0.2, low=0.0, high=1.0)
@@ -244,12 +228,9 @@ def training_curve(history: dict, metric: str) -> Figure | None:
 def sensitivity(losses: dict, sparsities, dense: float | None = None, ylabel="loss") -> Figure:
     """Loss against the sparsity of one layer alone, a line for each, coloured by its place.
 
-    Args:
-        losses: {name of a layer or a group: (S,) losses}, of `pruning.sensitivity`, in the order
-            of the legend: that in which the sites of a graph run, say.
-        sparsities: (S,) fractions removed, in any order.
-        dense: Loss with nothing removed, drawn as a dashed line.
-        ylabel: What the losses are.
+    `losses` are those of `pruning.sensitivity`, {name of a layer or a group: (S,)}, in the order of
+    the legend: that in which the sites of a graph run, say. `sparsities` are (S,) fractions
+    removed, in any order; `dense` is the loss with nothing removed, drawn as a dashed line.
     """
     figure = Figure(layout="constrained")
     axes = figure.subplots()

@@ -5,8 +5,9 @@ import pathlib
 
 import numpy as np
 
+from hybrid_jax import core
 from hybrid_jax.report import comparison
-from hybrid_jax.report.document import Document, Section, Table, publish, write_atomically
+from hybrid_jax.report.document import Document, Section, Table, publish
 from hybrid_jax.report.formatting import MISSING, finite, listing, p_value, percent, points
 from hybrid_jax.report.single import GLOSSARY, results_table, title, tradeoff_plots
 
@@ -40,9 +41,6 @@ def read(workdir) -> dict:
 def aggregate(results: list[dict]) -> dict:
     """Mean and standard deviation over runs that differ in nothing but their seed.
 
-    Args:
-        results: What each run left in results.json.
-
     Returns:
         A dictionary: `runs`, `seeds`, `rows` (one per model, in the first run's order, each
         number as a mean with its sample standard deviation (ddof = 1) next to it under
@@ -51,10 +49,6 @@ def aggregate(results: list[dict]) -> dict:
         `difference_std`, `ahead` and `beaten` as numbers of runs; McNemar's test of each run as
         `p_values`, and of all runs pooled by image as `only_mixture`, `only_rival` and `p_value`,
         see `mcnemar`; None where a run does not say which images are right; `verdict` in words).
-
-    Raises:
-        ValueError: If there is no run, if configs differ in more than the seed (names the keys),
-            if two runs have the same seed, or if the runs hold different models.
 
     Example:
         >>> run = lambda seed, accuracy: {"config": {"seed": seed}, "rows": [
@@ -82,27 +76,11 @@ def aggregate(results: list[dict]) -> dict:
 def write_aggregate(results: list[dict], directory) -> pathlib.Path:
     """Write the report over seeds: report.md, report.html, plots and aggregate.json.
 
-    Args:
-        results: As for `aggregate`.
-        directory: Where to write; made where it does not exist.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        ValueError: As `aggregate`.
-
-    Example:
-        >>> import tempfile
-        >>> rows = [{"name": "dense", "kind": "dense", "accuracy": 0.9, "bytes": 1000}]
-        >>> runs = [{"config": {"seed": s}, "rows": rows} for s in range(2)]
-        >>> write_aggregate(runs, tempfile.mkdtemp()).name
-        'report.html'
+    `results` are as for `aggregate`; the directory is made. Returns the path of report.html.
     """
     table = aggregate(results)
     path = publish(_describe(results, table), directory)
-    content = json.dumps(table, indent=2).encode()
-    write_atomically(path.with_name("aggregate.json"), content)
+    core.write_json(path.with_name("aggregate.json"), table)
     return path
 
 

@@ -50,9 +50,6 @@ def write(results: dict, directory) -> pathlib.Path:
     Returns:
         The path of report.html, one file with everything inside.
 
-    Raises:
-        ValueError: If `results` has no rows.
-
     Example:
         >>> import tempfile
         >>> rows = [{"name": "dense", "kind": "dense", "accuracy": 0.9, "bytes": 1000}]

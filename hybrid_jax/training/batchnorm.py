@@ -37,21 +37,13 @@ def reestimate_batchnorm(
 
     Source: Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
 
-    Args:
-      forward: (params, state, images, key) -> (logits, new_state), in training mode. For a stack
-        of experts, map it over the leading axis E first.
-      params: Of the model.
-      state: With the running statistics.
-      batches: Iterable over images (B, H, W, C), normalized and augmented as `forward` expects;
-        batches may differ in B, for each of which `forward` is compiled.
-      key: For what draws in training mode, such as dropout; each batch gets a key of its own.
+    `forward`, (params, state, images, key) -> (logits, new_state), is in training mode; for a stack
+    of experts map it over the leading axis E first. Batches are images (B, H, W, C), normalized and
+    augmented as `forward` expects, which is compiled for each B. Each gets a key of its own from
+    `key`, for what draws in training mode, such as dropout.
 
     Returns:
       `state`, with new statistics, which are summed in float32 whatever their dtype.
-
-    Raises:
-      ValueError: If `state` holds no running statistics, there are no batches, one is empty, or one
-        update does not move the statistics (a model in evaluation mode).
 
     Example:
       >>> def forward(params, state, x, key):

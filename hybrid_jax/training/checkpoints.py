@@ -22,9 +22,7 @@ class Checkpoints:
     be read without them. A checkpoint appears under its step only when it is complete: a process
     killed while it writes leaves the ones before as they were.
 
-    Args:
-      directory: Where they are; made by the first `save`.
-      keep: How many of the newest are kept, at least 1.
+    `directory` is made by the first `save`; the newest `keep` are kept.
 
     Example:
       >>> import tempfile
@@ -54,12 +52,7 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> None:
         """Writes `tree`, then drops the oldest beyond `keep`.
 
-        Args:
-          step: Not saved before, and later than the latest.
-          tree: Pytree of arrays; typed keys are stored as their data.
-
-        Raises:
-          ValueError: If a checkpoint of this step or a later one exists.
+        The step must be later than the latest. Typed keys are stored as their data.
         """
         step = core.check_integer("step", step, 0)
         latest = self.latest()
@@ -76,14 +69,11 @@ class Checkpoints:
     def restore(self, step: int, like: Tree) -> Tree:
         """Reads a checkpoint into the structure of `like`.
 
-        Args:
-          step: One that `save` wrote and `keep` left.
-          like: Pytree of arrays or ShapeDtypeStructs: paths, shapes, dtypes and (where an array
-            was placed on devices by hand) shardings to restore to.
+        `like` holds arrays or ShapeDtypeStructs: paths, shapes, dtypes and (where an array was
+        placed on devices by hand) shardings to restore to. The error names the first that differs.
 
         Raises:
           FileNotFoundError: If there is no complete checkpoint of this step.
-          ValueError: If the checkpoint differs from `like`; names the first path that does.
         """
         steps = self._manager.all_steps() if self.directory.is_dir() else []
         if step not in steps:

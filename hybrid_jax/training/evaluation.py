@@ -37,21 +37,13 @@ def evaluate(
     each other, as they do in an expert's capacity. So up to two shapes are compiled. Hand in the
     same function object each time: a new one compiles again.
 
-    Args:
-      predict: (params, images (B, H, W, C)) -> logits (B, N), or (E, B, N).
-      params: Handed to `predict`.
-      arrays: `images` (n, H, W, C) and `labels` (n,) integers in [0, N).
-      batch_size: B.
-      name: Shows progress under this name; None is silent.
-      weight: (n,) weights of the means; None weighs all alike. Examples of weight 0 do not run.
+    `predict` is (params, images (B, H, W, C)) -> logits (B, N), or (E, B, N); `arrays` have
+    `images` (n, H, W, C) and `labels` (n,) integers in [0, N). With a `name` progress is shown.
+    `weight` (n,) is that of the means; examples of weight 0 do not run.
 
     Returns:
       {'accuracy': in [0, 1], 'loss': in nats}: floats, or (E,) float64 for logits (E, B, N). An
       example with NaN among its logits is not right, and makes the loss NaN.
-
-    Raises:
-      ValueError: If there are no examples, images, labels and weights differ in number, labels are
-        not integers in [0, N), logits are of another shape, or `batch_size` is below 1.
 
     Example:
       >>> from hybrid_jax.data import Arrays
@@ -88,19 +80,10 @@ def predict_logits(
     *,
     fill: bool = False,
 ) -> np.ndarray:
-    """The logits of all examples; arguments and errors as of `evaluate`.
+    """The logits of all examples, (n, N) or (E, n, N), in their order; arguments as of `evaluate`.
 
     With `fill` the last batch is filled up with its last example, so that sets of any size are of
     one shape and `predict` is compiled once; in it no example may see another.
-
-    Returns:
-      (n, N), or (E, n, N), in the order of `arrays`.
-
-    Example:
-      >>> from hybrid_jax.data import Arrays
-      >>> arrays = Arrays(np.ones((5, 1, 1, 2), np.float32), np.zeros(5, np.int32))
-      >>> predict_logits(lambda params, images: images[:, 0, 0, :], None, arrays, 2).shape
-      (5, 2)
     """
     every = np.arange(_count(arrays))
     batches = _logits(predict, params, arrays, every, batch_size, name, fill)

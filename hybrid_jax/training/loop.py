@@ -47,13 +47,8 @@ def fit(
       every: Steps between evaluations and between checkpoints; None does both at the end only.
       record_every: Steps between records, which is when the loss is looked at.
 
-    Returns:
-      The state after step `steps`.
-
     Raises:
       FloatingPointError: If a loss, or a parameter to be saved, is NaN or infinite. Names the step.
-      ValueError: If an argument is out of range, the checkpoint is beyond `steps` or of another
-        structure, or the batches run out.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -19,20 +19,10 @@ def cross_entropy(
 ) -> jax.Array:
     """Mean cross-entropy between labels and logits, in nats, float32 or wider.
 
-    Args:
-      logits: (B, N) float; -inf for a class that is ruled out.
-      labels: (B,) integers in [0, N); a traced one outside makes the loss NaN.
-      smoothing: Probability, in [0, 1], that the target spreads evenly over all classes.
-      weight: (B,) float weights of the mean; None weighs all alike. An example of weight 0 may hold
-        anything, any label and NaN included: no part of it is in the loss or its gradient.
-
-    Raises:
-      ValueError: If `smoothing` is outside [0, 1], there is no example, or labels are not integers
-        or (where they are known) outside [0, N).
-
-    Example:
-      >>> round(cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 1, 2])).item(), 4)  # log 4
-      1.3863
+    `logits` are (B, N), -inf for a class that is ruled out; `labels` (B,) integers in [0, N), of
+    which a traced one outside makes the loss NaN. `smoothing` is the probability that the target
+    spreads evenly over all classes, `weight` the (B,) weights of the mean. An example of weight 0
+    may hold anything, any label and NaN included: no part of it is in the loss or its gradient.
     """
     core.check_fraction("smoothing", smoothing)
     logits = core.selected(core.widen(logits), weight)
@@ -59,17 +49,8 @@ def distillation_loss(
     Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network,
     arXiv 1503.02531, section 2.
 
-    Args:
-      student_logits: (B, N) float.
-      teacher_logits: (B, N) float; -inf for a class that is ruled out.
-      labels: As of `cross_entropy`.
-      temperature: T, above 0.
-      alpha: Share of the teacher's part, in [0, 1].
-      smoothing: As of `cross_entropy`, for the labels' part.
-      weight: As of `cross_entropy`.
-
-    Raises:
-      ValueError: If `temperature` or `alpha` is out of range, or as `cross_entropy`.
+    Logits are (B, N), -inf where the teacher rules a class out; T, `temperature`, is above 0, and
+    `alpha`, the share of the teacher's part, in [0, 1]. The rest is as of `cross_entropy`.
 
     Example:
       >>> logits = jnp.array([[2.0, 0.0, 1.0]])
@@ -92,21 +73,15 @@ def classification(
 ) -> LossFn:
     """Makes the loss function of a step: labels, and a teacher's logits where `alpha` > 0.
 
-    Args:
-      forward: (params, state, images, key) -> (logits (B, N), new_state), in training mode.
-      smoothing: As of `cross_entropy`.
-      temperature: As of `distillation_loss`.
-      alpha: As of `distillation_loss`; above 0 the batch needs 'teacher' (B, N) logits, which
-        `make_step(…, teacher=…)` provides.
+    forward(params, state, images, key) -> (logits (B, N), new_state) is in training mode. With
+    `alpha` above 0 the batch needs 'teacher' (B, N) logits, which `make_step(…, teacher=…)`
+    provides.
 
     Returns:
       loss_fn(params, state, batch, key) -> (loss, (new_state, {'accuracy'})). Both are means
       weighted by batch['weight'] (B,), if there is one. `forward` then sees the examples that count
       in place of those of weight 0, which have no part in BatchNorm's statistics either; where none
       counts, both are 0. NaN logits are never right.
-
-    Raises:
-      ValueError: If an argument is out of range, or (when called) the batch lacks 'teacher'.
 
     Example:
       In Linen, with params {'params': …} and state {'batch_stats': …}:

@@ -19,17 +19,9 @@ def compute_in(forward: Forward, dtype: Any = jnp.bfloat16) -> Forward:
     Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740. bfloat16 has the range
     of float32: losses need no scaling.
 
-    Args:
-      forward: (params, state, images, key) -> (logits (B, N), new_state).
-      dtype: Floating dtype.
-
-    Returns:
-      A function of the same arguments, whose logits and state have the dtypes that those of
-      `forward` have. An accelerator is faster by it, and so is a CPU with matrix units of bfloat16
-      (AMX) under jax 0.12; other CPUs are slower.
-
-    Raises:
-      ValueError: If `dtype` is no floating one.
+    The logits and the state have the dtypes that those of `forward` have. An accelerator is faster
+    by it, and so is a CPU with matrix units of bfloat16 (AMX) under jax 0.12; other CPUs are
+    slower.
 
     Example:
       >>> forward = lambda params, state, images, key: (images @ params['w'], state)

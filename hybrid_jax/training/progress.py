@@ -20,13 +20,8 @@ def progress(name: str, total: int, start: int = 0) -> Iterator[Callable[..., No
     On a terminal it is a bar. Elsewhere it is a line when the step ends, and before that at most
     one each ten seconds, without escape codes.
 
-    Args:
-      name: What is being done.
-      total: Number of units of work.
-      start: Units done before.
-
-    Yields:
-      show(done, note=''): call it after each unit; `note` is shown behind the bar.
+    It yields show(done, note=''), to be called after each unit of `total`, of which `start` were
+    done before; `note` is shown behind the bar.
 
     Example:
       >>> with progress('parent', total=2) as show:
@@ -40,17 +35,7 @@ def progress(name: str, total: int, start: int = 0) -> Iterator[Callable[..., No
 
 
 def track(items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
-    """Passes `items` on, and shows progress while they are used.
-
-    Args:
-      items: Anything iterable.
-      name: What is being done.
-      total: How many there are; `len(items)` if None.
-
-    Example:
-      >>> [item + 1 for item in track([1, 2], 'calibrate')]
-      [2, 3]
-    """
+    """Passes `items` on, and shows progress while they are used; `total` may be left to `len`."""
     with progress(name, len(items) if total is None else total) as show:
         for done, item in enumerate(items, 1):
             yield item

@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+from hybrid_jax import core
+
 Path = str | os.PathLike[str]
 
 
@@ -36,14 +38,10 @@ def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
 
 
 def drop_records(path: Path, name: str, after: int) -> None:
-    """Removes what `name` wrote after step `after`: a resumed run will write it again.
-
-    The file is replaced in one move.
-    """
+    """Removes what `name` wrote after step `after`: a resumed run will write it again."""
     path = pathlib.Path(path)
     if not path.exists():
         return
     kept = [r for r in read_records(path) if r["name"] != name or r["step"] <= after]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    core.write_atomically({path: text.encode()})

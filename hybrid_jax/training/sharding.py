@@ -17,22 +17,12 @@ _AXIS = "batch"
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis, 'batch', over `devices`; over all there are if None.
-
-    Example:
-      >>> data_mesh().axis_names
-      ('batch',)
-    """
+    """A mesh of one axis, 'batch', over `devices`; over all there are if None."""
     return Mesh(np.array(jax.devices() if devices is None else devices), (_AXIS,))
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Puts a whole copy of each leaf on every device, its own to donate.
-
-    Example:
-      >>> replicate({'w': np.ones(3)}, data_mesh())['w'].is_fully_replicated
-      True
-    """
+    """Puts a whole copy of each leaf on every device, its own to donate."""
     return jax.device_put(copy(tree), NamedSharding(mesh, PartitionSpec()))
 
 
@@ -44,14 +34,9 @@ def shard_batch(
     The step needs no change: means over the batch, those of BatchNorm included, are over all
     devices.
 
-    Args:
-      batch: Arrays (B, …).
-      mesh: Of `data_mesh`, or of `experts.expert_mesh` for a stack that is divided too, with D
-        devices along 'batch'.
-      per_expert: Names of the entries that are (E, B, …) instead; divided by expert as the stack.
-
-    Raises:
-      ValueError: If B is not a multiple of D.
+    The batch has arrays (B, …), and (E, B, …) under the names in `per_expert`, which are divided by
+    expert as the stack. `mesh` is of `data_mesh`, or of `experts.expert_mesh` for a stack that is
+    divided too; B is a multiple of its devices along 'batch'.
 
     Example:
       >>> mesh = data_mesh(jax.devices()[:1])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybrid_jax import core
+from hybrid_jax import core, experts
 
 Tree = TypeVar("Tree")
 
@@ -23,10 +23,8 @@ class TrainState:
         `params | state` is the variables dict and every path is the one `core` speaks of.
       state: What it does not move: BatchNorm's running statistics, bits, masks of the model. Any
         pytree of arrays; in Linen {'batch_stats': …}.
-      opt_state: State of `tx`, pruning masks included.
       key: () typed key that all randomness of training comes from. It never changes: step t draws
         from `fold_in(key, t)`, so that a resumed run draws what an unbroken one draws.
-      tx: The optimizer; not a leaf.
     """
 
     step: jax.Array
@@ -42,14 +40,8 @@ def create_state(
 ) -> TrainState:
     """Makes the state before the first step. It owns its memory: steps may donate it.
 
-    Args:
-      params: Pytree of float arrays.
-      state: Pytree of arrays that the gradient does not move; {} if there is none.
-      tx: Optimizer; `tx.init(params)` is called here.
-      key: () typed key of `jax.random.key`.
-
-    Raises:
-      TypeError: If a leaf of `params` is not a float array, or `key` is not a typed key.
+    `state` are arrays that the gradient does not move, {} if there are none; `tx.init(params)` is
+    called here; `key` is a typed one, of `jax.random.key`.
 
     Example:
       >>> state = create_state({'w': jnp.ones(3)}, {}, optax.sgd(0.1), jax.random.key(0))
@@ -73,32 +65,14 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
 
     What differs between experts must therefore live in the leaves (`params`, `state`,
     `opt_state`), as `pruning.hold_masks` keeps its masks, and not in the closure of `tx`.
-
-    Raises:
-      ValueError: If `states` is empty, or a leaf differs in path, shape or dtype.
-
-    Example:
-      >>> key = jax.random.key(0)
-      >>> one = create_state({'w': jnp.ones(3)}, {}, optax.sgd(0.1), key)
-      >>> stack_states([one, one]).params['w'].shape
-      (2, 3)
     """
     if not states:
         raise ValueError("states must hold at least one TrainState, got none")
-    states = [state.replace(tx=states[0].tx) for state in states]
-    for index, state in enumerate(states):
-        core.check_same_structure(f"states[{index}]", states[0], state)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return experts.stack([state.replace(tx=states[0].tx) for state in states])
 
 
 def expert_state(states: TrainState, index: int) -> TrainState:
-    """Takes expert `index` out of a stack: the inverse of `stack_states`.
-
-    Example:
-      >>> one = create_state({'w': jnp.ones(3)}, {}, optax.sgd(0.1), jax.random.key(0))
-      >>> expert_state(stack_states([one, one]), 1).params['w'].shape
-      (3,)
-    """
+    """Takes expert `index` out of a stack: the inverse of `stack_states`."""
     return jax.tree.map(lambda leaf: leaf[index], states)
 
 
@@ -107,14 +81,10 @@ def copy(tree: Tree) -> Tree:
 
     Two leaves that share a buffer cannot both be donated, and a donated buffer is gone for
     whoever else holds it.
-
-    Example:
-      >>> copy({'step': 0})['step'].dtype
-      dtype('int32')
     """
     leaves, structure = jax.tree.flatten(tree)
     # One program for all that are free to move; one for each shape would take longer to compile.
-    free = [getattr(leaf, "committed", None) is False for leaf in leaves]
+    free = [core.is_traced(leaf) or getattr(leaf, "committed", None) is False for leaf in leaves]
     copies = iter(_copies([leaf for leaf, own in zip(leaves, free) if own]))
     return structure.unflatten(
         next(copies) if own else jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf)

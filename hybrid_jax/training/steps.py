@@ -78,22 +78,13 @@ def make_stacked_step(
     The images are augmented, and seen by the teacher, once for all experts (drawn from the first
     expert's key); `loss_fn` draws from each expert's own key.
 
-    Args:
-      loss_fn: As of `make_step`: of one expert.
-      augment: As of `make_step`.
-      teacher: As of `make_step`.
-      per_expert: Names of the entries of the batch that have a leading axis E, such as 'weight'
-        (E, B). All others are shared.
-      method: Of `experts.map_experts`.
-      choices: As of `make_step`.
+    Arguments are as of `make_step`, with `loss_fn` of one expert and `method` of
+    `experts.map_experts`. `per_expert` names the entries of the batch that have a leading axis E,
+    such as 'weight' (E, B). All others are shared.
 
     Returns:
       step(states, batch) -> (states, metrics), with a leading axis E on every leaf of both. The
       states handed in are donated.
-
-    Raises:
-      ValueError: At once if `method` is unknown; when called, if the batch has no entry of a name
-        in `per_expert`, or one whose leading axis is not E.
 
     Example:
       >>> import jax.numpy as jnp

@@ -65,7 +65,7 @@ def target_search(size: Size) -> Iterator[Row]:
 
     def run():
         return pruning.to_target(
-            lambda sparsity: pruning.keep_channels(scores, sparsity, "global"),
+            lambda sparsity: pruning.keep_channels(scores, sparsity, pruning.global_()),
             lambda keep: core.narrow_graph(graph, keep).macs,
             graph.macs / 2,
         ).choice

@@ -1,27 +1,11 @@
 import itertools
-import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax import core, pruning
-
-
-@pytest.fixture
-def compiled(caplog):
-    """compiled(): how many programs XLA was given since the last call."""
-    caplog.set_level(logging.DEBUG, "jax")
-
-    def count():
-        found = sum("Compiling" in record.getMessage() for record in caplog.records)
-        caplog.clear()
-        return found
-
-    with jax.log_compiles():
-        yield count
 
 
 def test_from_a_trace_to_the_small_function_nothing_is_compiled(compiled):
@@ -44,19 +28,43 @@ def test_from_a_trace_to_the_small_function_nothing_is_compiled(compiled):
     scores = pruning.magnitude(graph.kernels, params)
     for granularity in (
         pruning.unstructured(1),
-        pruning.kernels(graph.kernels),
         pruning.channels(graph.groups),
         pruning.channels(graph.groups, "l2", "max", multiple=4),
     ):
         for allocation in (pruning.uniform(), pruning.global_(), pruning.erk(graph.kernels)):
             masks = pruning.masks(scores, 0.5, granularity, allocation)
-    pruning.apply_masks(params, pruning.unpack_masks(pruning.pack_masks(masks), params))
+    pruning.apply_masks(params, masks)
     _, small, certificate = core.shrink(fn, params, masks, shape)
     keep = pruning.keep_channels(pruning.group_scores(scores, graph.groups), 0.5)
     core.slice_tree(params, core.keep_indices(keep, graph.groups, params))
     assert compiled() == 0
     assert certificate.parameters[1] == sum(leaf.size for leaf in jax.tree.leaves(small))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((scores, masks, small)))
+
+
+def test_scores_of_what_is_known_are_compiled_for_no_shape(compiled):
+    rng = np.random.default_rng(0)
+    params = {
+        str(i): jax.device_put(rng.random(shape, np.float32))
+        for i, shape in enumerate(itertools.pairwise((5, 11, 13, 17, 19, 3)))
+    }
+    statistics = jax.tree.map(lambda w: jax.device_put(np.cos(w)), params)
+
+    def fn(params, x):
+        for kernel in params.values():
+            x = x @ kernel
+        return x
+
+    kernels = core.trace(fn, params, jax.ShapeDtypeStruct((1, 5), jnp.float32)).kernels
+    compiled()
+    for criterion in (pruning.magnitude, pruning.lamp, pruning.geometric_median):
+        criterion(kernels, params)
+    for name in ("taylor", "snip", "grasp", "fisher", "movement", "wanda", "chip"):
+        getattr(pruning, name)(kernels, params, statistics)
+    assert compiled() == 0
+    # Random numbers are drawn at once.
+    pruning.random(kernels, params, jax.random.key(0))
+    assert compiled() <= 3
 
 
 def test_what_is_put_on_the_device_is_a_copy():

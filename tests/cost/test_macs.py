@@ -223,6 +223,20 @@ MOBILENET_V2 = (
     + 7 * 7 * (960 * (160 + 9 + 320) + 320 * 1280)  # 320 channels; last
     + 1280 * 1000
 )
+EFFICIENTNET_LITE0 = (
+    112 * 112 * (27 * 32 + 9 * 32 + 32 * 16)  # stem; depthwise and projection to 16
+    + 112 * 112 * 16 * 96  # expansion before the stride
+    + 56 * 56 * (96 * (9 + 24) + 144 * (24 + 9 + 24))  # 24 channels
+    + 56 * 56 * 24 * 144
+    + 28 * 28 * (144 * (25 + 40) + 240 * (40 + 25 + 40))  # 40 channels
+    + 28 * 28 * 40 * 240
+    + 14 * 14 * (240 * (9 + 80) + 2 * 480 * (80 + 9 + 80))  # 80 channels
+    + 14 * 14 * (480 * (80 + 25 + 112) + 2 * 672 * (112 + 25 + 112))  # 112 channels
+    + 14 * 14 * 112 * 672
+    + 7 * 7 * (672 * (25 + 192) + 3 * 1152 * (192 + 25 + 192))  # 192 channels
+    + 7 * 7 * (1152 * (192 + 9 + 320) + 320 * 1280)  # 320 channels; last
+    + 1280 * 1000
+)
 VGG16 = (
     1024 * 9 * (3 * 64 + 64 * 64)
     + 256 * 9 * (64 * 128 + 128 * 128)
@@ -266,6 +280,7 @@ def cifar_resnet(n):
         ("resnet18", 224, 1000, RESNET18, 1.81e9),
         ("resnet50", 224, 1000, RESNET50, 4.09e9),
         ("mobilenet_v2", 224, 1000, MOBILENET_V2, 300.8e6),
+        ("efficientnet_lite0", 224, 1000, EFFICIENTNET_LITE0, None),
         ("vgg16_bn", 32, 10, VGG16, None),  # see test_vgg_as_published
         ("densenet", 32, 10, DENSENET, None),
         ("densenet40", 32, 10, DENSENET40, 282.92e6),

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowered import in_integers
 
-from hybrid_jax import core, deploy, quantization
+from hybrid_jax import core, quantization
+from hybrid_jax import program as p
 
 
 class Lowered(NamedTuple):
     """The digits network as graphs, with what fake-quantization makes of all of its images."""
 
-    floats: deploy.Program
-    integers: deploy.Program
+    floats: p.Program
+    integers: p.Program
     images: np.ndarray
     expected: np.ndarray
     float_logits: np.ndarray
@@ -28,8 +30,8 @@ def lowered(digits):
     fake = jax.jit(quantization.fake_quantized(digits.fn, spec))
     images = jnp.concatenate([digits.images, digits.held_out_images])
     return Lowered(
-        deploy.lower(digits.fn, digits.params, None, None, images[:1]),
-        deploy.lower(digits.fn, digits.params, spec, ranges, digits.images),
+        p.lower(digits.fn, digits.params, images[:1]),
+        in_integers(digits.fn, digits.params, spec, ranges, digits.images),
         np.asarray(images),
         np.asarray(fake(digits.params, ranges, images)),
         np.asarray(jax.jit(digits.fn)(digits.params, images)),

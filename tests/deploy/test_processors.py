@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import public
 import pytest
+from lowered import in_integers
 
 from hybrid_jax import core, deploy, quantization
+from hybrid_jax import program as p
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -37,14 +39,14 @@ numpy.save(sys.argv[3], numpy.concatenate([run(x[None]) for x in images]))
 
 @pytest.fixture(scope="module")
 def trained():
-    fn, params = public.resnet20()
+    fn, params = public.network("resnet20", "resnet20_cifar10")
     calibration, _ = public.cifar10("train", 256)
 
     def lowered(bits):
         graph = core.trace(fn, params, calibration[:1])
         spec = quantization.spec(graph, weight_bits=bits, deployable=True)
         ranges = quantization.calibrate(fn, params, [(calibration,)], spec)
-        return deploy.lower(fn, params, spec, ranges, calibration[:1])
+        return in_integers(fn, params, spec, ranges, calibration[:1])
 
     return lowered
 
@@ -72,7 +74,7 @@ def test_a_file_answers_alike_without_vnni(runtime, bits, count, trained, tmp_pa
     pytest.importorskip("onnxruntime" if runtime == "onnx" else "openvino")
     program, (images, _) = trained(bits), public.cifar10("test", count)
     deploy.export_to("onnx", tmp_path / "model.onnx", program)
-    expected = np.asarray(jax.jit(deploy.run(program))(images)).argmax(1)
+    expected = np.asarray(jax.jit(p.run(program))(images)).argmax(1)
     here, there = (
         answers(processor, runtime, tmp_path / "model.onnx", images, tmp_path).argmax(1)
         for processor in ((), HASWELL)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax import deploy, experts
-from hybrid_jax.deploy.program import Conv, Convert, Dense, Reshape
+from hybrid_jax import program as p
+from hybrid_jax.program import Conv, Convert, Dense, Reshape
 
 
 class Net(nn.Module):
@@ -146,23 +147,23 @@ def integer_program(seed, channels=8, outputs=4, bits=8):
     def draw(*shape):
         ones, bias = np.ones(shape[-1], np.float32), rng.standard_normal(shape[-1])
         values = rng.integers(-127, 128, shape).astype(np.int8)
-        return deploy.Weights(values, ones / 500, bias.astype(np.float32), bits)
+        return p.Weights(values, ones / 500, bias.astype(np.float32), bits)
 
     tensors = {
-        "x": deploy.Tensor((8, 8, 3)),
-        "q": deploy.Tensor((8, 8, 3), deploy.Encoding(0.02, 128)),
-        "conv": deploy.Tensor((8, 8, channels), deploy.Encoding(0.02)),
-        "flat": deploy.Tensor((64 * channels,), deploy.Encoding(0.02)),
-        "y": deploy.Tensor((outputs,)),
+        "x": p.Tensor((8, 8, 3)),
+        "q": p.Tensor((8, 8, 3), p.Encoding(0.02, 128)),
+        "conv": p.Tensor((8, 8, channels), p.Encoding(0.02)),
+        "flat": p.Tensor((64 * channels,), p.Encoding(0.02)),
+        "y": p.Tensor((outputs,)),
     }
     around = ((1, 1), (1, 1))
     steps = (
         Convert(("x",), "q"),
         Conv(("q",), "conv", "stem", draw(3, 3, 3, channels), padding=around),
-        Reshape(("conv",), "flat"),
+        Reshape(("conv",), "flat", (64 * channels,)),
         Dense(("flat",), "y", "head", draw(64 * channels, outputs)),
     )
-    return deploy.Program("x", "y", tensors, steps)
+    return p.Program("x", "y", tensors, steps)
 
 
 @pytest.mark.parametrize("form", ["conv", "matmul"])
@@ -177,14 +178,14 @@ def test_a_program_takes_a_byte_for_each_weight(tmp_path, images, form):
     assert manifest["outputs"] == [{"shape": ["b", 256], "dtype": "float32"}]
     text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
     assert ("stablehlo.convolution" in text) == (form == "conv")
-    want = jax.jit(deploy.run(program))(images)
+    want = jax.jit(p.run(program))(images)
     # The integers are the same in the new process, in either form.
     np.testing.assert_array_equal(run_elsewhere(tmp_path / "f", images, size=3), want)
 
 
 def test_a_mixture_of_programs(tmp_path, images):
-    mixture = deploy.Mixture(integer_program(1, 4, 2), (integer_program(2), integer_program(3, 4)))
-    want = jax.jit(deploy.run(mixture))(images)
+    mixture = p.Mixture(integer_program(1, 4, 2), (integer_program(2), integer_program(3, 4)))
+    want = jax.jit(p.run(mixture))(images)
     forms = [{"stem": "matmul"}, {"stem": "conv"}, {}]
     deploy.export_program(tmp_path / "f", mixture, forms=forms, platforms=["cpu"])
     np.testing.assert_array_equal(run_elsewhere(tmp_path / "f", images, size=4), want)
@@ -199,7 +200,7 @@ def test_a_simulated_program(tmp_path, images):
         tmp_path / "f", program, simulated=True, symbolic_batch=False, platforms=["cpu"]
     )
     assert manifest["inputs"] == [{"shape": [1, 8, 8, 3], "dtype": "float32"}]
-    want = jax.jit(deploy.simulate(program))(images)
+    want = jax.jit(p.simulate(program))(images)
     np.testing.assert_allclose(run_elsewhere(tmp_path / "f", images, size=1), want, atol=1e-4)
     text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()
     # Kernels are stored as integers all the same; nothing is summed in int32.

@@ -6,7 +6,6 @@ and that the C file is the integer reference to the bit, is in the tests of thes
 
 import dataclasses
 import errno
-import json
 import os
 import pathlib
 import re
@@ -15,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import numpy
+from lowered import in_integers
 
 from hybrid_jax import core, deploy, models, quantization
+from hybrid_jax import program as graph
+from hybrid_jax import program as p
 from hybrid_jax.deploy import litert
-from hybrid_jax.deploy import program as graph
 
 EXTRAS = {"openvino": "openvino"}
 
@@ -72,15 +72,15 @@ def test_a_mixture_answers_as_the_expert_that_its_gate_chooses(target, write, lo
     x = jnp.asarray(lowered.images)
     spec = quantization.spec(core.trace(first_pixels, params, x[:1]))
     ranges = quantization.calibrate(first_pixels, params, [(x,)], spec)
-    gate = deploy.lower(first_pixels, params, spec, ranges, x)
+    gate = in_integers(first_pixels, params, spec, ranges, x)
     # Two experts that answer differently: the second is the first with its classes reversed.
     head = next(op for op in lowered.integers.operations if op.output == lowered.integers.output)
     other = _with_reversed_classes(lowered.integers, head)
-    mixture = deploy.Mixture(gate, (lowered.integers, other))
+    mixture = p.Mixture(gate, (lowered.integers, other))
     images = lowered.images[:64]
-    chosen = np.asarray(deploy.run(gate)(images)).argmax(-1)
+    chosen = np.asarray(p.run(gate)(images)).argmax(-1)
     assert 0 < chosen.mean() < 1
-    each = np.stack([np.asarray(deploy.run(p)(images)) for p in (lowered.integers, other)])
+    each = np.stack([np.asarray(p.run(own)(images)) for own in (lowered.integers, other)])
     expected = each[chosen, np.arange(64)]
     session = installed(target).session(write(target, mixture), batch=1, threads=1)
     got = np.concatenate([session(images[i : i + 1]) for i in range(64)])
@@ -111,8 +111,8 @@ def test_integers_of_every_model_against_onnx_runtime(small_model, write, name, 
     images = jnp.broadcast_to(images, (count, side, side, 3)) - 0.3
     spec = quantization.spec(core.trace(model.fn, model.params, images[:1]))
     ranges = quantization.calibrate(model.fn, model.params, [(images,)], spec)
-    program = deploy.lower(model.fn, model.params, spec, ranges, images)
-    ours = np.asarray(jax.jit(deploy.run(program))(images))
+    program = in_integers(model.fn, model.params, spec, ranges, images)
+    ours = np.asarray(jax.jit(p.run(program))(images))
     session = deploy.TARGETS["onnx"].session(write("onnx", program), batch=count, threads=1)
     theirs = session(np.asarray(images))
     # Sums may round to the other side of a tie; what is behind them passes on one step.
@@ -138,48 +138,6 @@ def test_a_full_disk_leaves_the_old_file(target, write, lowered, monkeypatch):
     ]
 
 
-def test_a_packed_program_comes_back_exactly(tmp_path, lowered):
-    path = tmp_path / "model.safetensors"
-    for program in (lowered.floats, lowered.integers):
-        deploy.save_program(path, program)
-        loaded = deploy.load_program(path)
-        assert loaded.tensors == program.tensors
-        for ours, theirs in zip(loaded.weighted, program.weighted, strict=True):
-            np.testing.assert_array_equal(ours.weights.values, theirs.weights.values)
-            assert ours.weights.values.dtype == theirs.weights.values.dtype
-        images = lowered.images[:32]
-        run, again = (jax.jit(deploy.run(p)) for p in (program, loaded))
-        np.testing.assert_array_equal(run(images), again(images))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 7, 8])
-def test_a_packed_kernel_takes_its_bits(tmp_path, bits):
-    rng, most = np.random.default_rng(bits), max(2 ** (bits - 1) - 1, 1)
-    q = rng.choice([-1, 1], (5, 3)) if bits == 1 else rng.integers(-most, most + 1, (5, 3))
-    step = {1: 32, 2: 32, 4: 8, 7: 1, 8: 1}[bits]
-    scale, bias = np.float32([0.1, 0.2, 0.3]), np.float32([1, 2, 3])
-    weights = deploy.Weights((q * step).astype(np.int8), scale / np.float32(step), bias, bits)
-    tensors = {
-        "x": deploy.Tensor((5,)),
-        "q": deploy.Tensor((5,), deploy.Encoding(0.1, 128)),
-        "y": deploy.Tensor((3,)),
-    }
-    steps = (graph.Convert(("x",), "q"), graph.Dense(("q",), "y", "dense", weights))
-    manifest = deploy.save_program(tmp_path / "model", deploy.Program("x", "y", tensors, steps))
-    assert manifest["kernel_bits"] == [bits]
-    # 15 weights, and a scale and a bias of 4 bytes for each of 3 channels.
-    stored = {name: array.nbytes for name, array in numpy.load_file(tmp_path / "model").items()}
-    assert stored["0/0:values"] == -(-15 * bits // 8)
-    assert stored["scales:values"] == stored["biases:values"] == 12
-    packed, _ = deploy.packed.load(tmp_path / "model")
-    np.testing.assert_array_equal(packed["0/0"].values, q > 0 if bits == 1 else q)
-    np.testing.assert_array_equal(packed["scales"].values, scale)
-    loaded = next(deploy.load_program(tmp_path / "model").weighted).weights
-    np.testing.assert_array_equal(loaded.values, weights.values)
-    np.testing.assert_array_equal(loaded.scale, weights.scale)
-    assert (loaded.values.dtype, loaded.bits) == (np.int8, bits)
-
-
 @pytest.mark.parametrize(
     ("values", "bits", "message"),
     [
@@ -193,62 +151,29 @@ def test_a_packed_kernel_takes_its_bits(tmp_path, bits):
 def test_a_kernel_whose_integers_are_not_of_its_bits_is_refused(values, bits, message):
     ones = np.ones(1, np.float32)
     with pytest.raises(ValueError, match=message):
-        deploy.Weights(np.int8(values), ones, ones, bits)
-
-
-def test_a_packed_mixture_comes_back(tmp_path, lowered):
-    def fn(params, x):
-        return x.reshape(x.shape[0], -1) @ params
-
-    gate = deploy.lower(fn, jnp.ones((64, 1)), None, None, lowered.images[:1])
-    path = tmp_path / "model.safetensors"
-    deploy.save_program(path, deploy.Mixture(gate, (lowered.integers,)))
-    loaded = deploy.load_program(path)
-    x = lowered.images[:1]
-    np.testing.assert_array_equal(deploy.run(loaded)(x), deploy.run(lowered.integers)(x))
+        p.Weights(np.int8(values), ones, ones, bits)
 
 
 def chain(*bits, channels=16, seed=0):
     """A float image to integers, a 3×3 convolution of each of these bits, a mean to floats."""
     rng = np.random.default_rng(seed)
-    tensors = {"x": deploy.Tensor((4, 4, channels))}
+    tensors = {"x": p.Tensor((4, 4, channels))}
     steps, last = [graph.Convert(("x",), "0")], "0"
     for i, width in enumerate(bits):
-        tensors[last] = deploy.Tensor((4, 4, channels), deploy.Encoding(0.1, 128))
+        tensors[last] = p.Tensor((4, 4, channels), p.Encoding(0.1, 128))
         most, step = 2 ** (width - 1) - 1, {8: 1, 4: 8}[width]
         values = (rng.integers(-most, most + 1, (3, 3, channels, channels)) * step).astype(np.int8)
         scale, bias = rng.uniform(0.001, 0.002, (2, channels)).astype(np.float32)
-        weights = deploy.Weights(values, scale, bias, width)
+        weights = p.Weights(values, scale, bias, width)
         steps.append(
             graph.Conv((last,), str(i + 1), f"conv {i}", weights, padding=((1, 1), (1, 1)))
         )
         last = str(i + 1)
-    tensors[last] = deploy.Tensor((4, 4, channels), deploy.Encoding(0.1, 128))
-    tensors |= {"mean": deploy.Tensor((channels,), deploy.Encoding(0.1, 128))}
-    tensors |= {"y": deploy.Tensor((channels,))}
+    tensors[last] = p.Tensor((4, 4, channels), p.Encoding(0.1, 128))
+    tensors |= {"mean": p.Tensor((channels,), p.Encoding(0.1, 128))}
+    tensors |= {"y": p.Tensor((channels,))}
     steps += [graph.Mean((last,), "mean"), graph.Convert(("mean",), "y")]
-    return deploy.Program("x", "y", tensors, tuple(steps))
-
-
-def test_header_and_graph_are_a_small_part_of_a_packed_file(tmp_path):
-    gate, slim = chain(8, channels=4), graph.Slice(("x",), "slim", (0, 0, 0), (4, 4, 4), (1, 1, 1))
-    ends = {"x": deploy.Tensor((4, 4, 16)), "slim": deploy.Tensor((4, 4, 4))}
-    steps = (slim, graph.Convert(("slim",), "0"), *gate.operations[1:])
-    gate = deploy.Program("x", "y", gate.tensors | ends, steps)
-    mixture = deploy.Mixture(gate, tuple(chain(*[4] * 10, seed=seed) for seed in range(4)))
-    path = tmp_path / "model.safetensors"
-    size = deploy.save_program(path, mixture)["bytes"]
-    assert size == path.stat().st_size
-    # Four experts of ten kernels in half bytes and 16 scales and biases each, and a gate of one.
-    weights = 4 * 10 * (9 * 16 * 16 // 2 + 8 * 16) + 9 * 4 * 4 + 8 * 4
-    assert weights < size < 1.25 * weights
-    loaded = deploy.load_program(path)
-    for ours, theirs in zip(loaded.parts, mixture.parts, strict=True):
-        assert (ours.tensors, len(ours.operations)) == (theirs.tensors, len(theirs.operations))
-        for a, b in zip(ours.weighted, theirs.weighted, strict=True):
-            assert (a.name, a.inputs, a.output) == (b.name, b.inputs, b.output)
-            for field in ("values", "scale", "bias"):
-                np.testing.assert_array_equal(getattr(a.weights, field), getattr(b.weights, field))
+    return p.Program("x", "y", tensors, tuple(steps))
 
 
 KERNEL_BITS = {"stablehlo": [8], "onnx": [4, 8], "tflite": [8], "packed": [4, 8], "c": [4, 8]}
@@ -277,39 +202,6 @@ def test_the_manifest_of_floats_says_32_bits(tmp_path, lowered):
     for target in ("stablehlo", "onnx", "tflite", "packed"):
         manifest = deploy.export_to(target, tmp_path / "model", lowered.floats)
         assert manifest["kernel_bits"] == [32], target
-
-
-HOSTILE = {
-    "'programs'": {},
-    "'System'": {"kind": "System"},
-    "what was made before": {"kind": "Mean", "inputs": ["nowhere"], "output": "z"},
-    "cannot reshape": {"kind": "Reshape", "inputs": ["x"], "output": "y"},
-    "'0/0'": {"kind": "Dense", "inputs": ["x"], "output": "y", "name": "dense"},
-    r"biases must be float32 of shape \(0,\), got float32 \(3,\)": {"kind": "Mean"},
-    "recursion": "[" * 10**5,
-}
-
-
-@pytest.mark.parametrize("reason", HOSTILE)
-def test_a_packed_file_that_holds_no_program_is_refused(tmp_path, reason):
-    path = tmp_path / "model.safetensors"
-    operation = HOSTILE[reason]
-    graph = {
-        "input": "x",
-        "output": "y",
-        "tensors": {"x": [[4], None], "y": [[3], None], "z": [[4], None]},
-        "operations": [operation],
-    }
-    text = operation if isinstance(operation, str) else json.dumps([graph])
-    tensors = {
-        "programs": np.frombuffer(text.encode(), np.uint8),
-        "scales": np.zeros(0, np.float32),
-        "biases": np.zeros(3 if "biases" in reason else 0, np.float32),
-    }
-    tensors = {name: deploy.packed.Tensor(values) for name, values in tensors.items()}
-    deploy.packed.save(path, tensors if operation else {})
-    with pytest.raises(ValueError, match=f"must hold a program.*{reason}"):
-        deploy.load_program(path)
 
 
 def test_bad_targets_and_batches(tmp_path, lowered):

@@ -20,6 +20,17 @@ def test_unstack_inverts_stack(count):
         jax.tree.map(np.testing.assert_array_equal, original, back)
 
 
+def test_leaves_of_many_shapes_are_one_program(compiled):
+    one = {str(n): jax.device_put(np.ones((n, 911), np.float32)) for n in range(1, 6)}
+    compiled()
+    stacked = experts.stack([one, one])
+    assert compiled() == 1
+    experts.unstack(stacked)
+    assert compiled() == 1
+    experts.unstack(experts.stack([one, one]))
+    assert compiled() == 0
+
+
 def test_stack_keeps_what_is_not_pruned():
     mask = {"w": jnp.array([True, False]), "b": optax.MaskedNode()}
     stacked = experts.stack([mask, mask])

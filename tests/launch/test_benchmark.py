@@ -70,7 +70,7 @@ def names(what):
 
 
 def deployed():
-    """One row for each runtime, variant and batch; C has no floats, so its reference is int8."""
+    """One row for each runtime, variant and batch; C's floats are no reference, its int8 is."""
     for target in ("stablehlo", "onnx", "openvino", "tflite", "packed", "c"):
         if target == "openvino" and not importlib.util.find_spec("openvino"):
             continue

@@ -1,5 +1,6 @@
 """Commands keep what they compile where they are told to, and say what is wrong with a folder."""
 
+import gc
 import os
 import pathlib
 
@@ -16,7 +17,9 @@ from launch import compilation, compress, export
 
 @pytest.fixture
 def settings(monkeypatch):
-    """JAX as it is without a cache; what a test sets is undone."""
+    """JAX as it is without a cache, Python as it is; what a test sets is undone."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
     monkeypatch.setenv("XLA_FLAGS", "")
     names = [*compilation._SETTINGS, "jax_compilation_cache_dir"]
     before = {name: getattr(jax.config, name) for name in names}
@@ -26,6 +29,7 @@ def settings(monkeypatch):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+    gc.set_threshold(*threshold)
 
 
 def kept(folder):
@@ -41,6 +45,17 @@ def test_a_program_is_kept_and_found_again(settings, tmp_path):
         assert jax.jit(lambda x: x * 17 + 3)(jnp.int32(2)) == 37
     assert kept(tmp_path / "new" / "cache") > 0
     assert "/jax/compilation_cache/cache_hits" in events
+
+
+def test_tracing_does_not_wait_for_garbage(settings):
+    """Python's own threshold would interrupt it some sixty times."""
+    compilation.set_up("")
+    looks = []
+    look = lambda phase, info: looks.append(phase)  # noqa: E731
+    gc.callbacks.append(look)
+    jax.make_jaxpr(lambda x: [jnp.exp(x * i) for i in range(2000)])(1.0)
+    gc.callbacks.remove(look)
+    assert looks.count("start") < 20
 
 
 def test_the_default_is_the_users_cache_folder(settings, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ SMALL = {
     "resnet50": ({"blocks": [1], "widths": [4]}, 8),
     "vgg16_bn": ({"widths": [[4], [8]], "hidden": 8}, 4),
     "mobilenet_v2": ({"stages": [[1, 8, 1, 1], [2, 8, 1, 2]], "width": 0.1, "stem": "cifar"}, 4),
+    "efficientnet_lite0": ({"stages": [[1, 8, 1, 1, 3], [2, 8, 1, 2, 5]], "widths": [8, 16]}, 4),
     "densenet": ({"blocks": [1, 1], "growth": 4}, 4),
     "densenet40": ({"blocks": [1, 1], "growth": 4}, 4),
 }
@@ -59,6 +60,8 @@ def count(tree):
         ("resnet18", 224, 1000, 11_689_512),
         ("resnet50", 224, 1000, 25_557_032),
         ("mobilenet_v2", 224, 1000, 3_504_872),
+        # Its authors give 4.7 M.
+        ("efficientnet_lite0", 224, 1000, 4_652_008),
         # Convolutions 14,710,464, their BatchNorms 2·4224 = 8448; hidden 512·512 = 262,144 and
         # BatchNorm 1024; head 5130.
         ("vgg16_bn", 32, 10, 14_987_210),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, models, pruning
+from hybrid_jax import contrib, core, models, pruning
 
 # x (3) -> relu(hidden (2)) -> outputs (2)
 NET = {
@@ -179,7 +179,7 @@ def test_statistics_of_every_model_have_the_shapes_of_its_kernels(name, small_mo
         key: jax.eval_shape(lambda p, s=statistic: s(fn, p, [(images,)]), params)
         for key, statistic in STATISTICS.items()
     }
-    found["flow"] = jax.eval_shape(functools.partial(pruning.synaptic_flow, fn), params, images)
+    found["flow"] = jax.eval_shape(functools.partial(contrib.synaptic_flow, fn), params, images)
     for key, tree in found.items():
         for path, leaf in core.flatten_paths(tree).items():
             if key == "flow" or path in kernels:

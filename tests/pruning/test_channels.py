@@ -107,6 +107,7 @@ percents = st.integers(0, 100)
 several_scores = st.tuples(
     *(st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.0]), min_size=n, max_size=n) for n in SIZES)
 )
+UNIFORM, GLOBAL = pruning.uniform(), pruning.global_()
 compiled_keep = jax.jit(pruning.keep_channels, static_argnames=("allocation", "multiple"))
 
 
@@ -125,7 +126,7 @@ def test_uniform_widths_are_exact_and_hold_the_best(values, percent, multiple):
 @given(values=several_scores, percent=percents)
 def test_global_counts_are_exact(values, percent):
     scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
-    keep = compiled_keep(scores, percent / 100, allocation="global")
+    keep = compiled_keep(scores, percent / 100, allocation=GLOBAL)
     total = sum(SIZES)
     wanted = total - int(Fraction(percent, 100) * total + Fraction(1, 2))
     # Every group holds its best channel; the others are taken from the top, the first of equals.
@@ -141,7 +142,7 @@ def test_global_counts_are_exact(values, percent):
 @given(values=several_scores, percent=percents)
 def test_global_widths_come_within_half_a_step(values, percent):
     scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
-    keep = compiled_keep(scores, percent / 100, allocation="global", multiple=4)
+    keep = compiled_keep(scores, percent / 100, allocation=GLOBAL, multiple=4)
     counts = [int(k.sum()) for k in keep.values()]
     assert all(w == n or w % 4 == 0 for w, n in zip(counts, SIZES, strict=True))
     for s, k in zip(values, keep.values(), strict=True):
@@ -156,7 +157,7 @@ def test_global_widths_come_within_half_a_step(values, percent):
 @given(
     values=several_scores,
     percent=percents,
-    allocation=st.sampled_from(["uniform", "global"]),
+    allocation=st.sampled_from([UNIFORM, GLOBAL]),
     multiple=st.sampled_from([1, 4]),
 )
 def test_known_scores_keep_the_channels_of_traced_ones(values, percent, allocation, multiple):
@@ -168,7 +169,7 @@ def test_known_scores_keep_the_channels_of_traced_ones(values, percent, allocati
 
 def test_global_widths_move_in_steps():
     scores = {"a": jnp.arange(8.0), "b": 10 + jnp.arange(8.0)}
-    keep = pruning.keep_channels(scores, 0.25, "global", multiple=4)
+    keep = pruning.keep_channels(scores, 0.25, GLOBAL, multiple=4)
     assert {name: int(k.sum()) for name, k in keep.items()} == {"a": 4, "b": 8}
     assert keep["a"].tolist() == [False] * 4 + [True] * 4
 
@@ -187,7 +188,7 @@ def test_uniform_experts_stack_whatever_their_criterion(groups, key):
 
 def test_sparsity_may_be_traced():
     scores = {"a": jnp.array([1.0, 3.0, 2.0, 4.0]), "b": jnp.array([9.0, 8.0])}
-    for allocation in ("uniform", "global"):
+    for allocation in (UNIFORM, GLOBAL):
         compiled = jax.jit(lambda s, a=allocation: pruning.keep_channels(scores, s, a))
         for sparsity in (0.0, 0.5, 1.0):
             eager = pruning.keep_channels(scores, sparsity, allocation)
@@ -206,8 +207,10 @@ def test_keep_channels_names_what_is_wrong():
     scores = {"a": jnp.arange(4.0)}
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got -0.1"):
         pruning.keep_channels(scores, -0.1)
-    with pytest.raises(ValueError, match="allocation must be one of uniform, global"):
-        pruning.keep_channels(scores, 0.5, "globl")
+    with pytest.raises(TypeError, match=r"pruning.Allocation such as uniform\(\), got global"):
+        pruning.keep_channels(scores, 0.5, "global")
+    with pytest.raises(ValueError, match="must be of kernels with erk, got some at 'a'"):
+        pruning.keep_channels(scores, 0.5, pruning.erk({}))
     with pytest.raises(ValueError, match="multiple must be an integer of at least 1"):
         pruning.keep_channels(scores, 0.5, multiple=0)
     with pytest.raises(ValueError, match="rule 'stem' must match"):
@@ -238,9 +241,9 @@ def widths(masks):
 
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize(
-    ("name", "allocation"), [("uniform", pruning.uniform()), ("global", pruning.global_())]
+    "allocation", [UNIFORM, GLOBAL, pruning.erk(DEEP_KERNELS)], ids=lambda a: a.name
 )
-def test_masks_of_channels_are_those_of_the_channels_kept(name, allocation, multiple):
+def test_masks_of_channels_are_those_of_the_channels_kept(allocation, multiple):
     scores = pruning.magnitude(DEEP_KERNELS, DEEP)
     granularity = pruning.channels(DEEP_GROUPS, "l2", "max", multiple)
     compiled = jax.jit(lambda s: pruning.masks(scores, s, granularity, allocation))
@@ -248,7 +251,7 @@ def test_masks_of_channels_are_those_of_the_channels_kept(name, allocation, mult
     sparsities = [0.0, 0.3, 0.5, 0.9, 1.0]
     stacked = jax.vmap(compiled)(jnp.array(sparsities))
     for i, sparsity in enumerate(sparsities):
-        keep = pruning.keep_channels(group_scores, sparsity, name, multiple)
+        keep = pruning.keep_channels(group_scores, sparsity, allocation, multiple)
         expected = pruning.expand(keep, DEEP_GROUPS, DEEP)
         masks = compiled(jnp.float32(sparsity))
         jax.tree.map(np.testing.assert_array_equal, masks, expected)
@@ -354,8 +357,8 @@ def test_masked_equals_shrunk(groups, key):
 
 def test_equal_scores_fall_alike_compiled_and_eager():
     scores = {"b": jnp.ones(3), "a": jnp.ones(3)}
-    eager = pruning.keep_channels(scores, 0.5, "global")
-    compiled = jax.jit(lambda s: pruning.keep_channels(s, 0.5, "global"))(scores)
+    eager = pruning.keep_channels(scores, 0.5, GLOBAL)
+    compiled = jax.jit(lambda s: pruning.keep_channels(s, 0.5, GLOBAL))(scores)
     assert {name: k.tolist() for name, k in eager.items()} == {
         "a": [True, True, False],
         "b": [True, False, False],

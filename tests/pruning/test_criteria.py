@@ -7,7 +7,7 @@ import optax
 import pytest
 from layouts import flax_kernels
 
-from hybrid_jax import pruning
+from hybrid_jax import contrib, pruning
 
 # x (3) -> hidden (2) -> outputs (2), no biases in the way of the arithmetic.
 FIRST = jnp.array([[1.0, -2.0], [0.0, 2.0], [3.0, 0.5]])
@@ -31,7 +31,7 @@ WITH_STATISTICS = {
     "grasp": pruning.grasp,
     "fisher": pruning.fisher,
     "movement": pruning.movement,
-    "synflow": pruning.synflow,
+    "synflow": contrib.synflow,
     "wanda": pruning.wanda,
     "chip": pruning.chip,
 }

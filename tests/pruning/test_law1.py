@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, models, pruning
+from hybrid_jax import contrib, core, models, pruning
 
 # criterion(kernels, params, statistics of either sign, statistics that are not negative)
 CRITERIA = {
@@ -26,7 +26,7 @@ CRITERIA = {
     "grasp": lambda k, p, signed, positive: pruning.grasp(k, p, signed),
     "fisher": lambda k, p, signed, positive: pruning.fisher(k, p, positive),
     "movement": lambda k, p, signed, positive: pruning.movement(k, p, signed),
-    "synflow": lambda k, p, signed, positive: pruning.synflow(k, p, positive),
+    "synflow": lambda k, p, signed, positive: contrib.synflow(k, p, positive),
     "wanda": lambda k, p, signed, positive: pruning.wanda(k, p, positive),
     "chip": lambda k, p, signed, positive: pruning.chip(k, p, positive),
     "batchnorm_scale": lambda k, p, signed, positive: pruning.batchnorm_scale(p),

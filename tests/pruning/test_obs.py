@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hybrid_jax import core, pruning
+from hybrid_jax import contrib, core, pruning
 
 TINY = 1e-6
 
@@ -106,7 +106,7 @@ def test_compensation_helps_every_layer(digits, digits_grams, layer_errors):
     plain_scores = pruning.magnitude(kernels, digits.params)
     for granularity in (pruning.unstructured(), None):
         if granularity is None:  # 2:4 where C is a multiple of 4
-            granularity, exempt = pruning.n_m(kernels, 2, 4), [".*(stem|depthwise).*"]
+            granularity, exempt = contrib.n_m(kernels, 2, 4), [".*(stem|depthwise).*"]
         else:
             exempt = []
         masks = pruning.masks(plain_scores, 0.5, granularity, exempt=exempt)

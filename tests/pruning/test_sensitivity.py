@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, pruning
+from hybrid_jax import contrib, core, pruning
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.8)
 
@@ -143,7 +143,7 @@ def test_under_jit_with_traced_sparsities_and_blocks():
             params,
             scores,
             sparsities,
-            granularity=pruning.n_m(kernels, 2, 4),
+            granularity=contrib.n_m(kernels, 2, 4),
         )
 
     # One block of 1, 2, 3, 4 loses none, 1, and 1 and 2; more than a half it cannot lose.
@@ -175,7 +175,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"sparsities must have shape \(S,\), got \(0,\)"):
         sweep(())
     with pytest.raises(ValueError, match=r"sparsities must be in \[0, 0.5\], got 0.75"):
-        sweep((0.75,), granularity=pruning.n_m(GRAPH.kernels, 2, 4))
+        sweep((0.75,), granularity=contrib.n_m(GRAPH.kernels, 2, 4))
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         sweep(batch_size=0)
     with pytest.raises(ValueError, match="scores must have a leaf to prune, got none"):

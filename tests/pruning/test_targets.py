@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_jax import core, cost, models, pruning
+from hybrid_jax import contrib, core, cost, models, pruning
 
 
 def identity(sparsity):
@@ -113,7 +113,7 @@ def test_weights_to_a_target_by_hand(graph):
     # The 18 largest are weights of the convolution, at 16 MACs each; one more would cost 304.
     assert found.cost == 288
     pattern = pruning.to_target(
-        lambda s: pruning.masks({"head": scores["head"]}, s, pruning.n_m(graph.kernels, 1, 3)),
+        lambda s: pruning.masks({"head": scores["head"]}, s, contrib.n_m(graph.kernels, 1, 3)),
         lambda m: cost.count(graph, m).nonzero,
         62,
         most=2 / 3,
@@ -176,7 +176,9 @@ def test_a_search_on_resnet50_takes_seconds():
         return cost.count(core.narrow_graph(graph, keep)).macs
 
     found = pruning.to_target(
-        lambda s: pruning.keep_channels(scores, s, "global", multiple=8), macs, 2_000_000_000
+        lambda s: pruning.keep_channels(scores, s, pruning.global_(), multiple=8),
+        macs,
+        2_000_000_000,
     )
     assert 1_900_000_000 < found.cost <= 2_000_000_000
     assert len(calls) <= 22

@@ -130,11 +130,17 @@ def test_masks_count():
     masks = {"b": jnp.arange(35).reshape(7, 5) % 7 == 0}
     formula = cost.formula(GRAPH, masks)
     sensitivity = weights_only((3, 2, 0), (3, 2, 0), (3, 2, 0))
-    found = q.allocate_bits(sensitivity, formula, SPEC, {"bytes": 104})
-    weight = {site: roles["weight"] for site, roles in found.bits.items()}
-    assert cost.count(GRAPH, masks, weight).bytes == found.costs["bytes"] <= 104
+    # Of 35 MACs of b 5 stay: at 8 bits each, 21 + 5 + 10 products of 64 BOPs.
+    budget = {"bops": 36 * 64}
+    found = q.allocate_bits(sensitivity, formula, SPEC, budget)
+    weight, activation = (
+        {site: roles[role] for site, roles in found.bits.items()}
+        for role in ("weight", "activation")
+    )
+    assert weight == dict.fromkeys(SITES, 8)
+    assert cost.count(GRAPH, masks, weight, activation).bops == found.costs["bops"] == 36 * 64
     # The zeros of b leave room that the dense network has not.
-    dense = q.allocate_bits(sensitivity, FORMULA, SPEC, {"bytes": 104})
+    dense = q.allocate_bits(sensitivity, FORMULA, SPEC, budget)
     assert found.damage < dense.damage
 
 

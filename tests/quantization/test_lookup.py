@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowered import in_integers
 
-from hybrid_jax import core, deploy
+from hybrid_jax import core
 from hybrid_jax import quantization as q
 
 
@@ -24,7 +25,7 @@ USES = {
     "hessian_sensitivity": lambda ranges: q.hessian_sensitivity(
         fn, PARAMS, (X,), SPEC, {8: ranges}, {"w": jnp.float32(1.0)}
     ),
-    "lower": lambda ranges: deploy.lower(fn, PARAMS, SPEC, ranges, X),
+    "lower": lambda ranges: in_integers(fn, PARAMS, SPEC, ranges, X),
 }
 BAD = {
     "must be finite, got 1 NaN": (-1.0, np.nan),

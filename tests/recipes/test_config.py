@@ -2,8 +2,8 @@
 
 import pytest
 
-from hybrid_jax import core, recipes
-from hybrid_jax.recipes import controls, cutting, workdir
+from hybrid_jax import core, pruning, recipes
+from hybrid_jax.recipes import controls, workdir
 
 
 @pytest.fixture
@@ -84,17 +84,12 @@ def test_a_source_that_makes_no_difference_is_refused(config, source, key, value
         recipes.check_config(config)
 
 
-def test_kernel_sparsity(config):
-    config.experts.granularity = "2:4"
-    (spec, *_) = recipes.expert_specs(config)
-
-    def kernel(c):
-        shape = (3, 3, c, 16)
-        return core.Kernel("w", shape, shape, (0, 1, 2, 3), (1, 9, c, 16), (3, 3))
-
-    assert cutting.kernel_sparsity(kernel(8), spec) == 0.5
-    assert cutting.kernel_sparsity(kernel(1), spec) == 0.0  # 4 does not divide 1
-    assert cutting.kernel_sparsity(None, spec) == 0.0
+def test_a_criterion_of_the_users_own_is_one_by_name(config, monkeypatch):
+    config.experts.criteria = ("mine", "obs")
+    with pytest.raises(ValueError, match=r"config.experts.criteria must be one of .*, got 'mine'"):
+        recipes.check_config(config)
+    monkeypatch.setitem(pruning.CRITERIA, "mine", lambda given: given.params)
+    recipes.check_config(config)
 
 
 def test_claim_takes_up_the_same_config_only(config, tmp_path):
@@ -112,7 +107,7 @@ def test_claim_refuses_a_file(config, tmp_path):
 
 
 def test_a_done_stage_keeps_its_time(tmp_path):
-    workdir.write_json(tmp_path / "seconds.json", {"parent": 12.5})
+    core.write_json(tmp_path / "seconds.json", {"parent": 12.5})
     for name in ("parent", "gate"):
         with workdir.stage(tmp_path, name):
             pass

@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path):
 def test_pruned_weights_stay_zero_through_both_phases(tmp_path):
     job = recipes.prepare(
         tiny(
-            experts__granularity="2:4",
+            experts__weight_sparsity=0.5,
             controls__same_bops=False,
             collapse__steps=0,
             joint__refit=False,
@@ -279,21 +279,20 @@ def test_exports_of_a_finished_run(done, capsys):
     assert [(r["target"], r["model"]) for r in records] == [(t, m) for t in targets for m in models]
     for record in records:
         name = (record["target"], record["model"])
-        if name == ("c", "dense"):
-            assert "float32" in record["error"]
-            continue
         assert (job.workdir / record["artifact"]).is_file(), name
         # After so few steps the classes are close together: the digits network agrees to 99.9 %.
         assert record["agreement"] >= 0.9, name
         assert set(record["latency"]) == {"1", "32"}
     bits = {r["target"]: r["kernel_bits"] for r in records if r["model"] == "mixture"}
-    assert (bits["packed"], bits["c"], bits["tflite"]) == ([4, 8], [4, 8], [8])
+    assert (bits["c"], bits["tflite"]) == ([4, 8], [8])
+    # A packed file holds as few as the integers of each kernel need.
+    assert max(bits["packed"]) == 8
+    assert min(bits["packed"]) <= 4
     # One path, one file: whoever writes it.
     for path, content in written.items():
         assert (job.workdir / path).read_bytes() == content, path
     text = (job.workdir / "report.md").read_text()
     assert "## Exports" in text
-    assert "There is no c file of the dense" in text
     assert "flash" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_jax import data, experts, training
+from hybrid_jax import contrib, data, experts, training
 
 COUNT = st.integers(1, 13)
 
@@ -86,7 +86,7 @@ def test_the_last_batch_holds_nothing_but_its_examples():
     up with copies of the first input, places of the later ones would be taken.
     """
     fn = lambda w, x: x @ w  # noqa: E731
-    moe = experts.gathered(fn, fn, experts.switch(), capacity_factor=1.0, method="unroll")
+    moe = contrib.gathered(fn, fn, experts.switch(), capacity_factor=1.0, method="unroll")
     params = jnp.stack([jnp.eye(2), jnp.eye(2)]), 4 * jnp.eye(2)  # the class is the larger input
     images = np.array([[2.0, 0.0], [0.0, 2.0], [0.0, 1.5], [1.5, 0.0], [1.0, 0.0]], np.float32)
     arrays = data.Arrays(images, np.array([0, 1, 1, 0, 0]))

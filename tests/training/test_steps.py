@@ -174,6 +174,12 @@ def test_compiles_once(tiny, batch, stacked):
     assert step._cache_size() == 1
 
 
+def test_a_state_that_one_program_makes_is_the_same(tiny):
+    state, tx = tiny.make_state(), optax.adam(0.1)
+    make = lambda *parts: training.create_state(*parts, tx, state.key)  # noqa: E731
+    tiny.assert_equal(jax.jit(make)(state.params, state.state), make(state.params, state.state))
+
+
 def test_errors_name_the_argument(tiny, batch):
     key = jax.random.key(0)
     with pytest.raises(TypeError, match=r"params must be float arrays, got int32 at 'bits'"):

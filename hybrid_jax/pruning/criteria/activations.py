@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
+from hybrid_jax.pruning.criteria.leaves import (
+    CRITERIA,
+    Kernels,
+    check_statistics,
+    gradient,
+    in_float32,
+    score,
+)
 
 Batches = Iterable[tuple[Any, ...]]
 """Yields the inputs of a model as tuples."""
@@ -20,20 +27,11 @@ def wanda(kernels: Kernels, params: Any, norms: Any) -> Any:
     A small weight on a large input counts as much as a large weight on a small one. M. Sun et al.,
     A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695). The
     paper lets the inputs of one output compete with each other, and not the outputs: `uniform` with
-    `n_m(n, C)` of a layer with C inputs does that, `n_m` with smaller blocks is its N:M form, and
+    `contrib.n_m` of n in all C inputs does that, in smaller blocks it is the N:M form, and
     `unstructured` compares the whole layer. It prunes a layer at a time, each seeing what the
     pruned ones before it compute; for that, work out `norms` anew with the masked parameters.
 
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      norms: ‖x‖₂ for each weight, shaped like `params`: what `activation_norms` gives.
-
-    Returns:
-      float32 scores shaped like `params`; `optax.MaskedNode()` where `norms` has it.
-
-    Raises:
-      ValueError: If `norms` has another structure, or `params` not the kernels.
+    `norms` are ‖x‖₂ for each weight, what `activation_norms` gives.
     """
     check_statistics("norms", params, norms)
     return score(lambda kernel, w, norm: abs(w) * norm, kernels, params, norms)
@@ -45,22 +43,11 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
     The sum runs over all batches, positions and uses of the weight; each tap of a convolution has
     a norm of its own, padding counts as zero. Batches are not kept.
 
-    Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Its parameters.
-      batches: Yields tuples of inputs.
-
-    Returns:
-      float32 pytree shaped like `params`, for `wanda`; `optax.MaskedNode()` for what is not the
-      kernel of a site. Parameters and inputs of less precision are taken to float32.
-
-    Raises:
-      ValueError: If there is no batch or example, or a site lies in a `while` loop or in a function
-        with a derivative rule of its own, out of which nothing is carried back.
-      TypeError: If a batch is not a tuple.
+    `fn(params, *inputs) -> outputs` is in evaluation mode. What is no site's kernel has no norm;
+    a site in a `while` loop, or in a function with a derivative rule of its own, out of which
+    nothing is carried back, is an error. What is of less precision is taken to float32.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params['w']
       >>> x = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # columns of norms 5 and 1
       >>> activation_norms(fn, {'w': jnp.ones((2, 1))}, [(x,)])
@@ -73,7 +60,7 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
         return apply(jnp.square(x), kernel)
 
     total, _ = _over_batches(_at_kernels(fn, squares), fn, params, batches)
-    return jax.tree.map(jnp.sqrt, total)
+    return core.on_device(jax.tree.map(lambda leaf: leaf.__array_namespace__().sqrt(leaf), total))
 
 
 def chip(kernels: Kernels, params: Any, independence: Any) -> Any:
@@ -83,18 +70,7 @@ def chip(kernels: Kernels, params: Any, independence: Any) -> Any:
     Sui et al., CHIP: CHannel Independence-based Pruning for Compact Neural Networks (arXiv
     2110.13981). The scores of a filter's weights add up to its independence: reduced with `sum`
     over a coupled group, the filters that make a channel count, and those that read it add the
-    same to all channels.
-
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      independence: What `channel_independence` gives, shaped like `params`.
-
-    Returns:
-      float32 scores shaped like `params`; `optax.MaskedNode()` where `independence` has it.
-
-    Raises:
-      ValueError: If `independence` has another structure, or `params` not the kernels.
+    same to all channels. `independence` is what `channel_independence` gives.
     """
     check_statistics("independence", params, independence)
     return score(lambda kernel, w, shares: shares, kernels, params, independence)
@@ -108,22 +84,10 @@ def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) 
     without positions has one column. Costs O singular value decompositions of (O, min(O, H·W))
     for each image and site, one image in memory at a time; a few hundred images are enough.
 
-    Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Its parameters.
-      batches: Yields tuples of inputs, each with a leading axis B.
-
-    Returns:
-      float32 pytree shaped like `params`, for `chip`: the independence of filter o, spread evenly
-      over its weights; summed over the sites where a kernel is used again. `optax.MaskedNode()`
-      for what is not the kernel of a site.
-
-    Raises:
-      ValueError: As for `activation_norms`.
-      TypeError: If a batch is not a tuple.
+    The independence of a filter is spread evenly over its weights, and summed over the sites where
+    a kernel is used again. `fn` and its errors are as of `activation_norms`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> fn = lambda params, x: x @ params['w']
       >>> x = jnp.array([[3.0, 4.0]])
       >>> channel_independence(fn, {'w': jnp.eye(2)}, [(x,)])
@@ -148,7 +112,21 @@ def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) 
         return total, jax.tree.map(jnp.sum, weighed)
 
     total, count = _over_batches(over_images, fn, params, batches)
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    return core.on_device(jax.tree.map(lambda leaf: leaf / count, total))
+
+
+CRITERIA |= {
+    "wanda": lambda given: wanda(
+        given.kernels,
+        given.params,
+        activation_norms(given.needed("fn"), given.params, given.needed("batches")),
+    ),
+    "chip": lambda given: chip(
+        given.kernels,
+        given.params,
+        channel_independence(given.needed("fn"), given.params, given.needed("batches")),
+    ),
+}
 
 
 def _independence(maps: jax.Array) -> jax.Array:
@@ -162,12 +140,10 @@ def _independence(maps: jax.Array) -> jax.Array:
 
 
 def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Works out an array for the kernel of each site, and adds it up where the kernel is kept.
-
-    `weigh(site, x, kernel, apply)` is linear in the kernel, and its derivative is that array. The
-    derivative with respect to the parameters carries it back through transposes, slices and
-    stacks, and adds up the uses of one kernel. Returns it, and what was weighed at each site.
-    """
+    """Works out an array for the kernel of each site, and adds it up where the kernel is kept."""
+    # `weigh(site, x, kernel, apply)` is linear in the kernel, and its derivative is that array. The
+    # derivative with respect to the parameters carries it back through transposes, slices and
+    # stacks, and adds up the uses of one kernel.
 
     def rule(site, x, kernel, apply):
         x = jax.lax.stop_gradient(x)
@@ -178,13 +154,13 @@ def _at_kernels(fn: Callable[..., Any], weigh: Callable[..., jax.Array]) -> Call
         weighed = {name: jnp.sum(record.astype(jnp.float32)) for name, record in records.items()}
         return sum(weighed.values(), start=jnp.float32(0)), weighed
 
-    return jax.grad(total, has_aux=True)
+    return gradient(total, has_aux=True)
 
 
 def _over_batches(
     step: Callable[..., Any], fn: Callable[..., Any], params: Any, batches: Batches
 ) -> tuple[Any, int]:
-    """Sums `step(params, *batch)` over the batches, for kernels of sites; and counts examples."""
+    """Sums `step(params, *batch)` over the batches, for kernels; on the host. Counts examples."""
     step, total, graph, count = jax.jit(core.fast_convolutions(step)), None, None, 0
     for batch in core.check_batches(batches):
         new, weighed = step(*in_float32((params, *batch)))
@@ -192,8 +168,9 @@ def _over_batches(
         graph = graph or core.trace(fn, params, *batch)
         count += core.batch_size(batch)
     _check_carried(core.flatten_paths(total), weighed, graph.sites)
+    xp = core.namespace(total)
     of_kernels = core.map_with_path(
-        lambda path, leaf: leaf if path in graph.kernels else optax.MaskedNode(), total
+        lambda path, leaf: xp.asarray(leaf) if path in graph.kernels else optax.MaskedNode(), total
     )
     return of_kernels, count
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import Kernels, restored, score
+from hybrid_jax.pruning.criteria.leaves import CRITERIA, Kernels, restored, score
 
 
 def geometric_median(kernels: Kernels, params: Any) -> Any:
@@ -19,47 +19,29 @@ def geometric_median(kernels: Kernels, params: Any) -> Any:
     (w_oi − w_o'i)² / ‖w_o − w_o'‖₂ summed over o', so that summing over a filter gives exactly
     d_o. Y. He et al., Filter Pruning via Geometric Median (arXiv 1811.00250).
 
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored: which axis holds the filters is known.
-      params: Pytree of parameters.
-
-    Returns:
-      float32 scores shaped like `params`.
-
-    Raises:
-      ValueError: If `params` has not the kernels, or one has no one form (taps, in, out).
-
     Example:
       >>> params = {'w': jnp.array([[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]])}  # (O, C)
       >>> kernels = core.trace(lambda p, x: x @ p['w'].T, params, jnp.ones((1, 2))).kernels
       >>> geometric_median(kernels, params)['w'].sum(1)
       Array([8., 9., 7.], dtype=float32)
     """
-    return score(
-        lambda kernel, w: restored(kernel, jax.vmap(_distances)(kernel.canonical(w))),
-        kernels,
-        params,
-    )
+
+    def shares(kernel, w):
+        w = kernel.canonical(w)
+        known = isinstance(w, np.ndarray)
+        return restored(kernel, _known_shares(w) if known else jax.vmap(_shares)(w))
+
+    return score(shares, kernels, params)
 
 
 def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
     """Scores a channel by |γ|, the scale of the normalization that follows it.
 
-    Reduced over a coupled group with `group_scores` it ranks the channels of that group. Z. Liu
-    et al., Learning Efficient Convolutional Networks through Network Slimming (arXiv 1708.06519).
-
-    Args:
-      params: Pytree of parameters.
-      pattern: Regular expression that matches the whole path of each scale.
-
-    Returns:
-      float32 scores at the scales, `optax.MaskedNode()` everywhere else.
-
-    Raises:
-      ValueError: If `pattern` matches no path, or a leaf that is not a floating vector.
+    `pattern` matches the whole path of each scale; all else has no score. Reduced over a coupled
+    group with `group_scores` it ranks the channels of that group. Z. Liu et al., Learning Efficient
+    Convolutional Networks through Network Slimming (arXiv 1708.06519).
 
     Example:
-      >>> import jax.numpy as jnp
       >>> batchnorm_scale({'bn': {'scale': jnp.array([-2.0, 1.0]), 'bias': jnp.zeros(2)}})
       {'bn': {'bias': MaskedNode(), 'scale': Array([2., 1.], dtype=float32)}}
     """
@@ -78,8 +60,14 @@ def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
     return core.map_with_path(scale, params)
 
 
+CRITERIA |= {
+    "geometric_median": lambda given: geometric_median(given.kernels, given.params),
+    "batchnorm_scale": lambda given: batchnorm_scale(given.params),
+}
+
+
 @jax.jit
-def _distances(w: jax.Array) -> jax.Array:
+def _shares(w: jax.Array) -> jax.Array:
     """What each weight of (T, C, O) has of its filter's distances."""
     filters = w.reshape(-1, w.shape[-1]).T
 
@@ -90,3 +78,21 @@ def _distances(w: jax.Array) -> jax.Array:
 
     # One filter at a time: all pairs at once would take O times the memory of the layer.
     return jax.lax.map(shares, filters).T.reshape(w.shape)
+
+
+def _known_shares(w: np.ndarray) -> np.ndarray:
+    """`_shares` of each of L, by products, whose cancellation float64 bears."""
+    own = w.reshape(len(w), -1, w.shape[-1]).astype(np.float64)
+    inverse = np.swapaxes(own, 1, 2) @ own
+    norms = np.diagonal(inverse, axis1=1, axis2=2).copy()
+    inverse *= -2
+    inverse += norms[:, :, None]
+    inverse += norms[:, None]
+    # What is nearer than float32 tells apart counts as the same.
+    apart = inverse > 1e-14 * norms.max(axis=1)[:, None, None]
+    np.sqrt(inverse, out=inverse, where=apart)
+    np.divide(1.0, inverse, out=inverse, where=apart)
+    inverse *= apart
+    squares = own * own
+    shares = squares * inverse.sum(1, keepdims=True) + squares @ inverse - 2 * own * (own @ inverse)
+    return np.maximum(shares, 0.0).astype(np.float32).reshape(w.shape)

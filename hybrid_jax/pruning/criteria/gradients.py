@@ -1,30 +1,30 @@
 """Criteria of the loss's derivatives, and the pure functions that work these out."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import Kernels, check_statistics, in_float32, score
+from hybrid_jax.pruning.criteria.leaves import (
+    CRITERIA,
+    Given,
+    Kernels,
+    check_statistics,
+    floating,
+    gradient,
+    in_float32,
+    score,
+)
 
 
 def taylor(kernels: Kernels, params: Any, gradients: Any) -> Any:
     """Scores a weight by |w · g|, the first-order change of the loss when it is set to zero.
 
     P. Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.10771).
-
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      gradients: Gradients of the loss, shaped like `params`.
-
-    Returns:
-      float32 scores shaped like `params`.
-
-    Raises:
-      ValueError: If `gradients` has another structure, or `params` not the kernels.
 
     Example:
       >>> params = {'w': jnp.array([[1.0, -2.0]])}
@@ -39,25 +39,18 @@ def taylor(kernels: Kernels, params: Any, gradients: Any) -> Any:
 def snip(kernels: Kernels, params: Any, gradients: Any) -> Any:
     """Scores a weight by |w · g| / Σ |w · g|, its share of the network's connection sensitivity.
 
-    The sum runs over all kernels, so that the scores add up to 1. In one network they rank as
-    those of `taylor`; they differ in that shares compare, and average, between batches, seeds and
-    losses of another size. Meant for the parameters at initialization. N. Lee, T. Ajanthan, P.
-    Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity (arXiv 1810.02340).
-
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      gradients: Gradients of the loss, shaped like `params`.
-
-    Returns:
-      float32 scores shaped like `params`, of sum 1; all 0 where every |w · g| is.
-
-    Raises:
-      ValueError: If `gradients` has another structure, or `params` not the kernels.
+    The sum runs over all kernels, so that the scores add up to 1 (to 0 where every |w · g| is 0).
+    In one network they rank as those of `taylor`; they differ in that shares compare, and average,
+    between batches, seeds and losses of another size. Meant for the parameters at initialization.
+    N. Lee, T. Ajanthan, P. Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity
+    (arXiv 1810.02340).
     """
     sensitivity = taylor(kernels, params, gradients)
-    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sensitivity))
-    return jax.tree.map(lambda leaf: leaf / jnp.where(total > 0, total, 1.0), sensitivity)
+    xp = core.namespace(sensitivity)
+    leaves = jax.tree.map(xp.asarray, sensitivity)
+    total = sum(leaf.sum() for leaf in jax.tree.leaves(leaves))
+    total = xp.where(total > 0, total, np.float32(1.0))
+    return core.on_device(jax.tree.map(lambda leaf: leaf / total, leaves))
 
 
 def grasp(kernels: Kernels, params: Any, hessian_gradient: Any) -> Any:
@@ -68,18 +61,7 @@ def grasp(kernels: Kernels, params: Any, hessian_gradient: Any) -> Any:
     what C. Wang, G. Zhang, R. Grosse, Picking Winning Tickets Before Training by Preserving
     Gradient Flow (GraSP, arXiv 2002.07376) write as removing the largest −θ ⊙ H g. Meant for the
     parameters at initialization. Scores have signs: over a coupled group reduce them by 'sum' or
-    'mean' and without normalization.
-
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      hessian_gradient: H g, shaped like `params`: what the function of this name gives.
-
-    Returns:
-      float32 scores of either sign, shaped like `params`.
-
-    Raises:
-      ValueError: If `hessian_gradient` has another structure, or `params` not the kernels.
+    'mean' and without normalization. `hessian_gradient` is what the function of this name gives.
     """
     check_statistics("hessian_gradient", params, hessian_gradient)
     return score(lambda kernel, w, hg: w * hg, kernels, params, hessian_gradient)
@@ -93,21 +75,18 @@ def hessian_gradient(
     Costs about two gradients; the Hessian is never formed. The authors divide the logits by a
     temperature of 200 before the loss, which `loss_fn` may do.
 
-    Args:
-      kernels: As for `grasp`.
-      loss_fn: `loss_fn(params, *inputs) -> ()`.
-      params: Pytree of floating parameters.
-      *inputs: What else `loss_fn` takes: a batch.
-
-    Returns:
-      Pytree shaped like `params`. Parameters and inputs of less precision are taken to float32.
+    `loss_fn(params, *inputs) -> ()`. What is of less precision is taken to float32.
     """
     params, inputs = in_float32((params, inputs))
-    gradients, hessian = jax.linearize(lambda p: jax.grad(loss_fn)(p, *inputs), params)
+    floats, join = floating(params)
+    gradients, hessian = jax.linearize(jax.grad(lambda own: loss_fn(join(own), *inputs)), floats)
     # Biases and statistics are not pruned: theirs is not the flow that is to be kept.
-    return hessian(
-        core.map_with_path(lambda path, g: g if path in kernels else jnp.zeros_like(g), gradients)
+    of_kernels, _ = floating(
+        core.map_with_path(
+            lambda path, g: g if path in kernels else jnp.zeros_like(g), join(gradients)
+        )
     )
+    return join(hessian(of_kernels))
 
 
 def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
@@ -116,18 +95,7 @@ def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
     The second-order change of the loss, the Hessian of Y. LeCun, J. Denker, S. Solla, Optimal
     Brain Damage (1990), replaced by the Fisher information as in L. Theis et al., Faster gaze
     prediction with dense networks and Fisher pruning (arXiv 1801.05787).
-
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      squared_gradients: F, the mean over examples of the squared gradient of each example's
-        loss, shaped like `params`: what `mean_squared_gradients` gives.
-
-    Returns:
-      float32 scores shaped like `params`.
-
-    Raises:
-      ValueError: If `squared_gradients` has another structure, or `params` not the kernels.
+    `squared_gradients` are F, what `mean_squared_gradients` gives.
     """
     check_statistics("squared_gradients", params, squared_gradients)
     return score(lambda kernel, w, f: 0.5 * f * (w * w), kernels, params, squared_gradients)
@@ -136,20 +104,10 @@ def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
 def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examples: Any) -> Any:
     """Mean over examples of each example's squared gradient, one example in memory at a time.
 
-    Args:
-      loss_fn: `loss_fn(params, example) -> ()`, the loss of one example without a batch axis.
-      params: Pytree of floating parameters.
-      examples: Pytree of arrays with a leading axis B.
-
-    Returns:
-      Pytree shaped like `params`, for `fisher`. Parameters and examples of less precision are taken
-      to float32.
-
-    Raises:
-      ValueError: If B is 0.
+    `loss_fn(params, example) -> ()` is the loss of one example without a batch axis, `examples` are
+    a pytree of arrays with a leading axis B. What is of less precision is taken to float32.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> loss = lambda params, x: jnp.sum(params['w'] * x)
       >>> x = jnp.array([[[1.0, 2.0]], [[3.0, 0.0]]])  # B = 2
       >>> mean_squared_gradients(loss, {'w': jnp.ones((1, 2))}, x)
@@ -160,8 +118,10 @@ def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examp
     if not count:
         raise ValueError("examples must hold at least one example, got none")
 
+    of_one = core.fast_convolutions(gradient(loss_fn), loop=True)
+
     def add(total, example):
-        gradients = jax.grad(loss_fn)(params, example)
+        gradients = of_one(params, example)
         return jax.tree.map(lambda t, g: t + jnp.square(g), total, gradients), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), examples)
@@ -174,18 +134,7 @@ def movement(kernels: Kernels, params: Any, accumulated: Any) -> Any:
     A gradient step changes w² by −2 η w g in the first order, so that what grows stays, however
     small it is, and what shrinks leaves. V. Sanh, T. Wolf, A. Rush, Movement Pruning: Adaptive
     Sparsity by Fine-Tuning (arXiv 2005.07683). Scores have signs: over a coupled group reduce them
-    by 'sum' or 'mean' and without normalization.
-
-    Args:
-      kernels: `core.trace(...).kernels`, what is scored.
-      params: Pytree of parameters.
-      accumulated: −Σ w · g, shaped like `params`: what `accumulate_movement` adds up.
-
-    Returns:
-      float32 scores of either sign, shaped like `params`.
-
-    Raises:
-      ValueError: If `accumulated` has another structure, or `params` not the kernels.
+    by 'sum' or 'mean' and without normalization. `accumulate_movement` adds the sum up.
     """
     check_statistics("accumulated", params, accumulated)
     return score(lambda kernel, w, moved: moved, kernels, params, accumulated)
@@ -194,20 +143,10 @@ def movement(kernels: Kernels, params: Any, accumulated: Any) -> Any:
 def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
     """Adds −w · g of one step, for `movement`.
 
-    Args:
-      accumulated: The sum so far, shaped like `params`; at first zeros. May hold
-        `optax.MaskedNode()` where nothing is pruned.
-      params: Parameters w that the gradients were taken at.
-      gradients: Gradients g of the loss, shaped like `params`.
-
-    Returns:
-      The new sum, with the dtypes of `accumulated`. What is not floating is returned as it was.
-
-    Raises:
-      ValueError: If `accumulated` or `gradients` has another structure than `params`.
+    The sum so far is shaped like `params`, at first zeros, and keeps its dtypes; it may hold
+    `optax.MaskedNode()` where nothing is pruned. What is not floating is returned as it was.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params, gradients = {'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])}
       >>> accumulate_movement({'w': jnp.zeros((1, 2))}, params, gradients)
       {'w': Array([[-3.,  1.]], dtype=float32)}
@@ -223,3 +162,26 @@ def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
         return moved - step.astype(moved.dtype)
 
     return core.map_with_path(add, accumulated, params, gradients)
+
+
+def _of_examples(given: Given) -> Any:
+    def loss(params, example):
+        return given.needed("loss")(params, *jax.tree.map(lambda leaf: leaf[None], example))
+
+    mean = jax.jit(functools.partial(mean_squared_gradients, loss))
+    means = [mean(given.params, tuple(batch)) for batch in given.needed("batches")]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *means)
+
+
+CRITERIA |= {
+    "taylor": lambda given: taylor(given.kernels, given.params, given.gradients()),
+    "snip": lambda given: snip(given.kernels, given.params, given.gradients()),
+    "grasp": lambda given: grasp(
+        given.kernels,
+        given.params,
+        jax.jit(lambda params: hessian_gradient(given.kernels, given.mean_loss, params))(
+            given.params
+        ),
+    ),
+    "fisher": lambda given: fisher(given.kernels, given.params, _of_examples(given)),
+}

@@ -1,6 +1,7 @@
-"""What every criterion shares: which leaves are scored, and in what."""
+"""What every criterion shares: which leaves are scored, in what, and by which name."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +15,58 @@ Kernels = Mapping[str, core.Kernel]
 """`core.trace(...).kernels`, or some of them: what is scored."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a criterion by name works its scores out from; it asks for what it needs.
+
+    Attributes:
+      kernels: `core.trace(fn, params, ...).kernels`.
+      params: Pytree of parameters.
+      fn: fn(params, *batch) -> outputs, in evaluation mode.
+      loss: loss(params, *batch) -> (), a mean over the batch.
+      batches: Tuples of arrays with a leading axis B.
+      key: A key of `jax.random.key`, for what is random.
+
+    Example:
+      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[1.0], [-2.0]])}
+      >>> x = jnp.array([[3.0, 0.5]])
+      >>> graph = core.trace(fn, params, x)
+      >>> CRITERIA['wanda'](Given(graph.kernels, params, fn, batches=[(x,)]))['w'].tolist()
+      [[3.0], [1.0]]
+    """
+
+    kernels: Kernels
+    params: Any
+    fn: Callable[..., Any] | None = None
+    loss: Callable[..., jax.Array] | None = None
+    batches: Sequence[tuple[Any, ...]] | None = None
+    key: jax.Array | None = None
+
+    def needed(self, name: str) -> Any:
+        """The attribute of that name, which a criterion cannot do without."""
+        if (value := getattr(self, name)) is None:
+            raise ValueError(f"given must have {name} for this criterion, got none")
+        return value
+
+    def mean_loss(self, params: Any) -> jax.Array:
+        """The mean of the loss over the batches."""
+        loss, batches = self.needed("loss"), self.needed("batches")
+        return sum(loss(params, *batch) for batch in batches) / len(batches)
+
+    def gradients(self) -> Any:
+        """Those of the mean loss."""
+        return jax.jit(core.fast_convolutions(gradient(self.mean_loss)))(self.params)
+
+
+CRITERIA: dict[str, Callable[[Given], Any]] = {}
+"""Every criterion of a network as it is, by name; open to users: `CRITERIA['mine'] = f`."""
+
+
 def score(f: Callable[..., jax.Array], kernels: Kernels, params: Any, *rest: Any) -> Any:
     """Maps `f(kernel, leaf, *rest)` over the kernels, leaves and those of `rest` in float32.
 
     Where they are known they are NumPy's, so `f` uses what both kinds of arrays have. What is no
     kernel, and where `params` or one of `rest` holds `optax.MaskedNode()`, has none.
-
-    Raises:
-      ValueError: If there is no kernel, or `params` has not its path and shape.
     """
     paths = core.flatten_paths(params)
     if not kernels:
@@ -61,12 +106,33 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def check_statistics(name: str, params: Any, statistics: Any) -> None:
-    """Raises unless `statistics` have the paths and shapes of `params`, or `MaskedNode` there.
+def gradient(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """`jax.grad` by the floating leaves; integers, of which there is none, stay as they are."""
 
-    Raises:
-      ValueError: Names the first path that differs, and how.
-    """
+    def of(params, *args):
+        floats, join = floating(params)
+        found = jax.grad(lambda own: f(join(own), *args), has_aux=has_aux)(floats)
+        return (join(found[0]), found[1]) if has_aux else join(found)
+
+    return of
+
+
+def floating(params: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The floating leaves, and what puts others in their place."""
+    leaves, structure = jax.tree.flatten(params)
+    floats = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+
+    def join(own):
+        rest = iter(own)
+        return structure.unflatten(
+            [next(rest) if is_float else leaf for is_float, leaf in zip(floats, leaves)]
+        )
+
+    return [leaf for is_float, leaf in zip(floats, leaves) if is_float], join
+
+
+def check_statistics(name: str, params: Any, statistics: Any) -> None:
+    """Raises unless `statistics` have the paths and shapes of `params`, or `MaskedNode` there."""
     expected, got = core.flatten_paths(params), core.flatten_paths(statistics)
     for path in [*expected, *got]:
         if path not in expected or path not in got:

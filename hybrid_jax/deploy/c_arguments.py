@@ -1,0 +1,103 @@
+"""What the C function of a program takes and fills: one array for each input and output."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hybrid_jax.deploy import c_text
+from hybrid_jax.program import AveragePool, Conv, MaxPool, Program, Transpose
+
+
+class Argument(NamedTuple):
+    """An array of one example, row by row.
+
+    Attributes:
+      name: In C: 'input' or 'output', of several with the name of the edge behind it.
+      dtype: Of its entries.
+      shape: Without the batch.
+      order: Where the channels of an image are, as a remark; empty of what is none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    order: str = ""
+
+    @property
+    def type(self) -> str:
+        """Of an entry in C; a bool is 0 or 1 in a byte."""
+        return c_text.TYPES[self.dtype]
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
+    def description(self) -> str:
+        """Shape, dtype and order."""
+        shape = " x ".join(map(str, self.shape)) or "1"
+        return f"{shape} {self.dtype}{self.order}"
+
+
+def inputs(program: Program) -> list[Argument]:
+    """One for each input: uint8 where the traced function takes that, else float32."""
+    names = _names("input", program.inputs)
+    return [
+        Argument(
+            name,
+            "uint8" if program.tensors[edge].dtype == "uint8" else "float32",
+            program.tensors[edge].shape,
+            _order(program, edge),
+        )
+        for name, edge in zip(names, program.inputs, strict=True)
+    ]
+
+
+def outputs(program: Program) -> list[Argument]:
+    """One for each output, of the traced function's dtype; of floats float32."""
+    names, tensors = _names("output", program.outputs), program.tensors
+    dtypes = [tensors[edge].dtype for edge in program.outputs]
+    return [
+        Argument(name, dtype if dtype in c_text.TYPES else "float32", tensors[edge].shape)
+        for name, edge, dtype in zip(names, program.outputs, dtypes, strict=True)
+    ]
+
+
+def _names(kind, edges):
+    """C names, each once; what is no letter, digit or underscore becomes an underscore."""
+    if len(edges) == 1:
+        return [kind]
+    found: dict[str, None] = {}
+    for edge in edges:
+        name = first = f"{kind}_{re.sub('[^A-Za-z0-9_]', '_', edge)}"
+        count = 1
+        while name in found:
+            count += 1
+            name = f"{first}_{count}"
+        found[name] = None
+    return list(found)
+
+
+def _order(program, edge):
+    """How the first operations that need to know take an image."""
+    if len(program.tensors[edge].shape) != 3:
+        return ""
+    for op in _takers(program, edge):
+        if isinstance(op, Conv | MaxPool | AveragePool):
+            return ", channels last"
+        if isinstance(op, Transpose) and op.permutation == (1, 2, 0):
+            return ", channels first"
+    return ""
+
+
+def _takers(program, edge) -> Iterator:
+    """What reads an edge, or what comes of it entry by entry in the same order of axes."""
+    readers, todo = program.readers, [edge]
+    for name in todo:
+        for op in readers[name]:
+            yield op
+            same = program.tensors[op.output].shape == program.tensors[edge].shape
+            if op.in_place and same and op.output not in todo:
+                todo.append(op.output)

@@ -1,0 +1,187 @@
+"""Convolutions, dense layers and pools in C.
+
+Of integers they are calls of the functions in kernels.c with constant descriptors, of floats loops
+over the entries of each window that lie on the input.
+"""
+
+import numpy as np
+
+from hybrid_jax.deploy import c_text
+from hybrid_jax.deploy.c_context import Context, clamped, result
+from hybrid_jax.deploy.packed import pack_bits
+from hybrid_jax.program import AveragePool, Conv, Dense, Encoding, MaxPool, arithmetic, integer_step
+
+_ONE = Encoding(1.0)
+
+
+def weighted(op: Conv | Dense, context: Context) -> str:
+    """A convolution or dense layer."""
+    if context.in_floats(op):
+        return _weighted_floats(op, context)
+    (x,), y, weights = op.inputs, op.output, op.weights
+    encoding, output = context.encoding(x), context.encoding(y)
+    rows, features = kernels(op), weights.values.shape[-1]
+    packed = y in context.plan.scratch
+    factor = arithmetic.multiplier(encoding.scale, weights.scale, output=output or _ONE)
+    constants = context.constants
+    layer = {
+        "weights": constants.array("weights", _pack(rows) if packed else rows),
+        "bias": constants.array("bias", arithmetic.integer_bias(weights, encoding)),
+        "multiplier": constants.array("multiplier", np.broadcast_to(factor, features)),
+        "groups": getattr(op, "groups", 1),
+        "packed": int(packed),
+        "zero": encoding.zero_point,
+    }
+    function = "depthwise" if _is_depthwise(op) else "conv"
+    scratch = f"arena.bytes + {context.plan.scratch[y]}" if packed else "0"
+    ends = f"{context.operand(x).pointer}, {context.operand(y).pointer}"
+    return c_text.block(
+        constants.descriptor("Window", _window(op, context)),
+        constants.descriptor("Layer", layer),
+        constants.descriptor("Result", result(output, op.clip)),
+        f"{function}({ends}, &window, &layer, &result, {scratch});",
+    )
+
+
+def kernels(op: Conv | Dense) -> np.ndarray:
+    """int8 (O, kh · kw · C / groups), or (1, kh · kw · C) of a depthwise convolution."""
+    values = op.weights.values
+    if _is_depthwise(op):
+        return values.reshape(1, -1)
+    return np.ascontiguousarray(np.moveaxis(values, -1, 0)).reshape(values.shape[-1], -1)
+
+
+def _is_depthwise(op):
+    """Whether each channel makes one, so that the channels lie side by side in the kernel too."""
+    return (
+        isinstance(op, Conv)
+        and op.groups == op.weights.values.shape[-1] > 1 == (op.weights.values.shape[2])
+    )
+
+
+def _pack(rows):
+    """Two eighths of entries to a byte, the low half first, each row from a whole byte."""
+    return pack_bits(rows // integer_step(4), 4).view(np.int8)
+
+
+def max_pool(op: MaxPool, context: Context) -> str:
+    """The largest of each window."""
+    if context.in_floats(op):
+        return _windows(op, context, "-INFINITY", "value = larger({x}, value)", "value")
+    return c_text.block(
+        context.constants.descriptor("Window", _window(op, context)),
+        f"max_pool({_ends(op, context)}, &window);",
+    )
+
+
+def average_pool(op: AveragePool, context: Context) -> str:
+    """The mean of each window."""
+    (x,), (height, width) = op.inputs, op.window
+    count = height * width if op.count_padding else 0
+    if context.in_floats(op):
+        step = "value += {x}" if count else "value += {x};\ncount++"
+        return _windows(op, context, "0.0f", step, f"value / {count or 'count'}")
+    encoding, output = context.encoding(x), context.encoding(op.output)
+    scales = (c_text.literal(np.float32(e.scale)) for e in (encoding, output or _ONE))
+    return c_text.block(
+        context.constants.descriptor("Window", _window(op, context)),
+        context.constants.descriptor("Result", result(output)),
+        f"average_pool({_ends(op, context)}, &window, "
+        f"{encoding.zero_point}, {', '.join(scales)}, {count}, &result);",
+    )
+
+
+def _ends(op, context):
+    return ", ".join(operand.pointer for operand in context.pair(op).values())
+
+
+def _window(op, context):
+    shape, output, *sides = _geometry(op, context)
+    down, across = (
+        dict(
+            zip(
+                ("length", "outputs", "window", "stride", "padding", "dilation"),
+                (shape[i], output[i], *(side[i] for side in sides)),
+                strict=True,
+            )
+        )
+        for i in range(2)
+    )
+    for axis in (down, across):
+        axis["padding"] = axis["padding"][0]
+    return {"down": down, "across": across, "channels": shape[2], "features": output[2]}
+
+
+def _geometry(op, context):
+    """(H, W, C), (H', W', O), window, strides, padding, dilation; of a dense layer one place."""
+    shape, output = context.shape(op.inputs[0]), context.shape(op.output)
+    once, none = (1, 1), ((0, 0), (0, 0))
+    if isinstance(op, Dense):
+        return (1, 1, *shape), (1, 1, *output), once, once, none, once
+    if isinstance(op, Conv):
+        return shape, output, op.weights.values.shape[:2], op.strides, op.padding, op.dilation
+    return shape, output, op.window, op.strides, op.padding, once
+
+
+def _weighted_floats(op, context):
+    weights = op.weights
+    values = np.asarray(weights.values)
+    if weights.scale is not None:
+        values = values.astype(np.float32) * weights.scale
+    arrays = [
+        context.constants.array(*pair) for pair in (("weights", values), ("bias", weights.bias))
+    ]
+    value = clamped("value", op.clip)
+    return _windows(op, context, "{b}", "value += {x} * {w}", value, arrays)
+
+
+def _windows(op, context, start, step, value, arrays=()):
+    """Of each window a start, a statement for each entry on the input, and the result.
+
+    Of a pool each channel is a group of its own.
+    """
+    shape, output, window, strides, padding, dilation = _geometry(op, context)
+    (height, width, channels), features = shape, output[2]
+    groups = getattr(op, "groups", 1) if arrays else channels
+    depth, each_makes = channels // groups, features // groups
+    line = width * channels
+    (top, _), (left, _) = padding
+    x, y = context.operand(op.inputs[0]), context.operand(op.output)
+    (rows, columns), (below, beside) = strides, dilation
+    places = x.offset - top * line - left * channels
+    # {letter: operand along the places of the result, its strides along those of the window}.
+    made = {
+        "x": (
+            c_text.Operand(x.array, places, (rows * line, columns * channels, depth, 0)),
+            (below * line, beside * channels, 1),
+        )
+    }
+    for letter, array in zip("wb", arrays, strict=False):
+        inside = (window[1] * depth * features, depth * features, features)
+        made[letter] = c_text.Operand(array, 0, (0, 0, each_makes, 1)), inside
+    outside = max(max(pair) for pair in padding) > 0
+    if outside:
+        made["r"] = c_text.Operand("", -top, (rows, 0, 0, 0)), (below, 0, 0)
+        made["c"] = c_text.Operand("", -left, (0, columns, 0, 0)), (0, beside, 0)
+    y_strides = (output[1] * features, features, each_makes, 1)
+    operands = {letter: operand for letter, (operand, _) in made.items()}
+    operands["y"] = y._replace(strides=y_strides)
+
+    def tap(at):
+        entries = {letter: operand.entry for letter, operand in at.items()}
+        statements = step.format(**entries) + ";"
+        if not outside:
+            return statements
+        on = f"(uint32_t)({at['r'].index}) < {height}u && (uint32_t)({at['c'].index}) < {width}u"
+        return f"if ({on}) {c_text.block(statements)}"
+
+    def entry(at):
+        along = {k: at[k]._replace(strides=inner) for k, (_, inner) in made.items() if k != "b"}
+        lines = [
+            f"float value = {start.format(**{k: operand.entry for k, operand in at.items()})};",
+            c_text.each((*window, depth), along, tap, "k"),
+            f"{at['y'].entry} = {value};",
+        ]
+        return "\n".join(["int32_t count = 0;"] * ("count" in value) + lines)
+
+    return c_text.each((*output[:2], groups, each_makes), operands, entry)

@@ -1,0 +1,239 @@
+"""An inference graph evaluated in JAX: in floats, as a device rounds them, and in its integers.
+
+One walk serves all; what differs is how an operation is computed. The functions jit, vmap and
+export like any other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax.program import arithmetic, forms
+from hybrid_jax.program.graph import Mixture, Params, Program
+from hybrid_jax.program.operations import Conv, Dense, compute, convert, rounded
+
+Forms = Mapping[str, str] | Sequence[Mapping[str, str]]
+Rule = Callable[..., jax.Array]
+
+
+def edges(program: Program, inputs: Sequence[jax.Array], rule: Rule = compute) -> dict[str, Any]:
+    """Every edge of a program by name, (B, …): uint8 where encoded, else float32.
+
+    Args:
+      program: The program.
+      inputs: One array (B, …) for each of its inputs.
+      rule: What computes an operation: rule(op, values, encodings, output), as `compute` does.
+
+    Raises:
+      ValueError: If the inputs are not of the program's number, shapes and dtypes.
+    """
+    values = {}
+    for name, x in zip(program.inputs, check_inputs(program, inputs), strict=True):
+        x = jnp.asarray(x).astype(jnp.float32)
+        values[name] = convert(x, None, program.encoding(name))
+    for op in program.operations:
+        encodings = [program.encoding(name) for name in op.inputs]
+        operands = [values[name] for name in op.inputs]
+        values[op.output] = rule(op, operands, encodings, program.encoding(op.output))
+    return values
+
+
+def check_inputs(program: Program, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Returns the inputs if they are those of the program.
+
+    Raises:
+      ValueError: If not.
+    """
+    if len(inputs) != len(program.inputs):
+        raise ValueError(f"inputs must be {len(program.inputs)} arrays, got {len(inputs)}")
+    for name, x in zip(program.inputs, inputs, strict=True):
+        wanted = program.tensors[name]
+        if jnp.shape(x)[:1] == () or jnp.shape(x)[1:] != wanted.shape:
+            shape = ", ".join(map(str, ("B", *wanted.shape)))
+            raise ValueError(f"{name} must have shape ({shape}), got {jnp.shape(x)}")
+        dtype = np.dtype(jnp.result_type(x))
+        if (np.dtype(wanted.dtype) == np.uint8) != (dtype == np.uint8):
+            raise ValueError(f"{name} must be of dtype {wanted.dtype}, got {dtype}")
+    return inputs
+
+
+def results(program: Program, values: Mapping[str, jax.Array]) -> jax.Array | tuple[jax.Array, ...]:
+    """What a program returns, of the dtypes of the traced function; one array if it is one."""
+    outs = []
+    for name in program.outputs:
+        tensor = program.tensors[name]
+        y = convert(values[name], tensor.encoding, None)
+        outs.append(y if tensor.dtype == "float32" else y.astype(tensor.dtype))
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def apply(program: Program, params: Params, *inputs: jax.Array) -> Any:
+    """What a program in floats returns with these weights; differentiable in both.
+
+    Example:
+      >>> from hybrid_jax import program as p
+      >>> fn = lambda params, x: x @ params['w'] + 1
+      >>> net = p.lower(fn, {'w': jnp.ones((2, 1))}, jnp.ones((1, 2)))
+      >>> apply(net, net.params, jnp.ones((1, 2)))
+      Array([[3.]], dtype=float32)
+    """
+    made = program.replace(params)
+    return results(made, edges(made, inputs))
+
+
+def run(program: Program | Mixture, forms: Forms | None = None) -> Callable[..., Any]:
+    """The function that a program stands for, in integers to the last bit what a device computes.
+
+    Args:
+      program: In floats, in integers or mixed. A mixture runs the gate and one expert an image.
+      forms: {name of a convolution: 'conv' or 'matmul'}, as `fastest` measures them; of a mixture
+        for the gate and for each expert. What is not named is a 'conv'.
+
+    Returns:
+      fn(*inputs) -> outputs, float32 (B, …), pure. A NaN in the gate's output for an image makes
+      its result NaN. A NaN that is quantized becomes the zero point.
+
+    Raises:
+      ValueError: If `forms` name what is no convolution or an unknown form, or are too few.
+
+    Example:
+      >>> from hybrid_jax.program import Convert, Dense, Encoding, Program, Tensor, Weights
+      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
+      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
+      >>> run(Program('x', 'y', tensors, steps))(jnp.array([[1.0, 2.1]]))
+      Array([[5.]], dtype=float32)
+    """
+    return _function(program, forms, compute)
+
+
+def simulate(program: Program | Mixture, forms: Forms | None = None) -> Callable[..., Any]:
+    """The fake-quantized twin of `run`: the same steps on float32 values.
+
+    What is encoded is rounded to its encoding's values and stays a float; kernels are the floats
+    that their integers stand for, and biases are rounded to steps of the sums. For targets without
+    integer kernels, and to see what integer sums change: a value next to half a step may fall on
+    the other side.
+
+    Args:
+      program: As for `run`.
+      forms: As for `run`.
+
+    Returns:
+      fn(*inputs) -> outputs, as `run` returns.
+
+    Example:
+      >>> from hybrid_jax.program import Convert, Encoding, Program, Tensor
+      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((2,))}
+      >>> steps = (Convert(('x',), 'q'), Convert(('q',), 'y'))
+      >>> simulate(Program('x', 'y', tensors, steps))(jnp.array([[0.3, 99.0]]))
+      Array([[ 0.25, 31.75]], dtype=float32)
+    """
+    return _function(program, forms, in_floats)
+
+
+def in_floats(op: Any, values: list, encodings: list, output: Any, **options: Any) -> jax.Array:
+    """An operation of what is encoded, on the floats that the integers stand for."""
+    if isinstance(op, Conv | Dense) and encodings[0] is not None:
+        step = np.float32(encodings[0].scale) * op.weights.scale
+        bias = (arithmetic.integer_bias(op.weights, encodings[0]) * step).astype(np.float32)
+        op = dataclasses.replace(op, weights=dataclasses.replace(op.weights, bias=bias))
+    return rounded(op.floats(*values, **options), output)
+
+
+def _function(program, given, rule):
+    if isinstance(program, Mixture):
+        count = len(program.parts)
+        given = [{}] * count if given is None else given
+        if isinstance(given, Mapping) or len(given) != count:
+            raise ValueError(f"forms must be {count} mappings, of gate and experts, got {given}")
+        gate, *fns = (_function(*pair, rule) for pair in zip(program.parts, given, strict=True))
+        return lambda x: core.one_by_one(functools.partial(_one_of, gate, fns), x)
+    given = {} if given is None else given
+    _check_forms(given, program)
+
+    def formed(op, *rest):
+        options = {"form": given[op.name]} if getattr(op, "name", None) in given else {}
+        return rule(op, *rest, **options)
+
+    def fn(*inputs):
+        values = edges(program, inputs, formed)
+        if rule is compute:
+            return results(program, values)
+        plain = {name: dataclasses.replace(t, encoding=None) for name, t in program.tensors.items()}
+        return results(dataclasses.replace(program, tensors=plain), values)
+
+    return fn
+
+
+def _one_of(gate, fns, image):
+    """What the function of the gate's largest score makes of an image; NaN where a score is NaN."""
+    scores = gate(image)
+    y = jax.lax.switch(jnp.argmax(scores[0]), fns, image)
+    return jnp.where(jnp.isnan(scores).any(), jnp.nan, y)
+
+
+def fastest(
+    program: Program | Mixture, batch: int = 1, choices: core.Choices | None = None
+) -> dict[str, str] | list[dict[str, str]]:
+    """Measures which form of each convolution is the fastest on the default backend.
+
+    Each shape is compiled in both forms and timed by turns, once on each machine.
+
+    Args:
+      program: In floats, in integers or mixed.
+      batch: Images for each call. A mixture runs its experts with one image at a time.
+      choices: Where what is measured is kept; None for `core.CHOICES`.
+
+    Returns:
+      {name of the convolution: 'conv' or 'matmul'}, as `run(program, forms)` takes it; of a mixture
+      a list, for the gate and for each expert.
+
+    Raises:
+      ValueError: If `batch` is not an integer of at least 1.
+
+    Example:
+      >>> from hybrid_jax.program import Conv, Program, Tensor, Weights
+      >>> weights = Weights(np.ones((3, 3, 1, 2), np.float32), None, np.zeros(2, np.float32))
+      >>> tensors = {'x': Tensor((4, 4, 1)), 'y': Tensor((2, 2, 2))}
+      >>> program = Program('x', 'y', tensors, (Conv(('x',), 'y', 'stem', weights),))
+      >>> fastest(program)['stem'] in forms.FORMS
+      True
+    """
+    core.check_integer("batch", batch, 1)
+    if isinstance(program, Mixture):
+        return [fastest(part, choices=choices) for part in program.parts]
+    choices = core.CHOICES if choices is None else choices
+    return {
+        op.name: _measured(choices, batch, program, op)
+        for op in program.weighted
+        if isinstance(op, Conv)
+    }
+
+
+def _measured(choices, batch, program, op):
+    shape = (batch, *program.tensors[op.inputs[0]].shape)
+    dtype = np.float32 if program.encoding(op.inputs[0]) is None else np.int8
+    kernel = np.arange(op.weights.values.size) % 5 - 2
+    kernel = kernel.reshape(op.weights.values.shape).astype(dtype)
+    ways = {
+        form: lambda x, form=form: forms.convolve(op, x, jnp.asarray(kernel), form=form)
+        for form in forms.FORMS
+    }
+    asked = f"deployed convolution: {np.dtype(dtype)} {shape} by {kernel.shape}, "
+    asked += f"{op.strides}, {op.padding}, {op.dilation}, {op.groups}"
+    return choices.choose(asked, ways, jax.ShapeDtypeStruct(shape, dtype))
+
+
+def _check_forms(asked, program):
+    """Raises ValueError if a name is no convolution of the program, or its form is unknown."""
+    names = [op.name for op in program.weighted if isinstance(op, Conv)]
+    for name, form in asked.items():
+        core.check_choice("operation of forms", name, names)
+        core.check_choice(f"form of {name!r}", form, forms.FORMS)

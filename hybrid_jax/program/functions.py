@@ -1,0 +1,144 @@
+"""Functions of each value: what element-wise primitives compute, in NumPy and in JAX alike.
+
+A chain of element-wise equations over one tensor is one function of one value, whatever wrote it:
+GELU, hard-swish, a leaky ReLU, a square root after an addition. It is kept as its steps, so that
+nothing has to be recognized. Of integers it is a table.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+
+class Step(NamedTuple):
+    """One step of an expression.
+
+    Attributes:
+      name: Of a row of `FUNCTIONS`.
+      operands: Places of its operands among the inputs, the constants and the steps before it.
+      options: (name, value) pairs that the row takes beside them.
+    """
+
+    name: str
+    operands: tuple[int, ...]
+    options: tuple[tuple[str, int | str], ...] = ()
+
+
+def evaluate(steps: Sequence[Step], values: Sequence[Any]) -> Any:
+    """The result of the last step.
+
+    Args:
+      steps: The steps; without any the result is the first value.
+      values: Inputs and constants; of NumPy, then all is computed there, or of JAX. They broadcast.
+
+    Example:
+      >>> halved = [Step('exp', (0,)), Step('mul', (2, 1))]
+      >>> print(evaluate(halved, [np.float64(0.0), np.float64(0.5)]))
+      0.5
+    """
+    made = list(values)
+    for step in steps:
+        operands = [made[place] for place in step.operands]
+        library = jnp if any(isinstance(x, jax.Array) for x in operands) else np
+        made.append(FUNCTIONS[step.name](library, *operands, **dict(step.options)))
+    return made[-1] if steps else made[0]
+
+
+def _special(name):
+    def call(library, *operands):
+        module = jax.scipy.special if library is jnp else scipy.special
+        return getattr(module, name)(*operands)
+
+    return call
+
+
+def _plain(name):
+    return lambda library, *operands: getattr(library, name)(*operands)
+
+
+def _logistic(library, x):
+    # Of NumPy's only the branch that does not overflow.
+    return jax.nn.sigmoid(x) if library is jnp else scipy.special.expit(x)
+
+
+def _div(library, x, y):
+    if not library.issubdtype(library.result_type(x, y), np.integer):
+        return x / y
+    # Of integers towards zero, as in C.
+    return (library.sign(x) * library.sign(y) * (abs(x) // abs(y))).astype(x.dtype)
+
+
+def _round(library, x, rounding_method):
+    if rounding_method == "TO_NEAREST_EVEN":
+        return library.round(x)
+    return library.sign(x) * library.floor(abs(x) + 0.5)
+
+
+def _convert(library, x, new_dtype):
+    if library is np and new_dtype.startswith(("float", "bfloat")):
+        return np.asarray(x, np.float64)
+    info = np.dtype(new_dtype)
+    if np.issubdtype(info, np.integer) and library.issubdtype(x.dtype, np.floating):
+        limits = np.iinfo(info)
+        whole = library.clip(library.trunc(x), limits.min, limits.max)
+        # The greatest integer of 32 bits is no float of 32.
+        top = library.asarray(limits.max, info)
+        return library.where(x >= limits.max, top, whole.astype(info))
+    return library.asarray(x).astype(info)
+
+
+def _select(library, which, *cases):
+    if len(cases) == 2:
+        return library.where(which, cases[1], cases[0])
+    return library.choose(which.astype(np.int32), list(cases), mode="clip")
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{
+        name: _plain(name)
+        for name in (
+            *("abs", "sign", "floor", "ceil", "exp", "exp2", "log", "log1p", "expm1", "sqrt"),
+            *("cbrt", "square", "tanh", "sin", "cos", "tan", "sinh", "cosh"),
+        )
+    },
+    **{name: _plain(f"arc{name[1:]}") for name in ("asin", "acos", "atan", "asinh", "acosh")},
+    "atanh": _plain("arctanh"),
+    "atan2": _plain("arctan2"),
+    "rsqrt": lambda library, x: 1 / library.sqrt(x),
+    "neg": lambda library, x: -x,
+    "logistic": _logistic,
+    "erf": _special("erf"),
+    "erfc": _special("erfc"),
+    "is_finite": _plain("isfinite"),
+    "round": _round,
+    "integer_pow": lambda library, x, y: x**y,
+    "pow": lambda library, x, y: library.power(x, y),
+    "add": lambda library, x, y: x + y,
+    "sub": lambda library, x, y: x - y,
+    "mul": lambda library, x, y: x * y,
+    "div": _div,
+    "rem": _plain("fmod"),
+    "max": _plain("maximum"),
+    "min": _plain("minimum"),
+    "clamp": lambda library, low, x, high: library.minimum(library.maximum(x, low), high),
+    "eq": lambda library, x, y: x == y,
+    "ne": lambda library, x, y: x != y,
+    "lt": lambda library, x, y: x < y,
+    "le": lambda library, x, y: x <= y,
+    "gt": lambda library, x, y: x > y,
+    "ge": lambda library, x, y: x >= y,
+    "and": lambda library, x, y: x & y,
+    "or": lambda library, x, y: x | y,
+    "xor": lambda library, x, y: x ^ y,
+    "not": lambda library, x: ~x,
+    "select_n": _select,
+    "convert_element_type": _convert,
+}
+"""{primitive: function(library, *operands, **options)}, of NumPy in float64."""
+
+FIXED = {"logistic": (1 / 256, 0), "tanh": (1 / 128, 128)}
+"""{function of one step: scale and zero point that its kernel in LiteRT returns}."""

@@ -1,0 +1,233 @@
+"""The inference graph: operations between named edges, in floats or integers, for every target.
+
+Shapes are those of one example, without the batch; images are (H, W, C) whatever the traced
+function preferred. An encoded edge holds unsigned integers q for the values
+scale · (q − zero_point); the others are float32.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from hybrid_jax.program.encoding import Encoding, Tensor, Weights
+from hybrid_jax.program.operations import Constant, Conv, Dense, Function, Operation
+
+Params = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """How the kernel of an operation comes from that of the traced function.
+
+    Attributes:
+      site: The site's name; None of a kernel without parameters.
+      order: The transposition of the traced kernel that ends in (…, inputs, outputs).
+      sizes: Lengths of the traced kernel.
+      before: (scale, shift) of its input that the kernel has taken in; None without.
+      copies: How often its outputs stand in the kernel, one after the other: once for each phase
+        of a transposed convolution.
+      scale: float32 (O,), by which what follows the site multiplies.
+    """
+
+    site: str | None
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+    before: tuple[Any, Any] | None = None
+    copies: int = 1
+    scale: Any = None
+
+    def outputs(self, entries: Any) -> np.ndarray:
+        """What broadcasts to the traced kernel, for each output of the kernel here: (O,)."""
+        whole = np.broadcast_to(np.asarray(entries), self.sizes).transpose(self.order)
+        return np.tile(whole.reshape(-1, len(self.scale) // self.copies)[0], self.copies)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """An inference graph.
+
+    Attributes:
+      inputs: Names of the edges that it is given; a single name stands for a tuple of one.
+      outputs: Names of the edges that it returns, float32 unless one is returned as it is stored.
+      tensors: {name: shape, encoding and dtype} of the edges.
+      operations: In an order in which they can run.
+      sources: {output of a convolution or dense layer: how its kernel comes from the traced one}.
+      joins: {edge: the join of the traced function that it is}.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    operations: tuple[Operation, ...]
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    joins: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for end in ("inputs", "outputs"):
+            names = getattr(self, end)
+            if isinstance(names, str):
+                object.__setattr__(self, end, (names,))
+
+    @property
+    def parts(self) -> tuple["Program", ...]:
+        """The programs that it consists of: itself."""
+        return (self,)
+
+    @property
+    def input(self) -> str:
+        """The only input."""
+        (name,) = self.inputs
+        return name
+
+    @property
+    def output(self) -> str:
+        """The only output."""
+        (name,) = self.outputs
+        return name
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example of the only input."""
+        return self.tensors[self.input].shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one example of the only output."""
+        return self.tensors[self.output].shape
+
+    @property
+    def weighted(self) -> Iterator[Conv | Dense]:
+        """The convolutions and dense layers, in running order."""
+        return (op for op in self.operations if isinstance(op, Conv | Dense))
+
+    @property
+    def makers(self) -> dict[str, Operation]:
+        """{edge: the operation that makes it}."""
+        return {op.output: op for op in self.operations}
+
+    @property
+    def readers(self) -> dict[str, list[Operation]]:
+        """{edge: the operations that read it}, each as often as it does."""
+        found: dict[str, list[Operation]] = collections.defaultdict(list)
+        for op in self.operations:
+            for name in op.inputs:
+                found[name].append(op)
+        return found
+
+    @property
+    def params(self) -> Params:
+        """Its weights: {output of an operation: {'kernel', 'bias', 'value' or a number: array}}.
+
+        They are trained, and put back by `replace`.
+        """
+        found = {op.output: leaves(op) for op in self.operations}
+        return {name: own for name, own in found.items() if own}
+
+    def replace(self, params: Params) -> "Program":
+        """The same graph with other weights, which may be traced."""
+        operations = [
+            with_leaves(op, params[op.output]) if op.output in params else op
+            for op in self.operations
+        ]
+        return dataclasses.replace(self, operations=tuple(operations))
+
+    def encoding(self, name: str) -> Encoding | None:
+        """The encoding of the edge of that name."""
+        return self.tensors[name].encoding
+
+    def __repr__(self) -> str:
+        kinds = collections.Counter(type(op).__name__ for op in self.operations)
+        ends = [
+            ", ".join(f"{name} {self.tensors[name].shape}" for name in names)
+            for names in (self.inputs, self.outputs)
+        ]
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"Program({ends[0]} -> {ends[1]}: {counts})"
+
+
+def leaves(op: Operation) -> dict[str, Any]:
+    """The arrays of an operation that can be trained, by name."""
+    if isinstance(op, Conv | Dense) and op.weights.scale is None:
+        return {"kernel": op.weights.values, "bias": op.weights.bias}
+    if isinstance(op, Constant):
+        return {"value": op.value}
+    if isinstance(op, Function):
+        floats = (
+            (str(i), constant)
+            for i, constant in enumerate(op.constants)
+            if np.issubdtype(constant.dtype, np.floating)
+        )
+        return dict(floats)
+    return {}
+
+
+def with_leaves(op: Operation, own: Mapping[str, Any]) -> Operation:
+    """The operation with other arrays."""
+    if isinstance(op, Conv | Dense):
+        return dataclasses.replace(op, weights=Weights(own["kernel"], None, own["bias"]))
+    if isinstance(op, Constant):
+        return dataclasses.replace(op, value=own["value"])
+    constants = tuple(own.get(str(i), constant) for i, constant in enumerate(op.constants))
+    return dataclasses.replace(op, constants=constants)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """A gate, and experts of which one runs for each image: that of the gate's largest output.
+
+    Attributes:
+      gate: Its outputs are (E,); ties go to the lowest index.
+      experts: E programs of one input shape and one output shape.
+
+    Raises:
+      ValueError: If the shapes do not fit, or inputs have several dtypes.
+    """
+
+    gate: Program
+    experts: tuple[Program, ...]
+
+    def __post_init__(self):
+        count = self.gate.output_shape
+        if count != (len(self.experts),):
+            raise ValueError(f"gate must return shape ({len(self.experts)},), got {count}")
+        ends = {
+            "input": {program.input_shape for program in self.parts},
+            "output": {program.output_shape for program in self.experts},
+        }
+        for end, shapes in ends.items():
+            if len(shapes) > 1:
+                raise ValueError(f"programs must have one {end} shape, got {sorted(shapes)}")
+        dtypes = sorted({program.tensors[program.input].dtype for program in self.parts})
+        if len(dtypes) > 1:
+            raise ValueError(f"programs must have inputs of one dtype, got {dtypes}")
+
+    @property
+    def parts(self) -> tuple[Program, ...]:
+        """The programs that it consists of: the gate, then the experts."""
+        return (self.gate, *self.experts)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.gate.input_shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.experts[0].output_shape
+
+
+def kernel_bits(program: Program | Mixture) -> list[int]:
+    """Bits of the kernels as `Weights.values` has them, for files that hold them as they are.
+
+    Example:
+      >>> weights = Weights(np.int8([[16]]), np.float32([0.5]), np.float32([1.0]), bits=4)
+      >>> tensors = {'x': Tensor((1,)), 'y': Tensor((1,))}
+      >>> kernel_bits(Program('x', 'y', tensors, (Dense(('x',), 'y', 'dense', weights),)))
+      [8]
+    """
+    kernels = (op.weights.values for part in program.parts for op in part.weighted)
+    return sorted({8 * values.itemsize for values in kernels})

@@ -1,0 +1,349 @@
+"""From an inference graph in floats to one in integers: every edge and kernel as it is stored."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybrid_jax import core
+from hybrid_jax import program as p
+from hybrid_jax.program import evaluate
+from hybrid_jax.program.operations import dequantize, rounded, steps_from_zero
+from hybrid_jax.quantization import grids
+from hybrid_jax.quantization.lookup import range_at
+from hybrid_jax.quantization.plan import Plan, plan, site_of
+from hybrid_jax.quantization.specs import Quantizer, Spec
+
+_SCHEMES = {"weight": ("symmetric", "binary"), "activation": ("affine", "symmetric")}
+
+
+def encode(
+    program: p.Program,
+    spec: Spec,
+    ranges: Mapping[str, Mapping[str, grids.Range]],
+    *inputs: Any,
+    check: bool = True,
+) -> p.Program:
+    """The program in integers.
+
+    The integers of a kernel are those that `fake_quantized` computes with, whatever follows a site
+    is folded into their scales. An edge has the range of the site that takes it, or of its join
+    where `spec` has joins, so that all is rounded as in training; the others have the one that they
+    take for the inputs.
+
+    Args:
+      program: In floats, as `program.lower` returns it.
+      spec: How each site is quantized.
+      ranges: The ranges of sites and joins, as `calibrate` or training left them.
+      *inputs: (B, …), real ones, as the program takes them.
+      check: Whether every operation is compared with its fake-quantized twin on the inputs: given
+        the same integers they differ by one step at most, on one entry in 10⁴.
+
+    Raises:
+      ValueError: If they differ by more, `ranges` lack a site, or a quantizer has no integer
+        kernels (groups, 8-bit floats, dynamic ranges).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax import quantization
+      >>> fn = lambda params, x: x @ params['w']
+      >>> params, x = {'w': jnp.array([[1.0], [0.5]])}, jnp.array([[1.0, 2.0]])
+      >>> spec = quantization.spec(core.trace(fn, params, x))
+      >>> ranges = quantization.calibrate(fn, params, [(x,)], spec)
+      >>> made = encode(p.lower(fn, params, x), spec, ranges, x)
+      >>> [(type(op).__name__, made.encoding(op.output) is None) for op in made.operations]
+      [('Convert', False), ('Dense', True)]
+    """
+    evaluate.check_inputs(program, inputs)
+    core.check_finite("inputs", inputs)
+    planned = plan(program, spec)
+    grids_ = _grids(planned, spec, ranges)
+    weights = {
+        op.output: _integers(op, planned, grids_["weight"]) for op in planned.program.weighted
+    }
+    known = {
+        name: slot.fixed or _of_grid(slot.quantizer, grids_["activation"].get(name))
+        for name, slot in planned.stored.items()
+    }
+    spans = _spans(planned, weights, known, inputs)
+    for name, span in spans.items():
+        known[name] = _of_span(*span)
+    made = _encoded(planned, weights, _within_ratio(known))
+    if check:
+        _verify(made, [np.asarray(x)[:_CHECKED] for x in inputs])
+    return made
+
+
+_CHECKED = 8  # examples
+
+
+def _verify(program: p.Program, inputs) -> None:
+    """Compares each operation's integers with its fake-quantized floats, of the same integers."""
+
+    def compare(*inputs):
+        made, found = evaluate.edges(program, inputs), {}
+        for op in program.operations:
+            output = program.encoding(op.output)
+            encodings = [program.encoding(name) for name in op.inputs]
+            if output is None or None in encodings:
+                continue
+            values = [dequantize(made[n], e) for n, e in zip(op.inputs, encodings, strict=True)]
+            # Before they are rounded: what lies halfway may go either way.
+            floats = evaluate.in_floats(op, values, encodings, None) / np.float32(output.scale)
+            ends = (np.float32(end - output.zero_point) for end in (output.low, output.high))
+            integers = steps_from_zero(made[op.output], output).astype(np.float32)
+            steps = jax.numpy.abs(jax.numpy.clip(floats, *ends) - integers)
+            found[op.output] = steps.max(), (steps > _NEAREST).sum(), steps.size
+        return found
+
+    for name, (most, several, size) in jax.device_get(jax.jit(compare)(*inputs)).items():
+        if most > 1.5 or several > max(_FEW * size, 2):
+            raise ValueError(
+                f"program must compute in integers what it does in floats, got at {name!r} up to "
+                f"{most:.3g} steps of difference, in {several} of {size} entries"
+            )
+
+
+_NEAREST, _FEW = 0.51, 1e-4
+
+
+def _check(role, name, quantizer):
+    if quantizer.scheme not in _SCHEMES[role]:
+        raise ValueError(
+            f"{role} of {name!r} must be {' or '.join(_SCHEMES[role])} to be integers, "
+            f"got {quantizer.scheme}"
+        )
+    if quantizer.group is not None:
+        raise ValueError(
+            f"{role} of {name!r} must have one scale for each output channel, "
+            f"got groups of {quantizer.group}"
+        )
+    if quantizer.learning == "dynamic":
+        raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
+
+
+def _grids(planned: Plan, spec, ranges) -> dict[str, dict[str, Any]]:
+    """{'weight': {output: (integers, scale)}, 'activation': {slot: grid}}.
+
+    All are computed at once: one by one, compiling them takes longer than all else.
+    """
+    spans, kernels, activations = {}, {}, {}
+    for op in planned.program.weighted:
+        quantizer, source = planned.kernels[op.output], planned.program.sources.get(op.output)
+        if quantizer.bits == grids.OFF or source is None:
+            continue
+        title = source.site or op.name
+        _check("weight", title, quantizer)
+        kernel = op.weights.values
+        spans[op.output] = _span_of_kernel(spec, ranges, source, quantizer, kernel)
+        kernels[op.output] = kernel
+    for name, slot in planned.stored.items():
+        span = _span_of_slot(spec, ranges, slot)
+        if span is not None:
+            activations[name] = span
+
+    def compute(spans, kernels, activations):
+        made = {}
+        for name, span in spans.items():
+            grid = planned.kernels[name].grid(span)
+            made[name] = grids.quantize(kernels[name], grid), grid.scale
+        stored = planned.stored
+        return made, {name: stored[name].quantizer.grid(s) for name, s in activations.items()}
+
+    weights, found = jax.device_get(jax.jit(compute)(spans, kernels, activations))
+    return {"weight": weights, "activation": found}
+
+
+def _span_of_kernel(spec, ranges, source, quantizer, kernel):
+    """The range of a kernel as the graph has it, for each output."""
+    rank = (1,) * (kernel.ndim - 1) + (-1,)
+    site = site_of(spec, source)
+    uneven = source.before is not None and np.ndim(source.before[0]) > 0
+    if site is None or uneven:
+        size = np.abs(kernel).max(tuple(range(kernel.ndim - 1)))
+        return grids.Range(-size.reshape(rank), size.reshape(rank))
+    span = range_at(ranges, site.name, "weight", None)
+    factor = np.abs(source.scale)
+    if source.before is not None:
+        factor = factor * np.abs(source.before[0])
+    low, high = (source.outputs(end) * factor for end in span)
+    return grids.Range(np.float32(low).reshape(rank), np.float32(high).reshape(rank))
+
+
+def _span_of_slot(spec, ranges, slot):
+    """The range that a site or a join gives to a slot; None if none does."""
+    if slot.fixed is not None:
+        return None
+    taken = slot.site
+    if slot.join is not None:
+        join = spec[slot.join]
+        shares = join.shares and spec[join.shares].activation.bits == 8
+        taken = taken or (join.shares if shares else None)
+        if taken is None:
+            return range_at(ranges, slot.join, "activation", ())
+    if taken is None:
+        return None
+    _check("activation", taken, slot.quantizer)
+    return range_at(ranges, taken, "activation", ())
+
+
+def _integers(op, planned, made) -> p.Weights:
+    """The integers of a kernel, with what follows it in their scales."""
+    if op.output not in planned.program.sources:
+        return _signs(op.weights)
+    if op.output not in made:
+        return op.weights
+    values, scale = made[op.output]
+    quantizer = planned.kernels[op.output]
+    values = np.asarray(values).astype(np.int32)
+    if quantizer.scheme == "binary":
+        values, scale = 2 * values - 1, scale / np.float32(2)
+    scale = np.broadcast_to(scale.reshape(-1), values.shape[-1:])
+    used = np.maximum(scale, grids.LEAST_SCALE).astype(np.float32)
+    # As large as [−63, 63] holds them, the accumulator's steps are the finest for the bias.
+    bits = _room(values, quantizer.bits)
+    step = p.integer_step(bits)
+    made = (values * step).astype(np.int8)
+    bias = op.weights.bias + _of_before(
+        op, planned.program.sources[op.output], made * (used / np.float32(step))
+    )
+    return p.Weights(made, used / np.float32(step), bias, bits)
+
+
+def _of_before(op, source, kernel):
+    """What the bias lacks for inputs that the kernel has shifted to be zero, once it is rounded.
+
+    Their distance from zero is large beside what they differ by: rounded, the kernel must still
+    make nothing of what stands for zero.
+    """
+    if source.before is None:
+        return np.float32(0)
+    scale, shift = np.broadcast_arrays(*source.before)
+    moved = (kernel - op.weights.values) * (shift / scale).reshape(-1, 1)
+    return moved.sum(tuple(range(kernel.ndim - 1)), dtype=np.float64).astype(np.float32)
+
+
+def _room(values, bits):
+    """The fewest bits, from `bits` on, that hold the values and leave half an int32 to the bias."""
+    fewest = bits if values.all() else max(bits, 2)  # signs times zero are no signs
+    reach = 255 * np.abs(values).sum(tuple(range(values.ndim - 1)), np.int64).max()
+    enough = (b for b in range(fewest, 8) if reach * p.integer_step(b) < 2**30)
+    return next(enough, 8)
+
+
+def _within_reach(weights: p.Weights, x: p.Encoding | None) -> p.Weights:
+    """The weights with the bias of each channel within 2^30 steps of the accumulator.
+
+    Only a channel that is all but dead beside its bias has more. It gets a larger scale, and its
+    kernel is rounded to that: what it adds is then right to a billionth of the bias.
+    """
+    if weights.scale is None or x is None:
+        return weights
+    scale = np.maximum(weights.scale, np.abs(weights.bias) / np.float32(x.scale * 2**30))
+    if (scale == weights.scale).all():
+        return weights
+    bits = max(weights.bits, 2)  # signs that become zero are no signs
+    step = p.integer_step(bits)
+    values = np.rint(weights.values / step * (weights.scale / scale)) * step
+    return p.Weights(values.astype(np.int8), scale.astype(np.float32), weights.bias, bits)
+
+
+def _signs(weights: p.Weights) -> p.Weights:
+    """A 1×1 depthwise kernel in integers: its size is all in the scale of the channel."""
+    signs = np.sign(weights.values).astype(np.int8)
+    size = np.abs(weights.values.reshape(-1))
+    scale = (np.where(size == 0, size.max() or 1, size) / 127).astype(np.float32)
+    return p.Weights(127 * signs, scale, weights.bias, 8)
+
+
+def _of_grid(quantizer: Quantizer, grid) -> p.Encoding | None:
+    if grid is None:
+        return None
+    shift = 128 if quantizer.scheme == "symmetric" else 0
+    ends = (int(end) + shift for end in (grid.zero_point, grid.low, grid.high))
+    return p.Encoding(float(grid.scale), *ends)
+
+
+def _of_span(low, high) -> p.Encoding:
+    """8 bits for values between these ends."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32(max((high - low) / 255, grids.LEAST_SCALE))
+    return p.Encoding(float(scale), int(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+def _spans(planned: Plan, weights, known, inputs) -> dict[str, tuple[float, float]]:
+    """{slot: ends} of what is not known, with all that is known as it is stored."""
+    program, slots = planned.program, planned.slots
+    missing = {name for name in planned.stored if known.get(name) is None}
+    if not missing:
+        return {}
+
+    def see(*inputs):
+        def step(op, values, encodings, output):
+            del encodings, output  # the program is one of floats
+            own = weights.get(op.output)
+            if own is not None and own.scale is not None:
+                floats = p.Weights(own.values * own.scale, None, own.bias)
+                op = dataclasses.replace(op, weights=floats)
+            slot = slots[op.output]
+            return rounded(op.floats(*values), known.get(slot.name) if slot else None)
+
+        made = evaluate.edges(program, inputs, step)
+        ends = {}
+        for name, value in made.items():
+            slot = slots[name]
+            if slot and slot.name in missing:
+                ends.setdefault(slot.name, []).append((value.min(), value.max()))
+        return {
+            name: (min_(low for low, _ in seen), max_(high for _, high in seen))
+            for name, seen in ends.items()
+        }
+
+    def min_(values):
+        return jax.numpy.min(jax.numpy.stack(list(values)))
+
+    def max_(values):
+        return jax.numpy.max(jax.numpy.stack(list(values)))
+
+    seen = jax.jit(see)(*inputs)
+    core.check_finite("the values that edges take for inputs", seen)
+    return {name: (float(low), float(high)) for name, (low, high) in seen.items()}
+
+
+def _within_ratio(known):
+    """Encodings in which what is always zero has 1/128 of the largest scale, not the least.
+
+    XNNPACK's kernels refuse to multiply by 256 or more from one scale to the next. The zero point
+    is then the one integer, so that whatever else the edge may come to hold is 0 as well.
+    """
+    room = max((encoding.scale for encoding in known.values()), default=1.0) / 128
+
+    def awake(encoding):
+        dead = encoding.scale == grids.LEAST_SCALE
+        return p.Encoding(room, *3 * [encoding.zero_point]) if dead else encoding
+
+    return {name: awake(encoding) for name, encoding in known.items()}
+
+
+def _encoded(planned: Plan, weights, known) -> p.Program:
+    program, slots = planned.program, planned.slots
+
+    def encoding(name):
+        slot = slots[name]
+        return None if slot is None else slot.fixed or known[slot.name]
+
+    tensors = {
+        name: dataclasses.replace(tensor, encoding=encoding(name))
+        for name, tensor in program.tensors.items()
+    }
+    operations = [
+        dataclasses.replace(op, weights=_within_reach(weights[op.output], encoding(op.inputs[0])))
+        if op.output in weights
+        else op
+        for op in program.operations
+    ]
+    return dataclasses.replace(
+        program, tensors=tensors, operations=tuple(operations), sources={}, joins={}
+    )

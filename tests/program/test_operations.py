@@ -1,0 +1,957 @@
+"""The inference graph in JAX: every operation by hand, in exact integers, compiled as well."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_jax import program as p
+from hybrid_jax.program import (
+    UNBOUNDED,
+    Add,
+    AveragePool,
+    Broadcast,
+    Call,
+    Clip,
+    Concatenate,
+    Constant,
+    Conv,
+    Convert,
+    Dense,
+    Encoding,
+    Function,
+    Gather,
+    Largest,
+    MatMul,
+    Maximum,
+    MaxPool,
+    Mean,
+    Minimum,
+    Mixture,
+    Multiply,
+    Normalize,
+    Pad,
+    Program,
+    Reshape,
+    Slice,
+    Softmax,
+    Step,
+    Tensor,
+    Transpose,
+    Weights,
+    arithmetic,
+    operations,
+)
+
+RELU = (0.0, math.inf)
+HALF = Encoding(0.5, 10)  # 12 is 1.0
+QUARTER = Encoding(0.25)  # 6 is 1.5
+OPERATIONS = {
+    kind
+    for kind in vars(operations).values()
+    if isinstance(kind, type)
+    and issubclass(kind, operations.Operation)
+    and not kind.__name__.startswith("_")
+} - {operations.Operation}
+
+
+def kernel(values, scale=None):
+    """Integer weights of that scale for all channels with a bias of 1 for each, or float ones."""
+    values = np.asarray(values)
+    ones = np.ones(values.shape[-1], np.float32)
+    if scale is None:
+        return Weights(values.astype(np.float32), None, ones)
+    return Weights(values.astype(np.int8), ones * np.float32(scale), ones, 8)
+
+
+def one(name):
+    """The facts of a function that is one step of its input."""
+    return {"steps": (Step(name, (0,)),)}
+
+
+# max(x, 0) + slope · min(x, 0), of the constants slope and 0.
+PRELU = {
+    "steps": (
+        Step("max", (0, 2)),
+        Step("min", (0, 2)),
+        Step("mul", (1, 4)),
+        Step("add", (3, 5)),
+    ),
+    "constants": (np.float32([0.5, 0.25]), np.array(0, np.float32)),
+}
+HALVED = {
+    "steps": (Step("mul", (0, 1)), Step("exp", (2,))),
+    "constants": (np.float32([0.5] * 4),),
+}
+
+
+CROSS = [[[[3]], [[-4]]]]  # (1, 2, 1, 1)
+IMAGE = [[[1], [2]], [[3], [4]]]
+AROUND = ((1, 0), (0, 1))
+
+# Operation, its inputs, their encodings, that of the output, the result.
+BY_HAND = {
+    # 2·3 − 3·4 + 1
+    "dense": (Dense, {"weights": kernel([[3], [-4]])}, [[2, 3]], [None], None, [-5]),
+    # Steps 2 and −1: 6 + 4 = 10, the bias 1 is 8 steps of 0.5 · 0.25. 18 · 0.125 = 2.25
+    # = 4.5 · 0.5, to even 4, and 4.
+    "dense q": (
+        Dense,
+        {"weights": kernel([[3], [-4]], 0.25)},
+        [[12, 9]],
+        [HALF],
+        Encoding(0.5, 4),
+        [8],
+    ),
+    "dense q to floats": (
+        Dense,
+        {"weights": kernel([[3], [-4]], 0.25)},
+        [[12, 9]],
+        [HALF],
+        None,
+        [2.25],
+    ),
+    # −6 − 4 = −10 and 8: −0.25, which a ReLU makes the zero point.
+    "dense q relu": (
+        Dense,
+        {"weights": kernel([[-3], [4]], 0.25), "clip": RELU},
+        [[12, 9]],
+        [HALF],
+        Encoding(0.125, 7),
+        [7],
+    ),
+    # 0 0 0      1 + 2          2
+    # 1 2 0  →   1 + 2 + 3 + 4  2 + 4   and the bias 1.
+    # 3 4 0
+    "conv": (
+        Conv,
+        {"weights": kernel(np.ones((2, 2, 1, 1))), "padding": AROUND},
+        [IMAGE],
+        [None],
+        None,
+        [[[4], [3]], [[11], [7]]],
+    ),
+    # The same values at zero point 5; halves go to even: 4 / 2, 3 / 2 → 2, 11 / 2 → 6, 7 / 2 → 4.
+    "conv q": (
+        Conv,
+        {"weights": kernel(np.ones((2, 2, 1, 1)), 1.0), "padding": AROUND},
+        [np.add(IMAGE, 5)],
+        [Encoding(1.0, 5)],
+        Encoding(2.0),
+        [[[2], [2]], [[6], [4]]],
+    ),
+    # At stride 2 the first row of the above at its first column.
+    "conv q strides": (
+        Conv,
+        {"weights": kernel(np.ones((2, 2, 1, 1)), 1.0), "padding": AROUND, "strides": (2, 2)},
+        [np.add(IMAGE, 5)],
+        [Encoding(1.0, 5)],
+        Encoding(1.0),
+        [[[4]]],
+    ),
+    # Taps two apart: 3·1 − 4·3, 3·2 − 4·4, 3·3 − 4·5, and 1: −8, −9, −10.
+    "conv q dilation": (
+        Conv,
+        {"weights": kernel(CROSS, 1.0), "dilation": (1, 2)},
+        [[[[1], [2], [3], [4], [5]]]],
+        [Encoding(1.0)],
+        Encoding(1.0, 20),
+        [[[12], [11], [10]]],
+    ),
+    # Output 0 reads channels 0, 1 by 1, 3: 1 + 6; output 1 reads 2, 3 by 2, 4: 6 + 16.
+    "conv q groups": (
+        Conv,
+        {"weights": kernel([[[[1, 2], [3, 4]]]], 1.0), "groups": 2},
+        [[[[1, 2, 3, 4]]]],
+        [Encoding(1.0)],
+        Encoding(1.0),
+        [[[8, 23]]],
+    ),
+    "conv q depthwise": (
+        Conv,
+        {"weights": kernel([[[[2, -3]]]], 1.0), "groups": 2},
+        [[[[5, 7]]]],
+        [Encoding(1.0)],
+        Encoding(1.0, 100),
+        [[[111, 80]]],
+    ),
+    "add": (Add, {"clip": RELU}, [[1, -2], [2, 1]], [None, None], None, [3, 0]),
+    # 1 + 1.5 = 2.5, to even 2, and 1; −5 + 0 is clipped at 0.
+    "add q": (Add, {"clip": RELU}, [[12, 0], [6, 0]], [HALF, QUARTER], Encoding(1.0, 1), [3, 1]),
+    "multiply": (Multiply, {}, [[[[2, 3]]], [[[4, 5]]]], [None, None], None, [[[8, 15]]]),
+    # 1 · 1.5 = 3 steps of 0.5; −5 · 1.5 ends at 0 of the integers.
+    "multiply q": (Multiply, {}, [[12, 0], [6, 6]], [HALF, QUARTER], Encoding(0.5, 1), [4, 0]),
+    "multiply q broadcast": (
+        Multiply,
+        {},
+        [[[[12], [14]]], [[[6]]]],
+        [HALF, QUARTER],
+        Encoding(0.5),
+        [[[3], [6]]],
+    ),
+    "clip": (Clip, {"low": 0.0, "high": 3.0}, [[-1, 2, 9]], [None], None, [0, 2, 3]),
+    # 0 is 10, 3 is 16.
+    "clip q": (Clip, {"low": 0.0, "high": 3.0}, [[3, 12, 40]], [HALF], HALF, [10, 12, 16]),
+    # A window of the padding and the first row, one of the second and the padding.
+    "max pool": (
+        MaxPool,
+        {"window": (2, 2), "strides": (2, 2), "padding": ((1, 1), (0, 0))},
+        [np.negative(IMAGE)],
+        [None],
+        None,
+        [[[-1]], [[-3]]],
+    ),
+    "max pool q": (
+        MaxPool,
+        {"window": (2, 2), "strides": (2, 2), "padding": ((1, 1), (0, 0))},
+        [IMAGE],
+        [HALF],
+        HALF,
+        [[[2]], [[4]]],
+    ),
+    # Steps 2, 4 after a 0: (0 + 2) / 2 and 3 halves, in quarters.
+    "average pool q": (
+        AveragePool,
+        {"window": (2, 1), "strides": (1, 1), "padding": ((1, 0), (0, 0))},
+        [[[[12]], [[14]]]],
+        [HALF],
+        QUARTER,
+        [[[2]], [[6]]],
+    ),
+    "average pool": (
+        AveragePool,
+        {"window": (2, 2), "strides": (2, 2)},
+        [IMAGE],
+        [None],
+        None,
+        [[[2.5]]],
+    ),
+    "mean": (Mean, {}, [IMAGE], [None], None, [2.5]),
+    # Steps 1, 2, 4, 4: 11 / 4 halves are 5.5 quarters, to even 6.
+    "mean q": (Mean, {}, [[[[11], [12]], [[14], [14]]]], [HALF], QUARTER, [6]),
+    "mean q to floats": (Mean, {}, [[[[11], [12]], [[14], [14]]]], [HALF], None, [1.375]),
+    "concatenate": (Concatenate, {"axis": 0}, [[1], [2, 3]], [None, None], None, [1, 2, 3]),
+    # 1 and 1.5 are 2 and 3 halves.
+    "concatenate q": (
+        Concatenate,
+        {"axis": 0},
+        [[12], [6]],
+        [HALF, QUARTER],
+        Encoding(0.5, 1),
+        [3, 4],
+    ),
+    "reshape": (
+        Reshape,
+        {"shape": (2, 3)},
+        [[0, 1, 2, 3, 4, 5]],
+        [HALF],
+        HALF,
+        [[0, 1, 2], [3, 4, 5]],
+    ),
+    "transpose": (
+        Transpose,
+        {"permutation": (1, 0)},
+        [[[1, 2, 3], [4, 5, 6]]],
+        [HALF],
+        HALF,
+        [[1, 4], [2, 5], [3, 6]],
+    ),
+    "pad": (Pad, {"padding": ((1, 2),)}, [[7]], [None], None, [0, 7, 0, 0]),
+    # Zero is 10.
+    "pad q": (Pad, {"padding": ((1, 2),)}, [[7]], [HALF], HALF, [10, 7, 10, 10]),
+    "slice": (
+        Slice,
+        {"starts": (1,), "stops": (5,), "strides": (2,)},
+        [[0, 1, 2, 3, 4, 5]],
+        [HALF],
+        HALF,
+        [1, 3],
+    ),
+    "logistic": (Function, one("logistic"), [[0, math.log(3)]], [None], None, [0.5, 0.75]),
+    # 0.5 of 1/256; the greatest, 1 / (1 + e^−12.7), is 256 and clipped.
+    "logistic q": (
+        Function,
+        one("logistic"),
+        [[128, 255]],
+        [Encoding(0.1, 128)],
+        Encoding(1 / 256),
+        [128, 255],
+    ),
+    # 1 in steps of 1/64; e^1 = 2.71828 is 173.97 of them.
+    "exp q": (
+        Function,
+        one("exp"),
+        [[128, 138]],
+        [Encoding(0.1, 128)],
+        Encoding(1 / 64),
+        [64, 174],
+    ),
+    # tanh(0.5) = 0.46212 is 59.15 of 1/128.
+    "tanh q": (
+        Function,
+        one("tanh"),
+        [[128, 133]],
+        [Encoding(0.1, 128)],
+        Encoding(1 / 128, 100),
+        [100, 159],
+    ),
+    # A channel of slope 0.5 and one of 0.25, below zero.
+    "prelu": (
+        Function,
+        PRELU,
+        [[[-4, -4], [2, 2]]],
+        [None],
+        None,
+        [[-2, -1], [2, 2]],
+    ),
+    # 4 is −3 and 12 is 1 of halves: −1.5 and −0.75, 1 and 1, in quarters from 10.
+    "prelu q": (
+        Function,
+        PRELU,
+        [[[4, 4], [12, 12]]],
+        [HALF],
+        Encoding(0.25, 10),
+        [[4, 7], [14, 14]],
+    ),
+    # −1 / 2 and 3 / 4, of two tensors.
+    "quotient": (
+        Function,
+        {"steps": (Step("div", (0, 1)),)},
+        [[-1, 3], [2, 4]],
+        [None, None],
+        None,
+        [-0.5, 0.75],
+    ),
+    "softmax": (Softmax, {}, [[0, math.log(3)]], [None], None, [0.25, 0.75]),
+    "softmax of rows": (
+        Softmax,
+        {"axis": 0},
+        [[[0, 1], [math.log(3), 1]]],
+        [None],
+        None,
+        [[0.25, 0.5], [0.75, 0.5]],
+    ),
+    # Mean 2, deviation 1; the squares' mean and 3 are 4.
+    "normalize": (Normalize, {"axes": (0,), "epsilon": 3.0}, [[1, 3]], [None], None, [-0.5, 0.5]),
+    "matmul": (MatMul, {}, [[[1, 2]], [[3], [4]]], [None] * 2, None, [[11]]),
+    # 1 and −1 of halves by 2 and 4 of quarters: 2 − 4 = −2 eighths are −0.25.
+    "matmul q": (MatMul, {}, [[[11, 9]], [[2], [4]]], [HALF, QUARTER], Encoding(0.125, 5), [[3]]),
+    "matmul q to floats": (MatMul, {}, [[[11, 9]], [[2], [4]]], [HALF, QUARTER], None, [[-0.25]]),
+    "minus": (Add, {"minus": True}, [[5, 1], [2, 3]], [None] * 2, None, [3, -2]),
+    # 1 − 1.5 = −0.5 and −5 − 0 = −5, which ends at 0.
+    "minus q": (Add, {"minus": True}, [[12, 0], [6, 0]], [HALF, QUARTER], HALF, [9, 0]),
+    # The row (1, 2) to each of two rows.
+    "add a row": (
+        Add,
+        {},
+        [[[1, 2]], [[10, 20], [30, 40]]],
+        [None] * 2,
+        None,
+        [[11, 22], [31, 42]],
+    ),
+    "maximum": (Maximum, {}, [[1, 5], [3, 2]], [None] * 2, None, [3, 5]),
+    # 1 and −5 in halves, 1.5 and 0.5 in quarters: 1.5 and 0.5 in halves from 10.
+    "maximum q": (Maximum, {}, [[12, 0], [6, 2]], [HALF, QUARTER], HALF, [13, 11]),
+    "minimum": (Minimum, {}, [[1, 5], [3, 2]], [None] * 2, None, [1, 2]),
+    "minimum q": (Minimum, {}, [[12, 0], [6, 2]], [HALF, QUARTER], HALF, [12, 0]),
+    "mean of rows": (Mean, {"axes": (1,)}, [[[1, 3], [5, 9]]], [None], None, [2, 7]),
+    "largest": (Largest, {"axes": (0,)}, [[[1, 9], [5, 3]]], [HALF], HALF, [5, 9]),
+    # The corner sees 4 values, the edge 6; all are 3 here, whatever the padding.
+    "average pool of what is there": (
+        AveragePool,
+        {"window": (2, 2), "strides": (1, 1), "padding": AROUND, "count_padding": False},
+        [IMAGE],
+        [None],
+        None,
+        [[[1.5], [2]], [[2.5], [3]]],
+    ),
+    "average pool of what is there q": (
+        AveragePool,
+        {"window": (2, 2), "strides": (1, 1), "padding": AROUND, "count_padding": False},
+        [np.add(IMAGE, 5)],
+        [Encoding(1.0, 5)],
+        Encoding(0.5),
+        [[[3], [4]], [[5], [6]]],
+    ),
+    "broadcast": (Broadcast, {"shape": (2, 3)}, [[[1], [2]]], [HALF], HALF, [[1] * 3, [2] * 3]),
+    "gather": (
+        Gather,
+        {"axis": 1, "indices": (2, 0, 0)},
+        [[[1, 2, 3], [4, 5, 6]]],
+        [HALF],
+        HALF,
+        [[3, 1, 1], [6, 4, 4]],
+    ),
+    # 1.2 is 2.4 halves from 10.
+    "pad with a value": (
+        Pad,
+        {"padding": ((1, 1),), "value": 1.2},
+        [[7]],
+        [HALF],
+        HALF,
+        [12, 7, 12],
+    ),
+    "constant": (Constant, {"value": np.float32([1.5, -2])}, [], [], None, [1.5, -2]),
+    "constant q": (Constant, {"value": np.float32([1.5, -2])}, [], [], HALF, [13, 6]),
+    # Pairs are sorted, three examples at a time.
+    "call": (
+        Call,
+        {"function": lambda x: jnp.sort(x, -1), "examples": 3, "equation": "", "reason": ""},
+        [[3, 1]],
+        [None],
+        None,
+        [1, 3],
+    ),
+    # 1.5 to even 2, 2.5 to even 2; what is too large or small is the end, NaN is zero.
+    "quantize": (
+        Convert,
+        {},
+        [[0.75, 1.25, -99, math.inf, math.nan]],
+        [None],
+        HALF,
+        [12, 12, 0, 255, 10],
+    ),
+    "quantize to 4 bits": (
+        Convert,
+        {},
+        [[0.75, 9.0, -9.0]],
+        [None],
+        Encoding(0.5, 8, 1, 15),
+        [10, 15, 1],
+    ),
+    # 1 is 4 quarters; −5 ends at 0.
+    "requantize": (Convert, {}, [[12, 0]], [HALF], QUARTER, [4, 0]),
+    "dequantize": (Convert, {}, [[12, 0]], [HALF], None, [1.0, -5.0]),
+}
+
+
+def operation(kind, facts, inputs):
+    """An operation of inputs 'x', 'x1', …, output 'y'."""
+    names = ("x", *(f"x{i}" for i in range(1, inputs)))[:inputs]
+    return kind(names, "y", *(["site"] if kind in (Conv, Dense) else []), **facts)
+
+
+def compute_op(op, values, encodings, output, form="conv"):
+    options = {"form": form} if isinstance(op, Conv) else {}
+    return operations.compute(op, values, encodings, output, **options)
+
+
+def forms_of(kind):
+    return ("conv", "matmul") if kind is Conv else ("conv",)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """What all operations return, by name and form, for one example without the batch."""
+
+    def compute(values):
+        outputs = {}
+        for name, (kind, facts, given_, encodings, output, _) in BY_HAND.items():
+            op = operation(kind, facts, len(given_))
+            for form in forms_of(kind):
+                y = compute_op(op, values[name], encodings, output, form)
+                outputs[name, form] = y[0]
+        return outputs
+
+    dtypes = {
+        name: [np.float32 if e is None else np.uint8 for e in case[3]]
+        for name, case in BY_HAND.items()
+    }
+    values = {
+        name: [np.asarray(v, d)[None] for v, d in zip(case[2], dtypes[name], strict=True)]
+        for name, case in BY_HAND.items()
+    }
+    return jax.jit(compute)(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, case in BY_HAND.items() for form in forms_of(case[0])]
+)
+def test_by_hand(results, name, form):
+    output, expected = BY_HAND[name][-2:]
+    got = results[name, form]
+    np.testing.assert_allclose(got, np.asarray(expected), rtol=1e-6)
+    assert got.shape == np.shape(expected)
+    assert got.dtype == (np.float32 if output is None else np.uint8)
+
+
+def draw_weights(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return Weights(
+        rng.integers(-127, 128, shape).astype(np.int8),
+        rng.uniform(0.001, 0.004, shape[-1]).astype(np.float32),
+        rng.standard_normal(shape[-1]).astype(np.float32),
+        8,
+    )
+
+
+# Operation, the shapes of its inputs, that of its output.
+CASES: dict[str, tuple[operations.Operation, list[tuple[int, ...]], tuple[int, ...]]] = {
+    name: (operation(kind, facts, len(shapes)), shapes, shape)
+    for name, (kind, facts, shapes, shape) in {
+        "conv": (
+            Conv,
+            {
+                "weights": draw_weights((3, 3, 4, 6)),
+                "strides": (2, 1),
+                "padding": ((1, 0), (0, 2)),
+                "clip": RELU,
+            },
+            [(5, 5, 4)],
+            (2, 5, 6),
+        ),
+        "dilated": (
+            Conv,
+            {"weights": draw_weights((2, 3, 4, 6)), "dilation": (2, 1)},
+            [(5, 5, 4)],
+            (3, 3, 6),
+        ),
+        "grouped": (
+            Conv,
+            {"weights": draw_weights((3, 3, 2, 6)), "groups": 2, "padding": ((1, 1), (1, 1))},
+            [(5, 5, 4)],
+            (5, 5, 6),
+        ),
+        "depthwise": (
+            Conv,
+            {"weights": draw_weights((3, 3, 1, 4)), "groups": 4, "padding": ((1, 1), (1, 1))},
+            [(5, 5, 4)],
+            (5, 5, 4),
+        ),
+        "multiplied": (
+            Conv,
+            {"weights": draw_weights((3, 3, 1, 8)), "groups": 4, "strides": (2, 2)},
+            [(5, 5, 4)],
+            (2, 2, 8),
+        ),
+        "dense": (Dense, {"weights": draw_weights((40, 6)), "clip": (-1.0, 1.0)}, [(40,)], (6,)),
+        "add": (Add, {"clip": RELU}, [(3, 3, 4)] * 2, (3, 3, 4)),
+        "multiply": (Multiply, {}, [(3, 3, 4), (1, 1, 4)], (3, 3, 4)),
+        "clip": (Clip, {"low": -0.5, "high": 1.5}, [(7,)], (7,)),
+        "max pool": (
+            MaxPool,
+            {"window": (3, 2), "strides": (2, 2), "padding": ((1, 1), (0, 1))},
+            [(5, 5, 4)],
+            (3, 3, 4),
+        ),
+        "average pool": (
+            AveragePool,
+            {"window": (3, 2), "strides": (1, 2), "padding": ((1, 1), (0, 1))},
+            [(5, 5, 4)],
+            (5, 3, 4),
+        ),
+        "mean": (Mean, {}, [(5, 5, 4)], (4,)),
+        "concatenate": (Concatenate, {"axis": 2}, [(2, 2, 3), (2, 2, 4)], (2, 2, 7)),
+        "reshape": (Reshape, {"shape": (24,)}, [(2, 3, 4)], (24,)),
+        "transpose": (Transpose, {"permutation": (2, 0, 1)}, [(2, 3, 4)], (4, 2, 3)),
+        "pad": (Pad, {"padding": ((1, 0), (0, 2), (1, 1))}, [(2, 3, 4)], (3, 5, 6)),
+        "slice": (
+            Slice,
+            {"starts": (0, 1), "stops": (5, 4), "strides": (2, 1)},
+            [(6, 5)],
+            (3, 3),
+        ),
+        "logistic": (Function, one("logistic"), [(9,)], (9,)),
+        "tanh": (Function, one("tanh"), [(9,)], (9,)),
+        "exp": (Function, one("exp"), [(9,)], (9,)),
+        "function": (
+            Function,
+            HALVED,
+            [(3, 4)],
+            (3, 4),
+        ),
+        "softmax": (Softmax, {}, [(3, 4)], (3, 4)),
+        "normalize": (Normalize, {"axes": (0, 1), "epsilon": 0.1}, [(3, 4)], (3, 4)),
+        "matmul": (MatMul, {}, [(2, 3, 4), (2, 4, 5)], (2, 3, 5)),
+        "minus": (Add, {"minus": True}, [(3, 4), (1, 4)], (3, 4)),
+        "maximum": (Maximum, {}, [(3, 4), (3, 1)], (3, 4)),
+        "minimum": (Minimum, {}, [(3, 4), (3, 4)], (3, 4)),
+        "mean of rows": (Mean, {"axes": (1,)}, [(3, 4, 5)], (3, 5)),
+        "largest": (Largest, {"axes": (0, 2)}, [(3, 4, 5)], (4,)),
+        "broadcast": (Broadcast, {"shape": (3, 4)}, [(3, 1)], (3, 4)),
+        "gather": (Gather, {"axis": 0, "indices": (2, 0, 2)}, [(3, 4)], (3, 4)),
+        "constant": (Constant, {"value": np.float32([0.5, -1.5])}, [], (2,)),
+        "call": (
+            Call,
+            {"function": lambda x: jnp.sort(x, -1), "examples": 3, "equation": "", "reason": ""},
+            [(5,)],
+            (5,),
+        ),
+        "convert": (Convert, {}, [(9,)], (9,)),
+    }.items()
+}
+ENCODED = [name for name, (op, *_) in CASES.items() if op.integral]
+
+
+def test_every_operation_has_its_tests():
+    assert {case[0] for case in BY_HAND.values()} == OPERATIONS
+    assert {type(op) for op, *_ in CASES.values()} == OPERATIONS
+
+
+def windows(x, window, strides, dilation, padding, fill=0):
+    """What each position sees through each entry of a window: a list of (B, H', W', C)."""
+    x = np.pad(x, [(0, 0), *padding, (0, 0)], constant_values=fill)
+    sizes = [
+        (n - (w - 1) * d - 1) // s + 1
+        for n, w, s, d in zip(x.shape[1:3], window, strides, dilation, strict=True)
+    ]
+    (h, w), (s, t), (d, e) = sizes, strides, dilation
+    return [
+        x[:, i * d : i * d + (h - 1) * s + 1 : s, j * e : j * e + (w - 1) * t + 1 : t]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+
+
+def accumulate(op, values, weights):
+    """The sum that an operation makes, in the dtype of its inputs, without bias, mean or bounds."""
+    x = values[0]
+    if isinstance(op, Conv):
+        *window, inputs, outputs = weights.shape
+        seen = windows(x, window, op.strides, op.dilation, op.padding)
+        parts = []
+        for group in range(op.groups):
+            rows = slice(group * inputs, (group + 1) * inputs)
+            columns = slice(group * outputs // op.groups, (group + 1) * outputs // op.groups)
+            taps = weights.reshape(-1, inputs, outputs)[..., columns]
+            parts.append(sum(s[..., rows] @ tap for s, tap in zip(seen, taps, strict=True)))
+        return np.concatenate(parts, -1)
+    if isinstance(op, AveragePool):
+        return sum(windows(x, op.window, op.strides, (1, 1), op.padding))
+    return {
+        Dense: lambda: x @ weights,
+        Multiply: lambda: x * values[-1],
+        MatMul: lambda: x @ values[-1],
+        Mean: lambda: x.sum(tuple(axis + 1 for axis in op.axes)),
+        Convert: lambda: x,
+        Concatenate: lambda: np.concatenate(values, op.axis + 1),
+    }[type(op)]()
+
+
+def in_float64(op, values, shape):
+    """The operation on values, by NumPy."""
+    x = values[0] if values else op.value[None]
+    if isinstance(op, Conv | Dense):
+        weights = op.weights.values * np.float64(op.weights.scale)
+        return np.clip(accumulate(op, values, weights) + op.weights.bias, *op.clip)
+    if isinstance(op, MaxPool):
+        seen = windows(x, op.window, op.strides, (1, 1), op.padding, -np.inf)
+        return np.max(seen, 0)
+    other = {
+        Add: lambda: np.clip(x + (-values[-1] if op.minus else values[-1]), *op.clip),
+        Maximum: lambda: np.maximum(x, values[-1]),
+        Minimum: lambda: np.minimum(x, values[-1]),
+        Largest: lambda: x.max(tuple(axis + 1 for axis in op.axes)),
+        Broadcast: lambda: np.broadcast_to(x, (len(x), *shape)),
+        Gather: lambda: x.take(op.indices, op.axis + 1),
+        Constant: lambda: x,
+        Call: lambda: np.sort(x, -1),
+        Normalize: lambda: normalized(x, tuple(axis + 1 for axis in op.axes), op.epsilon),
+        Function: lambda: FUNCTIONS[op.steps[-1].name](x),
+        Clip: lambda: np.clip(x, op.low, op.high),
+        Reshape: lambda: x.reshape(-1, *shape),
+        Transpose: lambda: np.moveaxis(x, [axis + 1 for axis in op.permutation], range(1, x.ndim)),
+        Pad: lambda: np.pad(x, [(0, 0), *op.padding]),
+        Slice: lambda: x[(slice(None), *map(slice, op.starts, op.stops, op.strides))],
+        Softmax: lambda: np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+    }.get(type(op))
+    return other() if other else accumulate(op, values, None) / count(op, values)
+
+
+FUNCTIONS = {
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "exp": lambda x: np.exp(x if x.ndim == 2 else x / 2),
+}
+
+
+def normalized(x, axes, epsilon):
+    centred = x - x.mean(axes, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axes, keepdims=True) + epsilon)
+
+
+def count(op, values):
+    if isinstance(op, AveragePool):
+        return math.prod(op.window)
+    return math.prod(values[0].shape[a + 1] for a in op.axes) if isinstance(op, Mean) else 1
+
+
+def test_floats():
+    rng = np.random.default_rng(0)
+    values = {
+        name: [rng.standard_normal((2, *shape)).astype(np.float32) for shape in shapes]
+        for name, (_, shapes, _) in CASES.items()
+    }
+
+    @jax.jit
+    def compute(values):
+        return {
+            (name, form): compute_op(op, values[name], [None] * len(shapes), None, form)
+            for name, (op, shapes, shape) in CASES.items()
+            for form in forms_of(type(op))
+        }
+
+    for (name, form), got in compute(values).items():
+        op, _, shape = CASES[name]
+        expected = in_float64(op, [v.astype(np.float64) for v in values[name]], shape)
+        assert expected.shape[1:] == shape
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"{name}, {form}")
+
+
+def spread(values, bits, zero_point=None):
+    """An encoding in which the values fit, of that many bits."""
+    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    scale = np.float32((high - low) / (2**bits - 1) or 1)
+    return Encoding(float(scale), int(np.rint(-low / scale)), 0, 2**bits - 1)
+
+
+@st.composite
+def encodings(draw):
+    bits = draw(st.sampled_from([8, 8, 4]))
+    zero = draw(st.sampled_from([0, 2 ** (bits - 1), 2**bits - 1]) | st.integers(0, 2**bits - 1))
+    scale = float(np.float32(draw(st.floats(0.005, 0.05)) * 2 ** (8 - bits)))
+    return Encoding(scale, zero, 0, 2**bits - 1)
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@settings(max_examples=8, deadline=None)
+@given(st.data(), st.integers(0, 999))
+def test_integers(name, data, seed):
+    op, shapes, shape = CASES[name]
+    rng = np.random.default_rng(seed)
+    given_ = [data.draw(encodings()) for _ in shapes]
+    q = [
+        rng.integers(e.low, e.high, (2, *s), endpoint=True)
+        for e, s in zip(given_, shapes, strict=True)
+    ]
+    steps = [v - e.zero_point for v, e in zip(q, given_, strict=True)]
+    real = [s * np.float64(e.scale) for s, e in zip(steps, given_, strict=True)]
+    expected = in_float64(op, real, shape)
+    same = op.same_encoding
+    output = given_[0] if same else spread(expected, data.draw(st.sampled_from([8, 4])))
+    inputs = [jnp.asarray(v, jnp.uint8) for v in q]
+    got = compute_op(op, inputs, given_, output)
+    assert got.dtype == jnp.uint8
+    got = np.asarray(got, np.int64)
+    # Within a step of the floats, rounded; where nothing is computed, exactly they.
+    rounded = np.rint(expected / output.scale) + output.zero_point
+    rounded = np.clip(rounded, output.low, output.high)
+    assert np.abs(got - rounded).max() <= (0 if same or isinstance(op, Function) else 1)
+    # To the last bit what the sum in int64 gives by one float32 product.
+    np.testing.assert_array_equal(got, exact(op, q, given_, output, shape))
+    if isinstance(op, Conv):
+        other = compute_op(op, inputs, given_, output, "matmul")
+        np.testing.assert_array_equal(other, got)
+
+
+def exact(op, q, given_, output, shape):
+    """The integers of the result, by NumPy."""
+    steps = [v - e.zero_point for v, e in zip(q, given_, strict=True)]
+    if not op.same_encoding and not isinstance(op, Function):
+        return requantized(op, steps, given_, output)
+    real = [s * np.float64(e.scale) for s, e in zip(steps, given_, strict=True)]
+    rounded = np.rint(in_float64(op, real, shape) / output.scale) + output.zero_point
+    return np.clip(rounded, output.low, output.high)
+
+
+def requantized(op, steps, given_, output):
+    """q = clip(round(float32(accumulator) · multiplier)) + zero point, in NumPy."""
+    scales = [e.scale for e in given_]
+    if isinstance(op, Add):
+        first, second, multiplier = arithmetic.addition(*given_, output)
+        sums = steps[0] * first + steps[1] * second * (-1 if op.minus else 1)
+        return finished(op, sums, multiplier, output)
+    if isinstance(op, Constant):
+        return finished(op, op.value[None], 1 / np.float32(output.scale), output)
+    if isinstance(op, Clip):
+        multiplier = arithmetic.multiplier(given_[0].scale, output=output)
+        return finished(op, steps[0], multiplier, output)
+    if isinstance(op, Concatenate | Maximum):
+        parts = [
+            finished(op, s, arithmetic.multiplier(e.scale, output=output), output)
+            if e != output
+            else s + e.zero_point
+            for s, e in zip(steps, given_, strict=True)
+        ]
+        if isinstance(op, Concatenate):
+            return np.concatenate(parts, op.axis + 1)
+        return (np.minimum if isinstance(op, Minimum) else np.maximum)(*parts)
+    if isinstance(op, Conv | Dense):
+        sums = accumulate(op, steps, op.weights.values.astype(np.int64))
+        sums = sums + arithmetic.integer_bias(op.weights, given_[0])
+        return finished(
+            op, sums, arithmetic.multiplier(*scales, op.weights.scale, output=output), output
+        )
+    sums = accumulate(op, steps, None)
+    multiplier = arithmetic.multiplier(*scales, output=output, count=count(op, steps))
+    return finished(op, sums, multiplier, output)
+
+
+def finished(op, sums, multiplier, output):
+    assert np.abs(sums).max() < 2**31
+    clip = (op.low, op.high) if isinstance(op, Clip) else getattr(op, "clip", UNBOUNDED)
+    low, high = arithmetic.bounds(output, clip)
+    rounded = np.rint(sums.astype(np.float32) * multiplier)
+    return np.clip(rounded.astype(np.int64) + output.zero_point, low, high)
+
+
+def encodings_of(name):
+    op, shapes, _ = CASES[name]
+    given_ = [Encoding(0.013, 100), Encoding(0.021, 30, 0, 200)][: len(shapes)]
+    return given_, given_[0] if op.same_encoding else Encoding(0.017, 90)
+
+
+EVERY = [(name, form) for name in ENCODED for form in forms_of(type(CASES[name][0]))]
+
+
+def every(values):
+    """The results of `EVERY`, in integers, of {name: inputs}."""
+    return [
+        compute_op(op, values[name], *encodings_of(name), form)
+        for name, form in EVERY
+        for op, *_ in [CASES[name]]
+    ]
+
+
+@pytest.fixture
+def optimized():
+    """XLA works as hard as for a user."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_compiled_vmapped_and_exported_to_the_bit():
+    rng = np.random.default_rng(0)
+    values = {
+        name: [rng.integers(0, 200, (3, *shape)).astype(np.uint8) for shape in CASES[name][1]]
+        for name in ENCODED
+    }
+
+    @jax.jit
+    def both(values):
+        mapped = jax.vmap(lambda one: every(jax.tree.map(lambda a: a[None], one)))(values)
+        return every(values), mapped
+
+    (b,) = jax.export.symbolic_shape("b")
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype), values)
+    compiled, mapped = jax.export.export(both)(like).call(values)
+    for (name, form), got, one_by_one in zip(EVERY, compiled, mapped, strict=True):
+        op, _, shape = CASES[name]
+        integers = [v.astype(np.int64) for v in values[name]]
+        want = exact(op, integers, *encodings_of(name), shape)
+        np.testing.assert_array_equal(got, want, err_msg=f"{name}, {form}")
+        want = np.broadcast_to(want, (len(one_by_one), *want.shape[1:]))  # a constant has one row
+        np.testing.assert_array_equal(one_by_one[:, 0], want, err_msg=f"{name}, {form}")
+
+
+@pytest.mark.usefixtures("optimized")
+def test_constants_of_two_operations_stay_two():
+    # XLA makes (q · a) · b one product with a · b. At twice the scale every odd integer is next to
+    # a half, and the two products fall on either side of it.
+    steps = [Convert((a,), b) for a, b in itertools.pairwise(("x", "q", "floats", "other", "y"))]
+    rng = np.random.default_rng(0)
+    for scale in rng.uniform(0.1, 1, 4).astype(np.float32):
+        q, other = Encoding(float(scale)), Encoding(2 * float(scale), 5)
+        encoded = {"x": None, "q": q, "floats": None, "other": other, "y": None}
+        tensors = {name: Tensor((256,), e) for name, e in encoded.items()}
+        program = Program("x", "y", tensors, tuple(steps))
+        floats = np.arange(256, dtype=np.float32) * scale
+        want = np.rint(floats * (np.float32(1) / np.float32(other.scale))) + 5
+        want = (np.clip(want, 0, 255) - 5).astype(np.float32) * np.float32(other.scale)
+        np.testing.assert_array_equal(jax.jit(p.run(program))(floats[None])[0], want)
+
+
+def test_a_shape_that_is_not_the_programs():
+    program = Program("x", "x", {"x": Tensor((2, 3))}, ())
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 2, 3\), got \(4, 2\)"):
+        p.run(program)(jnp.ones((4, 2)))
+
+
+def network(seed, outputs, convolutions=1):
+    """An image of 6 × 6 × 3 to `outputs`, in integers but for the result."""
+    image, logits = Encoding(0.02, 128), Encoding(0.1)
+    tensors = {"x": Tensor((6, 6, 3)), "q": Tensor((6, 6, 3), image)}
+    operations, name, channels = [Convert(("x",), "q")], "q", 3
+    for i in range(convolutions):
+        weights, out = draw_weights((3, 3, channels, 8), seed + i), f"conv{i}"
+        padding = ((1, 1), (1, 1))
+        operations.append(Conv((name,), out, out, weights, padding=padding, clip=RELU))
+        tensors[out], name, channels = Tensor((6, 6, 8), logits), out, 8
+    operations += [
+        Mean((name,), "mean"),
+        Dense(("mean",), "y", "head", draw_weights((channels, outputs), seed + 9)),
+    ]
+    tensors |= {"mean": Tensor((channels,), Encoding(0.019)), "y": Tensor((outputs,))}
+    return Program("x", "y", tensors, tuple(operations))
+
+
+IMAGES = np.random.default_rng(3).standard_normal((8, 6, 6, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    gate = network(20, 2)
+    head = gate.operations[-1]
+    # As many images for one expert as for the other.
+    bias = head.weights.bias - np.median(p.run(gate)(IMAGES), 0)
+    head = dataclasses.replace(head, weights=dataclasses.replace(head.weights, bias=bias))
+    gate = dataclasses.replace(gate, operations=(*gate.operations[:-1], head))
+    return Mixture(gate, (network(0, 4), network(40, 4, convolutions=2)))
+
+
+def test_each_image_has_one_expert(mixture):
+    gate, *experts = (jax.jit(p.run(part))(IMAGES) for part in mixture.parts)
+    chosen = np.asarray(gate.argmax(-1))
+    assert set(chosen) == {0, 1}
+    want = np.where(chosen[:, None] == 0, *experts)
+    got = jax.jit(p.run(mixture))
+    np.testing.assert_array_equal(got(IMAGES), want)
+    np.testing.assert_array_equal(got(IMAGES[:1]), want[:1])
+
+
+def test_a_gate_that_is_not_a_number():
+    tensors = {"x": Tensor((2,)), "y": Tensor((2,))}
+    gate = Program("x", "x", tensors, ())
+    expert = Program("x", "y", tensors, (Clip(("x",), "y", 0.0, 1.0),))
+    x = jnp.float32([[2, 1], [math.nan, 1]])
+    got = p.run(Mixture(gate, (expert, gate)))(x)
+    np.testing.assert_array_equal(got, [[1, 1], [math.nan, math.nan]])
+
+
+def test_the_simulation_is_the_integers_up_to_halves(mixture):
+    for program in mixture.experts:
+        integers = jax.jit(p.run(program))(IMAGES)
+        floats = jax.jit(p.simulate(program))(IMAGES)
+        # One step of the mean through the largest kernel of the head.
+        weights = next(op for op in program.weighted if op.name == "head").weights
+        step = 0.019 * 127 * float(weights.scale.max())
+        assert float(jnp.abs(integers).max()) > 0
+        np.testing.assert_allclose(floats, integers, atol=2 * step)
+        # Halves are rare: almost every logit is the same, but for the bias in whole steps.
+        assert float(np.isclose(floats, integers, atol=1e-4).mean()) > 0.8
+    one = jax.jit(p.simulate(mixture))(IMAGES)
+    np.testing.assert_allclose(one, jax.jit(p.run(mixture))(IMAGES), atol=4 * step)
+
+
+def test_the_simulation_rounds_every_encoded_tensor():
+    # 0.3 is 1 quarter; 0.25 · 3 + 1 = 1.75 is 4 halves to even, a ReLU6 of 4 · 0.5 is 2.
+    weights = kernel([[3]], 1.0)
+    tensors = {"x": Tensor((1,)), "q": Tensor((1,), QUARTER), "y": Tensor((1,), HALF)}
+    tensors["z"] = Tensor((1,))
+    steps = (
+        Convert(("x",), "q"),
+        Dense(("q",), "y", "site", weights, clip=(0.0, 6.0)),
+        Convert(("y",), "z"),
+    )
+    program = Program("x", "z", tensors, steps)
+    x = jnp.float32([[0.3], [9.0], [-9.0]])
+    for fn in (p.run, p.simulate):
+        np.testing.assert_array_equal(fn(program)(x), [[2.0], [6.0], [1.0]])
