@@ -34,6 +34,7 @@ from hybrid_jax.core.grams import check_grams as check_grams
 from hybrid_jax.core.grams import input_grams as input_grams
 from hybrid_jax.core.graph import Graph as Graph
 from hybrid_jax.core.graph import trace as trace
+from hybrid_jax.core.host import check_known as check_known
 from hybrid_jax.core.host import is_traced as is_traced
 from hybrid_jax.core.host import namespace as namespace
 from hybrid_jax.core.host import on_device as on_device

@@ -19,7 +19,7 @@ from hybrid_jax.core.labels import INPUT, Value, sizes
 from hybrid_jax.core.sites import Site
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """What tracing `fn(params, *inputs)` found.
 
@@ -44,6 +44,12 @@ class Graph:
     outputs: tuple[Value, ...]
     analysis: Analysis
     site_at: dict[interpreter.Path, Site]
+
+    def __repr__(self) -> str:
+        parts = (
+            f"{len(self.sites)} sites, {len(self.groups)} groups, {len(self.frozen)} frozen axes"
+        )
+        return f"Graph({parts}, {self.macs} MACs)"
 
     @functools.cached_property
     def _grouped(self):

@@ -16,6 +16,13 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def check_known(function: str, **trees: Any) -> None:
+    """Raises ValueError if what a function is given is being traced."""
+    for name, tree in trees.items():
+        if is_traced(tree):
+            raise ValueError(f"{name} must be arrays, got tracers: {function} runs outside of jit")
+
+
 def namespace(*trees: Any) -> Any:
     """`numpy` if all values are known and each is on one device, else `jax.numpy`.
 

@@ -59,6 +59,7 @@ def shrink(
       >>> small['a'].shape, small['b'].shape, certificate.difference, certificate.macs
       ((3, 2), (2, 2), 0.0, (20, 10))
     """
+    host.check_known("shrink", params=params, masks=masks, inputs=inputs)
     traced = memoize_trace(fn)
     graph = traced(params, *inputs)
     kept = kept_indices(graph, masks)

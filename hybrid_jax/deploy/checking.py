@@ -68,6 +68,9 @@ def export_to(
       [{'shape': ['b', 2], 'dtype': 'float32'}]
     """
     core.check_choice("target", target, TARGETS)
+    if not isinstance(program, Program | Mixture):
+        kind = type(program).__name__
+        raise ValueError(f"program must be a Program, as lower makes one, or a Mixture, got {kind}")
     return TARGETS[target].export(path, program, **options)
 
 

@@ -46,6 +46,8 @@ def channels(
       >>> masks['a'].tolist(), masks['b'].tolist(), masks['c'].sum(axis=1).tolist()
       ([[False, True]], [False, True], [0, 3])
     """
+    if isinstance(groups, core.Graph):
+        raise ValueError("groups must be the groups of a graph, graph.groups, got the graph")
     _check_scoring(groups, reduce, normalize)
     core.check_integer("multiple", multiple, 1)
     core.check_integer("at_least", at_least, 0)

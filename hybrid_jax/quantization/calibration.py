@@ -86,6 +86,8 @@ def calibrate(
             for name, roles in seen.items()
         }
 
+    core.check_known("calibrate", params=params)
+
     def over_experts(f, axes):
         return jax.jit(core.fast_convolutions(jax.vmap(f, axes) if stacked else f))
 

@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,10 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
     order = {site.name: i for i, site in enumerate(spec.sites)}
 
     def q_fn(params, ranges, *inputs, bits=None, key=None):
+        if not isinstance(ranges, Mapping):
+            kind = type(ranges).__name__
+            raise ValueError(f"ranges must be a mapping, as calibrate returns it, got {kind}")
+
         def rule(site, x, kernel, apply):
             weight, activation = _choose(spec, ranges, bits, site)
             shape = specs.range_shape(site, weight[0])

@@ -267,8 +267,7 @@ def lower(fn: Callable[..., Any], params: Any, *inputs: Any, check: bool = True)
       Dense ('x',) a (0.0, inf)
       Dense ('a',) b (-inf, inf)
     """
-    if core.is_traced((params, inputs)):
-        raise ValueError("params and inputs must be arrays, got tracers: lower runs outside of jit")
+    core.check_known("lower", params=params, inputs=inputs)
     for i, x in enumerate(inputs):
         if not hasattr(x, "dtype") or not np.shape(x):
             raise ValueError(f"inputs must be arrays (B, …), got {x!r} as input {i}")
