@@ -17,7 +17,6 @@ def fn(params, x):
 GRAPH = core.trace(fn, PARAMS, X)
 SPEC = quantization.spec(GRAPH)
 Q_FN = quantization.fake_quantized(fn, SPEC)
-GRAMS = core.input_grams(fn, PARAMS, [(X,)])
 
 
 def masks(params):
@@ -39,9 +38,6 @@ MISTAKES = {
     )(PARAMS),
     "params must be arrays, got tracers: lower runs": lambda: jax.jit(
         lambda params: p.lower(fn, params, X).params
-    )(PARAMS),
-    "params must be arrays, got tracers: gptq runs": lambda: jax.jit(
-        lambda params: quantization.gptq(params, GRAMS, SPEC, {})
     )(PARAMS),
     r"x must have shape \(B, 2\), got \(2,\)": lambda: p.run(p.lower(fn, PARAMS, X))(X[0]),
 }

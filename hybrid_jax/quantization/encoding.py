@@ -176,13 +176,10 @@ def _span_of_slot(spec, ranges, slot):
     """The range that a site or a join gives to a slot; None if none does."""
     if slot.fixed is not None:
         return None
+    # What a site takes that is a part of the join has not its range.
     taken = slot.site
-    if slot.join is not None:
-        join = spec[slot.join]
-        shares = join.shares and spec[join.shares].activation.bits == 8
-        taken = taken or (join.shares if shares else None)
-        if taken is None:
-            return range_at(ranges, slot.join, "activation", ())
+    if taken is None and slot.join is not None:
+        return range_at(ranges, slot.join, "activation", ())
     if taken is None:
         return None
     _check("activation", taken, slot.quantizer)

@@ -65,7 +65,6 @@ def gptq(
       >>> gptq(params, grams, spec, ranges)['w'].ravel().tolist()  # 1.45 + 1.45 ≈ 1 + 2
       [3.0, 1.0, 2.0]
     """
-    core.check_known("gptq", params=params)
     core.check_positive("damping", damping)
     core.check_choice("order", order, ORDERS)
     core.check_grams(params, grams)

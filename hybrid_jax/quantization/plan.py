@@ -122,15 +122,12 @@ def _slots(program, spec, wanted, floats) -> dict[str, Slot]:
     """{edge: slot} of every edge, as those take it that compute in integers."""
     readers, found = program.readers, {}
     for names in _classes(program, floats):
-        takers = [
-            (op, name)
-            for name in names
-            for op in readers[name]
-            if op.output not in floats and not _passes(op, names)
-        ]
+        read = [(op, name) for name in names for op in readers[name] if not _passes(op, names)]
+        takers = [(op, name) for op, name in read if op.output not in floats]
         sites = [(wanted[op.output], name) for op, name in takers if wanted.get(op.output)]
         others = [op for op, _ in takers if not wanted.get(op.output)]
-        taken = [name for _, name in takers] + [n for n in names if n in program.outputs]
+        # Whoever takes it in floats takes what is stored, too.
+        taken = [name for _, name in read] + [n for n in names if n in program.outputs]
         found |= dict.fromkeys(names, _slot(program, spec, names, sites, others, taken))
     return found
 

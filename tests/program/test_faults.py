@@ -105,6 +105,17 @@ def test_what_a_pool_leaves_has_not_the_range_of_what_it_takes(deployable):
     np.testing.assert_allclose(made, [[1, 3.25]], atol=0.1)
 
 
+@both
+def test_what_leaves_as_it_is_has_not_the_range_of_a_part(deployable):
+    def fn(params, x):
+        y = x @ params["a"]
+        return jnp.concatenate([y[:, :1] @ params["b"], y], -1)
+
+    params, x = {"a": jnp.eye(2), "b": jnp.ones((1, 1))}, jnp.float32([[1, 100], [2, -50]])
+    made = p.run(integers(fn, params, x, deployable))(x)
+    np.testing.assert_allclose(made, [[1, 1, 100], [2, 2, -50]], atol=0.6)
+
+
 def test_a_sum_broadcasts_in_its_own_shape():
     def fn(params, x):
         y = x @ params["a"]
