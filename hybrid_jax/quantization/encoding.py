@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
@@ -64,12 +65,11 @@ def encode(
         op.output: _integers(op, planned, grids_["weight"]) for op in planned.program.weighted
     }
     known = {
-        name: slot.fixed or _of_grid(slot.quantizer, grids_["activation"].get(name))
+        name: _of_grid(slot.quantizer, grids_["activation"].get(name))
         for name, slot in planned.stored.items()
     }
     spans = _spans(planned, weights, known, inputs)
-    for name, span in spans.items():
-        known[name] = _of_span(*span)
+    known |= {name: _of_span(*span) for name, span in spans.items()}
     made = _encoded(planned, weights, _within_ratio(known))
     if check:
         _verify(made, [np.asarray(x)[:_CHECKED] for x in inputs])
@@ -94,7 +94,7 @@ def _verify(program: p.Program, inputs) -> None:
             floats = evaluate.in_floats(op, values, encodings, None) / np.float32(output.scale)
             ends = (np.float32(end - output.zero_point) for end in (output.low, output.high))
             integers = steps_from_zero(made[op.output], output).astype(np.float32)
-            steps = jax.numpy.abs(jax.numpy.clip(floats, *ends) - integers)
+            steps = jnp.abs(jnp.clip(floats, *ends) - integers)
             found[op.output] = steps.max(), (steps > _NEAREST).sum(), steps.size
         return found
 
@@ -294,15 +294,9 @@ def _spans(planned: Plan, weights, known, inputs) -> dict[str, tuple[float, floa
             if slot and slot.name in missing:
                 ends.setdefault(slot.name, []).append((value.min(), value.max()))
         return {
-            name: (min_(low for low, _ in seen), max_(high for _, high in seen))
+            name: (jnp.stack([low for low, _ in seen]).min(), jnp.stack([e for _, e in seen]).max())
             for name, seen in ends.items()
         }
-
-    def min_(values):
-        return jax.numpy.min(jax.numpy.stack(list(values)))
-
-    def max_(values):
-        return jax.numpy.max(jax.numpy.stack(list(values)))
 
     seen = jax.jit(see)(*inputs)
     core.check_finite("the values that edges take for inputs", seen)

@@ -128,7 +128,9 @@ class Reading:
             eqn, values, count = merged.apart(eqn, values)
             return [out.replace(merged=count) for out in self._plain(eqn, values, site)]
         if name in _SAME:
-            return [v if isinstance(v, Node) else self._constant(v) for v in values]
+            if not all(isinstance(value, Node) for value in values):
+                raise ValueError("a constant and a value cannot pass one equation")
+            return values
         if name == "conv_general_dilated":
             return contraction.convolution(builder, eqn, values, site)
         if name == "dot_general":
@@ -138,9 +140,6 @@ class Reading:
         if name in _RULES:
             return _RULES[name](builder, eqn, values)
         raise ValueError(f"'{name}' is no operation of an inference graph")
-
-    def _constant(self, known):
-        raise ValueError("a constant and a value cannot pass one equation")
 
     def _pattern(self, eqn):
         found = patterns.softmax(eqn, self.facts) or patterns.normalization(eqn, self.facts)
@@ -193,7 +192,7 @@ def read(graph: core.Graph, leaves: list[Any], count: int) -> tuple[Program, Rea
 
     Args:
       graph: As `flat.traced` returns it.
-      leaves: Of the parameters; may be traced.
+      leaves: Of the parameters.
       count: How many inputs the function has.
     """
     reading = Reading(graph, leaves, count)

@@ -240,15 +240,6 @@ class Builder:
             name = self.add(Broadcast((name,), "", tuple(sizes)), sizes)
         return name
 
-    def arranged(self, node: Node, order: Sequence[int]) -> Node:
-        """The node whose value is the edge of `placed`."""
-        name = self.placed(node, order)
-        axes: list[int | None] = [None] * len(node.axes)
-        for place, axis in enumerate(order):
-            axes[axis] = place
-        shape = tuple(node.sizes[axis] for axis in order[1:])
-        return node.replace(value=Value(name, shape), axes=tuple(axes))
-
     def reshaped(self, node: Node, sizes: Sequence[int]) -> Node:
         """The node under other lengths: only lengths of 1 that come or go need no operation."""
         sizes = tuple(sizes)
