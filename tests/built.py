@@ -66,7 +66,7 @@ class Build:
         weights = self.weights((*window, channels // options["groups"], features), bits)
         size = _sizes((h, w), window, strides, padding, dilation)
         fields = weights, strides, padding, dilation, options["groups"], options["clip"]
-        return self.add(Conv, (*size, features), encoding, "site", *fields)
+        return self.add(Conv, (*size, features), encoding, f"conv {len(self.tensors)}", *fields)
 
     def dense(self, features, to=None, clip=UNBOUNDED, bits=8):
         weights = self.weights((*self.shape, features), bits)

@@ -45,7 +45,7 @@ def run_c(folder, programs, flags, compiler="gcc", pack=False):
         _, made = arguments(program)
         row = np.dtype([(f"y{i}", a.dtype, a.shape) for i, a in enumerate(made)])
         rows = np.frombuffer(done.stdout, row, len(xs[0]), start)
-        found[name] = tuple(rows[field] for field in row.names)
+        found[name] = tuple(np.ascontiguousarray(rows[field]) for field in row.names)
         start += rows.nbytes
     return found
 

@@ -43,8 +43,8 @@ def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: floa
     Inputs of `scale` instead of ones, and `scale` times the outputs, make no difference to the
     ranking where there are no biases, and bring it back: a ResNet-56 takes 1e-34. Activations have
     to be like ReLU: one with an upper bound (ReLU6) saturates and lets nothing through. It is a
-    method for networks at initialization: fold a BatchNorm that was trained first (`core.fold`), as
-    a running mean is subtracted, though it be absolute, and stops the flow.
+    method for networks at initialization: a BatchNorm that was trained subtracts a running mean,
+    though it be absolute, and stops the flow; take the function of its graph (`program.apply`).
 
     Args:
       fn: fn(params, *inputs) -> outputs, in evaluation mode.

@@ -28,7 +28,6 @@ from hybrid_jax.core.fast_convolution import fast_convolutions as fast_convoluti
 from hybrid_jax.core.files import cache_folder as cache_folder
 from hybrid_jax.core.files import write_atomically as write_atomically
 from hybrid_jax.core.files import write_json as write_json
-from hybrid_jax.core.fold import fold as fold
 from hybrid_jax.core.grams import Gram as Gram
 from hybrid_jax.core.grams import check_grams as check_grams
 from hybrid_jax.core.grams import input_grams as input_grams
@@ -40,7 +39,6 @@ from hybrid_jax.core.host import namespace as namespace
 from hybrid_jax.core.host import on_device as on_device
 from hybrid_jax.core.interpreter import bind as bind
 from hybrid_jax.core.interpreter import evaluate as evaluate
-from hybrid_jax.core.joins import Join as Join
 from hybrid_jax.core.measure import CHOICES as CHOICES
 from hybrid_jax.core.measure import Choices as Choices
 from hybrid_jax.core.measure import machine as machine

@@ -30,7 +30,7 @@ class Analysis:
       counts: {path: (number of entries, whether they are floats)} of the parameters.
       equations: {path of an equation: (values in, values out)}.
       barriers: Paths of the equations without a rule, which take whole inputs.
-      constants: {path of a jaxpr: values of its constants}.
+      constants: {path of an equation: positions of the constants that it takes}.
       sites: {path of an equation: its site}, those in derivative rules included.
       contractions: {path of an equation that multiplies and accumulates: (it, how often it runs)}.
       macs: Multiply-accumulates for the whole batch.
@@ -45,7 +45,7 @@ class Analysis:
         self.contractions: dict[interpreter.Path, tuple[jex.JaxprEqn, int]] = {}
         self.macs = 0
         self.barriers: set[interpreter.Path] = set()
-        self.constants: dict[interpreter.Path, list[Value]] = {}
+        self.constants: dict[interpreter.Path, list[int]] = {}
         self.used: set[int] = set()
         self._names: collections.Counter[str] = collections.Counter()
 
@@ -54,20 +54,27 @@ class Analysis:
     ) -> list[Value]:
         """Walks the jaxpr at `path`, which runs `calls` times; returns its outputs."""
         jaxpr = closed.jaxpr
-        consts = self.constants[path] = [literal(const, self.labels) for const in closed.consts]
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        consts = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+        env = dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom):
             if isinstance(atom, jex.Literal):
                 return literal(atom.val, self.labels)
-            return env[atom]
+            # A constant is cut anew for each that takes it.
+            return literal(consts[atom], self.labels) if atom in consts else env[atom]
 
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*path, index)
             values = [read(atom) for atom in eqn.invars]
+            self.constants[here] = [
+                i
+                for i, atom in enumerate(eqn.invars)
+                if not isinstance(atom, jex.Literal) and atom in consts
+            ]
             inner = interpreter.subjaxprs(eqn, here)
             if inner:
-                outs = self._enter(eqn, inner, values, here, calls)
+                values = [value.plain() for value in values]
+                outs = [v.plain() for v in self._enter(eqn, inner, values, here, calls)]
             else:
                 self.used |= {id(axis) for value in values for axis in value.labels}
                 outs = propagate(self.labels, eqn, values)
@@ -82,7 +89,12 @@ class Analysis:
                     self._contraction(eqn, values, outs[0], here, calls)
             self.equations[here] = values, outs
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        outs = [read(atom) for atom in jaxpr.outvars]
+        for atom, out in zip(jaxpr.outvars, outs, strict=True):
+            if not isinstance(atom, jex.Literal) and atom in consts:
+                for axis in out.labels:
+                    self.labels.freeze(axis, "is a constant that is handed on")
+        return outs
 
     def _contraction(self, eqn, values, result, path, calls):
         if path in self.contractions:  # The body of a scan may be walked twice.

@@ -10,7 +10,7 @@ import optax
 from scipy.sparse import coo_array, csgraph
 
 from hybrid_jax.core import checks, host, paths
-from hybrid_jax.core.labels import Labels
+from hybrid_jax.core.labels import FIXED, Labels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,32 +53,77 @@ class Components:
 
 
 def components(labels: Labels, extra: Sequence[tuple[np.ndarray, str]] = ()) -> Components:
-    """Connected components of the tied labels; `extra` freezes more labels, with reasons."""
-    pairs = [pair for pair in labels.edges if len(pair[0])]
-    a, b = (np.concatenate([p[i] for p in pairs] or [np.zeros(0, int)]) for i in (0, 1))
-    edges = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(labels.count, labels.count))
-    _, of = csgraph.connected_components(edges, directed=False)
-    frozen = [(np.zeros(1, int), "is tied to an axis of the input"), *labels.frozen, *extra]
-    owners = np.repeat(np.arange(len(frozen)), [len(own) for own, _ in frozen])
-    stuck, first = np.unique(of[np.concatenate([own for own, _ in frozen])], return_index=True)
-    reasons = [frozen[owner][1] for owner in owners[first]]
-    return Components(of, dict(zip(stuck.tolist(), reasons, strict=True)))
+    """Connected components of the tied labels; `extra` freezes more labels, with reasons.
+
+    Of the axes of a product the one keeps its channels with which most of the parameters can be
+    removed, in the smallest units, the last of equals. Products with the least choice decide first,
+    so that others do not take it from them.
+    """
+    labels = labels.copy()
+    labels.frozen = [(np.zeros(1, int), FIXED), *labels.frozen, *extra]
+    of = _connected(np.arange(labels.count), labels.edges)
+    stuck = _stuck(labels, of)
+    choices = [sum(not stuck[of[axis]].all() for axis in axes) for _, axes in labels.products]
+    for i in np.argsort(choices, stable=True):
+        elements, axes = labels.products[i]
+        tried = [_decided(labels, of, elements, axes, a) for a in reversed(range(len(axes)))]
+        labels, of = max(tried, key=lambda found: _removable(*found))
+    owners = np.repeat(np.arange(len(labels.frozen)), [len(own) for own, _ in labels.frozen])
+    frozen, first = np.unique(of[_frozen(labels)], return_index=True)
+    reasons = [labels.frozen[owner][1] for owner in owners[first]]
+    return Components(of, dict(zip(frozen.tolist(), reasons, strict=True)))
+
+
+def _connected(of: np.ndarray, edges: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The component of each label once these are tied as well."""
+    a, b = (of[np.concatenate([e[i] for e in edges] or [np.zeros(0, int)])] for i in (0, 1))
+    ties = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(len(of), len(of)))
+    return csgraph.connected_components(ties, directed=False)[1][of]
+
+
+def _frozen(labels: Labels) -> np.ndarray:
+    return np.concatenate([own for own, _ in labels.frozen])
+
+
+def _stuck(labels: Labels, of: np.ndarray) -> np.ndarray:
+    """Which components are frozen."""
+    stuck = np.zeros(len(of), bool)
+    stuck[of[_frozen(labels)]] = True
+    return stuck
+
+
+def _removable(labels: Labels, of: np.ndarray) -> tuple[int, int]:
+    """How many indices of parameters can be removed, and in how many units."""
+    own, free = of[: labels.given], ~_stuck(labels, of)
+    units = np.zeros(len(of), bool)
+    units[own] = True
+    return int(free[own].sum()), int((units & free).sum())
+
+
+def _decided(labels: Labels, of: np.ndarray, elements: np.ndarray, axes, chosen: int):
+    """The labels and components if one of the axes of a product keeps its channels."""
+    labels = labels.copy()
+    for i, axis in enumerate(axes):
+        if i == chosen:
+            each = np.moveaxis(elements, i, -1)
+            labels.tie(np.broadcast_to(axis, each.shape).reshape(-1), each.reshape(-1))
+        else:
+            labels.freeze(axis, "is reshaped together with another live axis")
+    return labels, _connected(of, labels.edges[-1:])
 
 
 def group_channels(
-    labels: Labels,
+    found: Components,
     parameters: Mapping[str, Sequence[np.ndarray]],
-    extra: Sequence[tuple[np.ndarray, str]],
     order: Sequence[str],
 ) -> tuple[tuple[Group, ...], tuple[tuple[str, int, str], ...]]:
     """Groups the removable units that touch the same axes of the same parameters.
 
-    `parameters` is {path: labels of each axis}, `extra` are further frozen labels with reasons, and
-    groups are named after and sorted by `order`, the paths of the kernels in running order. With
-    them come (path, axis, reason) for the axes of which some index is frozen.
+    `parameters` is {path: labels of each axis}, and groups are named after and sorted by `order`,
+    the paths of the kernels in running order. With them come (path, axis, reason) for the axes of
+    which some index is frozen.
     """
-    found = components(labels, extra)
-    stuck = np.zeros(labels.count, bool)
+    stuck = np.zeros(len(found.of), bool)
     stuck[list(found.reasons)] = True
     frozen, axes_of = [], {}
     for path, axes in parameters.items():
@@ -93,7 +138,7 @@ def group_channels(
     rank = {path: i for i, path in enumerate(order)}
     shapes = {path: tuple(map(len, axes)) for path, axes in parameters.items()}
     groups = []
-    for kind, alike in _kinds(axes_of, labels.count):
+    for kind, alike in _kinds(axes_of, len(found.of)):
         first = min((key for key, _ in kind), key=lambda key: (rank.get(key[0], len(rank)), key))
         alike = alike[np.argsort(axes_of[first].indices(alike, 1)[:, 0])]
         members = tuple(

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-from hybrid_jax.core.labels import Labels, Origin, Value, common, sizes
+from hybrid_jax.core.labels import UNIFORM, Labels, Origin, Rest, Value, common, sizes
 
 
 def _unary(f: Callable[[float], float]) -> Callable[..., float | None]:
@@ -125,6 +125,21 @@ def _at_rest(eqn: jex.JaxprEqn, args: Sequence[float | None]) -> float | None:
     return value if math.isfinite(value) else math.nan
 
 
+def _operand(value: Value, axis: int, size: int) -> Rest:
+    """What an operand holds at a masked channel; what is the same for all channels is UNIFORM."""
+    if value.labels and len(value.labels[axis]) == size:
+        return value.rest[axis]
+    return UNIFORM if value.constant is None else value.constant
+
+
+def _along(eqn: jex.JaxprEqn, rests: Sequence[Rest]) -> Rest:
+    """The rest of a result whose operands have these."""
+    rest = _at_rest(eqn, [None if rest is UNIFORM else rest for rest in rests])
+    if rest is None and not any(own is None or own != own for own in rests):
+        return UNIFORM
+    return rest
+
+
 def elementwise(
     labels: Labels, eqn: jex.JaxprEqn, values: Sequence[Value], origin: Origin
 ) -> Value:
@@ -138,7 +153,6 @@ def elementwise(
         # Elsewhere a frozen axis decides: label 0 must not be hidden behind a fresh one.
         zero = [v for v in full if not v.labels[axis].any()]
         out_labels.append((zero or full)[0].labels[axis])
-        args = [v.rest[axis] if any(v is u for u in full) else v.constant for v in values]
-        out_rest.append(_at_rest(eqn, args))
+        out_rest.append(_along(eqn, [_operand(v, axis, size) for v in values]))
     constant = _at_rest(eqn, [v.constant for v in values])
     return Value(tuple(out_labels), tuple(out_rest), origin, constant)

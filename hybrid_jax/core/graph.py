@@ -13,8 +13,7 @@ from jax.extend import core as jex
 from hybrid_jax.core import checks, interpreter, paths
 from hybrid_jax.core.analysis import Analysis
 from hybrid_jax.core.arrangement import Kernel, find_kernels, whole
-from hybrid_jax.core.channels import Group, group_channels
-from hybrid_jax.core.joins import Join, Joins, find_joins
+from hybrid_jax.core.channels import Components, Group, components, group_channels
 from hybrid_jax.core.labels import INPUT, Value, sizes
 from hybrid_jax.core.sites import Site
 
@@ -52,17 +51,19 @@ class Graph:
         return f"Graph({parts}, {self.macs} MACs)"
 
     @functools.cached_property
-    def _grouped(self):
-        labels = [value.labels for value in self.arguments[: len(self.parameters)]]
+    def components(self) -> Components:
+        """The component of each label, and why those that are frozen are."""
+        own = [axis for v in self.arguments[: len(self.parameters)] for axis in v.labels]
+        unused = [axis for axis in own if id(axis) not in self.analysis.used]
         extra = [(axis, "is an output of the function") for v in self.outputs for axis in v.labels]
-        unused = [axis for own in labels for axis in own if id(axis) not in self.analysis.used]
         extra += [(axis, "is used by no equation") for axis in unused]
-        return group_channels(
-            self.analysis.labels,
-            dict(zip(self.parameters, labels, strict=True)),
-            extra,
-            list(dict.fromkeys(site.path for site in self.sites)),
-        )
+        return components(self.analysis.labels, extra)
+
+    @functools.cached_property
+    def _grouped(self):
+        labels = {path: v.labels for path, v in zip(self.parameters, self.arguments, strict=False)}
+        order = list(dict.fromkeys(site.path for site in self.sites))
+        return group_channels(self.components, labels, order)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -82,27 +83,6 @@ class Graph:
         changed element by element. What is computed otherwise, or is a kernel in part, is none.
         """
         return find_kernels(self.sites, self.parameters)
-
-    @functools.cached_property
-    def found_joins(self) -> Joins:
-        """Where the joins are, and which site takes a tensor first."""
-        inputs = self.jaxpr.in_avals[len(self.parameters) :]
-        batch = next((aval.shape[:1] for aval in inputs if aval.shape), None)
-        batched = [aval.shape[:1] == batch for aval in inputs]
-        return find_joins(self.jaxpr, [False] * len(self.parameters) + batched, self.site_at)
-
-    @property
-    def joins(self) -> tuple[Join, ...]:
-        """The tensors that meet in sums, products, concatenations and means, in running order."""
-        return tuple(join for joined in self.found_joins.own.values() for join in joined)
-
-    @property
-    def first_takers(self) -> dict[str, str]:
-        """{site: the first site that takes the same tensor, moved or pooled perhaps}.
-
-        Without sites in a `while` or in a function with a derivative rule of its own.
-        """
-        return self.found_joins.first_takers
 
     def site(self, name: str) -> Site:
         """The site of this name; the error lists all names."""
@@ -151,6 +131,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
         value = analysis.labels.value(leaf.shape, frozenset([path]), rest=0.0)
         own = whole(path, leaf.shape) if floating[path] else None
         arguments.append(dataclasses.replace(value, arrangement=own))
+    analysis.labels.given = analysis.labels.count
     for leaf in jax.tree.leaves(shapes[1:]):
         zeros = tuple(np.zeros(n, np.int32) for n in sizes(leaf.shape))
         arguments.append(Value(zeros, (None,) * len(zeros), INPUT))

@@ -5,7 +5,7 @@ of the one it is in and the index there, as in (3, 'body', 0). A path is static,
 learned about an equation once is found again whenever the program is interpreted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,8 @@ def evaluate(
     rule: Rule,
     active: Callable[[Path], bool],
     path: Path = (),
-    resize: Callable[[Path, Sequence[Any]], Sequence[Any]] = lambda path, consts: consts,
+    resize: Callable[[Path, list[Any]], list[Any]] = lambda path, values: values,
+    rebuild: Mapping[str, Callable[..., Any]] | None = None,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Evaluates a jaxpr, giving `rule` every equation that `active` says concerns it.
 
@@ -52,18 +53,20 @@ def evaluate(
 
     `rule` is rule(path, equation, values) -> (outputs, records), for an equation without jaxprs;
     active(path) says whether the equation, or one inside it, concerns the rule; `path` is that of
-    the jaxpr; resize(path of a jaxpr, its constants) gives the constants to use.
+    the jaxpr; resize(path, values) gives the values that an active equation takes instead of those
+    it is given; `rebuild` is REBUILD, or another table like it.
 
     Returns:
       The outputs, and the records of all rules in one dictionary. Inside a `scan` they gain a
       leading axis; in a branch not taken they are zero; inside a `while` they are dropped.
     """
     env: dict[Any, Any] = {}
+    rebuild = REBUILD if rebuild is None else rebuild
 
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
-    env.update(zip(jaxpr.constvars, resize(path, consts), strict=True))
+    env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     records: dict[str, Any] = {}
     for index, eqn in enumerate(jaxpr.eqns):
@@ -72,18 +75,39 @@ def evaluate(
         if not active(here):
             outs = bind(eqn, values)
         else:
+            values = resize(here, values)
 
             def inner(name, jaxpr, consts, args, here=here):
-                return evaluate(jaxpr, consts, args, rule, active, (*here, name), resize)
+                return evaluate(jaxpr, consts, args, rule, active, (*here, name), resize, rebuild)
 
-            rebuild = REBUILD.get(eqn.primitive.name)
-            if rebuild is None:
+            build = rebuild.get(eqn.primitive.name)
+            if build is None:
                 outs, found = rule(here, eqn, values)
             else:
-                outs, found = rebuild(eqn, values, inner, is_spent(here))
+                outs, found = build(eqn, values, inner, is_spent(here))
             records |= found
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], records
+
+
+def inline(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+    """The jaxpr as one list of equations: calls inlined, scans unrolled, derivative rules gone.
+
+    What runs its jaxpr as often as data says, or one of several (`while`, `cond`), stays.
+
+    Example:
+      >>> def body(carry, x):
+      ...     return carry * x, None
+      >>> closed = jax.make_jaxpr(lambda xs: lax.scan(body, 1.0, xs)[0])(jnp.ones(2))
+      >>> [eqn.primitive.name for eqn in inline(closed).eqns if eqn.primitive.name == 'mul']
+      ['mul', 'mul']
+    """
+
+    def run(*args):
+        always, rule = lambda path: True, lambda path, eqn, values: (bind(eqn, values), {})
+        return evaluate(closed.jaxpr, closed.consts, args, rule, always, rebuild=INLINE)[0]
+
+    return versions.live(jax.make_jaxpr(run)(*closed.in_avals), keep=True)[0]
 
 
 def bind(eqn: jex.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
@@ -152,6 +176,21 @@ def _scan(eqn, values, inner, _):
         unroll=params["unroll"],
     )
     return [*carry, *ys], records
+
+
+def _unrolled(eqn, values, inner, _):
+    consts, carried = versions.scan_counts(eqn.params)
+    fixed, carry, xs = (
+        values[:consts],
+        values[consts : consts + carried],
+        values[consts + carried :],
+    )
+    made: dict[int, list[Any]] = {}
+    for i in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:
+        own = [lax.index_in_dim(x, i, keepdims=False) for x in xs]
+        outs, _ = _call(eqn, [*fixed, *carry, *own], inner)
+        carry, made[i] = outs[:carried], outs[carried:]
+    return [*carry, *map(jnp.stack, zip(*(made[i] for i in sorted(made)), strict=True))], {}
 
 
 def _while(eqn, values, inner, _):
@@ -251,3 +290,9 @@ REBUILD = {
     "cond": _cond,
 }
 """Primitives that hold jaxprs -> how to build them anew around the interpreted ones."""
+
+INLINE = {
+    **dict.fromkeys((*versions.CALLS, *versions.REMAT, *versions.CUSTOM), _call),
+    "scan": _unrolled,
+}
+"""Those that need not be equations -> how to run the interpreted ones in their place."""

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_jax.core.labels import Value, common, sizes
+from hybrid_jax.core.labels import UNIFORM, Value, common, sizes
 
 
 def _broadcast(labels, params, values, outvars):
     x, shape = values[0], sizes(outvars[0].aval.shape)
     out_labels: list[Any] = [None] * len(shape)
-    out_rest: list[Any] = [x.constant] * len(shape)
+    out_rest: list[Any] = [UNIFORM if x.constant is None else x.constant] * len(shape)
+    x = x.plain()
     for axis, out in enumerate(params["broadcast_dimensions"]):
         if len(x.labels[axis]) == shape[out]:
             out_labels[out], out_rest[out] = x.labels[axis], x.rest[axis]
@@ -50,34 +51,24 @@ def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
 
 def _reshape(labels, params, values, outvars):
     x, shape = values[0], sizes(outvars[0].aval.shape)
-    if params["dimensions"] is not None:
-        # It transposes first; its output may be cut, but not its input.
-        return None
+    order = params["dimensions"] or range(len(x.shape))
+    before = [x.labels[a] for a in order]
     out_labels = [np.zeros(n, np.int32) for n in shape]
     out_rest: list[Any] = [x.constant] * len(shape)
-    for old, new in segments(x.shape, shape):
-        old = [axis for axis in old if len(x.labels[axis]) > 1]
-        new = [axis for axis in new if shape[axis] > 1]
-        live = [axis for axis in old if x.labels[axis].any()]
-        if not old or not live:
+    for old, new in segments([len(a) for a in before], shape):
+        axes = [before[a] for a in old if len(before[a]) > 1]
+        live = [a for a in old if before[a].any()]
+        new = [a for a in new if shape[a] > 1]
+        if not live:
             continue
-        axis, position = live[0], old.index(live[0])
-        whole = math.prod(x.shape[a] for a in old) == math.prod(shape[a] for a in new)
-        if whole and len(live) == 1 and len(new) == 1:
-            # Merging: the one live axis, tiled by those after it and repeated by those before.
-            lengths = [len(x.labels[a]) for a in old]
-            spread = x.labels[axis].reshape([-1 if i == position else 1 for i in range(len(old))])
-            out_labels[new[0]] = np.broadcast_to(spread, lengths).reshape(-1)
-            out_rest[new[0]] = x.rest[axis]
-        elif whole and len(old) == 1:
-            # Splitting: the last axis stays live, tied over all the others.
-            rows = x.labels[axis].reshape(-1, shape[new[-1]])
-            for row in rows[1:]:
-                labels.tie(rows[0], row)
-            out_labels[new[-1]], out_rest[new[-1]] = rows[0], x.rest[axis]
-        else:
+        if math.prod(map(len, axes)) != math.prod(shape[a] for a in new):
             for a in live:
-                labels.freeze(x.labels[a], "is reshaped together with another live axis")
+                labels.freeze(before[a], "is reshaped together with a symbolic dimension")
+            continue
+        rest = common([x.rest[order[a]] for a in live])
+        made = labels.split(labels.merge(axes), [shape[a] for a in new])
+        for a, own in zip(new, made, strict=True):
+            out_labels[a], out_rest[a] = own, rest
     return [Value(tuple(out_labels), tuple(out_rest), x.origin, x.constant)]
 
 
@@ -165,7 +156,10 @@ def _pad(labels, params, values, outvars):
 
 def _tile(labels, params, values, outvars):
     x = values[0]
-    out = tuple(np.tile(a, n) for a, n in zip(x.labels, params["reps"], strict=True))
+    out = tuple(
+        labels.axis(n) if len(a) == 1 else np.tile(a, n)
+        for a, n in zip(x.labels, params["reps"], strict=True)
+    )
     return [Value(out, x.rest, x.origin, x.constant)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hybrid_jax.core.analysis import Analysis
 from hybrid_jax.core.arrangement import narrowed
-from hybrid_jax.core.channels import components, kept_along
+from hybrid_jax.core.channels import kept_along
 from hybrid_jax.core.graph import Graph, from_analysis
 from hybrid_jax.core.interpreter import in_derivative
 from hybrid_jax.core.labels import Value
@@ -37,7 +37,7 @@ def narrow_graph(graph: Graph, keep: Mapping[str, Any]) -> Graph:
         if not np.any(kept):
             raise ValueError(f"keep[{name!r}] must keep a channel, got none")
     arguments = dict(zip(graph.parameters, graph.arguments, strict=False))
-    of = components(graph.analysis.labels).of
+    of = graph.components.of
     removed = np.zeros(len(of), bool)
     for member, stays in kept_along(keep, graph.groups):
         removed[of[arguments[member.path].labels[member.axis][~stays]]] = True
@@ -78,7 +78,6 @@ def _cut_analysis(analysis: Analysis, cut, shapes) -> Analysis:
         path: ([cut(v) for v in ins], [cut(v) for v in outs])
         for path, (ins, outs) in analysis.equations.items()
     }
-    small.constants = {path: [cut(v) for v in own] for path, own in analysis.constants.items()}
     small.used = {
         id(new)
         for path, (ins, _) in analysis.equations.items()

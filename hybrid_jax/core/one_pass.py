@@ -8,7 +8,7 @@ result's gradient and one pass over the input.
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter, versions
-from hybrid_jax.core.affine import Affine
 
 _CASTS = ("convert_element_type", "copy")
 
@@ -50,7 +49,7 @@ def one_pass_affine(fn: Callable[..., Any]) -> Callable[..., Any]:
             link = links[path]
             given = values[link.place]
             if not isinstance(given, _Started):
-                given = _Started(given, Affine.start(link.axes, given.shape))
+                given = _Started(given, _Affine.start(link.axes, given.shape))
             first, affine = given
             affine = affine.then(eqn.primitive.name, link.place, values)
             if not link.ends:
@@ -67,6 +66,64 @@ def one_pass_affine(fn: Callable[..., Any]) -> Callable[..., Any]:
     return changed
 
 
+class _Affine(NamedTuple):
+    """What becomes of a value y: scale · y + shift.
+
+    Attributes:
+      axes: Those of its channels.
+      sizes: Of y along each of these.
+      scale: float32, a scalar or one entry for each channel.
+      shift: float32, alike.
+    """
+
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    scale: jax.Array
+    shift: jax.Array
+
+    @classmethod
+    def start(cls, axes: Sequence[int], shape: Sequence[int]) -> "_Affine":
+        """A value of that shape itself."""
+        sizes = tuple(shape[axis] for axis in axes)
+        return cls(tuple(axes), sizes, jnp.float32(1), jnp.float32(0))
+
+    def then(self, name: str, place: int, values: Sequence[Any]) -> "_Affine":
+        """After one more affine equation of that name, of which operand `place` is this one."""
+        if name in _CASTS:
+            return self
+        scale, shift = self.scale, self.shift
+        if name == "neg":
+            return self._replace(scale=-scale, shift=-shift)
+        other = self._one_each(jnp.asarray(values[1 - place]).astype(jnp.float32))
+        if name == "mul":
+            return self._replace(scale=scale * other, shift=shift * other)
+        if name == "div":
+            return self._replace(scale=scale / other, shift=shift / other)
+        if name == "add":
+            return self._replace(shift=shift + other)
+        if place == 0:
+            return self._replace(shift=shift - other)
+        return self._replace(scale=-scale, shift=other - shift)
+
+    def each(self, value: jax.Array) -> jax.Array:
+        """The scale or the shift in the shape of the channels."""
+        if value.ndim:
+            value = value.reshape([value.shape[axis] for axis in self.axes])
+        return jnp.broadcast_to(value, self.sizes)
+
+    def along(self, value: jax.Array, rank: int) -> jax.Array:
+        """A value in the shape of the channels, to be broadcast to one of that rank."""
+        sizes = dict(zip(self.axes, self.sizes, strict=True))
+        return value.reshape([sizes.get(axis, 1) for axis in range(rank)])
+
+    def _one_each(self, operand: jax.Array) -> jax.Array:
+        """One entry for each channel of an operand that does not vary along other axes."""
+        for axis in range(operand.ndim):
+            if axis not in self.axes:
+                operand = jax.lax.slice_in_dim(operand, 0, 1, axis=axis)
+        return operand
+
+
 class _Link(NamedTuple):
     """An equation of a chain: which operand comes from it, along which axes it varies, its end."""
 
@@ -79,7 +136,7 @@ class _Started(NamedTuple):
     """Where a chain began, and what has become of it."""
 
     first: jax.Array
-    affine: Affine
+    affine: _Affine
 
 
 def _links(jaxpr, path) -> Iterator[tuple[interpreter.Path, _Link]]:

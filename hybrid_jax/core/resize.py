@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter
 from hybrid_jax.core.channels import components
 from hybrid_jax.core.graph import Graph
 from hybrid_jax.core.labels import Value, sizes
-from hybrid_jax.core.rules import gather_axes
+from hybrid_jax.core.rests import Rests
+from hybrid_jax.core.rules import MADE_UP, gather_axes
 
 Kept = Mapping[str, tuple[np.ndarray, ...]]
 """{path: for each axis of the parameter the indices that stay, sorted}."""
@@ -101,12 +101,22 @@ def _resize_convolution(eqn, values, ins, outs):
     return interpreter.bind(eqn, values, feature_group_count=groups)
 
 
+def _resize_tile(eqn, values, ins, outs):
+    """An axis of one index is as long as what is left of it repeated."""
+    reps = [
+        int(own.sum()) if len(before) == 1 else n
+        for before, own, n in zip(ins[0], outs[0], eqn.params["reps"], strict=True)
+    ]
+    return interpreter.bind(eqn, values, reps=tuple(reps))
+
+
 RESIZE = {
     "broadcast_in_dim": _resize_broadcast,
     "reshape": _resize_reshape,
     "slice": _resize_slice,
     "split": _resize_split,
     "pad": _resize_pad,
+    "tile": _resize_tile,
     "dynamic_slice": _resize_dynamic_slice,
     "gather": _resize_gather,
     "conv_general_dilated": _resize_convolution,
@@ -119,26 +129,26 @@ class Plan:
 
     def __init__(self, graph: Graph, kept: Kept):
         self.graph = graph
-        found = components(graph.analysis.labels)
-        removed: set[int] = set()
-        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
-            for axis, own in enumerate(value.labels):
-                gone = np.setdiff1d(np.arange(leaf.shape[axis]), kept[path][axis])
-                for component in np.unique(found.of[own[gone]]).tolist():
-                    if component in found.reasons:
-                        raise ValueError(
-                            f"kept must keep {path!r} whole on axis {axis}: "
-                            f"a removed channel {found.reasons[component]}"
-                        )
-                    removed.add(component)
-        self.alive = ~np.isin(found.of, sorted(removed))
-        for (path, leaf), value in zip(graph.parameters.items(), graph.arguments, strict=False):
-            for axis, own in enumerate(value.labels):
-                if np.flatnonzero(self.alive[own]).tolist() != kept[path][axis].tolist():
+        axes = [
+            (path, axis, own)
+            for path, value in zip(graph.parameters, graph.arguments, strict=False)
+            for axis, own in enumerate(value.labels)
+        ]
+        stay = [
+            (own[kept[path][axis]], "is coupled with one that stays") for path, axis, own in axes
+        ]
+        found = components(graph.analysis.labels, stay)
+        self.alive = np.ones(len(found.of), bool)
+        for path, axis, own in axes:
+            gone = found.of[np.delete(own, kept[path][axis])]
+            for component in gone.tolist():
+                if component in found.reasons:
                     raise ValueError(
-                        f"kept must remove coupled channels together, got {leaf.shape[axis]} -> "
-                        f"{len(kept[path][axis])} at {path!r} on axis {axis}, which does not fit"
+                        f"kept must keep {path!r} whole on axis {axis}: "
+                        f"a removed channel {found.reasons[component]}"
                     )
+            self.alive[gone] = False
+        self.alive = self.alive[found.of]
         self.active = {
             path[:n]
             for path, (ins, outs) in graph.analysis.equations.items()
@@ -150,21 +160,32 @@ class Plan:
         """For each axis of an array, bool[n]: which indices stay."""
         return [self.alive[labels] for labels in value.labels]
 
-    def rule(self, path: interpreter.Path, eqn: jex.JaxprEqn, values: list[Any]):
-        """Runs one equation on the smaller arrays."""
-        ins, outs = self.graph.analysis.equations[path]
-        ins, outs = [self.keeps(v) for v in ins], [self.keeps(v) for v in outs]
-        if path in self.graph.analysis.barriers:
-            # Its inputs are whole: computed in full, then sliced.
-            full = interpreter.bind(eqn, values)
-            return [take(out, _indices(keep)) for out, keep in zip(full, outs, strict=True)], {}
-        resize = RESIZE.get(eqn.primitive.name)
-        return resize(eqn, values, ins, outs) if resize else interpreter.bind(eqn, values), {}
+    def rule(self) -> interpreter.Rule:
+        """The rule of one run: it runs each equation on the smaller arrays."""
+        equations, barriers = self.graph.analysis.equations, self.graph.analysis.barriers
+        rests = Rests()
 
-    def constants(self, path: interpreter.Path, consts: Sequence[Any]) -> list[Any]:
-        """The constants of a jaxpr, sliced."""
-        known = self.graph.analysis.constants[path]
-        return [take(c, _indices(self.keeps(v))) for c, v in zip(consts, known, strict=True)]
+        def rule(path, eqn, values):
+            ins, outs = ([self.keeps(v) for v in known] for known in equations[path])
+            if path in barriers:
+                # Its inputs are whole: computed in full, then sliced.
+                full = interpreter.bind(eqn, values)
+                return [take(out, _indices(keep)) for out, keep in zip(full, outs, strict=True)], {}
+            resize = RESIZE.get(eqn.primitive.name)
+            results = resize(eqn, values, ins, outs) if resize else interpreter.bind(eqn, values)
+            if eqn.primitive.name in MADE_UP:
+                results = rests.made_up(eqn, values, equations[path][0][0], ins[0], results[0])
+            elif len(outs) == 1:
+                rests.follow(eqn, values, *equations[path], outs[0])
+            return results, {}
+
+        return rule
+
+    def cut_constants(self, path: interpreter.Path, values: list[Any]) -> list[Any]:
+        """What an equation takes, with the constants sliced."""
+        known = self.graph.analysis.equations[path][0]
+        cut = {i: _indices(self.keeps(known[i])) for i in self.graph.analysis.constants[path]}
+        return [take(v, cut[i]) if i in cut else v for i, v in enumerate(values)]
 
 
 def _indices(keep: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Rules of the primitives that reduce, contract, pool, look up or mix along an axis, and of all."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,15 +12,28 @@ from hybrid_jax.core import layout
 from hybrid_jax.core.elementwise import ELEMENTWISE, elementwise, product
 from hybrid_jax.core.labels import Labels, Value, join_origins, sizes
 
+NEUTRAL = {"reduce_sum": 0.0, "reduce_prod": 1.0}
+"""Reductions -> what changes nothing in them; of the others nothing is known to."""
+MADE_UP = ("reduce_sum", "reduce_max", "reduce_min")
+"""Reductions that `resize` lets lose equal entries, making up for them."""
 
-def _reduce(neutral: float | None, keeps: Callable[[float | None], float | None]):
-    """A reduction whose masked entries must equal `neutral`, or the axis is frozen."""
+
+def counting(name: str, axes: Sequence[int], x: Value) -> list[int]:
+    """Those of the axes that a reduction runs over along which masked channels count."""
+    return [a for a in axes if x.labels[a].any() and x.rest[a] != NEUTRAL.get(name, math.nan)]
+
+
+def _reduce(name: str, keeps: Callable[[float | None], float | None]):
+    """A reduction: where masked channels count and it can't be made up for them, they stay."""
 
     def rule(labels, params, values, outvars):
         x = values[0]
-        for axis in params["axes"]:
-            if neutral is None or x.rest[axis] != neutral:
+        counted = counting(name, params["axes"], x)
+        for axis in counted:
+            rest = x.rest[axis]
+            if name not in MADE_UP or len(counted) > 1 or rest is None or rest != rest:
                 labels.freeze(x.labels[axis], "is reduced over where a masked channel counts")
+        x = x.plain()
         kept = [axis for axis in range(len(x.shape)) if axis not in params["axes"]]
         rest = tuple(keeps(x.rest[axis]) for axis in kept)
         return [Value(tuple(x.labels[axis] for axis in kept), rest, x.origin)] * len(outvars)
@@ -126,9 +140,10 @@ def _convolution(labels, params, values, outvars):
         for axis in axes:
             labels.freeze(value.labels[axis], "is a spatial axis of a convolution")
     channels, inside, outside = x.labels[x_in], kernel.labels[k_in], kernel.labels[k_out]
+    alone = groups > 1 and len(inside) == 1
     if groups == 1:
         _contract(labels, x, kernel, x_in, k_in)
-    elif len(inside) == 1:
+    elif alone:
         # Depthwise: a channel leaves with all the outputs that it alone feeds.
         labels.tie(np.repeat(channels, len(outside) // groups), outside)
     else:
@@ -144,7 +159,9 @@ def _convolution(labels, params, values, outvars):
     out_rest: list[Any] = [None] * len(out_labels)
     batch, feature, *_ = numbers.out_spec
     out_labels[batch], out_rest[batch] = x.labels[x_batch], _zero_stays(x.rest[x_batch])
-    out_labels[feature], out_rest[feature] = outside, _zero_stays(kernel.rest[k_out])
+    # A channel of zeros makes zeros, alone with any kernel.
+    made = product(x.rest[x_in], kernel.rest[k_out]) if alone else kernel.rest[k_out]
+    out_labels[feature], out_rest[feature] = outside, _zero_stays(made)
     return [Value(tuple(out_labels), tuple(out_rest), x.origin)]
 
 
@@ -184,14 +201,12 @@ RULES = layout.RULES | {
     "psum_invariant": _across_devices(_zero_stays),
     "pmax": _across_devices(_same),
     "pmin": _across_devices(_same),
-    "reduce_sum": _reduce(0.0, _zero_stays),
-    "reduce_max": _reduce(None, _same),
-    "reduce_min": _reduce(None, _same),
-    "reduce_prod": _reduce(1.0, _zero_stays),
-    "reduce_and": _reduce(None, lambda rest: None),
-    "reduce_or": _reduce(None, lambda rest: None),
-    "argmax": _reduce(None, lambda rest: None),
-    "argmin": _reduce(None, lambda rest: None),
+    **{name: _reduce(name, _zero_stays) for name in ("reduce_sum", "reduce_prod")},
+    **{name: _reduce(name, _same) for name in ("reduce_max", "reduce_min")},
+    **{
+        name: _reduce(name, lambda rest: None)
+        for name in ("reduce_and", "reduce_or", "argmax", "argmin")
+    },
     "rev": _along("dimensions"),
     "cumsum": _along("axis"),
     "cumprod": _along("axis"),
@@ -219,7 +234,12 @@ def propagate(labels: Labels, eqn: jex.JaxprEqn, values: list[Value]) -> list[Va
     origin = join_origins(values)
     if name in ELEMENTWISE:
         return [elementwise(labels, eqn, values, origin)]
-    rule = RULES.get(name)
+    if name not in ("broadcast_in_dim", *MADE_UP):
+        values = [value.plain() for value in values]
+        # What constants alone make is computed in full, so that an axis of it is as free as theirs.
+        rule = RULES.get(name) if origin else None
+    else:
+        rule = RULES[name]
     outs = rule(labels, eqn.params, values, eqn.outvars) if rule else None
     if outs is None:
         return None

@@ -204,7 +204,7 @@ def _narrowed(traced: Callable[..., Graph], params: Any, kept: Kept) -> Callable
     """`narrow` of a function whose traces are remembered."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     small = slice_tree(shapes, kept)
-    plans: dict[int, Plan] = {}
+    plans: dict[Graph, Plan] = {}
 
     def small_fn(small_params, *inputs):
         if jax.tree.structure(small_params) != jax.tree.structure(small):
@@ -221,18 +221,18 @@ def _narrowed(traced: Callable[..., Graph], params: Any, kept: Kept) -> Callable
         # The type is that of the parameters given, in another precision perhaps.
         full = paths.map_with_path(lambda path, leaf: got[path].update(shape=leaf.shape), shapes)
         graph = traced(full, *inputs)
-        plan = plans.get(id(graph))
-        if plan is None or plan.graph is not graph:
-            plans.clear()
-            plan = plans[id(graph)] = Plan(graph, kept)
+        if graph not in plans:
+            plans.clear()  # one is enough, and others would be kept alive
+            plans[graph] = Plan(graph, kept)
+        plan = plans[graph]
         leaves = jax.tree.leaves((small_params, *inputs))
         outs, _ = interpreter.evaluate(
             graph.jaxpr.jaxpr,
             graph.jaxpr.consts,
             leaves,
-            plan.rule,
+            plan.rule(),
             plan.active.__contains__,
-            resize=plan.constants,
+            resize=plan.cut_constants,
         )
         return jax.tree.unflatten(graph.out_tree, outs)
 

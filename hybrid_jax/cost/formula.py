@@ -10,7 +10,6 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.core import interpreter
-from hybrid_jax.core.channels import components
 from hybrid_jax.cost.arguments import FLOAT_BITS, all_bits, kept_counts, scales_of_kernels
 from hybrid_jax.cost.memory import OUTPUT, moments
 
@@ -169,7 +168,7 @@ def _measure(graph, groups) -> Callable[[Any], Polynomial]:
     """From the labels of each axis of an array to its size, a polynomial in the groups' widths."""
     if not groups:
         return lambda axes: {(): math.prod(map(len, axes))}
-    of = components(graph.analysis.labels).of
+    of = graph.components.of
     owner: dict[int, tuple[str, int]] = {}
     for group in groups:
         first = group.members[0]

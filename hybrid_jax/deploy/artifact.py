@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from hybrid_jax import core
@@ -23,12 +25,13 @@ def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[s
     return manifest
 
 
-def read(path: str | os.PathLike) -> tuple[bytes, dict[str, Any]]:
+def read(path: str | os.PathLike, kind: str | None = None) -> tuple[bytes, dict[str, Any]]:
     """Reads what `write` wrote, checked against its manifest: the contents and the manifest.
 
     Raises:
       FileNotFoundError: If the file or its manifest is missing.
-      ValueError: If the manifest is no manifest, or size or checksum differ from it.
+      ValueError: If the manifest is no manifest or of another kind than the one that is wanted, or
+        size or checksum differ from it.
 
     Example:
       >>> import tempfile
@@ -54,7 +57,35 @@ def read(path: str | os.PathLike) -> tuple[bytes, dict[str, Any]]:
             raise ValueError(
                 f"{path} must have {name} {value}, got {got[name]}; it was changed or damaged"
             )
+    if kind is not None and manifest.get("kind") != kind:
+        raise ValueError(f"{path} must be of kind {kind!r}, got {manifest.get('kind')!r}")
     return data, manifest
+
+
+def end_names(
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    alone: tuple[str, str] = ("x", "y"),
+    several: tuple[str, str] = ("", ""),
+) -> tuple[list[str], list[str]]:
+    """Names in a file of a program's ends: one alone has its own, several those of the edges.
+
+    These follow what is given of several. What is no letter, digit or underscore becomes an
+    underscore, and each name stands once.
+
+    Example:
+      >>> end_names(['image'], ['a b', 'a_b'])
+      (['x'], ['a_b', 'a_b_'])
+    """
+    found: list[str] = []
+    for edges, single, start in zip((inputs, outputs), alone, several, strict=True):
+        for edge in edges:
+            name = start + edge if len(edges) > 1 else single
+            name = re.sub(r"\W|^(?=\d)", "_", name, flags=re.ASCII)
+            while name in found:
+                name += "_"
+            found.append(name)
+    return found[: len(inputs)], found[len(inputs) :]
 
 
 def manifest_path(path: str | os.PathLike) -> pathlib.Path:

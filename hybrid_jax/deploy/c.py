@@ -6,19 +6,21 @@ bit for bit, those in floats to 1e-5 of the largest value, with the C library's 
 """
 
 import importlib.resources
+import math
 import os
 import re
+import textwrap
 from typing import Any, NamedTuple
 
 import jinja2
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact, c_arguments, c_statements, c_text
-from hybrid_jax.program import Mixture, Program
 
 
 def export_c(
     path: str | os.PathLike,
-    program: Program | Mixture,
+    program: p.Program | p.Choice,
     name: str = "model",
     pack: bool = True,
 ) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def export_c(
     return artifact.write(path, code.text.encode(), facts)
 
 
-def to_c(program: Program | Mixture, name: str = "model", pack: bool = True) -> str:
+def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) -> str:
     """The C99 text of `void <name>_run(const float *input, float *output)`.
 
     It takes one example: an array for each input, `const uint8_t *` where the traced function takes
@@ -63,8 +65,8 @@ def to_c(program: Program | Mixture, name: str = "model", pack: bool = True) -> 
     standard input to outputs on its standard output, and prints what it needs.
 
     Args:
-      program: In floats, in integers or mixed. A mixture runs its gate, then one expert in the same
-        memory; a NaN from the gate makes its result NaN.
+      program: In floats, in integers or mixed. The parts of a choice run one after another in the
+        same memory.
       name: A C identifier that starts with a letter.
       pack: Whether the integer weights of a layer of up to 4 bits lie two to a byte; they are
         unpacked one kernel at a time, which takes the RAM of one, and a tenth to a quarter of the
@@ -75,11 +77,11 @@ def to_c(program: Program | Mixture, name: str = "model", pack: bool = True) -> 
 
     Example:
       >>> import numpy as np
-      >>> from hybrid_jax.program import Convert, Dense, Encoding, Tensor, Weights
-      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
-      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
-      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
-      >>> code = to_c(Program('x', 'y', tensors, steps))
+      >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': p.Tensor((2,)), 'q': p.Tensor((2,), p.Encoding(0.25, 128))}
+      >>> tensors['y'] = p.Tensor((1,))
+      >>> steps = (p.Convert(('x',), 'q'), p.Dense(('q',), 'y', 'dense', weights))
+      >>> code = to_c(p.Program('x', 'y', tensors, steps))
       >>> [line for line in code.splitlines() if line.startswith(('#define', 'void'))][:2]
       ['#define MODEL_FLASH 106', '#define MODEL_RAM 4']
       >>> print(code[code.index('    /* Convert') : code.index('    /* Dense')])
@@ -112,10 +114,12 @@ def _write(program, name, pack):
             "letters without accents, digits and underscores"
         )
     constants = c_text.Constants()
-    bodies = [c_statements.body(part, constants, pack) for part in program.parts]
-    ends = _ends(program)
-    (inputs, scores), (_, outputs) = ends[0], ends[-1]
-    statements = "".join(body.text for body in bodies)
+    parts = program.parts if isinstance(program, p.Program) else program.written
+    bodies = [c_statements.body(part, constants, pack) for part in parts]
+    ends = [(c_arguments.inputs(part), c_arguments.outputs(part)) for part in parts]
+    (inputs, _), (_, outputs) = ends[0], ends[-1]
+    choice = _CHOICES[type(program)](program) if len(parts) > 1 else ""
+    statements = "".join([*(body.text for body in bodies), choice])
     kernels = _called(statements)
     ram = -(-max(body.ram for body in bodies) // 4) * 4  # it is aligned to floats
     text = (
@@ -128,7 +132,7 @@ def _write(program, name, pack):
             outputs=outputs,
             signature=_signature(inputs, outputs),
             signatures=[_signature(*pair) for pair in ends],
-            scores=scores,
+            choice=choice,
             flash=constants.flash,
             ram=ram,
             math=re.search(_MATH, "".join([statements, *kernels])),
@@ -141,13 +145,32 @@ def _write(program, name, pack):
     return _Code(text, constants.flash, ram, bits, inputs, outputs)
 
 
-def _ends(program):
-    """(inputs, outputs) of each part; those of a mixture are called with the same arrays."""
-    ends = [(c_arguments.inputs(part), c_arguments.outputs(part)) for part in program.parts]
-    made = sorted({argument.dtype for _, own in ends for argument in own})
-    if len(ends) > 1 and made != ["float32"]:
-        raise ValueError(f"programs of a mixture must return float32, got {', '.join(made)}")
-    return ends
+def _mixture(program):
+    """The part that the gate's scores choose; NaN where one of them is."""
+    count, size = len(program.experts), math.prod(program.output_shape)
+    cases = [f"case {i}:\n    part_{i + 1}(input, output);\n    break;" for i in range(count)]
+    nan = f"for (int32_t k = 0; k < {size}; k++) {{\n    output[k] = NAN;\n}}"
+    return "\n".join(
+        [
+            f"float scores[{count}];",
+            "part_0(input, scores);",
+            f"switch (best(scores, {count})) {{",
+            *cases,
+            f"default:\n{textwrap.indent(nan, '    ')}",
+            "}",
+        ]
+    )
+
+
+def _cascade(program):
+    """One part after the other, until one is sure."""
+    last = len(program.stages) - 1
+    ask = "part_{}(input, output, &unsure);\nif (!unsure) {{\n    return;\n}}"
+    asked = [ask.format(i) for i in range(last)]
+    return "\n".join(["uint8_t unsure;", *asked, f"part_{last}(input, output);"])
+
+
+_CHOICES = {p.Mixture: _mixture, p.Cascade: _cascade}
 
 
 # What <math.h> defines, of all that is written.

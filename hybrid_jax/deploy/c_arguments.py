@@ -1,12 +1,11 @@
 """What the C function of a program takes and fills: one array for each input and output."""
 
 import math
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hybrid_jax.deploy import c_text
-from hybrid_jax.program import AveragePool, Conv, MaxPool, Program, Transpose
+from hybrid_jax import program as p
+from hybrid_jax.deploy import artifact, c_text
 
 
 class Argument(NamedTuple):
@@ -41,9 +40,9 @@ class Argument(NamedTuple):
         return f"{shape} {self.dtype}{self.order}"
 
 
-def inputs(program: Program) -> list[Argument]:
+def inputs(program: p.Program) -> list[Argument]:
     """One for each input: uint8 where the traced function takes that, else float32."""
-    names = _names("input", program.inputs)
+    names, _ = _names(program)
     return [
         Argument(
             name,
@@ -55,9 +54,9 @@ def inputs(program: Program) -> list[Argument]:
     ]
 
 
-def outputs(program: Program) -> list[Argument]:
+def outputs(program: p.Program) -> list[Argument]:
     """One for each output, of the traced function's dtype; of floats float32."""
-    names, tensors = _names("output", program.outputs), program.tensors
+    (_, names), tensors = _names(program), program.tensors
     dtypes = [tensors[edge].dtype for edge in program.outputs]
     return [
         Argument(name, dtype if dtype in c_text.TYPES else "float32", tensors[edge].shape)
@@ -65,19 +64,10 @@ def outputs(program: Program) -> list[Argument]:
     ]
 
 
-def _names(kind, edges):
-    """C names, each once; what is no letter, digit or underscore becomes an underscore."""
-    if len(edges) == 1:
-        return [kind]
-    found: dict[str, None] = {}
-    for edge in edges:
-        name = first = f"{kind}_{re.sub('[^A-Za-z0-9_]', '_', edge)}"
-        count = 1
-        while name in found:
-            count += 1
-            name = f"{first}_{count}"
-        found[name] = None
-    return list(found)
+def _names(program):
+    """Those of the inputs, and of the outputs."""
+    alone, several = ("input", "output"), ("input_", "output_")
+    return artifact.end_names(program.inputs, program.outputs, alone, several)
 
 
 def _order(program, edge):
@@ -85,9 +75,9 @@ def _order(program, edge):
     if len(program.tensors[edge].shape) != 3:
         return ""
     for op in _takers(program, edge):
-        if isinstance(op, Conv | MaxPool | AveragePool):
+        if isinstance(op, p.Conv | p.MaxPool | p.AveragePool):
             return ", channels last"
-        if isinstance(op, Transpose) and op.permutation == (1, 2, 0):
+        if isinstance(op, p.Transpose) and op.permutation == (1, 2, 0):
             return ", channels first"
     return ""
 

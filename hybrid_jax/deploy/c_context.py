@@ -5,19 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import c_arguments, c_text
-from hybrid_jax.program import (
-    UNBOUNDED,
-    Constant,
-    Convert,
-    Encoding,
-    Operation,
-    Program,
-    arithmetic,
-    memory,
-)
+from hybrid_jax.program import UNBOUNDED, arithmetic, memory
 
-_ONE = Encoding(1.0)
+_ONE = p.Encoding(1.0)
 _MOST = np.finfo(np.float32).max
 
 
@@ -32,7 +24,7 @@ class Context(NamedTuple):
       plan: Where its tensors lie.
     """
 
-    program: Program
+    program: p.Program
     inputs: list[c_arguments.Argument]
     outputs: list[c_arguments.Argument]
     constants: c_text.Constants
@@ -42,11 +34,11 @@ class Context(NamedTuple):
         """Of an edge, without the batch."""
         return self.program.tensors[name].shape
 
-    def encoding(self, name: str) -> Encoding | None:
+    def encoding(self, name: str) -> p.Encoding | None:
         """Of an edge."""
         return self.program.encoding(name)
 
-    def in_floats(self, op: Operation) -> bool:
+    def in_floats(self, op: p.Operation) -> bool:
         """Whether an operation reads floats and makes floats."""
         return in_floats(self.program, op)
 
@@ -58,7 +50,7 @@ class Context(NamedTuple):
             return c_text.Operand.whole(f"arena.{kind}", offset, self.shape(name))
         return c_text.Operand.whole(self._end(self.plan.ends[name]), 0, self.shape(name))
 
-    def pair(self, op: Operation) -> dict[str, c_text.Operand]:
+    def pair(self, op: p.Operation) -> dict[str, c_text.Operand]:
         """The only input as x, the output as y."""
         (x,) = op.inputs
         return {"x": self.operand(x), "y": self.operand(op.output)}
@@ -68,19 +60,19 @@ class Context(NamedTuple):
         if name in program.inputs:
             return self.inputs[program.inputs.index(name)].name
         maker = program.makers[name]
-        if isinstance(maker, Constant):
+        if isinstance(maker, p.Constant):
             encoding = self.encoding(name)
             stored = maker.floats() if encoding is None else maker.integers([], [], encoding)
             return self.constants.array("constant", np.asarray(stored))
         return self.outputs[program.outputs.index(name)].name
 
 
-def in_floats(program: Program, op: Operation) -> bool:
+def in_floats(program: p.Program, op: p.Operation) -> bool:
     """Whether an operation reads floats and makes floats."""
     return all(program.encoding(name) is None for name in (*op.inputs, op.output))
 
 
-def stored(program: Program) -> Program:
+def stored(program: p.Program) -> p.Program:
     """The program with its inputs as they come: uint8 is encoded with a scale of 1, else floats.
 
     Where they are stored otherwise they are converted first.
@@ -101,11 +93,11 @@ def stored(program: Program) -> Program:
             return name
         if new not in tensors:
             tensors[new] = program.tensors[name]
-            operations.append(Convert((name,), new))
+            operations.append(p.Convert((name,), new))
         return new
 
     for op in program.operations:
-        inputs = tuple(get(name, isinstance(op, Convert)) for name in op.inputs)
+        inputs = tuple(get(name, isinstance(op, p.Convert)) for name in op.inputs)
         operations.append(dataclasses.replace(op, inputs=inputs))
     outputs = tuple(get(name, True) for name in program.outputs)
     return dataclasses.replace(
@@ -113,13 +105,13 @@ def stored(program: Program) -> Program:
     )
 
 
-def multiplier(encodings: list[Encoding], output: Encoding | None, count: int = 1) -> str:
+def multiplier(encodings: list[p.Encoding], output: p.Encoding | None, count: int = 1) -> str:
     """That of a product of values of these encodings, or of a sum of `count` of them."""
     scales = (encoding.scale for encoding in encodings)
     return c_text.literal(arithmetic.multiplier(*scales, output=output or _ONE, count=count))
 
 
-def result(output: Encoding | None, clip: tuple[float, float] = UNBOUNDED) -> dict:
+def result(output: p.Encoding | None, clip: tuple[float, float] = UNBOUNDED) -> dict:
     """The fields of a Result."""
     if output is None:
         low, high = (np.float32(np.clip(end, -_MOST, _MOST)) for end in clip)
@@ -137,7 +129,7 @@ def clamped(value: str, clip: tuple[float, float]) -> str:
 
 
 def requantized(
-    total: str, factor: str, output: Encoding | None, clip: tuple[float, float] = UNBOUNDED
+    total: str, factor: str, output: p.Encoding | None, clip: tuple[float, float] = UNBOUNDED
 ) -> str:
     """A result from its int32 sum; a float where it has no encoding."""
     if output is None:
@@ -145,13 +137,13 @@ def requantized(
     return f"requantize({total}, {factor}, {_limits(output, clip)})"
 
 
-def steps(entry: str, encoding: Encoding) -> str:
+def steps(entry: str, encoding: p.Encoding) -> str:
     """An int32 from zero."""
     zero = encoding.zero_point
     return f"(int32_t)({entry} - {zero})" if zero else f"(int32_t){entry}"
 
 
-def converted(entry: str, encoding: Encoding | None, output: Encoding | None) -> str:
+def converted(entry: str, encoding: p.Encoding | None, output: p.Encoding | None) -> str:
     """An entry in another encoding."""
     if encoding == output:
         return entry

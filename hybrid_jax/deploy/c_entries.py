@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import c_text
 from hybrid_jax.deploy.c_context import (
     Context,
@@ -19,32 +20,12 @@ from hybrid_jax.deploy.c_context import (
     requantized,
     steps,
 )
-from hybrid_jax.program import (
-    Add,
-    Broadcast,
-    Clip,
-    Concatenate,
-    Convert,
-    Gather,
-    Largest,
-    MatMul,
-    Maximum,
-    Mean,
-    Minimum,
-    Multiply,
-    Normalize,
-    Pad,
-    Slice,
-    Softmax,
-    Transpose,
-    arithmetic,
-    memory,
-)
+from hybrid_jax.program import arithmetic, memory
 
 EQUAL = "{y} = {x}"
 
 
-def two(op: Add | Multiply | Maximum, context: Context) -> str:
+def two(op: p.Add | p.Multiply | p.Maximum, context: Context) -> str:
     """Two tensors, lengths of 1 broadcast."""
     names = dict(zip("ab", op.inputs, strict=True))
     shape, operands = context.shape(op.output), {"y": context.operand(op.output)}
@@ -55,11 +36,11 @@ def two(op: Add | Multiply | Maximum, context: Context) -> str:
 
 def _of_two(op, context):
     a, b, output = (context.encoding(name) for name in (*op.inputs, op.output))
-    if isinstance(op, Maximum):
-        kind = "smaller" if isinstance(op, Minimum) else "larger"
+    if isinstance(op, p.Maximum):
+        kind = "smaller" if isinstance(op, p.Minimum) else "larger"
         values = f"{converted('{a}', a, output)}, {converted('{b}', b, output)}"
         return f"{kind}({values})" if output is None else f"(uint8_t){kind}_int({values})"
-    if isinstance(op, Multiply):
+    if isinstance(op, p.Multiply):
         if context.in_floats(op):
             return clamped("{a} * {b}", op.clip)
         product = f"{steps('{a}', a)} * {steps('{b}', b)}"
@@ -72,7 +53,7 @@ def _of_two(op, context):
     return requantized(terms, c_text.literal(factor), output, op.clip)
 
 
-def clip(op: Clip, context: Context) -> str:
+def clip(op: p.Clip, context: Context) -> str:
     """Between bounds."""
     encoding, output = context.encoding(op.inputs[0]), context.encoding(op.output)
     bounds = op.low, op.high
@@ -86,7 +67,7 @@ def clip(op: Clip, context: Context) -> str:
     return _moved(op, context, f"{{y}} = {value}")
 
 
-def convert(op: Convert, context: Context) -> str:
+def convert(op: p.Convert, context: Context) -> str:
     """In another encoding; nothing where it is the same, as the result lies where the input is."""
     if memory.is_view(context.program, op):
         return ""
@@ -94,7 +75,7 @@ def convert(op: Convert, context: Context) -> str:
     return _moved(op, context, f"{{y}} = {value}")
 
 
-def concatenate(op: Concatenate, context: Context) -> str:
+def concatenate(op: p.Concatenate, context: Context) -> str:
     """One after the other."""
     y, texts, start = context.operand(op.output), [], 0
     for name in op.inputs:
@@ -106,25 +87,25 @@ def concatenate(op: Concatenate, context: Context) -> str:
     return "\n".join(texts)
 
 
-def transpose(op: Transpose, context: Context) -> str:
+def transpose(op: p.Transpose, context: Context) -> str:
     """Axes in another order."""
     return _moved(op, context, x=context.operand(op.inputs[0]).axes(op.permutation))
 
 
-def broadcast(op: Broadcast, context: Context) -> str:
+def broadcast(op: p.Broadcast, context: Context) -> str:
     """Lengths of 1 repeated."""
     (name,) = op.inputs
     return _moved(op, context, x=context.operand(name).repeated(context.shape(name)))
 
 
-def slices(op: Slice, context: Context) -> str:
+def slices(op: p.Slice, context: Context) -> str:
     """Every so many entries."""
     x = context.operand(op.inputs[0]).shifted(op.starts)
     strides = (s * step for s, step in zip(x.strides, op.strides, strict=True))
     return _moved(op, context, x=x._replace(strides=tuple(strides)))
 
 
-def gather(op: Gather, context: Context) -> str:
+def gather(op: p.Gather, context: Context) -> str:
     """Entries of some indices; they are constants where they are not evenly apart."""
     x, y = context.pair(op).values()
     axis, indices, step = op.axis, op.indices, x.strides[op.axis]
@@ -146,7 +127,7 @@ def gather(op: Gather, context: Context) -> str:
     return c_text.each(context.shape(op.output), operands, entry)
 
 
-def pad(op: Pad, context: Context) -> str:
+def pad(op: p.Pad, context: Context) -> str:
     """A value around the values; negative padding cuts off."""
     x, y = context.pair(op).values()
     fill = c_text.literal(op.fill(context.encoding(op.output)))
@@ -166,7 +147,7 @@ def _moved(op, context, statement=EQUAL, x=None):
     return c_text.each(context.shape(op.output), operands, statement)
 
 
-def mean(op: Mean, context: Context) -> str:
+def mean(op: p.Mean, context: Context) -> str:
     """The mean over axes."""
     (name,) = op.inputs
     encoding, output = context.encoding(name), context.encoding(op.output)
@@ -178,7 +159,7 @@ def mean(op: Mean, context: Context) -> str:
     return _reduced(op, context, ("int32_t sum = 0", f"sum += {steps('{x}', encoding)}", value))
 
 
-def largest(op: Largest, context: Context) -> str:
+def largest(op: p.Largest, context: Context) -> str:
     """The largest over axes."""
     if context.in_floats(op):
         start, pick = "float most = {x}", "most = larger({x}, most)"
@@ -212,7 +193,7 @@ def _over(there, whole, shape, axes):
     return [shape[a] for a in axes], there._replace(strides=whole.axes(axes).strides)
 
 
-def softmax(op: Softmax, context: Context) -> str:
+def softmax(op: p.Softmax, context: Context) -> str:
     """exp(x − most), divided by its sum."""
     axis = op.axis % len(context.shape(op.output))
     lines = (
@@ -225,7 +206,7 @@ def softmax(op: Softmax, context: Context) -> str:
     return _along(op, context, (axis,), lines)
 
 
-def normalize(op: Normalize, context: Context) -> str:
+def normalize(op: p.Normalize, context: Context) -> str:
     """Centred, and divided by the deviation."""
     count = math.prod(context.shape(op.output)[axis] for axis in op.axes)
     epsilon = c_text.literal(np.float32(op.epsilon))
@@ -260,7 +241,7 @@ def _along(op, context, axes, lines):
     return c_text.each([shape[axis] for axis in kept], outer, entry)
 
 
-def matmul(op: MatMul, context: Context) -> str:
+def matmul(op: p.MatMul, context: Context) -> str:
     """(…, M, K) by (…, K, N)."""
     a, b, y = (context.operand(name) for name in (*op.inputs, op.output))
     encodings = [context.encoding(name) for name in op.inputs]

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import c_text
 from hybrid_jax.deploy.c_context import Context
-from hybrid_jax.program import Function, arithmetic, functions
+from hybrid_jax.program import arithmetic, functions
 
 
-def function(op: Function, context: Context) -> str:
+def function(op: p.Function, context: Context) -> str:
     """A table of what is encoded, an expression of floats."""
     return _expression(op, context) if context.in_floats(op) else _table(op, context)
 

@@ -7,38 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import c_arguments, c_context, c_entries, c_functions, c_text, c_windows
 from hybrid_jax.deploy.c_context import Context
-from hybrid_jax.program import (
-    Add,
-    AveragePool,
-    Broadcast,
-    Call,
-    Clip,
-    Concatenate,
-    Constant,
-    Conv,
-    Convert,
-    Dense,
-    Function,
-    Gather,
-    Largest,
-    MatMul,
-    Maximum,
-    MaxPool,
-    Mean,
-    Minimum,
-    Multiply,
-    Normalize,
-    Operation,
-    Pad,
-    Program,
-    Reshape,
-    Slice,
-    Softmax,
-    Transpose,
-    memory,
-)
+from hybrid_jax.program import memory
 
 
 class Body(NamedTuple):
@@ -49,7 +21,7 @@ class Body(NamedTuple):
     kernel_bits: set[int]
 
 
-def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
+def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     """The statements that compute the outputs of a program from its inputs.
 
     Args:
@@ -84,7 +56,9 @@ def body(program: Program, constants: c_text.Constants, pack: bool) -> Body:
 
 def _check(op, context):
     """Raises ValueError if the edges of an operation are not stored as its rule takes them."""
-    if isinstance(op, Convert | Concatenate | Maximum | Constant | Call) or context.in_floats(op):
+    if isinstance(
+        op, p.Convert | p.Concatenate | p.Maximum | p.Constant | p.Call
+    ) or context.in_floats(op):
         return
     *inputs, output = (context.encoding(name) for name in (*op.inputs, op.output))
     wanted = None
@@ -114,7 +88,7 @@ def _returned(context):
     for i, argument in enumerate(context.outputs):
         name, dtype = program.outputs[i], np.dtype(argument.dtype)
         made = context.plan.ends.get(name) == name and program.outputs.index(name) == i
-        if made and not isinstance(program.makers.get(name), Constant | NoneType):
+        if made and not isinstance(program.makers.get(name), p.Constant | NoneType):
             continue
         x = context.operand(name)
         value = c_context.converted("{x}", context.encoding(name), None)
@@ -126,33 +100,33 @@ def _returned(context):
     return texts
 
 
-Rule = Callable[[Operation, Context], str]
+Rule = Callable[[p.Operation, Context], str]
 
-RULES: Mapping[type[Operation], Rule] = {
-    Conv: c_windows.weighted,
-    Dense: c_windows.weighted,
-    MaxPool: c_windows.max_pool,
-    AveragePool: c_windows.average_pool,
-    MatMul: c_entries.matmul,
-    Add: c_entries.two,
-    Multiply: c_entries.two,
-    Maximum: c_entries.two,
-    Minimum: c_entries.two,
-    Clip: c_entries.clip,
-    Convert: c_entries.convert,
-    Function: c_functions.function,
-    Mean: c_entries.mean,
-    Largest: c_entries.largest,
-    Softmax: c_entries.softmax,
-    Normalize: c_entries.normalize,
-    Concatenate: c_entries.concatenate,
-    Transpose: c_entries.transpose,
-    Broadcast: c_entries.broadcast,
-    Pad: c_entries.pad,
-    Slice: c_entries.slices,
-    Gather: c_entries.gather,
-    Reshape: _view,
-    Constant: _view,
-    Call: _refused,
+RULES: Mapping[type[p.Operation], Rule] = {
+    p.Conv: c_windows.weighted,
+    p.Dense: c_windows.weighted,
+    p.MaxPool: c_windows.max_pool,
+    p.AveragePool: c_windows.average_pool,
+    p.MatMul: c_entries.matmul,
+    p.Add: c_entries.two,
+    p.Multiply: c_entries.two,
+    p.Maximum: c_entries.two,
+    p.Minimum: c_entries.two,
+    p.Clip: c_entries.clip,
+    p.Convert: c_entries.convert,
+    p.Function: c_functions.function,
+    p.Mean: c_entries.mean,
+    p.Largest: c_entries.largest,
+    p.Softmax: c_entries.softmax,
+    p.Normalize: c_entries.normalize,
+    p.Concatenate: c_entries.concatenate,
+    p.Transpose: c_entries.transpose,
+    p.Broadcast: c_entries.broadcast,
+    p.Pad: c_entries.pad,
+    p.Slice: c_entries.slices,
+    p.Gather: c_entries.gather,
+    p.Reshape: _view,
+    p.Constant: _view,
+    p.Call: _refused,
 }
 """{operation: rule(op, context) -> statements}."""

@@ -6,15 +6,16 @@ over the entries of each window that lie on the input.
 
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import c_text
 from hybrid_jax.deploy.c_context import Context, clamped, result
 from hybrid_jax.deploy.packed import pack_bits
-from hybrid_jax.program import AveragePool, Conv, Dense, Encoding, MaxPool, arithmetic, integer_step
+from hybrid_jax.program import arithmetic, integer_step
 
-_ONE = Encoding(1.0)
+_ONE = p.Encoding(1.0)
 
 
-def weighted(op: Conv | Dense, context: Context) -> str:
+def weighted(op: p.Conv | p.Dense, context: Context) -> str:
     """A convolution or dense layer."""
     if context.in_floats(op):
         return _weighted_floats(op, context)
@@ -43,7 +44,7 @@ def weighted(op: Conv | Dense, context: Context) -> str:
     )
 
 
-def kernels(op: Conv | Dense) -> np.ndarray:
+def kernels(op: p.Conv | p.Dense) -> np.ndarray:
     """int8 (O, kh · kw · C / groups), or (1, kh · kw · C) of a depthwise convolution."""
     values = op.weights.values
     if _is_depthwise(op):
@@ -54,7 +55,7 @@ def kernels(op: Conv | Dense) -> np.ndarray:
 def _is_depthwise(op):
     """Whether each channel makes one, so that the channels lie side by side in the kernel too."""
     return (
-        isinstance(op, Conv)
+        isinstance(op, p.Conv)
         and op.groups == op.weights.values.shape[-1] > 1 == (op.weights.values.shape[2])
     )
 
@@ -64,7 +65,7 @@ def _pack(rows):
     return pack_bits(rows // integer_step(4), 4).view(np.int8)
 
 
-def max_pool(op: MaxPool, context: Context) -> str:
+def max_pool(op: p.MaxPool, context: Context) -> str:
     """The largest of each window."""
     if context.in_floats(op):
         return _windows(op, context, "-INFINITY", "value = larger({x}, value)", "value")
@@ -74,7 +75,7 @@ def max_pool(op: MaxPool, context: Context) -> str:
     )
 
 
-def average_pool(op: AveragePool, context: Context) -> str:
+def average_pool(op: p.AveragePool, context: Context) -> str:
     """The mean of each window."""
     (x,), (height, width) = op.inputs, op.window
     count = height * width if op.count_padding else 0
@@ -116,9 +117,9 @@ def _geometry(op, context):
     """(H, W, C), (H', W', O), window, strides, padding, dilation; of a dense layer one place."""
     shape, output = context.shape(op.inputs[0]), context.shape(op.output)
     once, none = (1, 1), ((0, 0), (0, 0))
-    if isinstance(op, Dense):
+    if isinstance(op, p.Dense):
         return (1, 1, *shape), (1, 1, *output), once, once, none, once
-    if isinstance(op, Conv):
+    if isinstance(op, p.Conv):
         return shape, output, op.weights.values.shape[:2], op.strides, op.padding, op.dilation
     return shape, output, op.window, op.strides, op.padding, once
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.targets import TARGETS
 from hybrid_jax.deploy.timing import Latency, latency
-from hybrid_jax.program import Mixture, Program
 
 
 class Check(NamedTuple):
@@ -46,7 +46,7 @@ class Check(NamedTuple):
 
 
 def export_to(
-    target: str, path: str | os.PathLike, program: Program | Mixture, **options: Any
+    target: str, path: str | os.PathLike, program: p.Program | p.Choice, **options: Any
 ) -> dict[str, Any]:
     """Writes a program for one target.
 
@@ -68,9 +68,11 @@ def export_to(
       [{'shape': ['b', 2], 'dtype': 'float32'}]
     """
     core.check_choice("target", target, TARGETS)
-    if not isinstance(program, Program | Mixture):
+    if not isinstance(program, p.Program | p.Choice):
         kind = type(program).__name__
-        raise ValueError(f"program must be a Program, as lower makes one, or a Mixture, got {kind}")
+        raise ValueError(
+            f"program must be a Program, as lower makes one, or a choice of some, got {kind}"
+        )
     return TARGETS[target].export(path, program, **options)
 
 

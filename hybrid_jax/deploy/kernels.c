@@ -49,6 +49,19 @@ static float smaller(float a, float b)
     return a < b || a != a ? a : b;
 }
 
+/* The first of the largest of n scores, -1 where one is no number. */
+static int32_t best(const float *scores, int32_t n)
+{
+    int32_t found = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (scores[i] != scores[i]) {
+            return -1;
+        }
+        found = scores[i] > scores[found] ? i : found;
+    }
+    return found;
+}
+
 static int32_t larger_int(int32_t a, int32_t b)
 {
     return a > b ? a : b;

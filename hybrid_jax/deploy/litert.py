@@ -21,32 +21,33 @@ otherwise.
 import collections
 import importlib.metadata
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
 from hybrid_jax.deploy.litert_file import RefusalError, Signature, to_flatbuffer
 from hybrid_jax.deploy.litert_marks import marked
 from hybrid_jax.deploy.litert_operations import evaluate
-from hybrid_jax.program import Mixture, Program, kernel_bits
+from hybrid_jax.program import kernel_bits
 
 KIND = "litert"
 
-_PROGRAM, _GATE, _EXPERT = "serving_default", "gate", "expert_{}"
+_PROGRAM, _GATE, _EXPERT, _STAGE = "serving_default", "gate", "expert_{}", "stage_{}"
 
 
-def to_litert(program: Program | Mixture) -> bytes:
+def to_litert(program: p.Program | p.Choice) -> bytes:
     """A flatbuffer of the program, for one image or, once its inputs are resized, for any number.
 
     Its signature is 'serving_default', from 'x' to 'y'; several inputs or outputs are named as the
-    edges are, with '_' for what stands in no name. A mixture has one signature for the gate,
-    'gate', and one for each expert, 'expert_0', 'expert_1', …: who runs it calls the gate, and then
-    the expert of its largest output. (Inside a branch of one graph LiteRT would not use XNNPACK.)
+    edges are, with '_' for what stands in no name. A choice has a signature for each part: who runs
+    a mixture calls 'gate', and then of 'expert_0', 'expert_1', … that of its largest output; who
+    runs a cascade calls 'stage_0', and the next one where its second output is true. (Inside a
+    branch of one graph LiteRT would not use XNNPACK.)
 
     Args:
       program: In floats, in integers or mixed.
@@ -61,11 +62,11 @@ def to_litert(program: Program | Mixture) -> bytes:
         int32.
 
     Example:
-      >>> from hybrid_jax.program import Convert, Dense, Encoding, Tensor, Weights
-      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
-      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
-      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
-      >>> data = to_litert(Program('x', 'y', tensors, steps))
+      >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': p.Tensor((2,)), 'q': p.Tensor((2,), p.Encoding(0.25, 128))}
+      >>> tensors['y'] = p.Tensor((1,))
+      >>> steps = (p.Convert(('x',), 'q'), p.Dense(('q',), 'y', 'dense', weights))
+      >>> data = to_litert(p.Program('x', 'y', tensors, steps))
       >>> litert_session(data)(np.float32([[1.0, 2.1]]))
       array([[5.]], dtype=float32)
     """
@@ -79,7 +80,7 @@ def to_litert(program: Program | Mixture) -> bytes:
         raise ValueError(f"program must be one that LiteRT's converter takes: {error}") from error
 
 
-def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[str, Any]:
+def export_litert(path: str | os.PathLike, program: p.Program | p.Choice) -> dict[str, Any]:
     """Writes `to_litert(program)` to `path` and a manifest to `path` + '.json'.
 
     Returns:
@@ -91,13 +92,14 @@ def export_litert(path: str | os.PathLike, program: Program | Mixture) -> dict[s
       OSError: If it cannot be written; what was there stays.
     """
     data = to_litert(program)
-    batch, expert = ("b", program) if isinstance(program, Program) else (1, program.experts[0])
+    batch = "b" if isinstance(program, p.Program) else 1
+    part = program if batch == "b" else program.answering[0]
     inputs, outputs = (
         [
             {"shape": [batch, *tensor.shape], "dtype": tensor.dtype}
-            for tensor in map(expert.tensors.get, names)
+            for tensor in map(part.tensors.get, names)
         ]
-        for names in (expert.inputs, expert.outputs)
+        for names in (part.inputs, part.outputs)
     )
     facts = {
         "kind": KIND,
@@ -117,7 +119,7 @@ def litert_session(
 
     Args:
       file: What `to_litert` returned, or the path of what `export_litert` wrote.
-      batch: Images of one call of the interpreter; 1 for a mixture.
+      batch: Images of one call of the interpreter; 1 for a choice.
       threads: That the interpreter may use; None leaves it to the runtime.
 
     Returns:
@@ -135,19 +137,24 @@ def litert_session(
     runners = {
         name: interpreter.get_signature_runner(name) for name in interpreter.get_signature_list()
     }
-    if _GATE in runners and batch > 1:
-        raise ValueError(f"batch must be 1 for a mixture, got {batch}")
+    if _PROGRAM not in runners and batch > 1:
+        raise ValueError(f"batch must be 1 for a mixture or cascade, got {batch}")
     first = next(iter(runners.values()))
     inputs, outputs = _in_order(interpreter, first)
     shapes = [(batch, *(int(size) for size in d["shape"][1:])) for d in inputs.values()]
 
     def one_batch(*arrays):
-        if _GATE not in runners:
+        if _PROGRAM in runners:
             found = runners[_PROGRAM](**dict(zip(inputs, arrays, strict=True)))
             return [found[name] for name in outputs]
-        (scores,) = runners[_GATE](x=arrays[0])["y"]
-        y = runners[_EXPERT.format(np.argmax(scores))](x=arrays[0])["y"]
-        return [np.where(np.isnan(scores).any(), np.float32(np.nan), y)]
+        if _GATE in runners:
+            (scores,) = runners[_GATE](x=arrays[0])["y"]
+            y = runners[_EXPERT.format(np.argmax(scores))](x=arrays[0])["y"]
+            return [np.where(np.isnan(scores).any(), np.float32(np.nan), y)]
+        for i in range(len(runners)):
+            found = runners[_STAGE.format(i)](x=arrays[0]).values()
+            if not any(value for value in found if value.dtype == bool):
+                return [value for value in found if value.dtype != bool]
 
     def fn(*arrays):
         if len(arrays) != len(inputs):
@@ -197,41 +204,26 @@ def interpret(file: str | os.PathLike | bytes, threads: int | None = None) -> An
     if threads is not None:
         core.check_integer("threads", threads, 1)
     if not isinstance(file, bytes):
-        file, manifest = artifact.read(path := file)
-        if manifest.get("kind") != KIND:
-            raise ValueError(f"{path} must be of kind {KIND!r}, got {manifest.get('kind')!r}")
+        file, _ = artifact.read(file, KIND)
     library = require("ai_edge_litert.interpreter", "litert")
     return library.Interpreter(model_content=file, num_threads=threads)
 
 
 def _parts(program):
     """{signature: program}."""
-    if isinstance(program, Program):
+    if isinstance(program, p.Program):
         return {_PROGRAM: program}
+    if isinstance(program, p.Cascade):
+        return {_STAGE.format(i): part for i, part in enumerate(program.written)}
     experts = {_EXPERT.format(i): expert for i, expert in enumerate(program.experts)}
     return {_GATE: program.gate, **experts}
 
 
 def _signature(program):
-    inputs, outputs = _ends(program)
+    inputs, outputs = artifact.end_names(program.inputs, program.outputs)
     kinds = [(t.dtype, t.shape) for t in (program.tensors[name] for name in program.inputs)]
     function = marked(program, evaluate)
     return Signature(function, dict(zip(inputs, kinds, strict=True)), outputs, _longest(program))
-
-
-def _ends(program):
-    """The names of the file's inputs and outputs: 'x' and 'y', of several those of the edges."""
-
-    def valid(names, alone):
-        found = []
-        for name in names:
-            name = re.sub(r"\W", "_", name)
-            while name in found:
-                name += "_"
-            found.append(name)
-        return found if len(names) > 1 else [alone]
-
-    return valid(program.inputs, "x"), valid(program.outputs, "y")
 
 
 def _longest(program):
@@ -244,7 +236,7 @@ def _longest(program):
 def _check_converts(program, op):
     """Raises ValueError, naming `op`, if the converter refuses it alone."""
     tensors = {name: program.tensors[name] for name in (*op.inputs, op.output)}
-    alone = Program(tuple(dict.fromkeys(op.inputs)), op.output, tensors, (op,))
+    alone = p.Program(tuple(dict.fromkeys(op.inputs)), op.output, tensors, (op,))
     try:
         to_flatbuffer({_PROGRAM: _signature(alone)})
     except RefusalError as error:

@@ -6,27 +6,17 @@ import math
 import jax
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy.litert_marks import mark
-from hybrid_jax.program import (
-    Concatenate,
-    Encoding,
-    Gather,
-    Largest,
-    MatMul,
-    Mean,
-    Normalize,
-    Operation,
-    Pad,
-    Softmax,
-)
 
 
 def fold(
-    op: Operation, values: list[jax.Array], encodings: list[Encoding | None]
-) -> tuple[bool, Operation, list[jax.Array]]:
+    op: p.Operation, values: list[jax.Array], encodings: list[p.Encoding | None]
+) -> tuple[bool, p.Operation, list[jax.Array]]:
     """(whether it was done, the operation, its inputs) with axes as one that it treats as one."""
     rank = values[0].ndim - 1 if values else 0
-    taken = _taken(op, [x.shape[1:] for x in values], rank) if rank > 4 else None
+    most = 3 if isinstance(op, p.Function) else 4  # what compares has no more
+    taken = _taken(op, [x.shape[1:] for x in values], rank) if rank > most else None
     if taken is None:
         return False, op, values
     runs, places = [], []
@@ -54,13 +44,13 @@ def fold(
 def _taken(op, shapes, rank):
     """Axes that an operation tells from their neighbours; None of what LiteRT has for any rank."""
     match op:
-        case Mean() | Largest() | Normalize():
+        case p.Mean() | p.Largest() | p.Normalize():
             return op.axes
-        case Softmax() | Gather() | Concatenate():
+        case p.Softmax() | p.Gather() | p.Concatenate():
             return (op.axis % rank,)
-        case Pad():
+        case p.Pad():
             return [axis for axis, ends in enumerate(op.padding) if any(ends)]
-        case MatMul():
+        case p.MatMul():
             return (rank - 2, rank - 1)
         case _ if op.in_place:
             last = {rank - 1} if any(map(np.ndim, getattr(op, "constants", ()))) else set()

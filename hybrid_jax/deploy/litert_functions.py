@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy.litert_marks import mark
-from hybrid_jax.program import Encoding, Function, arithmetic, functions
+from hybrid_jax.program import arithmetic, functions
 from hybrid_jax.program.functions import FIXED, FUNCTIONS
 
 
-def in_floats(op: Function, values: Sequence[jax.Array]) -> jax.Array:
+def in_floats(op: p.Function, values: Sequence[jax.Array]) -> jax.Array:
     """The expression of float32 tensors, in steps that the converter takes.
 
     Raises:
@@ -29,13 +30,15 @@ def in_floats(op: Function, values: Sequence[jax.Array]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(made[-1]).astype(jnp.float32), shape)
 
 
-def in_integers(op: Function, x: jax.Array, encoding: Encoding, output: Encoding) -> jax.Array:
+def in_integers(
+    op: p.Function, x: jax.Array, encoding: p.Encoding, output: p.Encoding
+) -> jax.Array:
     """The function of an int8: by LiteRT's kernel, in floats or as a table, what is right first.
 
     In floats it takes a tenth of the time, and may be a step off where the value is all but halfway
     between two integers.
     """
-    if op.kind in FIXED and output == Encoding(*FIXED[op.kind]):
+    if op.kind in FIXED and output == p.Encoding(*FIXED[op.kind]):
         return FUNCTIONS[op.kind](jnp, x)
     table = arithmetic.table(op.steps, op.constants, encoding, output)
     if _smooth(op, encoding, output, table):

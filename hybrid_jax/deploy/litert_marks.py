@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.program import Encoding, Program
+from hybrid_jax import program as p
 
 MARK = "quant.fake_quant"
 """What the converter takes for a mark: a call of this name."""
@@ -20,7 +20,7 @@ MARK = "quant.fake_quant"
 Evaluate = Callable[..., jax.Array]
 
 
-def marked(program: Program, evaluate: Evaluate) -> Callable[..., tuple[jax.Array, ...]]:
+def marked(program: p.Program, evaluate: Evaluate) -> Callable[..., tuple[jax.Array, ...]]:
     """The program in floats with marks: fn(*inputs) -> outputs, (B, …), for lowering only.
 
     Args:
@@ -52,7 +52,7 @@ def _returned(name, y, dtype, batch):
     return y.astype(dtype)
 
 
-def mark(x: Any, encoding: Encoding | None) -> jax.Array:
+def mark(x: Any, encoding: p.Encoding | None) -> jax.Array:
     """The same values, to be stored in this encoding; as they are in None."""
     if encoding is None:
         return jnp.asarray(x)

@@ -14,59 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy import litert_functions as functions
 from hybrid_jax.deploy.litert_axes import fold
 from hybrid_jax.deploy.litert_marks import mark, mark_kernel
-from hybrid_jax.program import (
-    UNBOUNDED,
-    Add,
-    AveragePool,
-    Broadcast,
-    Call,
-    Clip,
-    Concatenate,
-    Constant,
-    Conv,
-    Convert,
-    Dense,
-    Encoding,
-    Function,
-    Gather,
-    Largest,
-    MatMul,
-    Maximum,
-    MaxPool,
-    Mean,
-    Minimum,
-    Multiply,
-    Normalize,
-    Operation,
-    Pad,
-    Program,
-    Reshape,
-    Slice,
-    Softmax,
-    Transpose,
-    Weights,
-    arithmetic,
-)
+from hybrid_jax.program import UNBOUNDED, arithmetic
 
 _NHWC = ("NHWC", "OHWI", "NHWC")
 _RELU6 = (0.0, 6.0)
 # Operations that LiteRT clips without a step more, at zero and there or at 6.
-_ACTIVATED = (Conv, Dense, Add, Multiply, Clip)
+_ACTIVATED = (p.Conv, p.Dense, p.Add, p.Multiply, p.Clip)
 
 
 class Place(NamedTuple):
     """Where an operation stands: itself, the encodings of its inputs and result, and its number."""
 
-    op: Operation
-    encodings: list[Encoding | None]
-    output: Encoding | None
+    op: p.Operation
+    encodings: list[p.Encoding | None]
+    output: p.Encoding | None
     number: int
 
 
-def evaluate(program: Program, op: Operation, values: list[jax.Array]) -> jax.Array:
+def evaluate(program: p.Program, op: p.Operation, values: list[jax.Array]) -> jax.Array:
     """An operation of the program in floats, with a mark on what it makes if that is encoded.
 
     Raises:
@@ -88,7 +57,7 @@ def evaluate(program: Program, op: Operation, values: list[jax.Array]) -> jax.Ar
 
 
 def _bounds(op):
-    return (op.low, op.high) if isinstance(op, Clip) else getattr(op, "clip", UNBOUNDED)
+    return (op.low, op.high) if isinstance(op, p.Clip) else getattr(op, "clip", UNBOUNDED)
 
 
 def _clip_and_mark(op, y, encodings, output):
@@ -154,7 +123,7 @@ def _weighted(at, x):
     if encoding is not None:
         step = np.float32(encoding.scale) * weights.scale
         bias = arithmetic.integer_bias(weights, encoding).astype(np.float32) * step
-    if isinstance(op, Dense):
+    if isinstance(op, p.Dense):
         y = lax.dot_general(x, kernel, (((1,), (1,)), ((), ())))
     else:
         y = lax.conv_general_dilated(
@@ -178,7 +147,7 @@ def _requantized(at, x, encoding):
         return x
     # Each one is stored in its own way: two equal products of a tensor would be merged, and both
     # would then have the encoding of one of them.
-    one = Encoding(1.0, at.number % 255)
+    one = p.Encoding(1.0, at.number % 255)
     return x * mark(np.ones((1,) * x.ndim, np.float32), one)
 
 
@@ -240,11 +209,11 @@ def _average_pool(at, x):
     op, channels = at.op, x.shape[-1]
     ones, zeros = np.ones((*op.window, 1, channels), np.int8), np.zeros(channels, np.float32)
     if op.count_padding and None in (*at.encodings, at.output):
-        return op.floats(x)
+        return op.floats(_apart(x))
     if op.count_padding:
         scale = np.full(channels, 1 / math.prod(op.window), np.float32)
-        return _weighted(at._replace(op=_depthwise(op, Weights(ones, scale, zeros, 8))), x)
-    summed = _depthwise(op, Weights(ones.astype(np.float32), None, zeros))
+        return _weighted(at._replace(op=_depthwise(op, p.Weights(ones, scale, zeros, 8))), x)
+    summed = _depthwise(op, p.Weights(ones.astype(np.float32), None, zeros))
     counts = op.counts(x.shape[1:]).astype(np.float32)
     y = _weighted(Place(summed, [None], None, at.number), _apart(x))
     return _apart(y / np.expand_dims(counts, 0))
@@ -253,7 +222,7 @@ def _average_pool(at, x):
 def _depthwise(op, weights):
     channels = weights.values.shape[-1]
     ends = (op.inputs, op.output, op.output)
-    return Conv(*ends, weights, op.strides, op.padding, groups=channels)
+    return p.Conv(*ends, weights, op.strides, op.padding, groups=channels)
 
 
 def _max_pool(at, x):
@@ -270,8 +239,7 @@ def _max_pool(at, x):
 def _pad(at, x):
     value, output = np.float32(at.op.value), at.output
     if output is not None and value:
-        step = np.rint(value / output.scale) + output.zero_point
-        value = mark(_value(np.clip(step, output.low, output.high), output), output)
+        value = mark(_value(at.op.fill(output), output), output)
     return lax.pad(x, value, [(0, 0, 0), *((*ends, 0) for ends in at.op.padding)])
 
 
@@ -306,31 +274,31 @@ def _refused(at, *values):
     raise at.op.refused("LiteRT")
 
 
-RULES: dict[type[Operation], Callable[..., jax.Array]] = {
-    Conv: _weighted,
-    Dense: _weighted,
-    MatMul: _matmul,
-    Add: lambda at, a, b: a - b if at.op.minus else a + b,
-    Multiply: lambda at, a, b: a * b,
-    Maximum: _picked,
-    Minimum: _picked,
-    Clip: _convert,
-    Convert: _convert,
-    Function: _function,
-    Mean: _floats,
-    Largest: _floats,
-    MaxPool: _max_pool,
-    AveragePool: _average_pool,
-    Concatenate: _concatenate,
-    Reshape: _floats,
-    Transpose: _floats,
-    Broadcast: _floats,
-    Pad: _pad,
-    Slice: _slice,
-    Gather: _gather,
-    Softmax: _softmax,
-    Normalize: _floats,
-    Constant: _floats,
-    Call: _refused,
+RULES: dict[type[p.Operation], Callable[..., jax.Array]] = {
+    p.Conv: _weighted,
+    p.Dense: _weighted,
+    p.MatMul: _matmul,
+    p.Add: lambda at, a, b: a - b if at.op.minus else a + b,
+    p.Multiply: lambda at, a, b: a * b,
+    p.Maximum: _picked,
+    p.Minimum: _picked,
+    p.Clip: _convert,
+    p.Convert: _convert,
+    p.Function: _function,
+    p.Mean: _floats,
+    p.Largest: _floats,
+    p.MaxPool: _max_pool,
+    p.AveragePool: _average_pool,
+    p.Concatenate: _concatenate,
+    p.Reshape: _floats,
+    p.Transpose: _floats,
+    p.Broadcast: _floats,
+    p.Pad: _pad,
+    p.Slice: _slice,
+    p.Gather: _gather,
+    p.Softmax: _softmax,
+    p.Normalize: _floats,
+    p.Constant: _floats,
+    p.Call: _refused,
 }
 """{operation: rule(place, *values) -> value}, for every operation."""

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy.onnx_graph import Graph, along
-from hybrid_jax.program import Function
 
 Typed = tuple[Any, np.dtype]
 FLOAT, INT, BOOL = (np.dtype(kind) for kind in ("float32", "int32", "bool"))
 
 
-def expression(graph: Graph, op: Function) -> str:
+def expression(graph: Graph, op: p.Function) -> str:
     """The value of an expression of floats, in floats.
 
     Raises:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_jax import program as p
 from hybrid_jax.deploy.packed import pack_bits
-from hybrid_jax.program import UNBOUNDED, Encoding, Operation, Program, arithmetic
+from hybrid_jax.program import UNBOUNDED, arithmetic
 
 WHOLE = (0, 255)  # where a QuantizeLinear to uint8 saturates
 
@@ -37,7 +38,7 @@ class Graph:
     def __init__(
         self,
         onnx: Any,
-        program: Program,
+        program: p.Program,
         inputs: Sequence[str],
         prefix: str = "",
         vnni: bool = False,
@@ -61,7 +62,7 @@ class Graph:
         value = self.first_channels(value, len(tensor.shape))
         if tensor.dtype == "uint8":
             self.bytes[name] = value
-            if tensor.encoding == Encoding(1.0):
+            if tensor.encoding == p.Encoding(1.0):
                 return value
         if file_dtype(tensor.dtype) != np.float32:
             value = self.cast(value, np.float32)
@@ -71,7 +72,7 @@ class Graph:
         """The shape of one example of a tensor, in the program's order."""
         return self._program.tensors[name].shape
 
-    def encoding(self, name: str) -> Encoding | None:
+    def encoding(self, name: str) -> p.Encoding | None:
         """A tensor's encoding."""
         return self._program.encoding(name)
 
@@ -90,17 +91,17 @@ class Graph:
         ones = np.ones(rank, np.int64)
         return self.node("Expand", [value, self.node("Concat", [count, ones], axis=0)])
 
-    def dequantize(self, value: str, encoding: Encoding | None) -> str:
+    def dequantize(self, value: str, encoding: p.Encoding | None) -> str:
         """A stored value in floats."""
         if encoding is None:
             return value
         return self.node("DequantizeLinear", [value, *_parameters(encoding)])
 
-    def quantize(self, value: str, encoding: Encoding) -> str:
+    def quantize(self, value: str, encoding: p.Encoding) -> str:
         """Floats in an encoding, saturated where a uint8 is."""
         return self.node("QuantizeLinear", [value, *_parameters(encoding)])
 
-    def store(self, value: str, op: Operation, within: tuple[Any, Any] = WHOLE) -> str:
+    def store(self, value: str, op: p.Operation, within: tuple[Any, Any] = WHOLE) -> str:
         """Floats as the operation's output is stored, clipped.
 
         Args:

@@ -79,13 +79,14 @@ def _result(graph, program, name):
 
 def _conv(graph, op):
     kernel, bias = _weights(graph, op, (3, 2, 0, 1))
+    x, padding = _padded(graph, op, min(map(min, op.padding)) < 0)  # ONNX crops in a Pad alone
     y = graph.node(
         "Conv",
-        [graph.floats(op.inputs[0]), kernel, bias],
+        [x, kernel, bias],
         op.name,
         kernel_shape=op.weights.values.shape[:2],
         strides=op.strides,
-        pads=pads(op.padding),
+        pads=pads(padding),
         dilations=op.dilation,
         group=op.groups,
     )
@@ -151,13 +152,19 @@ def _max_pool(graph, op):
 
 
 def _average_pool(graph, op):
+    # Padding of the pool itself is the integer 0 in OpenVINO, whatever the zero point.
+    x, padding = _padded(graph, op, op.count_padding and any(map(any, op.padding)))
+    return graph.store(_pool(graph, op, "AveragePool", x, pads=pads(padding)), op)
+
+
+def _padded(graph, op, apart):
+    """What has windows, in floats, and the padding that is left to its node."""
     (name,), padding = op.inputs, op.padding
     x, encoding = graph.stored[name], graph.encoding(name)
-    if op.count_padding and any(map(any, padding)):
-        # Padding of the pool itself is the integer 0 in OpenVINO, whatever the zero point.
-        x, padding = graph.pad(x, (*padding, (0, 0)), _stored(0, encoding)), ((0, 0), (0, 0))
-    y = _pool(graph, op, "AveragePool", graph.dequantize(x, encoding), pads=pads(padding))
-    return graph.store(y, op)
+    if apart:
+        zero = _entry(0 if encoding is None else encoding.zero_point, encoding)
+        x, padding = graph.pad(x, (*padding, (0, 0)), zero), ((0, 0), (0, 0))
+    return graph.dequantize(x, encoding), padding
 
 
 def _pool(graph, op, kind, x, **attributes):
@@ -248,15 +255,14 @@ def _broadcast(graph, op):
 
 
 def _pad(graph, op):
-    x, encoding = graph.stored[op.inputs[0]], graph.encoding(op.output)
-    return graph.pad(x, op.padding, _stored(op.value, encoding))
+    encoding = graph.encoding(op.output)
+    value = op.fill(encoding)
+    return graph.pad(graph.stored[op.inputs[0]], op.padding, _entry(value, encoding))
 
 
-def _stored(value, encoding):
-    """A number as a tensor of that encoding holds it."""
-    if encoding is None:
-        return np.float32(value)
-    return np.uint8(arithmetic.bounds(encoding, (value, value))[0])
+def _entry(value, encoding):
+    """A stored number."""
+    return np.float32(value) if encoding is None else np.uint8(value)
 
 
 def _slice(graph, op):

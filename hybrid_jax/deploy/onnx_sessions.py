@@ -30,11 +30,12 @@ def onnx_session(file: str | os.PathLike | bytes, threads: int | None = None) ->
 
     Example:
       >>> from hybrid_jax.deploy.onnx_writer import to_onnx
-      >>> from hybrid_jax.program import Convert, Dense, Encoding, Program, Tensor, Weights
-      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
-      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
-      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
-      >>> model = to_onnx(Program('x', 'y', tensors, steps))
+      >>> from hybrid_jax import program as p
+      >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': p.Tensor((2,)), 'q': p.Tensor((2,), p.Encoding(0.25, 128))}
+      >>> tensors['y'] = p.Tensor((1,))
+      >>> steps = (p.Convert(('x',), 'q'), p.Dense(('q',), 'y', 'dense', weights))
+      >>> model = to_onnx(p.Program('x', 'y', tensors, steps))
       >>> onnx_session(model.SerializeToString())(np.float32([[1.0, 2.1]]))
       array([[5.]], dtype=float32)
     """
@@ -92,9 +93,7 @@ def openvino_session(
 def _contents(file):
     if isinstance(file, bytes):
         return file
-    data, manifest = artifact.read(file)
-    if manifest.get("kind") != KIND:
-        raise ValueError(f"{file} must be of kind {KIND!r}, got {manifest.get('kind')!r}")
+    data, _ = artifact.read(file, KIND)
     return data
 
 

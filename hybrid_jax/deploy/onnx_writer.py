@@ -21,17 +21,14 @@ adds to something, which is where most of its differences in a residual network 
 """
 
 import os
-import re
 from typing import Any
 
-import numpy as np
-
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact
 from hybrid_jax.deploy.extras import require
-from hybrid_jax.deploy.onnx_graph import file_dtype
+from hybrid_jax.deploy.onnx_choice import of_an_image, value_info
 from hybrid_jax.deploy.onnx_operations import stored_bits, written
-from hybrid_jax.program import Mixture, Program
 
 KIND = "onnx"
 OLDEST_OPSET = 13  # the first whose QuantizeLinear has a scale for each channel
@@ -39,10 +36,10 @@ OLDEST_OPSET = 13  # the first whose QuantizeLinear has a scale for each channel
 _BATCH = "N"
 
 
-def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) -> Any:
+def to_onnx(program: p.Program | p.Choice, *, opset: int = 21, vnni: bool = False) -> Any:
     """An ONNX model of the program, for any number of examples.
 
-    A mixture is a loop over the images (`Scan`), which runs for each the gate and one expert.
+    A choice is a loop over the images (`Scan`), which runs for each what that needs.
 
     Args:
       program: In floats, in integers or mixed.
@@ -59,11 +56,12 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) 
         (which is named, with what to change), or an accumulator may leave int32.
 
     Example:
-      >>> from hybrid_jax.program import Convert, Dense, Encoding, Tensor, Weights
-      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
-      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((1,))}
-      >>> steps = (Convert(('x',), 'q'), Dense(('q',), 'y', 'dense', weights))
-      >>> model = to_onnx(Program('x', 'y', tensors, steps))
+      >>> import numpy as np
+      >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
+      >>> tensors = {'x': p.Tensor((2,)), 'q': p.Tensor((2,), p.Encoding(0.25, 128))}
+      >>> tensors['y'] = p.Tensor((1,))
+      >>> steps = (p.Convert(('x',), 'q'), p.Dense(('q',), 'y', 'dense', weights))
+      >>> model = to_onnx(p.Program('x', 'y', tensors, steps))
       >>> [node.op_type for node in model.graph.node if node.op_type != 'DequantizeLinear']
       ['QuantizeLinear', 'Gemm', 'Identity']
     """
@@ -71,14 +69,14 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) 
     core.check_integer("opset", opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
     options = {"vnni": vnni, "opset": opset}
     first, last = program.parts[0], program.parts[-1]
-    names = _end_names(first.inputs, last.outputs)
-    if isinstance(program, Mixture):
-        body, constants = _of_an_image(onnx, program, options), []
+    names = artifact.end_names(first.inputs, last.outputs)
+    if isinstance(program, p.Choice):
+        body, constants = of_an_image(onnx, program, options), []
         nodes = [onnx.helper.make_node("Scan", *names, body=body, num_scan_inputs=1)]
     else:
         nodes, constants = written(onnx, program, *names, **options)
     ends = [
-        [_value(onnx, name, part.tensors[edge], (_BATCH,)) for name, edge in zip(titles, edges)]
+        [value_info(onnx, name, part.tensors[edge], (_BATCH,)) for name, edge in zip(titles, edges)]
         for titles, part, edges in zip(names, (first, last), (first.inputs, last.outputs))
     ]
     opsets = [onnx.helper.make_opsetid("", opset)]
@@ -93,7 +91,7 @@ def to_onnx(program: Program | Mixture, *, opset: int = 21, vnni: bool = False) 
 
 
 def export_onnx(
-    path: str | os.PathLike, program: Program | Mixture, *, opset: int = 21, vnni: bool = False
+    path: str | os.PathLike, program: p.Program | p.Choice, *, opset: int = 21, vnni: bool = False
 ) -> dict[str, Any]:
     """Writes `to_onnx` of the program to `path` and a manifest to `path` + '.json'.
 
@@ -123,85 +121,7 @@ def export_onnx(
     return artifact.write(path, model.SerializeToString(deterministic=True), facts)
 
 
-def _end_names(inputs, outputs):
-    """Names in the file of inputs and outputs: 'x' and 'y', of several those of the edges."""
-    found: list[str] = []
-    for edges, alone in ((inputs, "x"), (outputs, "y")):
-        for edge in edges:
-            name = re.sub(r"\W|^(?=\d)", "_", edge, flags=re.ASCII) if len(edges) > 1 else alone
-            while name in found:
-                name += "_"
-            found.append(name)
-    return found[: len(inputs)], found[len(inputs) :]
-
-
-def _value(onnx, name, tensor, batch=()):
-    kind = onnx.helper.np_dtype_to_tensor_dtype(file_dtype(tensor.dtype))
-    return onnx.helper.make_tensor_value_info(name, kind, (*batch, *tensor.shape))
-
-
 def _describe(onnx, value):
     kind = value.type.tensor_type
     shape = [axis.dim_param or axis.dim_value for axis in kind.shape.dim]
     return {"shape": shape, "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))}
-
-
-def _of_an_image(onnx, mixture, options):
-    """The graph of what a mixture makes of one image 'image': gate, choice, one expert."""
-    make, gate = onnx.helper.make_node, mixture.gate
-    expert_ = mixture.experts[0]
-    image, result = expert_.tensors[expert_.input], expert_.tensors[expert_.output]
-    expert = _one_of(onnx, mixture.experts, 0, len(mixture.experts), options)
-    nodes, constants = _of_a_batch_of_one(onnx, gate, "scores", "g", options)
-    nodes = [
-        *nodes,
-        make("ArgMax", ["scores"], ["choice"], axis=1, keepdims=0),
-        *expert.node,
-        # A NaN among the scores chooses nobody.
-        make("IsNaN", ["scores"], ["are_nan"]),
-        make("Cast", ["are_nan"], ["count"], to=onnx.TensorProto.FLOAT),
-        make("ReduceMax", ["count"], ["most"], keepdims=0),
-        make("Cast", ["most"], ["is_nan"], to=onnx.TensorProto.BOOL),
-        make("Where", ["is_nan", "nan", expert.output[0].name], ["checked"]),
-        make("Reshape", ["checked", "shape"], ["result"]),
-    ]
-    values = {"nan": np.float32(np.nan), "shape": np.int64(result.shape)}
-    constants = [*constants, *expert.initializer, *_constants(onnx, values)]
-    ends = [[_value(onnx, "image", image)], [_value(onnx, "result", result)]]
-    return onnx.helper.make_graph(nodes, "mixture", *ends, constants)
-
-
-def _one_of(onnx, experts, first, stop, options):
-    """The graph of what expert number 'choice', in [first, stop), makes of 'image'."""
-    make, y = onnx.helper.make_node, f"y_{first}_{stop}"
-    if stop - first == 1:
-        nodes, constants = _of_a_batch_of_one(onnx, experts[first], y, f"e{first}_", options)
-    else:
-        middle = (first + stop) // 2
-        halves = (first, middle), (middle, stop)
-        low, high = (_one_of(onnx, experts, *ends, options) for ends in halves)
-        number, below = f"middle_{first}_{stop}", f"below_{first}_{stop}"
-        nodes = [
-            make("Less", ["choice", number], [below]),
-            make("If", [below], [y], then_branch=low, else_branch=high),
-        ]
-        constants = _constants(onnx, {number: np.int64([middle])})
-    result = experts[first].tensors[experts[first].output]
-    return onnx.helper.make_graph(nodes, y, [], [_value(onnx, y, result, (1,))], constants)
-
-
-def _of_a_batch_of_one(onnx, program, y, prefix, options):
-    """Nodes and constants of a program whose input is 'image' with a batch of one around it.
-
-    Gate and experts put it around for themselves: if they shared that reshape, ONNX Runtime would
-    move the gate's QuantizeLinear before it, and the experts would see what the gate sees.
-    """
-    x, shape = f"{prefix}x", f"{prefix}x_shape"
-    nodes, constants = written(onnx, program, [x], [y], prefix, **options)
-    sizes = {shape: np.int64([1, *program.tensors[program.input].shape])}
-    reshape = onnx.helper.make_node("Reshape", ["image", shape], [x])
-    return [reshape, *nodes], [*constants, *_constants(onnx, sizes)]
-
-
-def _constants(onnx, values):
-    return [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]

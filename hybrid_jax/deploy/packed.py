@@ -32,8 +32,9 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact
-from hybrid_jax.program import Mixture, Program, edges
+from hybrid_jax.program import edges
 
 FORMAT = "hybrid_jax packed 2"
 
@@ -43,7 +44,7 @@ _hints = functools.cache(typing.get_type_hints)
 _DIGEST = re.compile(f'"{FORMAT}":"([0-9a-f]{{64}})"'.encode())
 
 
-def save_program(path: str | os.PathLike, program: Program | Mixture) -> dict[str, Any]:
+def save_program(path: str | os.PathLike, program: p.Program | p.Choice) -> dict[str, Any]:
     """Writes a program to a packed file, from which `load_program` gives back the exact arrays.
 
     Returns:
@@ -63,7 +64,7 @@ def save_program(path: str | os.PathLike, program: Program | Mixture) -> dict[st
     return artifact.write(path, data, {"kind": FORMAT, "kernel_bits": bits})
 
 
-def load_program(path: str | os.PathLike) -> Program | Mixture:
+def load_program(path: str | os.PathLike) -> p.Program | p.Choice:
     """Reads what `save_program` wrote; no manifest is needed.
 
     What the file says is checked before it is believed: arrays take at most 64 times the file's
@@ -116,7 +117,7 @@ def _unpack_bits(data, bits, count):
 
 def _classes() -> dict[str, type]:
     """{name: class} of all that a program consists of: of its fields, and of theirs."""
-    found, new = {}, [Program, Mixture]
+    found, new = {}, [p.Program, p.Choice]
     for kind in new:
         described = dataclasses.is_dataclass(kind) or hasattr(kind, "_fields")
         if described and kind.__name__ not in found:
@@ -196,8 +197,8 @@ def _program(tensors):
     if not stream.eof:
         raise ValueError(f"the graph must be a zlib stream of at most {most} bytes")
     program = _restored(json.loads(text), _classes(), tensors)
-    if not isinstance(program, Program | Mixture):
-        raise ValueError(f"the graph must be a Program or Mixture, got {type(program).__name__}")
+    if not isinstance(program, p.Program | p.Choice):
+        raise ValueError(f"the graph must be a Program or a choice, got {type(program).__name__}")
     if left := sum(pool.size for pool in tensors.values()):
         raise ValueError(f"every entry must be that of an array, got {left} more")
     for part in program.parts:

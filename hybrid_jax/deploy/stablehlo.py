@@ -1,7 +1,7 @@
 """StableHLO: a function with its parameters as one file, for any XLA device, without this package.
 
-Who receives the file needs `jax` alone: `jax.export.deserialize(data).call(x)`. A top-1 mixture is
-exported as `experts.one_of`, which runs the gate and one expert for each image of the batch.
+Who receives the file needs `jax` alone: `jax.export.deserialize(data).call(x)`. A top-1 mixture of
+functions is exported as `experts.one_of`, which runs the gate and one expert for each image.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from hybrid_jax import core
 from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact
-from hybrid_jax.program import Mixture, Program, kernel_bits
+from hybrid_jax.program import kernel_bits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -93,7 +93,7 @@ def _write(path, fn, params, inputs, platforms, symbolic_batch, facts):
 
 def export_program(
     path: str | os.PathLike,
-    program: Program | Mixture,
+    program: p.Program | p.Choice,
     *,
     platforms: Sequence[str] = PLATFORMS,
     symbolic_batch: bool = True,
@@ -102,7 +102,7 @@ def export_program(
 ) -> dict[str, Any]:
     """Writes an inference graph to a StableHLO file, as `export` does; int8 weights take a byte.
 
-    A mixture runs its gate and one expert for each image. Without `symbolic_batch` the file takes
+    A choice runs for each image what that needs. Without `symbolic_batch` the file takes
     one image; `forms` are for `run`; `simulated` computes in floats what `simulate` does. The
     manifest has kernel_bits too.
 
@@ -141,9 +141,7 @@ def _function(data):
 
 
 def _read(path):
-    data, manifest = artifact.read(path)
-    if manifest.get("kind") != KIND:
-        raise ValueError(f"{path} must be of kind {KIND!r}, got {manifest.get('kind')!r}")
+    data, manifest = artifact.read(path, KIND)
     if _version(manifest["jax"]) > _version(jax.__version__):
         raise ValueError(
             f"{path} must be made by jax {jax.__version__} or older, got {manifest['jax']}"

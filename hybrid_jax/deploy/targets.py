@@ -103,8 +103,9 @@ def _c_session(path, batch, threads):
     def fn(*inputs):
         inputs = [np.ascontiguousarray(x, dtype) for x, dtype in zip(inputs, taken, strict=True)]
         outputs = [np.empty((len(inputs[0]), *shape), dtype) for shape, dtype in made]
-        for arrays in zip(*inputs, *outputs, strict=True):
-            function(*(ctypes.c_void_p(np.asarray(array).ctypes.data) for array in arrays))
+        for i in range(len(inputs[0])):
+            rows = (array[i : i + 1] for array in (*inputs, *outputs))
+            function(*(ctypes.c_void_p(row.ctypes.data) for row in rows))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return fn

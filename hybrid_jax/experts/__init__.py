@@ -37,7 +37,9 @@ from hybrid_jax.experts.losses import importance as importance
 from hybrid_jax.experts.losses import load as load
 from hybrid_jax.experts.losses import switch_balance as switch_balance
 from hybrid_jax.experts.losses import z_loss as z_loss
+from hybrid_jax.experts.mapping import alike as alike
 from hybrid_jax.experts.mapping import fastest as fastest
+from hybrid_jax.experts.mapping import map_each as map_each
 from hybrid_jax.experts.mapping import map_experts as map_experts
 from hybrid_jax.experts.mixture import Aux as Aux
 from hybrid_jax.experts.mixture import combine as combine

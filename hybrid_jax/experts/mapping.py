@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.experts import sharding
-from hybrid_jax.experts.stacking import count
+from hybrid_jax.experts.stacking import count, stack
 
 
 def map_experts(
@@ -60,6 +61,77 @@ def map_experts(
         return sharding.on_each_device(run, axes, args)(*args)
 
     return mapped
+
+
+def map_each(
+    fns: Sequence[Callable[..., Any]], method: str = "auto", choices: core.Choices | None = None
+) -> Callable[..., Any]:
+    """Applies each of E functions to its own parameters; those of one function as one stack.
+
+    Args:
+      fns: fn(params, *shared) -> outputs, all of one structure and shape. Experts of one program
+        have one function, see `alike`.
+      method: How the experts of one function are mapped, as for `map_experts`.
+      choices: As for `map_experts`.
+
+    Returns:
+      mapped(params_list, *shared) -> outputs with a leading axis E, in the order of `fns`.
+
+    Example:
+      >>> double, negate = lambda w, x: 2 * w * x, lambda w, x: -w * x
+      >>> map_each([double, negate, double], 'map')([1.0, 2.0, 3.0], jnp.ones(2))[:, 0].tolist()
+      [2.0, -2.0, 6.0]
+    """
+    groups: dict[Callable[..., Any], list[int]] = {}
+    for e, fn in enumerate(fns):
+        groups.setdefault(fn, []).append(e)
+
+    def mapped(params_list, *shared):
+        outputs: dict[int, Any] = {}
+        for fn, members in groups.items():
+            axes = (0, *(None for _ in shared))
+            own = stack([params_list[e] for e in members])
+            run = map_experts(fn, method if len(members) > 1 else "unroll", axes, choices)
+            outputs |= zip(members, _split(run(own, *shared), len(members)), strict=True)
+        return jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(outputs[e] for e in range(len(fns)))
+        )
+
+    return mapped
+
+
+def alike(
+    fns: Sequence[Callable[..., Any]], params_list: Sequence[Any], *shared: Any
+) -> list[Callable[..., Any]]:
+    """One function for all that are the same program of parameters of the same shapes.
+
+    Args:
+      fns: fn(params, *shared) -> outputs; what they close over must be known.
+      params_list: Parameters of each.
+      *shared: Arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      E functions, of which those of one program are the first of them.
+
+    Example:
+      >>> fns = [lambda w, x: w * x, lambda w, x: w * x, lambda w, x: w + x]
+      >>> first, second, third = alike(fns, [1.0, 2.0, 3.0], 1.0)
+      >>> first is second, first is third
+      (True, False)
+    """
+    first: dict[Any, Callable[..., Any]] = {}
+    found = []
+    for fn, params in zip(fns, params_list, strict=True):
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *shared)
+        consts = [np.asarray(const) for const in closed.consts]
+        held = tuple((const.dtype.str, const.shape, const.tobytes()) for const in consts)
+        trees = jax.tree.structure(params), jax.tree.structure(out)
+        found.append(first.setdefault((str(closed.jaxpr), held, trees), fn))
+    return found
+
+
+def _split(outputs, size):
+    return [jax.tree.map(operator.itemgetter(e), outputs) for e in range(size)]
 
 
 def fastest(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.experts.mapping import map_experts
+from hybrid_jax.experts.mapping import map_each, map_experts
 from hybrid_jax.experts.routing import Routed, Routing, top_k
 
 ExpertFn = Callable[[Any, jax.Array], jax.Array]  # (params, x (B, ...)) -> logits (B, ...)
@@ -37,7 +37,7 @@ class Aux(NamedTuple):
 
 
 def mixture(
-    expert_fn: ExpertFn,
+    expert_fn: ExpertFn | Sequence[ExpertFn],
     gate_fn: GateFn,
     routing: Routing | None = None,
     method: str = "auto",
@@ -47,7 +47,7 @@ def mixture(
 
     Args:
       expert_fn: `expert_fn(params, x)` -> logits `(B, N)`, or maps of any rank `(B, ...)`, of one
-        expert.
+        expert; or one function for each expert, whose parameters then are a list.
       gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
       routing: From `soft`, `top_k`, `noisy_top_k`, ...; default `top_k(1)`, whose outputs are those
         of `one_of`. A mixture of one expert is that expert.
@@ -56,10 +56,11 @@ def mixture(
 
     Returns:
       `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), with
-      axis E leading in `stack`. NaN gate logits of an input make its logits NaN. `weight` is
-      `(B,)`, None where all inputs count. An input of weight 0, as padding has, takes no expert,
-      and its logits are 0; the gate and the experts see one that counts in its place, so that
-      whatever it holds reaches no other input, and no gradient as long as any input counts.
+      axis E leading in `stack`, or E pytrees in it. NaN gate logits of an input make its logits
+      NaN. `weight` is `(B,)`, None where all inputs count. An input of weight 0, as padding has,
+      takes no expert, and its logits are 0; the gate and the experts see one that counts in its
+      place, so that whatever it holds reaches no other input, and no gradient as long as any input
+      counts.
 
     Example:
       >>> expert_fn = lambda params, x: x @ params
@@ -70,7 +71,10 @@ def mixture(
              [0., 2.]], dtype=float32)
     """
     routing = top_k(1) if routing is None else routing
-    experts = map_experts(expert_fn, method, (0, None), choices)
+    if isinstance(expert_fn, Sequence):
+        experts = map_each(listed(expert_fn), method, choices)
+    else:
+        experts = map_experts(expert_fn, method, (0, None), choices)
 
     def moe(stack, gate_params, x, key=None, *, weight=None):
         x = core.filled(x, weight)

@@ -2,10 +2,14 @@
 
 `lower` reads a function into a `Program` of operations between named edges, and compares it with
 the function. `apply` evaluates it with other weights, `run` in its integers, `simulate` in floats
-rounded as a device rounds. A `Mixture` is a gate and experts. How a program is stored in integers
-is planned in `quantization`.
+rounded as a device rounds. A `Mixture` is a gate and experts, a `Cascade` stages of which the next
+runs where one is not sure. How a program is stored in integers is planned in `quantization`.
 """
 
+from hybrid_jax.program.choice import Cascade as Cascade
+from hybrid_jax.program.choice import Choice as Choice
+from hybrid_jax.program.choice import Mixture as Mixture
+from hybrid_jax.program.choice import kernel_bits as kernel_bits
 from hybrid_jax.program.encoding import UNBOUNDED as UNBOUNDED
 from hybrid_jax.program.encoding import Encoding as Encoding
 from hybrid_jax.program.encoding import Tensor as Tensor
@@ -18,10 +22,9 @@ from hybrid_jax.program.evaluate import fastest as fastest
 from hybrid_jax.program.evaluate import run as run
 from hybrid_jax.program.evaluate import simulate as simulate
 from hybrid_jax.program.functions import Step as Step
-from hybrid_jax.program.graph import Mixture as Mixture
+from hybrid_jax.program.graph import Params as Params
 from hybrid_jax.program.graph import Program as Program
 from hybrid_jax.program.graph import Source as Source
-from hybrid_jax.program.graph import kernel_bits as kernel_bits
 from hybrid_jax.program.operations import Add as Add
 from hybrid_jax.program.operations import AveragePool as AveragePool
 from hybrid_jax.program.operations import Broadcast as Broadcast

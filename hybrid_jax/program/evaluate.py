@@ -15,7 +15,8 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.program import arithmetic, forms
-from hybrid_jax.program.graph import Mixture, Params, Program
+from hybrid_jax.program.choice import Choice
+from hybrid_jax.program.graph import Params, Program
 from hybrid_jax.program.operations import Conv, Dense, compute, convert, rounded
 
 Forms = Mapping[str, str] | Sequence[Mapping[str, str]]
@@ -87,17 +88,16 @@ def apply(program: Program, params: Params, *inputs: jax.Array) -> Any:
     return results(made, edges(made, inputs))
 
 
-def run(program: Program | Mixture, forms: Forms | None = None) -> Callable[..., Any]:
+def run(program: Program | Choice, forms: Forms | None = None) -> Callable[..., Any]:
     """The function that a program stands for, in integers to the last bit what a device computes.
 
     Args:
-      program: In floats, in integers or mixed. A mixture runs the gate and one expert an image.
-      forms: {name of a convolution: 'conv' or 'matmul'}, as `fastest` measures them; of a mixture
-        for the gate and for each expert. What is not named is a 'conv'.
+      program: In floats, in integers or mixed. A choice runs for each image what that needs.
+      forms: {name of a convolution: 'conv' or 'matmul'}, as `fastest` measures them; of a choice
+        for each part. What is not named is a 'conv'.
 
     Returns:
-      fn(*inputs) -> outputs, float32 (B, …), pure. A NaN in the gate's output for an image makes
-      its result NaN. A NaN that is quantized becomes the zero point.
+      fn(*inputs) -> outputs, float32 (B, …), pure. A NaN that is quantized becomes the zero point.
 
     Raises:
       ValueError: If `forms` name what is no convolution or an unknown form, or are too few.
@@ -113,7 +113,7 @@ def run(program: Program | Mixture, forms: Forms | None = None) -> Callable[...,
     return _function(program, forms, compute)
 
 
-def simulate(program: Program | Mixture, forms: Forms | None = None) -> Callable[..., Any]:
+def simulate(program: Program | Choice, forms: Forms | None = None) -> Callable[..., Any]:
     """The fake-quantized twin of `run`: the same steps on float32 values.
 
     What is encoded is rounded to its encoding's values and stays a float; kernels are the floats
@@ -148,13 +148,13 @@ def in_floats(op: Any, values: list, encodings: list, output: Any, **options: An
 
 
 def _function(program, given, rule):
-    if isinstance(program, Mixture):
+    if isinstance(program, Choice):
         count = len(program.parts)
         given = [{}] * count if given is None else given
         if isinstance(given, Mapping) or len(given) != count:
-            raise ValueError(f"forms must be {count} mappings, of gate and experts, got {given}")
-        gate, *fns = (_function(*pair, rule) for pair in zip(program.parts, given, strict=True))
-        return lambda x: core.one_by_one(functools.partial(_one_of, gate, fns), x)
+            raise ValueError(f"forms must be {count} mappings, one for each part, got {given}")
+        fns = [_function(*pair, rule) for pair in zip(program.written, given, strict=True)]
+        return lambda x: core.one_by_one(functools.partial(program.answer, fns), x)
     given = {} if given is None else given
     _check_forms(given, program)
 
@@ -172,15 +172,8 @@ def _function(program, given, rule):
     return fn
 
 
-def _one_of(gate, fns, image):
-    """What the function of the gate's largest score makes of an image; NaN where a score is NaN."""
-    scores = gate(image)
-    y = jax.lax.switch(jnp.argmax(scores[0]), fns, image)
-    return jnp.where(jnp.isnan(scores).any(), jnp.nan, y)
-
-
 def fastest(
-    program: Program | Mixture, batch: int = 1, choices: core.Choices | None = None
+    program: Program | Choice, batch: int = 1, choices: core.Choices | None = None
 ) -> dict[str, str] | list[dict[str, str]]:
     """Measures which form of each convolution is the fastest on the default backend.
 
@@ -188,12 +181,12 @@ def fastest(
 
     Args:
       program: In floats, in integers or mixed.
-      batch: Images for each call. A mixture runs its experts with one image at a time.
+      batch: Images for each call. A choice runs its parts with one image at a time.
       choices: Where what is measured is kept; None for `core.CHOICES`.
 
     Returns:
-      {name of the convolution: 'conv' or 'matmul'}, as `run(program, forms)` takes it; of a mixture
-      a list, for the gate and for each expert.
+      {name of the convolution: 'conv' or 'matmul'}, as `run(program, forms)` takes it; of a choice
+      a list, one for each part.
 
     Raises:
       ValueError: If `batch` is not an integer of at least 1.
@@ -207,7 +200,7 @@ def fastest(
       True
     """
     core.check_integer("batch", batch, 1)
-    if isinstance(program, Mixture):
+    if isinstance(program, Choice):
         return [fastest(part, choices=choices) for part in program.parts]
     choices = core.CHOICES if choices is None else choices
     return {

@@ -44,6 +44,19 @@ class Source:
         whole = np.broadcast_to(np.asarray(entries), self.sizes).transpose(self.order)
         return np.tile(whole.reshape(-1, len(self.scale) // self.copies)[0], self.copies)
 
+    def moved(self, change: Any) -> Any:
+        """What the bias is to take in when the kernel changes: (O,), or 0.
+
+        An input that the kernel has shifted to be zero is far from zero, beside what it differs by:
+        the kernel must still make nothing of what stands for zero.
+        """
+        if self.before is None or not np.any(self.before[1]):
+            return np.float32(0)
+        scale, shift = np.broadcast_arrays(*self.before)
+        rank = (1,) * (change.ndim - 2)
+        change = change * (shift / scale).astype(np.float32).reshape(*rank, -1, 1)
+        return change.sum(tuple(range(change.ndim - 1)))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -55,7 +68,6 @@ class Program:
       tensors: {name: shape, encoding and dtype} of the edges.
       operations: In an order in which they can run.
       sources: {output of a convolution or dense layer: how its kernel comes from the traced one}.
-      joins: {edge: the join of the traced function that it is}.
     """
 
     inputs: tuple[str, ...]
@@ -63,7 +75,6 @@ class Program:
     tensors: dict[str, Tensor]
     operations: tuple[Operation, ...]
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
-    joins: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for end in ("inputs", "outputs"):
@@ -127,7 +138,18 @@ class Program:
         return {name: own for name, own in found.items() if own}
 
     def replace(self, params: Params) -> "Program":
-        """The same graph with other weights, which may be traced."""
+        """The same graph with other weights, which may be traced.
+
+        Raises:
+          ValueError: If they are not of the operations that `params` has.
+        """
+        own = self.params
+        for name in [*own, *params]:
+            if (name in own) != (name in params):
+                raise ValueError(
+                    f"params must be of {len(own)} operations, as program.params has them, got "
+                    f"{name!r} {'over' if name in params else 'missing'}"
+                )
         operations = [
             with_leaves(op, params[op.output]) if op.output in params else op
             for op in self.operations
@@ -172,62 +194,3 @@ def with_leaves(op: Operation, own: Mapping[str, Any]) -> Operation:
         return dataclasses.replace(op, value=own["value"])
     constants = tuple(own.get(str(i), constant) for i, constant in enumerate(op.constants))
     return dataclasses.replace(op, constants=constants)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mixture:
-    """A gate, and experts of which one runs for each image: that of the gate's largest output.
-
-    Attributes:
-      gate: Its outputs are (E,); ties go to the lowest index.
-      experts: E programs of one input shape and one output shape.
-
-    Raises:
-      ValueError: If the shapes do not fit, or inputs have several dtypes.
-    """
-
-    gate: Program
-    experts: tuple[Program, ...]
-
-    def __post_init__(self):
-        count = self.gate.output_shape
-        if count != (len(self.experts),):
-            raise ValueError(f"gate must return shape ({len(self.experts)},), got {count}")
-        ends = {
-            "input": {program.input_shape for program in self.parts},
-            "output": {program.output_shape for program in self.experts},
-        }
-        for end, shapes in ends.items():
-            if len(shapes) > 1:
-                raise ValueError(f"programs must have one {end} shape, got {sorted(shapes)}")
-        dtypes = sorted({program.tensors[program.input].dtype for program in self.parts})
-        if len(dtypes) > 1:
-            raise ValueError(f"programs must have inputs of one dtype, got {dtypes}")
-
-    @property
-    def parts(self) -> tuple[Program, ...]:
-        """The programs that it consists of: the gate, then the experts."""
-        return (self.gate, *self.experts)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Of one example."""
-        return self.gate.input_shape
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """Of one example."""
-        return self.experts[0].output_shape
-
-
-def kernel_bits(program: Program | Mixture) -> list[int]:
-    """Bits of the kernels as `Weights.values` has them, for files that hold them as they are.
-
-    Example:
-      >>> weights = Weights(np.int8([[16]]), np.float32([0.5]), np.float32([1.0]), bits=4)
-      >>> tensors = {'x': Tensor((1,)), 'y': Tensor((1,))}
-      >>> kernel_bits(Program('x', 'y', tensors, (Dense(('x',), 'y', 'dense', weights),)))
-      [8]
-    """
-    kernels = (op.weights.values for part in program.parts for op in part.weighted)
-    return sorted({8 * values.itemsize for values in kernels})

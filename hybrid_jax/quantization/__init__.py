@@ -6,11 +6,17 @@ The way through it:
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
-Ranges are a pytree of floats to be trained along with the parameters, bits are data. For a model
-that will compute in integers, `spec(..., deployable=True)` also rounds what a device stores between
-the layers: residual sums, concatenations, means. What recovers
-accuracy without training stands between: on a function folded by `core.fold`, `equalize` before
-calibration, and then `adaround` (or `gptq`) and `correct_biases`, whose parameters q_fn takes.
+Ranges are a pytree of floats to be trained along with the parameters, bits are data. What a device
+computes is the inference graph, with every edge stored once and BatchNorm in the kernels; the last
+steps of training belong there, and what recovers accuracy without training:
+
+    program, left_out = quantization.equalize(hj.lower(fn, params, x), x)
+    planned = quantization.plan(program, spec)
+    ranges = quantization.calibrate_edges(planned, batches, 'mse')  # or edge_ranges, after training
+    weights = quantization.adaround(planned, ranges, batches, key)   # or gptq_planned
+    weights = quantization.correct_biases(planned, ranges, batches, weights)
+    q_fn = quantization.as_deployed(planned)          # q_fn(weights, ranges, *inputs)
+    integers = quantization.encode(planned.replace(weights), ranges, x)
 
 Each site its own bits, within budgets (with `widths`, how many channels each group keeps, too):
 
@@ -24,13 +30,17 @@ from hybrid_jax.quantization.allocation import Allocation as Allocation
 from hybrid_jax.quantization.allocation import allocate_bits as allocate_bits
 from hybrid_jax.quantization.allocation import with_bits as with_bits
 from hybrid_jax.quantization.calibration import calibrate as calibrate
+from hybrid_jax.quantization.calibration import calibrate_edges as calibrate_edges
 from hybrid_jax.quantization.correction import correct_biases as correct_biases
+from hybrid_jax.quantization.deployed import as_deployed as as_deployed
+from hybrid_jax.quantization.deployed import edge_ranges as edge_ranges
 from hybrid_jax.quantization.encoding import encode as encode
 from hybrid_jax.quantization.equalization import equalize as equalize
 from hybrid_jax.quantization.fractional import bit_operations as bit_operations
 from hybrid_jax.quantization.fractional import fractional as fractional
 from hybrid_jax.quantization.fractional import round_bits as round_bits
 from hybrid_jax.quantization.gptq import gptq as gptq
+from hybrid_jax.quantization.gptq import gptq_planned as gptq_planned
 from hybrid_jax.quantization.gradients import fake_quant as fake_quant
 from hybrid_jax.quantization.gradients import lsq as lsq
 from hybrid_jax.quantization.gradients import pact as pact
@@ -46,8 +56,6 @@ from hybrid_jax.quantization.grids import quantize as quantize
 from hybrid_jax.quantization.grids import spread as spread
 from hybrid_jax.quantization.lookup import range_at as range_at
 from hybrid_jax.quantization.model import Integers as Integers
-from hybrid_jax.quantization.model import at_biases as at_biases
-from hybrid_jax.quantization.model import at_joins as at_joins
 from hybrid_jax.quantization.model import fake_quantized as fake_quantized
 from hybrid_jax.quantization.model import integer_kernels as integer_kernels
 from hybrid_jax.quantization.model import scale_counts as scale_counts
@@ -59,6 +67,8 @@ from hybrid_jax.quantization.observers import moving_average as moving_average
 from hybrid_jax.quantization.observers import mse as mse
 from hybrid_jax.quantization.observers import percentile as percentile
 from hybrid_jax.quantization.observers import ternary as ternary
+from hybrid_jax.quantization.planning import Plan as Plan
+from hybrid_jax.quantization.planning import plan as plan
 from hybrid_jax.quantization.reconstruction import adaround as adaround
 from hybrid_jax.quantization.schedules import annealing as annealing
 from hybrid_jax.quantization.schemes import affine as affine
@@ -72,7 +82,6 @@ from hybrid_jax.quantization.sensitivity import hessian_trace as hessian_trace
 from hybrid_jax.quantization.sensitivity import increase as increase
 from hybrid_jax.quantization.sensitivity import kl_divergence as kl_divergence
 from hybrid_jax.quantization.sensitivity import sensitivity as sensitivity
-from hybrid_jax.quantization.specs import JoinSpec as JoinSpec
 from hybrid_jax.quantization.specs import Quantizer as Quantizer
 from hybrid_jax.quantization.specs import SiteSpec as SiteSpec
 from hybrid_jax.quantization.specs import Spec as Spec

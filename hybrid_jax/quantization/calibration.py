@@ -1,16 +1,20 @@
-"""Calibration: the ranges of every site of a model, streamed over batches of its inputs."""
+"""Calibration: the ranges of a model's sites, or of a plan's edges, streamed over batches."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from hybrid_jax import core
+from hybrid_jax.program import evaluate
 from hybrid_jax.quantization import grids, specs
 from hybrid_jax.quantization.observers import METHODS, Observer, conclude, observe, observer
+from hybrid_jax.quantization.planning import Plan
 
 
 def calibrate(
@@ -34,10 +38,10 @@ def calibrate(
 
     Returns:
       Ranges, float32 and trainable: {site name: {'weight': Range, 'activation': Range}}, without
-      those that are 'dynamic', and {join name: {'activation': Range}} if the spec has joins. A
-      kernel's have the kernel's rank, with 1 (or the number of groups) for the axes that are summed
-      over, or are () per tensor; an activation's are (). A site in a `scan` has one for all of its
-      iterations. What is constantly 0 (a dead channel) has the range [0, 0], of the least scale.
+      those that are 'dynamic'. A kernel's have the kernel's rank, with 1 (or the number of groups)
+      for the axes that are summed over, or are () per tensor; an activation's are (). A site in a
+      `scan` has one for all of its iterations. What is constantly 0 (a dead channel) has the range
+      [0, 0], of the least scale.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,8 +51,7 @@ def calibrate(
       >>> print(*ranges['w']['activation'], *ranges['w']['weight'])
       0.0 3.0 [[-2.]] [[0.5]]
     """
-    # One observer of each name, so that equal trees hold equal ones.
-    default, watches = observer(method), {name: observer(name) for name in METHODS}
+    watched = _watching(method)
 
     def see(params, *inputs):
         def rule(site, x, kernel, apply):
@@ -56,17 +59,93 @@ def calibrate(
             for role, tensor in (("weight", kernel), ("activation", x)):
                 quantizer = getattr(spec[site.name], role)
                 if quantizer.learning != "dynamic":
-                    watch = watches.get(quantizer.method, default)
                     shape = specs.range_shape(site, quantizer)
-                    seen[role] = _Observed(observe(watch, tensor, shape), watch, shape)
+                    seen[role] = watched(quantizer, tensor, shape)
             return apply(x, kernel), seen
 
-        def at_join(join, x):
-            watch = watches.get(spec[join.name].activation.method, default)
-            return x, {"activation": _Observed(observe(watch, x, ()), watch, ())}
-
-        _, seen = core.at_sites(fn, rule, at_join if spec.joins else None)(params, *inputs)
+        _, seen = core.at_sites(fn, rule)(params, *inputs)
         return jax.tree.map(_fold, seen, is_leaf=_is_observed)
+
+    core.check_known("calibrate", params=params)
+    quantizers = {
+        own.name: {role: getattr(own, role) for role in specs.ROLES} for own in spec.sites
+    }
+    return _streamed(see, params, batches, quantizers, bits, stacked)
+
+
+def calibrate_edges(
+    planned: Plan,
+    batches: Iterable[tuple[Any, ...]],
+    method: str | Observer = "minmax",
+) -> dict[str, dict[str, grids.Range]]:
+    """Finds the ranges of a plan's edges and kernels by running its program in floats.
+
+    Arguments are as of `calibrate`.
+
+    Returns:
+      {name of a slot: {'activation': Range}}, whose ends are (), and {output of a convolution or
+      dense layer: {'weight': Range}}, of the kernel's rank; a name may have both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax import program as p
+      >>> from hybrid_jax import quantization
+      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
+      >>> params, x = {'a': jnp.ones((2, 2)), 'b': jnp.ones((2, 1))}, jnp.array([[-1.0, 3.0]])
+      >>> spec = quantization.spec(core.trace(fn, params, x))
+      >>> ranges = calibrate_edges(quantization.plan(p.lower(fn, params, x), spec), [(x,)])
+      >>> {name: float(own['activation'].high) for name, own in ranges.items() if name != 'b'}
+      {'a': 2.0, 'x': 3.0}
+    """
+    watched = _watching(method)
+    quantizers: dict[str, dict[str, specs.Quantizer]] = {}
+    for op in planned.program.weighted:
+        if op.output in planned.ranged:
+            quantizers[op.output] = {"weight": planned.kernels[op.output]}
+    for name, slot in planned.stored.items():
+        quantizers.setdefault(name, {})["activation"] = slot.quantizer
+
+    def see(params, *inputs):
+        program = planned.program.replace(params)
+        seen: dict[str, dict[str, Any]] = {}
+        for op in program.weighted:
+            if op.output in planned.ranged:
+                quantizer, kernel = planned.kernels[op.output], op.weights.values
+                shape = kernel_range_shape(kernel.shape, quantizer)
+                seen[op.output] = {"weight": watched(quantizer, kernel, shape)}
+        values, together = evaluate.edges(program, inputs), collections.defaultdict(list)
+        for op in program.operations:
+            slot = planned.slots[op.output]
+            if slot is not None and not planned.as_stored(op):
+                together[slot.name].append(values[op.output].reshape(-1))
+        for name, slot in planned.stored.items():
+            # Side by side, not as one batch after the other, of which some methods mind the order.
+            new = watched(slot.quantizer, jnp.concatenate(together[name]), ())
+            seen.setdefault(name, {})["activation"] = new
+        return seen
+
+    return _streamed(see, planned.program.params, batches, quantizers)
+
+
+def kernel_range_shape(shape: tuple[int, ...], quantizer: specs.Quantizer) -> tuple[int, ...]:
+    """The shape of the range of a program's kernel (…, O)."""
+    return (*(1 for _ in shape[1:]), shape[-1]) if quantizer.per_channel else ()
+
+
+def _watching(method):
+    """(quantizer, tensor, shape of its range) -> what its observer sees."""
+    # One observer of each name, so that equal trees hold equal ones.
+    default, watches = observer(method), {name: observer(name) for name in METHODS}
+
+    def watched(quantizer, tensor, shape):
+        watch = watches.get(quantizer.method, default)
+        return _Observed(observe(watch, tensor, shape), watch, shape)
+
+    return watched
+
+
+def _streamed(see, params, batches, quantizers, bits=None, stacked=False):
+    """The ranges of what `see` sees in all batches."""
 
     def later(old, new):
         return jax.tree.map(lambda a, b: a.merge(b.state), old, new, is_leaf=_is_observed)
@@ -78,15 +157,13 @@ def calibrate(
                     got.watch,
                     got.state,
                     got.shape,
-                    getattr(spec[name], role).grid,
-                    bits[name][role] if name in bits else getattr(spec[name], role).bits,
+                    quantizers[name][role].grid,
+                    bits[name][role] if name in bits else quantizers[name][role].bits,
                 )
                 for role, got in roles.items()
             }
             for name, roles in seen.items()
         }
-
-    core.check_known("calibrate", params=params)
 
     def over_experts(f, axes):
         return jax.jit(core.fast_convolutions(jax.vmap(f, axes) if stacked else f))
@@ -97,17 +174,15 @@ def calibrate(
         later_step = later_step or over_experts(later, (0, 0))
         new = step(params, *batch)
         seen = new if seen is None else later_step(seen, new)
-    names = [own.name for own in (*spec.sites, *spec.joins)]
-    missed = [name for name in names if name not in seen]
+    missed = [name for name in quantizers if name not in seen]
     if missed:
         raise ValueError(f"fn must run every site of spec outside `while`, got no {missed[0]!r}")
-    for name in names:
+    for name in quantizers:
         states = {role: observed.state for role, observed in seen[name].items()}
         ends = {role: grids.Range(state.low, state.high) for role, state in states.items()}
         core.check_finite(f"what calibration saw at {name!r}", ends)
-    widths = spec.bits() if bits is None else bits
-    ranges = over_experts(finish, (0, None if bits is None else 0))(seen, widths)
-    return {name: ranges[name] for name in names}
+    ranges = over_experts(finish, (0, None if bits is None else 0))(seen, bits or {})
+    return {name: ranges[name] for name in quantizers}
 
 
 @functools.partial(

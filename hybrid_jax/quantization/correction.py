@@ -1,85 +1,102 @@
 """Bias correction: quantization shifts the mean of a channel, and the bias takes it back."""
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.quantization import grids, model, specs
+from hybrid_jax import program as p
+from hybrid_jax.quantization import deployed, grids
+from hybrid_jax.quantization.lookup import range_at
+from hybrid_jax.quantization.planning import Plan
 
 
 def correct_biases(
-    fn: Callable[..., Any],
-    params: Mapping[str, jax.Array],
-    batches: Iterable[tuple[Any, ...]],
-    spec: specs.Spec,
+    planned: Plan,
     ranges: Mapping[str, Mapping[str, grids.Range]],
-    rounded: Mapping[str, jax.Array] | None = None,
-    *,
-    bits: Any = None,
-) -> dict[str, jax.Array]:
-    """Makes the mean output of every folded site what it is in the float model.
+    batches: Iterable[tuple[Any, ...]],
+    params: p.Params | None = None,
+) -> p.Params:
+    """Makes the mean output of every convolution and dense layer what it is in floats.
 
-    Site by site, in the order in which they run, with those before it corrected,
+    Operation by operation, in the order in which they run, with those before it corrected,
 
-        bias := float bias + E[float output] − E[quantized output]
+        bias := bias + E[float output] − E[quantized output]
 
-    for each output channel, the means taken over examples and positions of `batches`, all of the
-    same shapes. The model runs on them once for each site. A site without a folded bias
-    (name + '/bias') stays as it is.
+    for each output channel, before it is clipped and stored; the means are taken over examples and
+    positions. The program runs on all batches once for each operation, and is compiled twice.
 
-    `fn` is the folded function that `core.fold` returns, `params` are its float parameters and
-    `ranges` those of `calibrate`. Corrected and returned are `rounded`, such as what `adaround`
-    gives, or else `params`; `bits`, as `Spec.bits` gives them, take the place of the spec's.
+    Args:
+      planned: With the weights of the float model.
+      ranges: Of its edges and kernels, as `calibrate_edges` returns them.
+      batches: Tuples of inputs, all of the same shapes.
+      params: Weights to correct, such as what `adaround` returns; None for those of the plan.
+
+    Returns:
+      `params` with other biases.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     arXiv 1906.04721, section 4.2 and appendix D (empirical bias correction).
 
     Example:
-      >>> fn, refold = core.fold(lambda params, x: x @ params['w'], {'w': jnp.ones((1, 1))},
-      ...                        jnp.ones((2, 1)))
-      >>> params, x = refold({'w': jnp.full((1, 1), 1.3)}), jnp.array([[1.0], [3.0]])
-      >>> spec = specs.spec(core.trace(fn, params, x), [('w', {'weight': 4, 'activation': 32})])
-      >>> span = grids.Range(jnp.full((1, 1), -7.0), jnp.full((1, 1), 7.0))
-      >>> new = correct_biases(fn, params, [(x,)], spec, {'w': {'weight': span}})
-      >>> print(f"{new['w/bias'][0]:.3f}")  # 1.3 becomes 1: of the mean 2.6, 0.6 is lost.
-      0.600
+      >>> import jax.numpy as jnp
+      >>> from hybrid_jax import quantization
+      >>> fn, x = lambda params, x: x @ params['w'], jnp.ones((2, 1))
+      >>> params = {'w': jnp.full((1, 1), 1.3)}
+      >>> spec = quantization.spec(core.trace(fn, params, x), [('w', {'weight': 4})])
+      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
+      >>> ranges = quantization.calibrate_edges(planned, [(x,)])
+      >>> ranges['w'] = {'weight': grids.Range(jnp.float32(-7.0), jnp.float32(7.0))}
+      >>> new = correct_biases(planned, ranges, [(x,)])
+      >>> print(f"{new['w']['bias'][0]:.3f}")  # 1.3 becomes 1
+      0.300
     """
     batches = list(core.check_batches(batches, alike=True))
-    flat = core.flatten_paths(params)
-    names = [
-        site.name
-        for site in core.trace(fn, params, *batches[0]).sites
-        if f"{site.name}/bias" in flat
-    ]
-    if not names:
-        raise ValueError(
-            f"params must have folded biases, as core.fold gives them, got {', '.join(flat)}"
-        )
+    for name in planned.stored:
+        range_at(ranges, name, "activation", ())
+    planned = _with_sums(planned)
+    names = [op.output for op in planned.program.weighted]
 
-    def mean(site, x, kernel, apply):
-        y = apply(x, kernel)
-        others = tuple(axis for axis in range(y.ndim) if axis not in site.output_axes)
-        return y, y.astype(jnp.float32).mean(others)
+    def means(values):
+        return {name: values[name].mean(tuple(range(values[name].ndim - 1))) for name in names}
 
-    watched = core.at_sites(fn, mean)
-    quantized = model.fake_quantized(watched, spec)
+    @jax.jit
+    @core.fast_convolutions
+    def exact(params, batch):
+        return means(p.edges(planned.program.replace(params), batch))
 
-    def over_batches(means, *args):
-        each = [means(*args, *batch) for batch in batches]
+    @jax.jit
+    @core.fast_convolutions
+    def stored(params, batch):
+        return means(deployed.edges(planned.replace(params), ranges, batch))
+
+    def over_batches(mean, params):
+        each = [mean(params, batch) for batch in batches]
         return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
 
-    compiled = [
-        jax.jit(core.fast_convolutions(fn))
-        for fn in (lambda *args: watched(*args)[1], lambda *args: quantized(*args, bits=bits)[1])
-    ]
-    expected, means = over_batches(compiled[0], params), compiled[1]
-    corrected = dict(params if rounded is None else rounded)
+    corrected = dict(planned.program.params if params is None else params)
+    expected = over_batches(exact, planned.program.params)
     for name in names:
-        shift = over_batches(means, corrected, ranges)[name] - expected[name]
+        shift = expected[name] - over_batches(stored, corrected)[name]
         core.check_finite("the shift of the mean", {name: shift})
-        bias = params[f"{name}/bias"]
-        corrected[f"{name}/bias"] = (bias - shift).astype(bias.dtype)
+        corrected[name] = {**corrected[name], "bias": corrected[name]["bias"] + shift}
     return corrected
+
+
+def _with_sums(planned: Plan) -> Plan:
+    """The plan with an edge for what each kernel makes before it is clipped and stored."""
+    program, slots, tensors = planned.program, dict(planned.slots), dict(planned.program.tensors)
+    ends = {op.output: f"{op.output}/stored" for op in program.weighted}
+    operations: list[p.Operation] = []
+    for op in program.operations:
+        name, end = op.output, ends.get(op.output)
+        op = dataclasses.replace(op, inputs=tuple(ends.get(edge, edge) for edge in op.inputs))
+        if end:
+            operations.append(dataclasses.replace(op, clip=p.UNBOUNDED))
+            op = p.Clip((name,), end, *op.clip)
+            tensors[end], slots[end], slots[name] = tensors[name], slots[name], None
+        operations.append(op)
+    program = dataclasses.replace(program, tensors=tensors, operations=tuple(operations))
+    return dataclasses.replace(planned, program=program, slots=slots)

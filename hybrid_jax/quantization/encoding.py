@@ -11,40 +11,30 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax import program as p
 from hybrid_jax.program import evaluate
-from hybrid_jax.program.operations import dequantize, rounded, steps_from_zero
+from hybrid_jax.program.operations import dequantize, steps_from_zero
 from hybrid_jax.quantization import grids
 from hybrid_jax.quantization.lookup import range_at
-from hybrid_jax.quantization.plan import Plan, plan, site_of
-from hybrid_jax.quantization.specs import Quantizer, Spec
-
-_SCHEMES = {"weight": ("symmetric", "binary"), "activation": ("affine", "symmetric")}
+from hybrid_jax.quantization.planning import Plan, check_signs
+from hybrid_jax.quantization.specs import Quantizer
 
 
 def encode(
-    program: p.Program,
-    spec: Spec,
+    planned: Plan,
     ranges: Mapping[str, Mapping[str, grids.Range]],
     *inputs: Any,
     check: bool = True,
 ) -> p.Program:
-    """The program in integers.
-
-    The integers of a kernel are those that `fake_quantized` computes with, whatever follows a site
-    is folded into their scales. An edge has the range of the site that takes it, or of its join
-    where `spec` has joins, so that all is rounded as in training; the others have the one that they
-    take for the inputs.
+    """The program in integers: what `as_deployed` computes in floats, to the rounding of a sum.
 
     Args:
-      program: In floats, as `program.lower` returns it.
-      spec: How each site is quantized.
-      ranges: The ranges of sites and joins, as `calibrate` or training left them.
-      *inputs: (B, …), real ones, as the program takes them.
+      planned: A program with the weights to be stored, and how they are.
+      ranges: Of its edges and kernels, as `edge_ranges`, `calibrate_edges` or training left them.
+      *inputs: (B, …), real ones, as the program takes them, to compare with.
       check: Whether every operation is compared with its fake-quantized twin on the inputs: given
         the same integers they differ by one step at most, on one entry in 10⁴.
 
     Raises:
-      ValueError: If they differ by more, `ranges` lack a site, or a quantizer has no integer
-        kernels (groups, 8-bit floats, dynamic ranges).
+      ValueError: If they differ by more, `ranges` lack an edge, or a binary kernel has a zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,24 +42,25 @@ def encode(
       >>> fn = lambda params, x: x @ params['w']
       >>> params, x = {'w': jnp.array([[1.0], [0.5]])}, jnp.array([[1.0, 2.0]])
       >>> spec = quantization.spec(core.trace(fn, params, x))
-      >>> ranges = quantization.calibrate(fn, params, [(x,)], spec)
-      >>> made = encode(p.lower(fn, params, x), spec, ranges, x)
+      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
+      >>> made = encode(planned, quantization.calibrate_edges(planned, [(x,)]), x)
       >>> [(type(op).__name__, made.encoding(op.output) is None) for op in made.operations]
       [('Convert', False), ('Dense', True)]
     """
-    evaluate.check_inputs(program, inputs)
+    core.check_known("encode", params=planned.program.params, ranges=ranges, inputs=inputs)
+    evaluate.check_inputs(planned.program, inputs)
     core.check_finite("inputs", inputs)
-    planned = plan(program, spec)
-    grids_ = _grids(planned, spec, ranges)
+    # Integers are made on the host, of weights that may come from training.
+    planned = planned.replace(jax.device_get(planned.program.params))
+    check_signs(planned)
+    grids_ = _grids(planned, ranges)
     weights = {
         op.output: _integers(op, planned, grids_["weight"]) for op in planned.program.weighted
     }
     known = {
-        name: _of_grid(slot.quantizer, grids_["activation"].get(name))
+        name: _of_grid(slot.quantizer, grids_["activation"][name])
         for name, slot in planned.stored.items()
     }
-    spans = _spans(planned, weights, known, inputs)
-    known |= {name: _of_span(*span) for name, span in spans.items()}
     made = _encoded(planned, weights, _within_ratio(known))
     if check:
         _verify(made, [np.asarray(x)[:_CHECKED] for x in inputs])
@@ -109,40 +100,17 @@ def _verify(program: p.Program, inputs) -> None:
 _NEAREST, _FEW = 0.51, 1e-4
 
 
-def _check(role, name, quantizer):
-    if quantizer.scheme not in _SCHEMES[role]:
-        raise ValueError(
-            f"{role} of {name!r} must be {' or '.join(_SCHEMES[role])} to be integers, "
-            f"got {quantizer.scheme}"
-        )
-    if quantizer.group is not None:
-        raise ValueError(
-            f"{role} of {name!r} must have one scale for each output channel, "
-            f"got groups of {quantizer.group}"
-        )
-    if quantizer.learning == "dynamic":
-        raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
-
-
-def _grids(planned: Plan, spec, ranges) -> dict[str, dict[str, Any]]:
+def _grids(planned: Plan, ranges) -> dict[str, dict[str, Any]]:
     """{'weight': {output: (integers, scale)}, 'activation': {slot: grid}}.
 
     All are computed at once: one by one, compiling them takes longer than all else.
     """
-    spans, kernels, activations = {}, {}, {}
+    spans, kernels = {}, {}
     for op in planned.program.weighted:
-        quantizer, source = planned.kernels[op.output], planned.program.sources.get(op.output)
-        if quantizer.bits == grids.OFF or source is None:
-            continue
-        title = source.site or op.name
-        _check("weight", title, quantizer)
-        kernel = op.weights.values
-        spans[op.output] = _span_of_kernel(spec, ranges, source, quantizer, kernel)
-        kernels[op.output] = kernel
-    for name, slot in planned.stored.items():
-        span = _span_of_slot(spec, ranges, slot)
-        if span is not None:
-            activations[name] = span
+        if op.output in planned.ranged:
+            kernels[op.output] = op.weights.values
+            spans[op.output] = range_at(ranges, op.output, "weight", op.weights.values.shape)
+    activations = {name: range_at(ranges, name, "activation", ()) for name in planned.stored}
 
     def compute(spans, kernels, activations):
         made = {}
@@ -154,36 +122,6 @@ def _grids(planned: Plan, spec, ranges) -> dict[str, dict[str, Any]]:
 
     weights, found = jax.device_get(jax.jit(compute)(spans, kernels, activations))
     return {"weight": weights, "activation": found}
-
-
-def _span_of_kernel(spec, ranges, source, quantizer, kernel):
-    """The range of a kernel as the graph has it, for each output."""
-    rank = (1,) * (kernel.ndim - 1) + (-1,)
-    site = site_of(spec, source)
-    uneven = source.before is not None and np.ndim(source.before[0]) > 0
-    if site is None or uneven:
-        size = np.abs(kernel).max(tuple(range(kernel.ndim - 1)))
-        return grids.Range(-size.reshape(rank), size.reshape(rank))
-    span = range_at(ranges, site.name, "weight", None)
-    factor = np.abs(source.scale)
-    if source.before is not None:
-        factor = factor * np.abs(source.before[0])
-    low, high = (source.outputs(end) * factor for end in span)
-    return grids.Range(np.float32(low).reshape(rank), np.float32(high).reshape(rank))
-
-
-def _span_of_slot(spec, ranges, slot):
-    """The range that a site or a join gives to a slot; None if none does."""
-    if slot.fixed is not None:
-        return None
-    # What a site takes that is a part of the join has not its range.
-    taken = slot.site
-    if taken is None and slot.join is not None:
-        return range_at(ranges, slot.join, "activation", ())
-    if taken is None:
-        return None
-    _check("activation", taken, slot.quantizer)
-    return range_at(ranges, taken, "activation", ())
 
 
 def _integers(op, planned, made) -> p.Weights:
@@ -203,23 +141,9 @@ def _integers(op, planned, made) -> p.Weights:
     bits = _room(values, quantizer.bits)
     step = p.integer_step(bits)
     made = (values * step).astype(np.int8)
-    bias = op.weights.bias + _of_before(
-        op, planned.program.sources[op.output], made * (used / np.float32(step))
-    )
-    return p.Weights(made, used / np.float32(step), bias, bits)
-
-
-def _of_before(op, source, kernel):
-    """What the bias lacks for inputs that the kernel has shifted to be zero, once it is rounded.
-
-    Their distance from zero is large beside what they differ by: rounded, the kernel must still
-    make nothing of what stands for zero.
-    """
-    if source.before is None:
-        return np.float32(0)
-    scale, shift = np.broadcast_arrays(*source.before)
-    moved = (kernel - op.weights.values) * (shift / scale).reshape(-1, 1)
-    return moved.sum(tuple(range(kernel.ndim - 1)), dtype=np.float64).astype(np.float32)
+    fine = used / np.float32(step)
+    moved = planned.program.sources[op.output].moved(made * fine - op.weights.values)
+    return p.Weights(made, fine, np.asarray(op.weights.bias) + moved, bits)
 
 
 def _room(values, bits):
@@ -255,52 +179,10 @@ def _signs(weights: p.Weights) -> p.Weights:
     return p.Weights(127 * signs, scale, weights.bias, 8)
 
 
-def _of_grid(quantizer: Quantizer, grid) -> p.Encoding | None:
-    if grid is None:
-        return None
+def _of_grid(quantizer: Quantizer, grid) -> p.Encoding:
     shift = 128 if quantizer.scheme == "symmetric" else 0
     ends = (int(end) + shift for end in (grid.zero_point, grid.low, grid.high))
     return p.Encoding(float(grid.scale), *ends)
-
-
-def _of_span(low, high) -> p.Encoding:
-    """8 bits for values between these ends."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32(max((high - low) / 255, grids.LEAST_SCALE))
-    return p.Encoding(float(scale), int(np.clip(np.rint(-low / scale), 0, 255)))
-
-
-def _spans(planned: Plan, weights, known, inputs) -> dict[str, tuple[float, float]]:
-    """{slot: ends} of what is not known, with all that is known as it is stored."""
-    program, slots = planned.program, planned.slots
-    missing = {name for name in planned.stored if known.get(name) is None}
-    if not missing:
-        return {}
-
-    def see(*inputs):
-        def step(op, values, encodings, output):
-            del encodings, output  # the program is one of floats
-            own = weights.get(op.output)
-            if own is not None and own.scale is not None:
-                floats = p.Weights(own.values * own.scale, None, own.bias)
-                op = dataclasses.replace(op, weights=floats)
-            slot = slots[op.output]
-            return rounded(op.floats(*values), known.get(slot.name) if slot else None)
-
-        made = evaluate.edges(program, inputs, step)
-        ends = {}
-        for name, value in made.items():
-            slot = slots[name]
-            if slot and slot.name in missing:
-                ends.setdefault(slot.name, []).append((value.min(), value.max()))
-        return {
-            name: (jnp.stack([low for low, _ in seen]).min(), jnp.stack([e for _, e in seen]).max())
-            for name, seen in ends.items()
-        }
-
-    seen = jax.jit(see)(*inputs)
-    core.check_finite("the values that edges take for inputs", seen)
-    return {name: (float(low), float(high)) for name, (low, high) in seen.items()}
 
 
 def _within_ratio(known):
@@ -335,6 +217,4 @@ def _encoded(planned: Plan, weights, known) -> p.Program:
         else op
         for op in program.operations
     ]
-    return dataclasses.replace(
-        program, tensors=tensors, operations=tuple(operations), sources={}, joins={}
-    )
+    return dataclasses.replace(program, tensors=tensors, operations=tuple(operations), sources={})

@@ -11,7 +11,6 @@ from jax import lax
 from hybrid_jax import core
 from hybrid_jax.quantization import allocation, specs
 from hybrid_jax.quantization.lookup import range_of
-from hybrid_jax.quantization.model import at_joins
 from hybrid_jax.quantization.specs import ROLES
 
 FEWEST, MOST = 2, 8
@@ -59,7 +58,7 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
             x = _mix(x, learned["activation"], quantizers.activation, span, (), count)
             return apply(x, kernel), None
 
-        return core.at_sites(fn, rule, at_joins(spec, ranges))(params, *inputs)[0]
+        return core.at_sites(fn, rule)(params, *inputs)[0]
 
     return q_fn
 

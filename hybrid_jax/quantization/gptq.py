@@ -1,7 +1,7 @@
 """GPTQ: kernels rounded one input at a time, what follows making up for the error so far."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ import numpy as np
 import optax
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax.quantization import grids, lookup, specs
+from hybrid_jax.quantization.planning import Plan
 
 ORDERS = ("activation", "natural")
 
@@ -92,6 +94,55 @@ def gptq(
         return _sweep(leaf, gram, grid, jnp.asarray(width == grids.OFF), kept, damping, order)
 
     return core.map_with_path(move, masks, params)
+
+
+def gptq_planned(
+    planned: Plan,
+    ranges: Mapping[str, Mapping[str, grids.Range]],
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    damping: float = 0.01,
+    order: str = "activation",
+) -> p.Params:
+    """`gptq` of the kernels of a plan, by what its program takes in floats.
+
+    A weight that is exactly 0 (pruned) stays 0.
+
+    Args:
+      planned: With the weights of the float model.
+      ranges: Of its edges and kernels, as `calibrate_edges` returns them.
+      batches: Tuples of inputs.
+      damping: As of `gptq`.
+      order: As of `gptq`.
+
+    Returns:
+      The plan's weights, with every quantized kernel on its grid.
+
+    Example:
+      >>> from hybrid_jax import quantization
+      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[3.0], [1.45], [1.45]])}
+      >>> x = jnp.array([[0.0, 1.0, 1.0]])
+      >>> spec = specs.spec(core.trace(fn, params, x), weight_bits=3, first_last_bits=3)
+      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
+      >>> ranges = quantization.calibrate_edges(planned, [(x,)])
+      >>> gptq_planned(planned, ranges, [(x,)])['w']['kernel'].ravel().tolist()
+      [3.0, 1.0, 2.0]
+    """
+    params, off = planned.program.params, specs.Quantizer(grids.OFF, "affine")
+    # The program is a function like any other, whose sites are called after the kernels.
+    names = {f"{name}/kernel": name for name in planned.ranged}
+    spec = specs.Spec(
+        tuple(specs.SiteSpec(site, planned.kernels[name], off) for site, name in names.items())
+    )
+    spans = {s: {"weight": lookup.range_at(ranges, name, "weight")} for s, name in names.items()}
+    masks = core.map_with_path(
+        lambda path, leaf: leaf != 0 if path in names and (leaf == 0).any() else optax.MaskedNode(),
+        params,
+    )
+    fn = functools.partial(p.apply, planned.program)
+    grams = core.input_grams(fn, params, batches)
+    grams = {path: gram for path, gram in grams.items() if path in names}
+    return gptq(params, grams, spec, spans, masks, damping=damping, order=order)
 
 
 def _no_gram(name, grams):

@@ -56,4 +56,4 @@ def range_of(
     if getattr(own, role).learning == "dynamic":
         return None
     shape = site.kernel_shape if role == "weight" else ()
-    return range_at(ranges, own.range_site(role), role, shape)
+    return range_at(ranges, own.name, role, shape)

@@ -1,7 +1,6 @@
 """Quantizing a whole model at its sites: as floats to train with, and as integers to store."""
 
 import collections
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, specs
-from hybrid_jax.quantization.lookup import entry, range_at, range_of
+from hybrid_jax.quantization.lookup import entry, range_of
 from hybrid_jax.quantization.schemes import SCHEMES
 
 
@@ -31,10 +29,11 @@ class Integers(NamedTuple):
 
 
 def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
-    """The same model with the kernel and the input of every site quantized, and with its joins.
+    """The same model with the kernel and the input of every site quantized.
 
-    `fn` is in training or evaluation mode; `spec` has all of its sites, and all of its joins or
-    none. Biases are rounded where the spec says so. The spec is static; ranges and bits are data.
+    `fn` is in training or evaluation mode; `spec` has all of its sites. The spec is static; ranges
+    and bits are data. What a device stores between sites, and biases, stay in floats: the last part
+    of training is on the program, see `as_deployed`.
 
     Returns:
       q_fn(params, ranges, *inputs, bits=None, key=None) -> outputs, of the structure that `fn`
@@ -74,51 +73,9 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
             x = specs.apply(x, *activation, (), max(x.size // x.shape[0], 1), keys[1])
             return apply(x, kernel), None
 
-        others = at_joins(spec, ranges, bits), at_biases(spec, ranges, bits)
-        return core.at_sites(fn, rule, *others)(params, *inputs)[0]
+        return core.at_sites(fn, rule)(params, *inputs)[0]
 
     return q_fn
-
-
-def at_joins(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., Any] | None:
-    """What `core.at_sites` does with the tensors that meet in joins, to quantize them.
-
-    `ranges` is {name: {'activation': Range}} of joins, and of the sites that take the same tensor;
-    `bits` are of the sites, as `Spec.bits` returns them, or None for the spec's. The rule is
-    (join, x) -> (x fake-quantized, None), and None if the spec leaves joins in floats.
-    """
-
-    def rule(join, x):
-        own = spec[join.name]
-        span, count = _join_range(spec, ranges, bits, own), max(x.size // x.shape[0], 1)
-        return specs.apply(x, own.activation, span, own.activation.bits, (), count), None
-
-    return rule if spec.joins else None
-
-
-def at_biases(spec: specs.Spec, ranges: Any, bits: Any = None) -> Callable[..., Any] | None:
-    """What `core.at_sites` does with biases, to round them to the steps of integer sums.
-
-    A device adds the bias, with all that folds into it, to the int32 sums of the products, in steps
-    of the scale of the input times that of the kernel's channel, see `grids.integer_step`. What
-    scales the tensor of a join is a kernel of one weight for each channel, which is ±127.
-
-    `ranges` is {site name: {'weight': Range, 'activation': Range}}, of joins the latter alone;
-    `bits` are of the sites, as `Spec.bits` returns them, or None for the spec's. The rule is
-    (site or join, scale, bias) -> bias rounded, with the gradient of one that is not; and None if
-    the spec leaves biases in floats. So stays that of a channel of scale 0, and of a site that is
-    not to be in integers: at 32 bits, with groups or with a range of its own at every call.
-    """
-
-    def rule(at, scale, bias):
-        step = _sum_step(spec, ranges, bits, at)
-        if step is None:
-            return bias
-        step = jnp.abs(scale) * (step.reshape(scale.shape) if step.size > 1 else step.reshape(()))
-        rounded = jnp.round(bias / jnp.where(step == 0, 1, step)) * step
-        return bias + lax.stop_gradient(jnp.where(step == 0, bias, rounded) - bias)
-
-    return rule if spec.biases else None
 
 
 def integer_kernels(
@@ -184,32 +141,6 @@ def scale_counts(graph: core.Graph, spec: specs.Spec) -> dict[str, int]:
         whole = math.prod(site.kernel_shape) == graph.parameters[site.path].size
         stored[site.path] = own if whole else stored[site.path] + own
     return {site.name: stored[site.path] for site in graph.sites}
-
-
-def _sum_step(spec, ranges, bits, at):
-    """The step of the integer sums at a site or after a join; 0 or None if there is none."""
-    if isinstance(at, core.Join):
-        own = spec[at.name]
-        return own.activation.grid(_join_range(spec, ranges, bits, own)).scale / 127
-    (weight, span, fine), (activation, taken, width) = _choose(spec, ranges, bits, at)
-    if span is None or taken is None or weight.group is not None:
-        return None
-    # Signs are half a grid's step from zero.
-    parts = grids.integer_step(fine) * (2 if weight.scheme == "binary" else 1)
-    parts = jnp.asarray(parts, jnp.float32)
-    step = weight.grid(span, fine).scale / parts * activation.grid(taken, width).scale
-    return jnp.where((fine == grids.OFF) | (width == grids.OFF), 0, step)
-
-
-def _join_range(spec, ranges, bits, own):
-    """The range of a join: that of the site that takes the tensor, if in as many bits."""
-    span = range_at(ranges, own.name, "activation", ())
-    if own.shares is None:
-        return span
-    taken = range_at(ranges, own.shares, "activation", ())
-    width = spec[own.shares].activation.bits
-    width = width if bits is None else entry("bits", bits, own.shares, "activation")
-    return jax.tree.map(functools.partial(jnp.where, width == 8), taken, span)
 
 
 def _choose(spec, ranges, bits, site):

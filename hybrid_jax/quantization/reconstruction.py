@@ -1,8 +1,9 @@
 """AdaRound and block reconstruction: which way each weight is rounded, learned from activations."""
 
+import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core
-from hybrid_jax.quantization import grids, model, specs
-from hybrid_jax.quantization.blocks import Block, cut, marked, observed
+from hybrid_jax import program as p
+from hybrid_jax.quantization import deployed, grids
+from hybrid_jax.quantization.lookup import range_at
+from hybrid_jax.quantization.planning import Plan
 
 # ζ and γ of the paper: the stretch with which the rectified sigmoid reaches 0 and 1.
 _HIGH, _LOW = 1.1, -0.1
@@ -21,24 +24,60 @@ _FIRST_BETA, _LAST_BETA, _FREE = 20.0, 2.0, 0.2
 
 
 class _Kernel(NamedTuple):
+    """A kernel and its bias in floats, and the grid of the kernel."""
+
     value: jax.Array
+    bias: jax.Array
     grid: grids.Grid
 
 
+class _Seen(NamedTuple):
+    """What a block takes on one batch of inputs, and what it is to give."""
+
+    inputs: list[jax.Array]
+    targets: list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """A slice of a plan, from some kernels up to the edges that operations after it take.
+
+    Attributes:
+      planned: Of the slice alone.
+      sources: {output of a convolution or dense layer whose rounding is learned: its source}.
+    """
+
+    planned: Plan
+    sources: dict[str, p.Source]
+
+    def __call__(self, inputs, spans, kernels, ups):
+        """Its outputs, stored, of kernels rounded by `ups`; all but names are arguments."""
+        ranges = {n: {"activation": span} for n, span in zip(self.planned.stored, spans)}
+        params = {**self.planned.program.params, **self.rounded(kernels, ups)}
+        values = deployed.edges(self.planned.replace(params), ranges, inputs)
+        return [values[name] for name in self.planned.program.outputs]
+
+    def rounded(self, kernels, ups):
+        """{output: weights on their grids where h is 0 or 1}."""
+        found = {}
+        for (name, source), kernel, up in zip(self.sources.items(), kernels, ups, strict=True):
+            value = _rounded(kernel, up)
+            bias = kernel.bias + source.moved(value - kernel.value)
+            found[name] = {"kernel": value, "bias": bias}
+        return found
+
+
 def adaround(
-    fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[tuple[Any, ...]],
-    spec: specs.Spec,
+    planned: Plan,
     ranges: Mapping[str, Mapping[str, grids.Range]],
+    batches: Iterable[tuple[Any, ...]],
     key: jax.Array,
     blocks: Sequence[str] = (),
     *,
-    bits: Any = None,
     steps: int = 1000,
     learning_rate: float = 0.1,
     regularization: float = 40.0,
-) -> Any:
+) -> p.Params:
     """Learns for each weight whether it is rounded up or down, from what that does to activations.
 
     Rounding to the nearest is best for weights one by one, but not for their sum. Block by block,
@@ -47,12 +86,11 @@ def adaround(
         n · E(ŵ(h)) / E(ŵ nearest) + λ Σ (1 − |2h − 1|^β)        ŵ = s · clip(⌊w/s⌋ + h, low, high)
 
     with h = clip(1.2 σ(v) − 0.1, 0, 1) for a learned v, and n the number of weights. E is the mean
-    over batches of the squared difference between the float model and this one in what the sites
-    after the block take, and in the outputs of the model that come from the block. Here activations
-    are quantized, and earlier kernels rounded as learned, so that a block makes up for the error
-    made before it. β falls, which drives h to 0 or 1. As errors are measured in those of rounding
-    to nearest, λ means the same for every layer. A block keeps the nearest rounding if the learned
-    one is no better on `batches`.
+    over batches of the squared difference, between the program in floats and as it is stored, in
+    the outputs of the block and its edges that later operations take. Earlier kernels are rounded
+    as learned, so that a block makes up for the error made before it. β falls, which drives h to 0
+    or 1. As errors are measured in those of rounding to nearest, λ means the same for every layer.
+    A block keeps the nearest rounding if the learned one is no better on `batches`.
 
     By default each kernel is a block of its own: AdaRound. Several kernels at once, such as those
     of a residual block, are BRECQ's block reconstruction, with all errors weighted alike.
@@ -60,71 +98,69 @@ def adaround(
     What one block takes and is to give is held in memory for all batches at once. A block is
     compiled unless an earlier one was the same program on the same shapes.
 
-    `fn` is in evaluation mode, batches are all of the same shapes, and `key` is for their order.
-    `ranges` are those of `calibrate`, and `bits`, as `Spec.bits` gives them, replace the spec's.
-    A weight that is exactly 0 (pruned) stays 0. `blocks` are patterns on names of sites, of which
-    the first match counts: the sites of one pattern are one block, and a kernel that none matches
-    is one of its own. There are `steps` of Adam for v in each block, each on one batch;
-    `regularization` is λ.
+    Args:
+      planned: With the weights of the float model. One that is exactly 0 (pruned) stays 0.
+      ranges: Of its edges and kernels, as `calibrate_edges` returns them.
+      batches: Tuples of inputs, all of the same shapes.
+      key: For the order of the batches.
+      blocks: Patterns on outputs of convolutions and dense layers, of which the first match counts:
+        those of one pattern are one block, and one that none matches is one of its own.
+      steps: Of Adam for v in each block, each on one batch.
+      learning_rate: Of Adam.
+      regularization: λ.
 
     Returns:
-      `params`, with every quantized kernel on the points of its grid that were chosen:
-      `fake_quantized` with the same ranges and bits rounds it to itself. A kernel of 32 bits stays
-      as it is.
+      The plan's weights, with every quantized kernel on the points of its grid that were chosen: as
+      stored with the same ranges it is rounded to itself.
 
     Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, arXiv
-    2004.10568, section 3; Li et al., BRECQ: Pushing the Limit of Post-Training
-    Quantization by Block Reconstruction, arXiv 2102.05426.
+    2004.10568, section 3; Li et al., BRECQ, arXiv 2102.05426.
 
     Example:
-      >>> fn = lambda params, x: x @ params['w']
-      >>> params, x = {'w': jnp.array([[0.4], [0.45], [7.0]])}, jnp.array([[1.0, 1.0, 0.0]])
-      >>> rules = [('w', {'weight': 4, 'activation': 32})]
-      >>> spec = specs.spec(core.trace(fn, params, x), rules)
-      >>> span = grids.Range(jnp.full((1, 1), -7.0), jnp.full((1, 1), 7.0))
-      >>> new = adaround(fn, params, [(x,)], spec, {'w': {'weight': span}}, jax.random.key(0))
-      >>> print(new['w'].sum())  # Of 0.4 + 0.45 rounding to nearest makes 0, this 1; and 7.
+      >>> from hybrid_jax import quantization
+      >>> fn, x = lambda params, x: x @ params['w'], jnp.array([[1.0, 1.0, 0.0]])
+      >>> params = {'w': jnp.array([[0.4], [0.45], [7.0]])}
+      >>> spec = quantization.spec(core.trace(fn, params, x), [('w', {'weight': 4})])
+      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
+      >>> ranges = quantization.calibrate_edges(planned, [(x,)])
+      >>> new = adaround(planned, ranges, [(x,)], jax.random.key(0))
+      >>> print(new['w']['kernel'].sum())  # Of 0.4 + 0.45 nearest makes 0, this 1.
       8.0
     """
     batches = list(core.check_batches(batches, alike=True))
     core.check_integer("steps", steps, 1)
     core.check_positive("learning_rate", learning_rate)
     core.check_positive("regularization", regularization)
-    grid_of = _grids(fn, params, spec, ranges, batches[0], bits)
-    groups = _groups(core.trace(fn, params, *batches[0]), grid_of, blocks)
+    program, kernels = planned.program, _kernels(planned, ranges)
+    for name in planned.stored:
+        range_at(ranges, name, "activation", ())
+    pieces = [_block(planned, names) for names in _groups(list(kernels), blocks)]
+    taken = {name for block in pieces for name in block.planned.program.inputs}
+    given = {name for block in pieces for name in block.planned.program.outputs}
 
-    widths = spec.bits() if bits is None else bits
-    widths = {
-        name: {"weight": grids.OFF, "activation": int(roles["activation"])}
-        for name, roles in widths.items()
-    }
-    q_fn = functools.partial(model.fake_quantized(marked(fn), spec), bits=widths)
-    closed = jax.make_jaxpr(q_fn)(params, ranges, *batches[0])
-    flat = core.flatten_paths(params)
-    variables = dict(zip(flat, closed.jaxpr.invars))
-    inputs = closed.jaxpr.invars[len(jax.tree.leaves((params, ranges))) :]
-    cuts = [
-        cut(closed.jaxpr, sites, {path: variables[path] for path in paths}, inputs)
-        for sites, paths in groups
-    ]
-    observe = observed(fn, closed, cuts)
-    learn = _learner(learning_rate, regularization)
-    for index, block in enumerate(cuts):
-        old = jax.tree.unflatten(jax.tree.structure(params), flat.values())
-        seen = [observe(block, params, old, ranges, batch) for batch in batches]
-        for one in seen:
-            core.check_finite(f"what the block of {', '.join(block.sites)} sees", one._asdict())
-        kernels = [
-            _Kernel(flat[path], grids.spread(grid_of[path], flat[path].shape))
-            for path in block.kernels
-        ]
+    @jax.jit
+    @core.fast_convolutions
+    def see(floats, params, batch):
+        exact = p.edges(program.replace(floats), batch)
+        stored = deployed.edges(planned.replace(params), ranges, batch)
+        return {name: stored[name] for name in taken}, {name: exact[name] for name in given}
+
+    learn, params = _learner(learning_rate, regularization), dict(program.params)
+    for index, block in enumerate(pieces):
+        seen, own = [], block.planned.program
+        for batch in batches:
+            stored, exact = see(program.params, params, batch)
+            seen.append(_Seen([stored[n] for n in own.inputs], [exact[n] for n in own.outputs]))
+            what = f"what the block of {', '.join(block.sources)} sees"
+            core.check_finite(what, seen[-1]._asdict())
         order = jax.random.randint(jax.random.fold_in(key, index), (steps,), 0, len(seen))
-        flat |= zip(block.kernels, learn(block, kernels, seen, order.tolist()))
-    return jax.tree.unflatten(jax.tree.structure(params), flat.values())
+        spans = [ranges[name]["activation"] for name in block.planned.stored]
+        params |= learn(block, [kernels[n] for n in block.sources], spans, seen, order.tolist())
+    return params
 
 
 def _learner(learning_rate, regularization):
-    """learn(block, kernels, seen batches, their order) -> rounded kernels."""
+    """learn(block, kernels, ranges, seen batches, their order) -> rounded weights."""
     optimizer = optax.adam(learning_rate)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -133,33 +169,32 @@ def _learner(learning_rate, regularization):
         return core.fast_convolutions(once)(*args)
 
     error = jax.jit(_error, static_argnums=0)
-    programs: dict[str, Block] = {}
+    programs: dict[str, _Block] = {}
 
-    def learn(block, kernels, seen, order):
-        values = [kernel.value for kernel in kernels]
-        text = jax.jit(block).lower(seen[0].streams, seen[0].constants, values).as_text()
+    def learn(block, kernels, spans, seen, order):
+        nearest = [jnp.round(_position(kernel)) for kernel in kernels]
         # Blocks of the same program are one to `jit`, so that it is compiled once.
-        block = programs.setdefault(text, block)
+        text = jax.jit(block).lower(seen[0].inputs, spans, kernels, nearest).as_text()
+        alike = programs.setdefault(text, block)
 
         def mean_error(ups):
-            return statistics.fmean(float(error(block, ups, kernels, one)) for one in seen)
+            return statistics.fmean(float(error(alike, ups, kernels, spans, one)) for one in seen)
 
-        nearest = [jnp.round(_position(kernel)) for kernel in kernels]
         unit = mean_error(nearest)
         logits = [_logit(_position(kernel)) for kernel in kernels]
         state = optimizer.init(logits)
         # Not a scan: XLA's own convolutions are far slower on a CPU inside a loop than outside.
         for count, which in enumerate(order):
             done = count / len(order)
-            logits, state = step(block, logits, state, kernels, seen[which], unit, done)
+            logits, state = step(alike, logits, state, kernels, spans, seen[which], unit, done)
         learned = [(_up(v) >= 0.5).astype(jnp.float32) for v in logits]
         best = learned if mean_error(learned) < unit else nearest
-        return list(map(_rounded, kernels, best))
+        return block.rounded(kernels, best)
 
     return learn
 
 
-def _step(optimizer, regularization, block, logits, state, kernels, seen, unit, done):
+def _step(optimizer, regularization, block, logits, state, kernels, spans, seen, unit, done):
     """One step of Adam on one batch, with the part `done` of all steps behind it."""
     count = sum(kernel.value.size for kernel in kernels)
     beta = _FIRST_BETA + (_LAST_BETA - _FIRST_BETA) * jnp.clip((done - _FREE) / (1 - _FREE), 0, 1)
@@ -168,9 +203,8 @@ def _step(optimizer, regularization, block, logits, state, kernels, seen, unit, 
     def loss(logits):
         ups = [_up(v) for v in logits]
         undecided = sum(jnp.sum(1 - jnp.abs(2 * up - 1) ** beta) for up in ups)
-        relative = _error(block, ups, kernels, seen) / jnp.maximum(
-            unit, jnp.finfo(jnp.float32).tiny
-        )
+        error = _error(block, ups, kernels, spans, seen)
+        relative = error / jnp.maximum(unit, jnp.finfo(jnp.float32).tiny)
         return count * relative + strength * undecided
 
     gradients = jax.grad(loss)(logits)
@@ -179,26 +213,25 @@ def _step(optimizer, regularization, block, logits, state, kernels, seen, unit, 
     return optax.apply_updates(logits, updates), state
 
 
-def _error(block, ups, kernels, seen):
+def _error(block, ups, kernels, spans, seen):
     """The squared error of what the block gives on one batch."""
-    outs = block(seen.streams, seen.constants, list(map(_rounded, kernels, ups)))
-    floats = jax.tree.map(lambda x: x.astype(jnp.float32), (list(outs), list(seen.targets)))
-    differences = (a - b for a, b in zip(*floats))
-    return sum(jnp.sum(jnp.square(difference)) for difference in differences)
+    outs = block(seen.inputs, spans, kernels, ups)
+    pairs = zip(outs, seen.targets, strict=True)
+    return sum(jnp.sum(jnp.square(got - wanted)) for got, wanted in pairs)
 
 
 def _position(kernel):
     """Where each weight lies between the two points of the grid around it, in [0, 1)."""
-    steps = kernel.value.astype(jnp.float32) / kernel.grid.scale
+    steps = kernel.value / kernel.grid.scale
     return steps - jnp.floor(steps)
 
 
 def _rounded(kernel, up):
     """The kernel on its grid where `up`, h, is 0 or 1, and between its points where it is not."""
     lowest, highest = grids.steps(kernel.grid)
-    below = jnp.floor(kernel.value.astype(jnp.float32) / kernel.grid.scale)
+    below = jnp.floor(kernel.value / kernel.grid.scale)
     value = jnp.clip(below + up, lowest, highest) * kernel.grid.scale
-    return jnp.where(kernel.value == 0, 0.0, value).astype(kernel.value.dtype)
+    return jnp.where(kernel.value == 0, 0.0, value)
 
 
 def _up(v):
@@ -210,42 +243,59 @@ def _logit(up):
     return jax.scipy.special.logit((up - _LOW) / (_HIGH - _LOW))
 
 
-def _grids(fn, params, spec, ranges, batch, bits):
-    """{path of a kernel that is quantized: its grid}."""
-    found: dict[str, grids.Grid] = {}
-    flat = core.flatten_paths(params)
-    graph = core.trace(fn, params, *batch)
-    kernels = model.integer_kernels(fn, spec, params, ranges, *batch, bits=bits)
-    for name, (integers, grid) in kernels.items():
-        site = graph.site(name)
-        leaf = flat[site.path]
-        if spec[name].weight.learning == "dynamic":
-            raise ValueError(f"ranges must be calibrated, got 'dynamic' for the kernel of {name!r}")
-        if grid.low.dtype != jnp.int32:
-            scheme = spec[name].weight.scheme
-            raise ValueError(f"kernels must have integer grids, got {scheme!r} for {name!r}")
-        shapes = {leaf.shape, site.kernel_shape, integers.shape}
-        if len(shapes) > 1 or (grids.quantize(leaf, grid) != integers.astype(jnp.int32)).any():
-            raise ValueError(
-                f"a quantized kernel must be a parameter as it stands, outside loops, got {name!r}"
-            )
-        first = found.setdefault(site.path, grid)
-        if not jax.tree.all(jax.tree.map(jnp.array_equal, first, grid)):
-            raise ValueError(f"sites that share kernel {site.path!r} must have one range for it")
+def _kernels(planned, ranges) -> dict[str, _Kernel]:
+    """{output of an operation whose kernel is quantized: kernel}."""
+    found = {}
+    for name in planned.ranged:
+        own, quantizer = planned.program.params[name], planned.kernels[name]
+        if quantizer.scheme == "binary":
+            raise ValueError(f"kernels must have integer grids, got 'binary' for {name!r}")
+        shape = own["kernel"].shape
+        grid = quantizer.grid(range_at(ranges, name, "weight", shape))
+        found[name] = _Kernel(own["kernel"], own["bias"], grids.spread(grid, shape))
     if not found:
-        raise ValueError("spec must quantize at least one kernel, got 32 bits for all")
+        raise ValueError("planned must quantize at least one kernel, got 32 bits for all")
     return found
 
 
-def _groups(graph, quantized, patterns):
-    """(names of sites, paths of kernels) of each block, in the order in which they run."""
-    sites = {site.name: site.path for site in graph.sites if site.path in quantized}
+def _groups(names, patterns) -> list[list[str]]:
+    """The names of each block, in the order in which they run."""
     rules = [(pattern, index) for index, pattern in enumerate(patterns)]
-    groups: dict[Any, dict[str, str]] = {}
-    label_of: dict[str, Any] = {}
-    for name, label in core.match_rules(rules, sites, default=None).items():
-        label = sites[name] if label is None else label
-        if label_of.setdefault(sites[name], label) != label:
-            raise ValueError(f"blocks must not part the sites of kernel {sites[name]!r}")
-        groups.setdefault(label, {})[name] = sites[name]
-    return [(tuple(group), tuple(dict.fromkeys(group.values()))) for group in groups.values()]
+    groups: dict[Any, list[str]] = {}
+    for name, label in core.match_rules(rules, names, default=None).items():
+        groups.setdefault(name if label is None else label, []).append(name)
+    return list(groups.values())
+
+
+def _block(planned, names) -> _Block:
+    """The slice of a plan from some kernels on."""
+    program = planned.program
+    made: set[str] = set()
+    beyond: set[str] = set()
+    body = []
+    for op in program.operations:
+        if not beyond.isdisjoint(op.inputs):
+            if op.output in names:
+                raise ValueError(
+                    f"a block must hold every kernel that lies between its own, got {op.output!r} "
+                    f"cut off in the block of {', '.join(names)}"
+                )
+            beyond.add(op.output)
+        elif op.output in names or not made.isdisjoint(op.inputs):
+            inside = op.output in names or op.output not in program.sources
+            (made if inside else beyond).add(op.output)
+            body += [op] if inside else []
+    readers = program.readers
+    taken = dict.fromkeys(name for op in body for name in op.inputs if name not in made)
+    given = [
+        op.output
+        for op in body
+        if op.output in program.outputs or any(o.output not in made for o in readers[op.output])
+    ]
+    # Floats whatever the model takes; kernels whose rounding is learned are taken as they are given.
+    tensors = {n: dataclasses.replace(program.tensors[n], dtype="float32") for n in (*taken, *made)}
+    own = p.Program(tuple(taken), tuple(given), tensors, tuple(body))
+    slots = {name: planned.slots[name] for name in tensors}
+    kernels = {n: k for n, k in planned.kernels.items() if n not in program.sources}
+    own = dataclasses.replace(planned, program=own, slots=slots, kernels=kernels)
+    return _Block(own, {name: program.sources[name] for name in names})

@@ -60,8 +60,7 @@ def sensitivity(
       params: Its parameters.
       batches: Yields tuples of inputs; the damage is the mean over batches, each weighed by how
         many examples it holds.
-      spec: How each site is quantized. Joins that it has are rounded throughout, and what that does
-        is a part of every damage.
+      spec: How each site is quantized.
       ranges: {bits: ranges at these bits}, the bits to try. Ranges that do not depend on bits
         ('minmax') are given several times: `dict.fromkeys((2, 4, 8), ranges)`.
       damage: (outputs, outputs of the float model) -> float32 ().
@@ -94,7 +93,6 @@ def sensitivity(
         for name, known in spans.items():
             for role in known:
                 range_at(spans, name, role)
-    joins = {join.name: {"activation": join.activation.bits} for join in spec.joins}
     for name in names:
         core.check_choice("site of around", name, base)
         for role, width in base[name].items():
@@ -117,12 +115,8 @@ def sensitivity(
         # A compiled call for each, not a loop within: on a CPU a convolution in a loop is slow.
         for (name, role, width), values in found.items():
             bits = {**base, name: {**base[name], role: width}}
-            # A range that the tensor shares is the one for its bits, unless its owner has some.
-            owner, own = spec[name].range_site(role), bits | joins
-            if own[owner][role] == grids.OFF:
-                own = {**own, owner: {**own[owner], role: width}}
             spans = {
-                site: {r: ranges.get(own[site][r], first)[site][r] for r in known}
+                site: {r: ranges.get(bits[site][r], first)[site][r] for r in known}
                 for site, known in first.items()
             }
             values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))

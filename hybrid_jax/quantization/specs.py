@@ -99,8 +99,6 @@ class SiteSpec:
     """How the kernel and the input activation of one site are quantized.
 
     Attributes:
-      shares: The earlier site that takes the same tensor, whose range it has; None for its own.
-
     An activation is never per channel: the sum over input channels is an integer sum only if they
     have one scale. Nor is it binary: padding needs a zero.
     """
@@ -108,7 +106,6 @@ class SiteSpec:
     name: str
     weight: Quantizer
     activation: Quantizer
-    shares: str | None = None
 
     def __post_init__(self):
         if self.activation.per_channel:
@@ -116,39 +113,15 @@ class SiteSpec:
         if self.activation.scheme == "binary":
             raise ValueError(f"activation must have a zero, got scheme 'binary' for {self.name!r}")
 
-    def range_site(self, role: str) -> str:
-        """The site whose range the 'weight' or 'activation' has: this one, or the one it shares."""
-        return self.shares if role == "activation" and self.shares else self.name
-
-
-@dataclasses.dataclass(frozen=True)
-class JoinSpec:
-    """How a tensor that takes part in a join is quantized.
-
-    `shares` names the site that takes the same tensor, whose range it has where that site has 8
-    bits; None for its own.
-    """
-
-    name: str
-    activation: Quantizer
-    shares: str | None = None
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How each site of a model is quantized, in the order in which they run.
-
-    Attributes:
-      joins: Empty where joins are left in floats.
-      biases: Whether biases are rounded to the steps of the integer sums that they are added to.
-    """
+    """How each site of a model is quantized, in the order in which they run."""
 
     sites: tuple[SiteSpec, ...]
-    joins: tuple[JoinSpec, ...] = ()
-    biases: bool = False
 
-    def __getitem__(self, name: str) -> SiteSpec | JoinSpec:
-        for own in (*self.sites, *self.joins):
+    def __getitem__(self, name: str) -> SiteSpec:
+        for own in self.sites:
             if own.name == name:
                 return own
         names = ", ".join(site.name for site in self.sites)
@@ -182,7 +155,6 @@ def spec(
     weight_bits: int = 8,
     activation_bits: int = 8,
     first_last_bits: int = 8,
-    deployable: bool = False,
 ) -> Spec:
     """Says for every site of `graph` how it is quantized.
 
@@ -197,11 +169,6 @@ def spec(
       weight_bits: Bits of kernels.
       activation_bits: Bits of the inputs of sites.
       first_last_bits: The least bits of the first and of the last site, where no rule matches.
-      deployable: Whether every tensor is rounded as a device stores it, once: what meets in a
-        residual sum, a product of activations, a concatenation or a mean (`graph.joins`) at 8 bits,
-        and a tensor that several sites take with one range. So is every bias, with all of BatchNorm
-        that folds into it: to the steps of the integer sums that it is added to. What is trained so
-        is what is deployed; otherwise only sites are quantized, each by itself.
 
     Example:
       >>> def mlp(params, x):
@@ -235,26 +202,7 @@ def spec(
         range_shape(site, weight)
         sites.append(SiteSpec(site.name, weight, activation))
     _check_shared(graph, sites)
-    made = Spec(tuple(sites))
-    return _stored_once(graph, made) if deployable else made
-
-
-def _stored_once(graph: core.Graph, made: Spec) -> Spec:
-    """The specification with every tensor as a device stores it."""
-    own = Quantizer(8, "affine")
-
-    def of_site(site):
-        first = made[graph.first_takers.get(site.name, site.name)]
-        alike = first.name != site.name and first.activation == site.activation
-        return dataclasses.replace(site, shares=first.name if alike else None)
-
-    def of_join(join):
-        taker = made[join.site].activation if join.site else None
-        alike = taker and taker.scheme == own.scheme and taker.learning != "dynamic"
-        return JoinSpec(join.name, own, join.site if alike else None)
-
-    joins = tuple(map(of_join, graph.joins))
-    return Spec(tuple(map(of_site, made.sites)), joins, biases=True)
+    return Spec(tuple(sites))
 
 
 def range_shape(site: core.Site, quantizer: Quantizer) -> tuple[int, ...]:

@@ -11,11 +11,11 @@ from hybrid_jax.recipes.config import default_config as default_config
 from hybrid_jax.recipes.config import expert_specs as expert_specs
 from hybrid_jax.recipes.config import flatten as flatten
 from hybrid_jax.recipes.config import nearest_key as nearest_key
+from hybrid_jax.recipes.deployed import Experts as Experts
 from hybrid_jax.recipes.evaluation import evaluate as evaluate
 from hybrid_jax.recipes.job import Job as Job
 from hybrid_jax.recipes.job import Network as Network
 from hybrid_jax.recipes.parent import parent as parent
-from hybrid_jax.recipes.phase1 import Experts as Experts
 from hybrid_jax.recipes.phase1 import compress as compress
 from hybrid_jax.recipes.phase2 import Gate as Gate
 from hybrid_jax.recipes.phase2 import fine_tune as fine_tune

@@ -42,7 +42,10 @@ def check_config(config: ConfigDict) -> None:
         each(core.check_positive, f"{stage}.learning_rate")
     each(_check_bool, "data.flip joint.refit controls.same_bytes controls.same_bops")
     each(core.check_positive, "distillation.temperature")
-    each(core.check_fraction, "distillation.alpha parent.label_smoothing experts.others_weight")
+    each(
+        core.check_fraction,
+        "distillation.alpha parent.label_smoothing experts.others_weight experts.deployed",
+    )
     each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
     each(
         _check_not_negative,

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import optax
 
 from hybrid_jax import core, experts, pruning, training
-from hybrid_jax.recipes import phase1, programs
+from hybrid_jax.recipes import deployed, programs
+from hybrid_jax.recipes.deployed import Experts
 from hybrid_jax.recipes.job import Job, optimizer
-from hybrid_jax.recipes.phase1 import Experts
 from hybrid_jax.recipes.phase2 import Gate
 from hybrid_jax.training.losses import Forward
 
@@ -43,7 +42,7 @@ def collapse(
     `training.distillation_loss`, `batches`, `steps` and `options` for `training.fit`.
 
     Example:
-      >>> import itertools, jax.numpy as jnp
+      >>> import itertools, optax, jax.numpy as jnp
       >>> linear = lambda params, x: x @ params
       >>> moe = experts.mixture(linear, linear, experts.soft(), 'unroll')
       >>> stack, gate = jnp.stack([jnp.eye(2), -jnp.eye(2)]), jnp.array([[9.0, 0.0], [9.0, 0.0]])
@@ -68,21 +67,19 @@ def collapse(
 
 def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
     """Returns the expert that is best on validation, trained on towards the whole mixture."""
-    experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
+    experts.check_fitted(gate.fitted_to, made.params)
     settings = job.config.collapse
-    start = phase1.select(made, int(programs.validation_accuracies(job, made).argmax()))
-    (expert,), (mask,) = experts.unstack(start.stack), start.masks
-    params = {name: expert[name] for name in ("params", "ranges")}
-    held = {"params": mask, "ranges": jax.tree.map(lambda _: optax.MaskedNode(), expert["ranges"])}
-    tx = pruning.hold_masks(optimizer(settings.learning_rate, 0.0, settings.steps), held)
-    fixed = {name: expert[name] for name in ("batch_stats", "bits")}
+    start = deployed.select(made, int(programs.validation_accuracies(job, made).argmax()))
+    (expert,), (fn,), (params,) = start.each, start.fns, start.params
+    tx = optimizer(settings.learning_rate, 0.0, settings.steps)
+    tx = pruning.hold_masks(tx, deployed.held(expert, params))
     routing = experts.soft() if settings.routing == "soft" else experts.top_k(1)
     student = collapse(
-        experts.mixture(made.predict, gate.predict, routing, made.method, job.choices),
-        made.stack,
+        experts.mixture(made.fns, gate.predict, routing, made.method, job.choices),
+        made.params,
         gate.params,
-        lambda params, state, images, key: (made.predict(params | state, images), state),
-        job.start("collapse", params, fixed, tx),
+        lambda params, state, images, key: (fn(params, images), state),
+        job.start("collapse", params, {}, tx),
         job.batches("collapse", settings.batch_size),
         steps=settings.steps,
         augment=job.augment,
@@ -90,4 +87,4 @@ def collapsed_mixture(job: Job, made: Experts, gate: Gate) -> Experts:
         choices=job.choices,
         **job.bookkeeping("collapse"),
     )
-    return start._replace(stack=experts.stack([student.params | student.state]))
+    return start._replace(params=[student.params])

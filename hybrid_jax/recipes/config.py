@@ -60,6 +60,7 @@ def default_config() -> ConfigDict:
             activation_bits=8,
             first_last_bits=8,
             calibration="minmax",  # of the ranges that training starts from
+            deployed=0.2,  # last part of the steps, on the network as it is deployed
             method="auto",  # how the experts are mapped: auto measures, or vmap, map, unroll
             steps=300,
             batch_size=64,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, cost, experts, pruning
-from hybrid_jax.recipes import phase1, phase2
+from hybrid_jax.recipes import deployed, phase1, phase2
 from hybrid_jax.recipes.config import ExpertSpec, expert_specs
 from hybrid_jax.recipes.job import Job, Network
 
@@ -20,8 +20,8 @@ CLOSE = 0.97  # a target is met at this part of it
 
 
 def singles(
-    job: Job, dense: Network, variables: Any, made: phase1.Experts, gate: phase2.Gate
-) -> dict[str, phase1.Experts]:
+    job: Job, dense: Network, variables: Any, made: deployed.Experts, gate: phase2.Gate
+) -> dict[str, deployed.Experts]:
     """Returns {name: one compressed network} as dear as the mixture, trained as long as an expert.
 
     "Equal bytes" matches all experts and the gate; "equal BOPs" the gate and, as often as it takes
@@ -72,13 +72,13 @@ def gate_cost(gate: phase2.Gate) -> cost.Cost:
     return cost.count(gate.graph, None, gate.quantizer.weight_bits, gate.quantizer.activation_bits)
 
 
-def costs(made: phase1.Experts) -> list[cost.Cost]:
+def costs(made: deployed.Experts) -> list[cost.Cost]:
     """Returns what each expert costs."""
     return [
         cost.count(
             e.graph, {"params": e.masks}, e.quantizer.weight_bits, e.quantizer.activation_bits
         )
-        for e in phase1.alone(made)
+        for e in made.each
     ]
 
 

@@ -17,7 +17,7 @@ class Exported(NamedTuple):
     `expected` (n, N) are the logits of the model as it was evaluated, on the test images.
     """
 
-    program: p.Program | p.Mixture
+    program: p.Program | p.Choice
     expected: np.ndarray
 
 

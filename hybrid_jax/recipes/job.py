@@ -156,15 +156,19 @@ class Job:
 
 
 def optimizer(
-    learning_rate: float, weight_decay: float, steps: int
+    learning_rate: float, weight_decay: float, steps: int, first: int = 0
 ) -> optax.GradientTransformation:
     """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
-    `learning_rate` is that of the peak, and `weight_decay` per step and unit of it.
+    `learning_rate` is that of the peak, and `weight_decay` per step and unit of it. It goes on with
+    the schedule after its `first` steps.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    whole = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+
+    def schedule(count):
+        return whole(count + first)
 
     def kernels(params):
         return core.map_with_path(lambda path, leaf: path.endswith("kernel"), params)

@@ -1,4 +1,4 @@
-"""Phase 1: experts cut from the parent, quantized, and trained together as one stack."""
+"""Phase 1: experts cut from the parent, quantized, and trained up to what is deployed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
-from hybrid_jax.recipes import cutting
+from hybrid_jax import program as p
+from hybrid_jax.recipes import cutting, deployed
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.job import Job, Network, optimizer
 
@@ -17,36 +18,13 @@ CALIBRATION_BATCHES = 8
 BATCHNORM_BATCHES = 20
 
 
-class Experts(NamedTuple):
-    """E experts in one stack, of equal shape or narrower ones with masked channels.
-
-    Attributes:
-      network: Any of them, in floats, as wide as the stack.
-      predict: (expert, images (B, H, W, C)) -> logits (B, N), quantized.
-      stack: {'params', 'batch_stats', 'ranges', 'bits'} with a leading axis E on every leaf; an
-        expert is one slice of it.
-      masks: For each expert which weights are kept: bool pytree like its 'params'.
-      graph: The sites of any of them, as wide as the stack.
-      method: How the experts are mapped, see `experts.map_experts`.
-    """
-
-    network: Network
-    predict: Callable[[Any, jax.Array], jax.Array]
-    stack: Any
-    masks: list[Any]
-    specs: tuple[ExpertSpec, ...]
-    quantizers: list[quantization.Spec]
-    cuts: list[cutting.Cut]
-    graph: core.Graph
-    method: str
-
-
 class Alone(NamedTuple):
-    """One expert out of its stack, at its own widths.
+    """One expert out of the stack that it was trained in, at its own widths.
 
     Attributes:
       predict: (variables, images (B, H, W, C)) -> logits (B, N), in floats.
       variables: {'params', 'batch_stats'}.
+      ranges: Of its sites.
       masks: Which weights are kept, like 'params'.
     """
 
@@ -55,7 +33,6 @@ class Alone(NamedTuple):
     ranges: Any
     masks: Any
     graph: core.Graph
-    quantizer: quantization.Spec
 
 
 def compress(
@@ -66,20 +43,56 @@ def compress(
     name: str,
     steps: int,
     weights: np.ndarray | None = None,
-) -> Experts:
-    """Makes one expert per spec: cut, quantized, trained by distillation, all under one `jit`.
+) -> deployed.Experts:
+    """Makes one expert per spec: cut, quantized and trained by distillation.
 
+    They are trained as one stack under one `jit`, quantized at their sites with BatchNorm alive.
     Specs of different sparsity share a stack of the widest one's shape, in which the channels of
-    the others are masked; `alone` removes them, and gives the expert as it is deployed.
+    the others are masked. For the last part of the steps, `config.experts.deployed`, each is at its
+    own widths what a device computes, with BatchNorm folded.
 
     `weights` (E, n) are those of each training image for each expert; None weighs all alike.
     """
+    last = round(job.config.experts.deployed * steps)
+    cuts = cutting.cut_all(job, dense, variables, specs, job.key(name))
+    method = _method(job, cuts[0].network.predict, experts.stack([c.variables for c in cuts]))
+    soft = job.config.distillation
+
+    def make_step(forward, method):
+        return training.make_stacked_step(
+            training.classification(forward, temperature=soft.temperature, alpha=soft.alpha),
+            job.augment,
+            lambda images: dense.predict(variables, images),
+            per_expert=() if weights is None else ("weight",),
+            method=method,
+            choices=job.choices,
+        )
+
+    alone = at_sites(job, cuts, specs, name, (steps, steps - last), weights, method, make_step)
+    images = deployed.calibration_images(job)
+    each, fns, params = [], [], []
+    for spec, made, own in zip(specs, cuts, alone, strict=True):
+        quantized = quantizer(own.graph, spec)
+        program = p.lower(own.predict, own.variables, images)
+        planned = quantization.plan(program, quantized)
+        ranges = quantization.edge_ranges(planned, own.ranges, images)
+        each.append(
+            deployed.Expert(spec, made.certificate, own.graph, own.masks, quantized, planned)
+        )
+        fns.append(deployed.as_deployed(planned))
+        params.append(jax.tree.map(jnp.asarray, {"params": dict(program.params), "ranges": ranges}))
+    made = deployed.Experts(
+        tuple(each), tuple(experts.alike(fns, params, job.images)), params, method
+    )
+    return deployed.train(job, made, name, (steps, last), weights, make_step) if last else made
+
+
+def at_sites(job, cuts, specs, name, steps, weights, method, make_step) -> list[Alone]:
+    """Returns the experts after their first steps, quantized at sites; `steps` are (all, these)."""
     settings, key = job.config.experts, job.key(name)
-    cuts = cutting.cut_all(job, dense, variables, specs, key)
     small = cuts[0].network
     stack = experts.stack([c.variables for c in cuts])
     graph = core.trace(small.predict, cuts[0].variables, job.images)
-    method = _method(job, small.predict, stack)
     masks = [
         cutting.stack_masks(c, graph.kernels, spec) for c, spec in zip(cuts, specs, strict=True)
     ]
@@ -108,7 +121,7 @@ def compress(
         logits, updates = train(own, params["ranges"], images, bits=state["bits"])
         return logits, state | updates
 
-    inner = optimizer(settings.learning_rate, settings.weight_decay, steps)
+    inner = optimizer(settings.learning_rate, settings.weight_decay, steps[0])
 
     @jax.jit
     def start(stack):
@@ -121,84 +134,34 @@ def compress(
             states.append(training.create_state(params, fixed, tx, jax.random.fold_in(key, i)))
         return training.stack_states(states)
 
-    soft = job.config.distillation
-    step = training.make_stacked_step(
-        training.classification(forward, temperature=soft.temperature, alpha=soft.alpha),
-        job.augment,
-        lambda images: dense.predict(variables, images),
-        per_expert=() if weights is None else ("weight",),
-        method=method,
-        choices=job.choices,
-    )
     trained = job.fit(
         name,
-        step,
+        make_step(forward, method),
         start(stack | {"ranges": ranges, "bits": bits}),
-        steps,
+        steps[1],
         settings.batch_size,
         weights,
     )
-    state = _batchnorm(job, forward, trained.params, trained.state, method)
-    predict = quantization.fake_quantized(small.predict, quantizers[0])
+    stack = trained.params | _batchnorm(job, forward, trained.params, trained.state, method)
+    return [
+        _alone(*part, graph, small.predict)
+        for part in zip(experts.unstack(stack), masks, cuts, strict=True)
+    ]
 
-    def expert_predict(expert, images):
-        own = {"params": expert["params"], "batch_stats": expert["batch_stats"]}
-        return predict(own, expert["ranges"], images, bits=expert["bits"])
 
-    return Experts(
-        small,
-        expert_predict,
-        trained.params | state,
-        masks,
-        tuple(specs),
-        quantizers,
-        cuts,
+def _alone(expert, masks, cut, graph, predict) -> Alone:
+    """An expert of a stack at its own widths: its masked channels are physically removed."""
+    variables = {name: expert[name] for name in ("params", "batch_stats")}
+    if cut.own is None:
+        return Alone(predict, variables, expert["ranges"], masks, graph)
+    predict, graph, kept = cut.own
+    return Alone(
+        predict,
+        core.slice_tree(variables, kept),
+        own_ranges(expert["ranges"], graph, kept),
+        core.slice_tree({"params": masks}, kept)["params"],
         graph,
-        method,
     )
-
-
-def select(made: Experts, index: int) -> Experts:
-    """Returns the stack of the one expert `index`."""
-    return made._replace(
-        stack=jax.tree.map(lambda leaf: leaf[index : index + 1], made.stack),
-        masks=[made.masks[index]],
-        specs=(made.specs[index],),
-        quantizers=[made.quantizers[index]],
-        cuts=[made.cuts[index]],
-        method="unroll",
-    )
-
-
-def trained(stack: Any) -> Any:
-    """Returns what was trained of a stack, by which a gate knows the experts that it was fitted to.
-
-    BatchNorm's statistics are taken anew when a run goes on; on another number of cores their last
-    bits differ, and the experts are the same.
-    """
-    return {name: leaf for name, leaf in stack.items() if name != "batch_stats"}
-
-
-def alone(made: Experts) -> list[Alone]:
-    """Returns each expert at its own widths: its masked channels are physically removed."""
-
-    def take(expert, masks, cut, quantizer):
-        variables = {name: expert[name] for name in ("params", "batch_stats")}
-        if cut.own is None:
-            ranges, predict = expert["ranges"], made.network.predict
-            return Alone(predict, variables, ranges, masks, made.graph, quantizer)
-        predict, graph, kept = cut.own
-        return Alone(
-            predict,
-            core.slice_tree(variables, kept),
-            own_ranges(expert["ranges"], graph, kept),
-            core.slice_tree({"params": masks}, kept)["params"],
-            graph,
-            quantizer,
-        )
-
-    parts = zip(experts.unstack(made.stack), made.masks, made.cuts, made.quantizers, strict=True)
-    return [take(*part) for part in parts]
 
 
 def own_ranges(ranges: Any, graph: core.Graph, kept: dict[str, tuple[np.ndarray, ...]]) -> Any:
@@ -223,7 +186,6 @@ def quantizer(graph: core.Graph, spec: ExpertSpec) -> quantization.Spec:
         weight_bits=spec.weight_bits,
         activation_bits=spec.activation_bits,
         first_last_bits=spec.first_last_bits,
-        deployable=True,
     )
 
 

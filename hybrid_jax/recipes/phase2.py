@@ -13,24 +13,26 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
-from hybrid_jax.recipes import phase1
+from hybrid_jax import program as p
+from hybrid_jax.recipes import deployed
+from hybrid_jax.recipes.deployed import Experts
 from hybrid_jax.recipes.job import Job, Network, optimizer
-from hybrid_jax.recipes.phase1 import CALIBRATION_BATCHES, Experts
+from hybrid_jax.recipes.phase1 import CALIBRATION_BATCHES
 
 
 class Gate(NamedTuple):
-    """A quantized gate.
+    """A gate as it is deployed.
 
     Attributes:
-      float_predict: (variables, images (B, H, W, C)) -> gate logits (B, E), in floats.
-      predict: (params, images) -> gate logits, quantized.
-      params: {'variables', 'ranges'}.
-      fitted_to: `experts.fingerprint` of what was trained of the experts that it chooses from.
+      predict: (params, images (B, H, W, C)) -> gate logits (B, E), fake-quantized.
+      params: {'params', 'ranges'}, those of its plan.
+      planned: Its inference graph, and how that is stored.
+      fitted_to: `experts.fingerprint` of the experts that it chooses from.
     """
 
-    float_predict: Callable[[Any, jax.Array], jax.Array]
     predict: Callable[[Any, jax.Array], jax.Array]
     params: Any
+    planned: quantization.Plan
     graph: core.Graph
     quantizer: quantization.Spec
     fitted_to: str
@@ -58,7 +60,7 @@ def learn_gate(
     made: Experts,
     weights: np.ndarray | None = None,
     name: str = "gate",
-    start: Any = None,
+    start: Gate | None = None,
 ) -> Gate:
     """Trains a gate over the experts as they are, then quantizes it.
 
@@ -66,19 +68,39 @@ def learn_gate(
     tells it from the others by little, and by much noise.
 
     `weights` (E, n) are those of each training image for each expert, where they tell who is to
-    take it, as those of clusters do. `start` are variables to start from, as of a gate over experts
-    that have changed since.
+    take it, as those of clusters do. `start` is a gate to go on from, as it is deployed, such as
+    that of experts that have changed since.
     """
     settings = job.config.gate
-    module = experts.gate_cnn(len(made.specs), settings.features, settings.size)
-    start = job.init(module, "gate") if start is None else start
-    loss_fn = _loss(
-        job, made, module.apply, lambda params, state: (state["experts"], {"params": params})
+    module = experts.gate_cnn(len(made.each), settings.features, settings.size)
+    fit = functools.partial(_fit_gate, job, dense, variables, made, weights, name)
+    if start is not None:
+        trained, fitted_to = fit(start.predict, start.params)
+        return start._replace(params=trained, fitted_to=fitted_to)
+    trained, fitted_to = fit(module.apply, job.init(module, "gate"))
+    graph = core.trace(module.apply, trained, job.images)
+    quantizer = quantization.spec(
+        graph,
+        weight_bits=settings.bits,
+        activation_bits=settings.bits,
+        first_last_bits=settings.bits,
     )
+    program = p.lower(module.apply, trained, deployed.calibration_images(job))
+    planned = quantization.plan(program, quantizer)
+    sample = [(images,) for images in job.sample(settings.batch_size, CALIBRATION_BATCHES)]
+    ranges = quantization.calibrate_edges(planned, sample)
+    params = jax.tree.map(jnp.asarray, {"params": dict(program.params), "ranges": ranges})
+    return Gate(deployed.as_deployed(planned), params, planned, graph, quantizer, fitted_to)
+
+
+def _fit_gate(job, dense, variables, made, weights, name, gate_fn, params):
+    """A gate's parameters, trained, and the fingerprint of the experts that they are fitted to."""
+    settings = job.config.gate
+    loss_fn = _loss(job, made, gate_fn, lambda params, state: (state["experts"], params))
     if weights is not None:
-        loss_fn = _supervised(loss_fn, module.apply, settings.supervision)
+        loss_fn = _supervised(loss_fn, gate_fn, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
-    state = job.start(name, start["params"], {"experts": made.stack}, tx)
+    state = job.start(name, params, {"experts": made.params}, tx)
     teacher = functools.partial(dense.predict, variables)
     step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
     state = job.fit(
@@ -90,54 +112,33 @@ def learn_gate(
         weights,
         record_every=epoch_steps(job, "gate"),
     )
-    trained = {"params": state.params}
-    graph = core.trace(module.apply, trained, job.images)
-    quantizer = quantization.spec(
-        graph,
-        weight_bits=settings.bits,
-        activation_bits=settings.bits,
-        first_last_bits=settings.bits,
-        deployable=True,
-    )
-    sample = [(images,) for images in job.sample(settings.batch_size, CALIBRATION_BATCHES)]
-    ranges = quantization.calibrate(module.apply, trained, sample, quantizer)
-    quantized = quantization.fake_quantized(module.apply, quantizer)
-    return Gate(
-        module.apply,
-        lambda params, x: quantized(params["variables"], params["ranges"], x),
-        {"variables": trained, "ranges": ranges},
-        graph,
-        quantizer,
-        # Those of the state: a gate from a checkpoint is fitted to the experts that it saw.
-        experts.fingerprint(phase1.trained(state.state["experts"])),
-    )
+    # Those of the state: a gate from a checkpoint is fitted to the experts that it saw.
+    return state.params, experts.fingerprint(state.state["experts"])
 
 
 def fine_tune(
     job: Job, dense: Network, variables: Any, made: Experts, gate: Gate
 ) -> tuple[Experts, Gate]:
-    """Trains the gate and the experts together, with running statistics held.
+    """Trains the gate and the experts together, as they are deployed.
 
     Returns both as they came where `config.joint.steps` is 0.
     """
     settings = job.config.joint
-    experts.check_fitted(gate.fitted_to, phase1.trained(made.stack))
+    experts.check_fitted(gate.fitted_to, made.params)
     if not settings.steps:
         return made, gate
-    fixed = {name: made.stack[name] for name in ("batch_stats", "bits")}
-    params = {
-        "experts": {name: made.stack[name] for name in ("params", "ranges")},
-        "gate": gate.params,
+    params = {"experts": made.params, "gate": gate.params}
+    held = {
+        "experts": list(map(deployed.held, made.each, made.params)),
+        "gate": jax.tree.map(lambda _: optax.MaskedNode(), gate.params),
     }
-    held = jax.tree.map(lambda _: optax.MaskedNode(), params)
-    held["experts"]["params"] = experts.stack(made.masks)
     tx = pruning.hold_masks(optimizer(settings.learning_rate, 0.0, settings.steps), held)
     loss_fn = _loss(
-        job, made, gate.predict, lambda params, state: (params["experts"] | state, params["gate"])
+        job, made, gate.predict, lambda params, state: (params["experts"], params["gate"])
     )
     teacher = functools.partial(dense.predict, variables)
     step = training.make_step(loss_fn, job.augment, teacher, choices=job.choices)
-    state = job.start("joint", params, fixed, tx)
+    state = job.start("joint", params, {}, tx)
     state = job.fit(
         "joint",
         step,
@@ -146,10 +147,9 @@ def fine_tune(
         settings.batch_size,
         record_every=epoch_steps(job, "joint"),
     )
-    stack = state.params["experts"] | state.state
-    fitted_to = experts.fingerprint(phase1.trained(stack))
+    fitted_to = experts.fingerprint(state.params["experts"])
     return (
-        made._replace(stack=stack),
+        made._replace(params=state.params["experts"]),
         gate._replace(params=state.params["gate"], fitted_to=fitted_to),
     )
 
@@ -160,13 +160,13 @@ def epoch_steps(job: Job, stage: str) -> int:
 
 
 def _loss(job, made, gate_fn, take):
-    """Loss expected of the mixture's choice; `take(params, state)` -> (stack, gate parameters)."""
-    moe = experts.mixture(made.predict, gate_fn, routing(job), made.method, job.choices)
+    """Loss expected of the mixture's choice; `take(params, state)` -> (experts', gate's)."""
+    moe = experts.mixture(made.fns, gate_fn, routing(job), made.method, job.choices)
     soft, balance = job.config.distillation, job.config.gate.balance
 
     def loss_fn(params, state, batch, key):
-        stack, gate_params = take(params, state)
-        logits, aux = moe(stack, gate_params, batch["image"], key)
+        own, gate_params = take(params, state)
+        logits, aux = moe(own, gate_params, batch["image"], key)
         losses = _each_loss(aux.expert_logits, batch, soft.temperature, soft.alpha)
         loss = experts.expected_loss(aux.weights, losses)
         right = core.top_class(logits) == batch["label"]
@@ -184,7 +184,7 @@ def _supervised(loss_fn, gate_fn, factor):
 
     def supervised(params, state, batch, key):
         loss, aux = loss_fn(params, state, batch, key)
-        gate_logits = gate_fn({"params": params}, batch["image"])
+        gate_logits = gate_fn(params, batch["image"])
         own = jnp.argmax(batch["weight"], 0)  # (E, B) -> (B,)
         return loss + factor * training.cross_entropy(gate_logits, own), aux
 

@@ -125,8 +125,7 @@ def make(job: Job) -> Models:
         made, gate = phase2.fine_tune(job, dense, variables, before, gate)
     if config.joint.refit:
         with workdir.stage(job.workdir, "refit"):
-            before_refit = gate.params["variables"]
-            gate = phase2.learn_gate(job, dense, variables, made, name="refit", start=before_refit)
+            gate = phase2.learn_gate(job, dense, variables, made, name="refit", start=gate)
     with workdir.stage(job.workdir, "controls"):
         singles = controls.singles(job, dense, variables, made, gate)
     if config.collapse.steps:
@@ -167,7 +166,7 @@ def _results(job: Job) -> dict:
         **results,
         "certificates": [
             {"difference": c.difference, "macs": c.macs, "parameters": c.parameters}
-            for c in (cut.certificate for cut in models.made.cuts)
+            for c in (expert.certificate for expert in models.made.each)
         ],
         "exports": exports,
         "history": {name: [r for r in records if r["name"] == name] for name in names},

@@ -1,6 +1,5 @@
 """What a run has made: its models, their answers, and the inference graphs that are deployed."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +7,10 @@ import numpy as np
 
 from hybrid_jax import core, data, deploy, experts, quantization
 from hybrid_jax import program as p
-from hybrid_jax.recipes import phase1
+from hybrid_jax.recipes import deployed
+from hybrid_jax.recipes.deployed import Experts
 from hybrid_jax.recipes.job import Job, Network
-from hybrid_jax.recipes.phase1 import Alone, Experts
 from hybrid_jax.recipes.phase2 import Gate
-
-CALIBRATION_IMAGES = 512
 
 
 class Models(NamedTuple):
@@ -53,42 +50,30 @@ class Programs(NamedTuple):
 
 def lower(job: Job, models: Models) -> Programs:
     """Returns the inference graph of everything that can be deployed."""
-    experts.check_fitted(models.gate.fitted_to, phase1.trained(models.made.stack))
-    images, gate = calibration_images(job), models.gate
+    experts.check_fitted(models.gate.fitted_to, models.made.params)
+    images, gate = deployed.calibration_images(job), models.gate
 
-    def lowered(expert: Alone) -> p.Program:
-        return in_integers(
-            expert.predict, expert.variables, expert.quantizer, expert.ranges, images
-        )
+    def encoded(planned: quantization.Plan, own: Any) -> p.Program:
+        return quantization.encode(planned.replace(own["params"]), own["ranges"], images)
 
-    each = tuple(map(lowered, phase1.alone(models.made)))
+    def of(made: Experts, index: int = 0) -> p.Program:
+        return encoded(made.each[index].planned, made.params[index])
+
+    each = tuple(of(models.made, e) for e in range(len(models.made.each)))
     source, best = best_expert(job, models)
-    variables, ranges = gate.params["variables"], gate.params["ranges"]
     return Programs(
         p.lower(models.dense.predict, models.variables, images),
         each,
-        in_integers(gate.float_predict, variables, gate.quantizer, ranges, images),
-        each[best] if source is models.made else lowered(phase1.alone(source)[best]),
+        encoded(gate.planned, gate.params),
+        each[best] if source is models.made else of(source, best),
         (source, best),
-        {name: lowered(*phase1.alone(single)) for name, single in models.singles.items()},
+        {name: of(single) for name, single in models.singles.items()},
     )
-
-
-def in_integers(
-    predict: Callable[..., Any], variables: Any, spec: quantization.Spec, ranges: Any, images: Any
-) -> p.Program:
-    """Returns the inference graph of a quantized model in integers."""
-    return quantization.encode(p.lower(predict, variables, images), spec, ranges, images)
 
 
 def artifact(model: str, target: str) -> str:
     """Returns where in the work directory the file of a model for a target lies."""
     return f"deploy/{model.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
-
-
-def calibration_images(job: Job) -> jax.Array:
-    """Returns training images (B, H, W, C) as a network takes them, always the same."""
-    return job.normalize(job.splits.train.images[:CALIBRATION_IMAGES])
 
 
 def dense_integers(job: Job, models: Models) -> tuple[p.Program, np.ndarray]:
@@ -97,17 +82,14 @@ def dense_integers(job: Job, models: Models) -> tuple[p.Program, np.ndarray]:
     Its kernels have 7 bits: stored in int8 they are no larger than those of 8, for which an ONNX
     file that is right on every x86 needs slower kernels.
     """
-    images, predict = calibration_images(job), models.dense.predict
+    images, predict = deployed.calibration_images(job), models.dense.predict
     graph = core.trace(predict, models.variables, job.images)
-    spec = quantization.spec(graph, weight_bits=7, first_last_bits=7, deployable=True)
-    ranges = quantization.calibrate(predict, models.variables, [(images,)], spec)
-    quantized = quantization.fake_quantized(predict, spec)
-    program = in_integers(predict, models.variables, spec, ranges, images)
-
-    def answer(variables, x):
-        return quantized(variables, ranges, x)
-
-    return program, job.logits(answer, models.variables, job.splits.test)
+    spec = quantization.spec(graph, weight_bits=7, first_last_bits=7)
+    planned = quantization.plan(p.lower(predict, models.variables, images), spec)
+    ranges = quantization.calibrate_edges(planned, [(images,)])
+    own = {"params": planned.program.params, "ranges": ranges}
+    expected = job.logits(deployed.as_deployed(planned), own, job.splits.test)
+    return quantization.encode(planned, ranges, images), expected
 
 
 top_class = jax.jit(core.top_class)
@@ -115,9 +97,8 @@ top_class = jax.jit(core.top_class)
 
 def logits(job: Job, made: Experts, arrays: data.Arrays) -> np.ndarray:
     """Returns the logits (E, n, N) of all experts."""
-    return np.stack(
-        [job.logits(made.predict, expert, arrays) for expert in experts.unstack(made.stack)]
-    )
+    each = zip(made.fns, made.params, strict=True)
+    return np.stack([job.logits(fn, own, arrays) for fn, own in each])
 
 
 def top_1_logits(job: Job, models: Models) -> np.ndarray:

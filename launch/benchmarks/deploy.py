@@ -58,9 +58,10 @@ def _model(module, size):
 
 def _integers(model, images, bits):
     graph = core.trace(*model, images[:1])
-    spec = quantization.spec(graph, weight_bits=bits, first_last_bits=bits, deployable=True)
-    ranges = quantization.calibrate(*model, [(images,)], spec)
-    return quantization.encode(p.lower(*model, images), spec, ranges, images)
+    spec = quantization.spec(graph, weight_bits=bits, first_last_bits=bits)
+    planned = quantization.plan(p.lower(*model, images), spec)
+    ranges = quantization.calibrate_edges(planned, [(images,)])
+    return quantization.encode(planned, ranges, images)
 
 
 def _variants(module, size):

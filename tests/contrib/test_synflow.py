@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import contrib, core, models, pruning
+from hybrid_jax import contrib, core, models, program, pruning
 
 NET = {
     "a": jnp.array([[1.0, -2.0], [0.0, 2.0], [3.0, 0.5]]),
@@ -112,8 +114,10 @@ def test_a_trained_batchnorm_lets_the_flow_through_once_it_is_folded():
     params["mean"] = jnp.asarray(9 * rng.normal(size=8), jnp.float32)
     fn = lambda p, x: jax.nn.relu(x @ p["a"] - p["mean"][None]) @ p["b"]  # noqa: E731
     x = jnp.ones((1, 8))
-    folded_fn, refold = core.fold(fn, params, x)
-    for f, p, stopped in ((fn, params, True), (folded_fn, refold(params), False)):
+    lowered = program.lower(fn, params, x)
+    folded = functools.partial(program.apply, lowered)
+    for f, p, stopped in ((fn, params, True), (folded, lowered.params, False)):
+        p = jax.tree.map(jnp.asarray, p)
         kernels = core.trace(f, p, x).kernels
         scores = contrib.synflow(kernels, p, contrib.synaptic_flow(f, p, x))
         zeros = [float((leaf == 0).mean()) for leaf in jax.tree.leaves(scores)]

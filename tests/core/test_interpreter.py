@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend import core as jex
 
 from hybrid_jax import core
+from hybrid_jax.core import arrangement, elementwise, interpreter, resize, rules, versions
 
 W = jax.random.normal(jax.random.key(0), (4, 4)) / 2
 X = jax.random.normal(jax.random.key(1), (3, 4))
@@ -199,3 +201,32 @@ def test_no_recompilation_and_no_leak_from_one_trace_into_the_next():
     jitted(PARAMS, X)
     np.testing.assert_array_equal(jitted(PARAMS, 2 * X)[0], jax.jit(shared)(PARAMS, 2 * X)[0])
     assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_inlined_jaxpr_is_one_list_of_equations(reverse):
+    @jax.checkpoint
+    def step(carry, x):
+        return jax.nn.relu(carry - x), (carry * x, jax.jit(jnp.sin)(x))
+
+    def fn(start, xs):
+        end, made = jax.lax.scan(step, start, xs, reverse=reverse)
+        return end, made, jax.lax.cond(end[0] > 0, jnp.cos, jnp.exp, end)
+
+    args = jnp.array([1.0, 2.0]), jnp.array([[0.5, 3.0], [0.25, -1.0], [2.0, 0.0]])
+    closed = interpreter.inline(jax.make_jaxpr(fn)(*args))
+    names = {eqn.primitive.name for eqn in closed.eqns}
+    assert "cond" in names
+    assert not names & set(interpreter.INLINE)
+    expected = jax.tree.leaves(fn(*args))
+    for got, wanted in zip(jex.jaxpr_as_fun(closed)(*args), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_every_primitive_with_sizes_or_entries_has_labels():
+    for table in (resize.RESIZE, arrangement._RULES):
+        assert set(table) <= set(rules.RULES)
+    assert not set(rules.RULES) & set(elementwise.ELEMENTWISE)
+    calls = {*versions.CALLS, *versions.REMAT, *versions.CUSTOM, *versions.CONTROL}
+    assert set(interpreter.REBUILD) == calls
+    assert not calls & (set(rules.RULES) | set(elementwise.ELEMENTWISE))

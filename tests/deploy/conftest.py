@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowered import in_integers
+from lowered import deployed
 
-from hybrid_jax import core, quantization
 from hybrid_jax import program as p
 
 
@@ -24,15 +23,24 @@ class Lowered(NamedTuple):
 
 @pytest.fixture(scope="session")
 def lowered(digits):
-    graph = core.trace(digits.fn, digits.params, digits.images[:1])
-    spec = quantization.spec(graph)
-    ranges = quantization.calibrate(digits.fn, digits.params, [(digits.images,)], spec)
-    fake = jax.jit(quantization.fake_quantized(digits.fn, spec))
+    made = deployed(digits.fn, digits.params, digits.images)
     images = jnp.concatenate([digits.images, digits.held_out_images])
     return Lowered(
-        p.lower(digits.fn, digits.params, images[:1]),
-        in_integers(digits.fn, digits.params, spec, ranges, digits.images),
+        made.floats,
+        made.integers,
         np.asarray(images),
-        np.asarray(fake(digits.params, ranges, images)),
+        np.asarray(made.fake(images)),
         np.asarray(jax.jit(digits.fn)(digits.params, images)),
     )
+
+
+@pytest.fixture(scope="session")
+def real_images(digits):
+    """Real images for models of any size and three channels, (n, H, W, 3)."""
+
+    def of_size(side):
+        x = digits.images[:768]
+        x = jax.image.resize(x, (len(x), side, side, 1), "linear") - 0.3
+        return jnp.concatenate([x, x[:, ::-1], x[:, :, ::-1]], -1)
+
+    return of_size

@@ -1,12 +1,11 @@
 """The C file as a whole: what it takes and states, and trained networks in it, compiled and run."""
 
 import dataclasses
-import errno
 import json
-import os
 import re
 import subprocess
 
+import choices
 import jax
 import numpy as np
 import pytest
@@ -21,9 +20,9 @@ from compiled import (
     inputs,
     run_c,
 )
-from lowered import in_integers
+from lowered import deployed
 
-from hybrid_jax import core, cost, models, quantization
+from hybrid_jax import core, cost, models
 from hybrid_jax.deploy import c
 from hybrid_jax.program import (
     Add,
@@ -32,6 +31,7 @@ from hybrid_jax.program import (
     Mean,
     Mixture,
     Program,
+    Reshape,
     Slice,
     Tensor,
     memory,
@@ -75,50 +75,13 @@ def test_weights_beyond_4_bits_are_not_packed():
     assert c.to_c(b.program()) == c.to_c(b.program(), pack=False)
 
 
-def mixture():
-    """Experts of different depth; their gate's three outputs often tie, as 1 bit steps do."""
-    gate = Build((6, 5, 3)).add(Mean, (3,), Encoding(2.0, 2, 0, 3)).add(Convert, (3,), None)
-    return Mixture(gate.program(), tuple(low_bits(seed) for seed in (1, 2)) + (residual_4(),))
-
-
 def residual_4():
     b = Build((6, 5, 3), seed=3).conv(4, clip=RELU)
     return b.conv(4).add(Mean, (4,), Q).dense(4).program()
 
 
-def test_a_mixture_runs_the_gates_expert(tmp_path):
-    program = mixture()
-    x = np.random.default_rng(0).normal(size=(40, 6, 5, 3)).astype(np.float32)
-    x += np.random.default_rng(1).normal(scale=3, size=(40, 1, 1, 3)).astype(np.float32)
-    (scores,) = expected(program.gate, (x,))
-    ties = [(s == s.max()).sum() > 1 for s in scores]
-    assert set(scores.argmax(1)) == {0, 1, 2}
-    assert 5 < sum(ties) < 35
-    got = run_c(tmp_path, {"net": (program, (x,))}, ["-O2"])["net"]
-    assert_same(got, expected(program, (x,)), program)
-
-
-def test_a_nan_of_the_gate_is_one_of_the_mixture(tmp_path):
-    program = mixture()
-    program = dataclasses.replace(program, gate=floats(program.gate))
-    x = np.random.default_rng(0).normal(size=(3, 6, 5, 3)).astype(np.float32)
-    x[1, 2, 2, 1] = np.nan
-    (got,) = run_c(tmp_path, {"net": (program, (x,))}, ["-O2"])["net"]
-    assert np.isnan(got).all(1).tolist() == [False, True, False]
-    np.testing.assert_array_equal(got, expected(program, (x,))[0])
-
-
-def test_parts_of_a_mixture_return_floats():
-    program = mixture()
-    gate = program.gate
-    tensors = gate.tensors | {gate.output: Tensor((3,), dtype="int32")}
-    program = dataclasses.replace(program, gate=dataclasses.replace(gate, tensors=tensors))
-    with pytest.raises(ValueError, match="mixture must return float32, got float32, int32"):
-        c.to_c(program)
-
-
 def test_a_mixture_takes_the_memory_of_its_largest_part_and_shares_equal_constants(tmp_path):
-    gate, a, b, _ = (program := mixture()).gate, *program.experts
+    gate, a, b = choices.coarse_gate(), low_bits(1), low_bits(2)
     both = c.export_c(tmp_path / "m.c", Mixture(two(gate), (a, b)))
     alone = [c.export_c(tmp_path / "m.c", part) for part in (two(gate), a, b)]
     assert both["ram"] == max(part["ram"] for part in alone)
@@ -187,7 +150,7 @@ def test_export_writes_a_manifest(tmp_path):
 
 
 def test_the_text_is_the_same_each_time():
-    assert c.to_c(mixture()) == c.to_c(mixture())
+    assert c.to_c(choices.mixture()) == c.to_c(choices.mixture())
 
 
 @pytest.mark.parametrize("name", ["", "1net", "a-b", "_net", "größe", "a b", "net;"])
@@ -221,6 +184,12 @@ def test_names_of_tensors_cannot_break_the_text(tmp_path):
     assert_right(tmp_path, Program(("x",), outputs, tensors, tuple(steps)), ["-O1"])
 
 
+def test_an_input_may_be_seen_in_another_shape(tmp_path):
+    tensors = {"x": Tensor((2, 3)), "f": Tensor((6,)), "q": Tensor((6,), Q), "y": Tensor((6,))}
+    steps = (Reshape(("x",), "f", (6,)), Convert(("f",), "q"), Convert(("q",), "y"))
+    assert_right(tmp_path, Program("x", "y", tensors, steps), SANITIZED)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_inputs_may_be_stored_in_any_encoding(tmp_path, dtype):
     tensors = {"x": Tensor((40,), Encoding(1.5, 3), dtype), "b": Tensor((40,), dtype=dtype)}
@@ -233,25 +202,6 @@ def test_inputs_may_be_stored_in_any_encoding(tmp_path, dtype):
     )
     program = Program(("x", "b"), ("y", "z", "x", "b"), tensors, steps)
     assert_right(tmp_path, program, SANITIZED)
-
-
-def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
-    c.export_c(tmp_path / "net.c", low_bits())
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        c.export_c(tmp_path / "net.c", low_bits(seed=5))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def lowered_in_integers(fn, params, images, **bits):
-    spec = quantization.spec(core.trace(fn, params, images[:1]), **bits)
-    ranges = quantization.calibrate(fn, params, [(images,)], spec)
-    return in_integers(fn, params, spec, ranges, images)
 
 
 def test_a_trained_network_gives_the_bits_of_the_reference(digits, lowered, tmp_path):
@@ -279,7 +229,7 @@ def test_the_block_is_what_the_cost_model_counts(digits, lowered):
 @pytest.mark.parametrize("name", models.names())
 def test_every_model_that_we_ship(small_model, tmp_path, name):
     model = small_model(name)
-    program = lowered_in_integers(model.fn, model.params, model.images, weight_bits=4)
+    program = deployed(model.fn, model.params, model.images, weight_bits=4).integers
     x = np.asarray(model.images)
     want = [np.asarray(jax.jit(run(program))(x))]
     for pack in (False, True):

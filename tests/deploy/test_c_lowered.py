@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import COMPILERS, SANITIZED, arguments, assert_same, expected, inputs, run_c
+from lowered import deployed
 
-from hybrid_jax import core, quantization
 from hybrid_jax import program as p
 from hybrid_jax.deploy import c, targets
 
@@ -76,23 +76,16 @@ def images(fn):
     return IMAGES.transpose(0, 3, 1, 2) if fn is channels_first else IMAGES
 
 
-def both(fn, params, *xs):
-    """In floats and in integers."""
-    spec = quantization.spec(core.trace(fn, params, *xs))
-    ranges = quantization.calibrate(fn, params, [xs], spec)
-    made = p.lower(fn, params, *xs)
-    return made, quantization.encode(made, spec, ranges, *xs)
-
-
 @pytest.fixture(scope="module")
 def written():
-    return {fn.__name__: both(fn, PARAMS, images(fn)) for fn in FUNCTIONS}
+    return {fn.__name__: deployed(fn, PARAMS, images(fn)) for fn in FUNCTIONS}
 
 
 def test_functions_give_what_they_gave(written, tmp_path):
     given = {}
     for fn in FUNCTIONS:
-        for kind, program in zip(("floats", "integers"), written[fn.__name__], strict=True):
+        for kind in ("floats", "integers"):
+            program = getattr(written[fn.__name__], kind)
             given[f"{fn.__name__}_{kind}"] = program, (np.asarray(images(fn)),)
     got = run_c(tmp_path, given, SANITIZED)
     for fn in FUNCTIONS:
@@ -105,7 +98,7 @@ def test_functions_give_what_they_gave(written, tmp_path):
 
 def test_the_head_states_the_order_of_the_traced_images(written):
     heads = {
-        fn.__name__: c.to_c(written[fn.__name__][1]).split("*/")[0]
+        fn.__name__: c.to_c(written[fn.__name__].integers).split("*/")[0]
         for fn in (classifier, channels_first, returned_as_it_came)
     }
     assert "input   6 x 5 x 3 float32, channels last, row by row" in heads["classifier"]
@@ -115,7 +108,7 @@ def test_the_head_states_the_order_of_the_traced_images(written):
 
 
 def test_several_ends_are_arguments_named_after_the_edges(written):
-    (_, program) = written["several_heads"]
+    program = written["several_heads"].integers
     taken, made = arguments(program)
     assert [(a.name, a.dtype) for a in taken] == [("input", "float32")]
     assert [a.dtype for a in made] == ["float32", "float32", "int32", "bool", "float32"]
@@ -139,7 +132,7 @@ def test_uint8_images_are_read_where_they_lie(tmp_path):
     x = RNG.integers(0, 256, (4, 6, 5, 3)).astype(np.uint8)
     # Of odd values at the border, too, where the padding is.
     x[0, 0], x[1, :, -1] = 255, 0
-    in_floats, in_integers = both(pixels, PARAMS, jnp.asarray(x))
+    in_floats, in_integers, _ = deployed(pixels, PARAMS, jnp.asarray(x))
     code = c.to_c(in_integers)
     assert "void model_run(const uint8_t *input, float *output)" in code
     assert not [
@@ -153,7 +146,7 @@ def test_uint8_images_are_read_where_they_lie(tmp_path):
 
 def test_several_inputs_are_read_by_the_program_and_the_session(tmp_path):
     x, other = RNG.integers(0, 256, (4, 6, 5, 3)).astype(np.uint8), np.asarray(normal(4, 6))
-    for program in both(of_two, PARAMS, jnp.asarray(x), jnp.asarray(other)):
+    for program in deployed(of_two, PARAMS, jnp.asarray(x), jnp.asarray(other))[:2]:
         want = expected(program, (x, other))
         got = run_c(tmp_path, {"net": (program, (x, other))}, SANITIZED)["net"]
         assert_same(got, want, program)
@@ -171,9 +164,3 @@ def test_an_input_that_nothing_reads_is_no_warning(tmp_path):
     assert_same(
         run_c(tmp_path, {"net": (program, xs)}, ["-O1"])["net"], expected(program, xs), program
     )
-
-
-def test_what_is_in_no_operation_is_refused_with_a_reason():
-    program = p.lower(lambda params, x: jnp.sort(x, -1), PARAMS, IMAGES)
-    with pytest.raises(ValueError, match=r"got .*= sort.*: 'sort' is no operation of an inference"):
-        c.to_c(program)

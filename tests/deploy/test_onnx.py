@@ -1,8 +1,7 @@
 import collections
+import dataclasses
 import functools
-import inspect
 import json
-import math
 import pathlib
 import sys
 
@@ -12,9 +11,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowered import in_integers
+from lowered import deployed
+from operation_cases import (
+    CASES,
+    CLASSES,
+    EVERY,
+    FORMS,
+    ONES,
+    RELU,
+    RELU6,
+    A,
+    B,
+    alone,
+    inputs,
+    together,
+    weights,
+)
 
-from hybrid_jax import core, deploy, models, quantization
+from hybrid_jax import deploy, models
 from hybrid_jax import program as p
 from hybrid_jax.deploy import artifact, onnx_operations, onnx_sessions, onnx_writer
 from hybrid_jax.program import UNBOUNDED, functions, operations
@@ -22,14 +36,11 @@ from hybrid_jax.program import UNBOUNDED, functions, operations
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-RELU, RELU6 = (0.0, math.inf), (0.0, 6.0)
-SAME = ((1, 1), (1, 1))
 IMAGE, SMALL = (6, 6, 16), (3, 3, 16)
-
-POSITIVE = p.Encoding(0.0213)
-SIGNED = p.Encoding(0.0311, 121)
-OUT_SIGNED = p.Encoding(0.0297, 120)
+OUT = p.Encoding(0.0297, 120)
 FOUR_BITS = p.Encoding(0.293, 0, 0, 15)
+# Whose largest value of no value at all ONNX has not.
+REFUSED = ["max pool in wide padding"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,138 +56,6 @@ def session(request):
         # What is compared is an operation, not the bfloat16 that it computes some floats in.
         return functools.partial(onnx_sessions.openvino_session, precision="f32")
     return onnx_sessions.onnx_session
-
-
-def weights(rng, *shape, bits=7):
-    most = 2 ** (bits - 1) - 1
-    scale = rng.uniform(1.0, 3.0, shape[-1]) / (most + 1) / np.sqrt(np.prod(shape[:-1]))
-    bias = rng.normal(0, 0.2, shape[-1])
-    integers = rng.integers(-most, most + 1, shape).astype(np.int8)
-    return p.Weights(integers, scale.astype(np.float32), bias.astype(np.float32), bits)
-
-
-RNG = np.random.default_rng(0)
-KERNEL, MATRIX = weights(RNG, 3, 3, 16, 8), weights(RNG, 16, 8)
-DEPTHWISE, GROUPED = weights(RNG, 3, 3, 1, 16), weights(RNG, 3, 3, 4, 16)
-POOL = {"window": (3, 3), "strides": (2, 2), "padding": SAME}
-LOGISTIC, TANH = ((p.Step(name, (0,)),) for name in ("logistic", "tanh"))
-# x · tanh(log1p(exp(x))), Mish, and a leaky ReLU with a slope for each channel.
-MISH = tuple(map(p.Step, ("exp", "log1p", "tanh", "mul"), ((0,), (1,), (2,), (0, 3))))
-LEAKY = tuple(map(p.Step, ("mul", "ge", "select_n"), ((0, 1), (0, 2), (4, 3, 0))))
-SLOPES = np.float32(np.linspace(-0.3, 0.4, 16)), np.float32(0)
-RATIO = p.Step("abs", (1,)), p.Step("add", (3, 2)), p.Step("div", (0, 4))
-PLACES = RNG.normal(0, 1, IMAGE).astype(np.float32)
-FLAT = (2, 3, 2, 2, 1, 3)
-
-# (class, shapes of the inputs, attributes), of every rank that an operation takes.
-CASES = [
-    (p.Conv, [IMAGE], {"weights": KERNEL, "strides": (2, 2), "clip": RELU6}),
-    (p.Conv, [IMAGE], {"weights": KERNEL, "padding": SAME}),
-    (p.Conv, [IMAGE], {"weights": DEPTHWISE, "padding": SAME, "groups": 16, "clip": RELU}),
-    (p.Conv, [IMAGE], {"weights": GROUPED, "groups": 4, "dilation": (2, 2), "clip": (0.0, 2.0)}),
-    (p.Dense, [(16,)], {"weights": MATRIX}),
-    (p.Dense, [(16,)], {"weights": MATRIX, "clip": RELU}),
-    (p.MatMul, [(5, 7), (7, 4)], {}),
-    (p.MatMul, [(3, 5, 7), (3, 7, 4)], {}),
-    (p.MatMul, [(2, 3, 5, 7), (2, 3, 7, 4)], {}),
-    (p.Add, [IMAGE, IMAGE], {"clip": RELU}),
-    (p.Add, [IMAGE, (1, 1, 16)], {"minus": True}),
-    (p.Add, [(), ()], {"clip": (-1.0, 2.0)}),
-    (p.Add, [FLAT, FLAT], {}),
-    (p.Multiply, [IMAGE, (1, 1, 16)], {"clip": RELU}),
-    (p.Multiply, [(1, 7), (5, 7)], {}),
-    (p.Maximum, [IMAGE, (1, 6, 1)], {}),
-    (p.Minimum, [FLAT, FLAT], {}),
-    (p.Clip, [IMAGE], {"low": -0.5, "high": 0.7}),
-    (p.Clip, [()], {"low": 0.0, "high": math.inf}),
-    (p.Function, [IMAGE], {"steps": LOGISTIC}),
-    (p.Function, [(7, 16)], {"steps": TANH}),
-    (p.Function, [IMAGE], {"steps": MISH}),
-    (p.Function, [()], {"steps": MISH}),
-    (p.Function, [IMAGE], {"steps": LEAKY, "constants": SLOPES}),
-    (p.Function, [(2, 3, 4, 16)], {"steps": LEAKY, "constants": SLOPES}),
-    (p.Function, [IMAGE, (1, 6, 1)], {"steps": RATIO, "constants": (np.float32(0.5),)}),
-    (p.Mean, [IMAGE], {}),
-    (p.Mean, [IMAGE], {"axes": (1,)}),
-    (p.Mean, [(7, 16)], {"axes": (0, 1)}),
-    (p.Mean, [(7, 16)], {"axes": (0,)}),
-    (p.Mean, [(7, 16)], {"axes": (1,)}),
-    (p.Mean, [(3, 4, 5, 6)], {"axes": (2,)}),
-    (p.Largest, [IMAGE], {"axes": (0, 2)}),
-    (p.Largest, [(3, 4, 5, 6)], {"axes": (0,)}),
-    (p.MaxPool, [IMAGE], POOL),
-    (p.MaxPool, [IMAGE], {"window": (2, 1), "strides": (1, 2), "padding": ((1, 0), (0, 0))}),
-    (p.AveragePool, [IMAGE], POOL),
-    (p.AveragePool, [IMAGE], POOL | {"count_padding": False}),
-    (p.Concatenate, [IMAGE, (6, 6, 3)], {"axis": 2}),
-    (p.Concatenate, [(3,), (4,)], {"axis": 0}),
-    (p.Reshape, [IMAGE], {"shape": (4, 9, 16)}),
-    (p.Reshape, [IMAGE], {"shape": (3, 2, 6, 4, 4)}),
-    (p.Reshape, [(36,)], {"shape": (3, 3, 4)}),
-    (p.Reshape, [(1, 1, 1)], {"shape": ()}),
-    (p.Transpose, [IMAGE], {"permutation": (1, 2, 0)}),
-    (p.Transpose, [FLAT], {"permutation": (5, 0, 3, 1, 2, 4)}),
-    (p.Broadcast, [(1, 6, 1)], {"shape": IMAGE}),
-    (p.Broadcast, [(1, 5)], {"shape": (4, 5)}),
-    (p.Pad, [IMAGE], {"padding": ((1, 2), (0, 1), (3, 0)), "value": 0.71}),
-    (p.Pad, [(5,)], {"padding": ((1, 2),)}),
-    (p.Slice, [IMAGE], {"starts": (1, 0, 2), "stops": (6, 5, 9), "strides": (2, 1, 3)}),
-    (p.Slice, [(9,)], {"starts": (2,), "stops": (9,), "strides": (3,)}),
-    (p.Gather, [IMAGE], {"axis": 1, "indices": (5, 0, 0, 3)}),
-    (p.Gather, [IMAGE], {"axis": 2, "indices": (7, 7, 1)}),
-    (p.Gather, [(4, 5)], {"axis": 0, "indices": (3, 3)}),
-    (p.Softmax, [IMAGE], {}),
-    (p.Softmax, [IMAGE], {"axis": 0}),
-    (p.Softmax, [(3, 16)], {"axis": 1}),
-    (p.Normalize, [IMAGE], {"axes": (0, 1), "epsilon": 1e-5}),
-    (p.Normalize, [(7, 16)], {"axes": (1,), "epsilon": 1e-6}),
-    (p.Normalize, [(7, 16)], {"axes": (0,), "epsilon": 1e-6}),
-    (p.Constant, [], {"value": PLACES}),
-    (p.Constant, [], {"value": np.float32(0.5)}),
-    (p.Convert, [IMAGE], {}),
-    (p.Convert, [()], {}),
-]
-NAMES = [f"{i} {kind.__name__}" for i, (kind, _, _) in enumerate(CASES)]
-
-
-def build(case, inside, outside, output=None):
-    """A program of one operation, and its inputs (4, …), which lie on the grid of theirs.
-
-    Args:
-      case: Of `CASES`.
-      inside: Encodings of what the operation takes; None for floats.
-      outside: Whether its result is encoded.
-      output: How; None to have the range of its result.
-    """
-    kind, shapes, options = case
-    options = {"name": "layer", **options} if kind in (p.Conv, p.Dense) else options
-    names = tuple(f"q{i}" for i in range(len(shapes)))
-    op, rng = kind(names, "made", **options), np.random.default_rng(1)
-    xs = [rng.normal(0, 1.5, (4, *shape)).astype(np.float32) for shape in shapes or [(2,)]]
-    stored = [None] * len(shapes)
-    if inside is not None:
-        stored = [inside[i % 2] for i in range(len(shapes))]
-        xs[: len(shapes)] = [
-            np.asarray(operations.rounded(x, e)) for x, e in zip(xs, stored, strict=False)
-        ]
-    made = np.asarray(op.floats(*map(jnp.asarray, xs[: len(shapes)])))
-    if outside and output is None:
-        low, high = min(made.min(), 0), max(made.max(), 0)
-        scale = max((high - low) / 255, 1e-3) * 1.0137  # no ratio of small integers, so no ties
-        output = p.Encoding(float(np.float32(scale)), round(-low / scale))
-        output = stored[0] if kind.same_encoding else output
-    tensors = {f"x{i}": p.Tensor(x.shape[1:]) for i, x in enumerate(xs)}
-    tensors |= {name: p.Tensor(s, e) for name, s, e in zip(names, shapes, stored, strict=True)}
-    steps = [p.Convert((f"x{i}",), name) for i, name in enumerate(names)]
-    if not op.integral and inside is not None:  # computes floats between integers
-        tensors |= {f"f{i}": p.Tensor(shape) for i, shape in enumerate(shapes)}
-        steps += [p.Convert((name,), f"f{i}") for i, name in enumerate(names)]
-        op = kind(tuple(f"f{i}" for i in range(len(names))), "made", **options)
-    tensors |= {"made": p.Tensor(made.shape[1:], output if op.integral else None)}
-    tensors |= {"kept": p.Tensor(made.shape[1:], output), "y": p.Tensor(made.shape[1:])}
-    steps += [op, p.Convert(("made",), "kept"), p.Convert(("kept",), "y")]
-    inputs = tuple(f"x{i}" for i in range(len(xs)))
-    return p.Program(inputs, "y", tensors, tuple(steps)), xs
 
 
 def contents(program, **options):
@@ -195,45 +74,69 @@ def steps_apart(session, program, xs):
     return np.abs(np.rint((got - want) / program.encoding(last).scale)).astype(int)
 
 
-def check_floats(got, want):
-    want = np.broadcast_to(want, got.shape)  # a constant is of one example
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+def test_every_operation_has_a_rule():
+    assert set(onnx_operations.RULES) == CLASSES - {p.Call}
 
 
-def test_every_operation_has_a_rule_and_a_case():
-    known = {
-        kind
-        for _, kind in inspect.getmembers(operations, inspect.isclass)
-        if issubclass(kind, p.Operation) and kind is not p.Operation and kind.__name__[0] != "_"
+def walked(form):
+    """All cases as one program, but for those of six axes, which OpenVINO confuses in it."""
+    six = [name for name in CASES if name.endswith("six")]
+    yield together(form, [*REFUSED, *six])
+    yield from (([name], alone(name, form)) for name in six if (name, form) in EVERY)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_operations_agree_at_any_batch(session, form):
+    for names, program in walked(form):
+        xs, run = [x for name in names for x in inputs(name)], session(contents(program))
+        want = [np.asarray(y) for y in jax.tree.leaves(jax.jit(p.run(program))(*xs))]
+        for batch in (1, 3, 4):
+            found = jax.tree.leaves(run(*(x[:batch] for x in xs)))
+            for name, got, ours in zip(names, found, want, strict=True):
+                check_operation(session, name, form, got, ours[:batch])
+
+
+def check_operation(session, name, form, got, want):
+    assert got.shape == want.shape, name
+    difference = np.abs(got - want)
+    if form == "integers":
+        steps = np.rint(difference / alone(name, form).encoding("last").scale)
+        assert steps.max() <= max(CASES[name].most, allowed(session)), name
+        # What lies next to a tie is rounded by chance.
+        assert steps.mean() < (0.03 if name == "add" else 0.001), name
+    else:
+        assert difference.max() <= 1e-5 * np.abs(want).max(), name
+
+
+@pytest.mark.parametrize("given_", [B, A, p.Encoding(0.0247, 128, 1, 255), FOUR_BITS])
+@pytest.mark.parametrize("made", [p.Encoding(0.0297), OUT, FOUR_BITS])
+def test_operations_agree_in_any_encoding(session, given_, made):
+    names = "conv", "dense", "matmul", "maximum", "clip", "add", "multiply", "mean", "convert"
+    for name in names:
+        program = recoded(name, given_, made)
+        differences = steps_apart(session, program, inputs(name))
+        assert differences.max() <= 1, name
+        # What lies next to a tie is rounded by chance, where few inputs make an output.
+        by_chance = name in ("add", "multiply", "mean", "convert")
+        assert differences.mean() < (0.02 if by_chance else 0.001), name
+
+
+def recoded(name, given_, made):
+    """A case in integers whose first input and result are stored so, and the second in 4 bits."""
+    program = alone(name, "integers")
+    stored = {"a": given_, "c": FOUR_BITS, "last": made}
+    tensors = {
+        edge: dataclasses.replace(tensor, encoding=stored.get(edge))
+        for edge, tensor in program.tensors.items()
     }
-    assert set(onnx_operations.RULES) == {kind for kind, _, _ in CASES} == known - {p.Call}
+    return dataclasses.replace(program, tensors=tensors)
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_operations_agree_in_integers(session, case):
-    differences = steps_apart(session, *build(case, (SIGNED, POSITIVE), True))
-    assert differences.max() <= allowed(session)
-    assert differences.mean() < 0.001
-
-
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_operations_agree_in_floats(session, case):
-    kind, _, _ = case
-    for inside in (None, (SIGNED, POSITIVE))[: 1 + kind.returns_floats]:
-        program, xs = build(case, inside, False)
-        check_floats(session(contents(program))(*xs), np.asarray(p.run(program)(*xs)))
-
-
-@pytest.mark.parametrize("given_", [POSITIVE, SIGNED, p.Encoding(0.0247, 128, 1, 255), FOUR_BITS])
-@pytest.mark.parametrize("output", [p.Encoding(0.0297), OUT_SIGNED, FOUR_BITS])
-def test_operations_agree_in_any_encoding(session, given_, output):
-    # What lies next to a tie is rounded by chance, where few inputs make an output.
-    by_chance = p.Add, p.Multiply, p.Mean, p.Convert
-    for kind in (p.Conv, p.Dense, p.MatMul, p.Maximum, p.Clip, *by_chance):
-        case = next(case for case in CASES if case[0] is kind)
-        differences = steps_apart(session, *build(case, (given_, FOUR_BITS), True, output))
-        assert differences.max() <= 1, kind
-        assert differences.mean() < (0.02 if kind in by_chance else 0.001), kind
+def between(op, taken, given_, shape, made):
+    """An operation of 'a' that makes 'b', between conversions; its shapes and encodings."""
+    tensors = {"x": p.Tensor(taken), "a": p.Tensor(taken, given_)}
+    tensors |= {"b": p.Tensor(shape, made), "y": p.Tensor(shape)}
+    return p.Program("x", "y", tensors, (p.Convert(("x",), "a"), op, p.Convert(("b",), "y")))
 
 
 @settings(deadline=None, max_examples=8)
@@ -252,17 +155,16 @@ def test_operations_agree_in_any_encoding(session, given_, output):
 def test_any_convolution_agrees(
     seed, size, kernel, strides, padding, grouping, zero, bits, kernel_bits, clip
 ):
-    rng, (inputs, outputs, groups) = np.random.default_rng(seed), grouping
+    taken, outputs, groups = grouping
     shape = tuple(
         (size + sum(pair) - k) // stride + 1
         for pair, k, stride in zip(padding, kernel, strides, strict=True)
     )
-    made = weights(rng, *kernel, inputs // groups, outputs, bits=kernel_bits)
-    options = {"strides": strides, "padding": padding, "groups": groups, "clip": clip}
-    case = p.Conv, [(size, size, inputs)], {"weights": made, **options}
+    made = weights(*kernel, taken // groups, outputs, bits=kernel_bits, seed=seed)
+    op = p.Conv(("a",), "b", "conv", made, strides, padding, (1, 1), groups, clip)
     out = p.Encoding(0.0297 * 255 / (2**bits - 1), zero % 2**bits, 0, 2**bits - 1)
-    program, xs = build(case, (p.Encoding(0.0213, zero),), True, out)
-    assert program.tensors["y"].shape == (*shape, outputs)
+    program = between(op, (size, size, taken), p.Encoding(0.0213, zero), (*shape, outputs), out)
+    xs = [np.random.default_rng(seed).normal(0, 1.5, (4, size, size, taken)).astype(np.float32)]
     assert steps_apart(onnx_sessions.onnx_session, program, xs).max() == 0
 
 
@@ -357,12 +259,12 @@ def network(seed=0):
     rng = np.random.default_rng(seed)
 
     def kernel(*shape):
-        return weights(rng, *shape)
+        return weights(*shape, bits=7, seed=int(rng.integers(1 << 30)))
 
     encoded = {
         "q": (IMAGE, p.Encoding(0.0303, 128)),
-        "stem": (IMAGE, POSITIVE),
-        "conv": (IMAGE, SIGNED),
+        "stem": (IMAGE, B),
+        "conv": (IMAGE, A),
         "sum": (IMAGE, p.Encoding(0.0419)),
         "pooled": (SMALL, p.Encoding(0.0419)),
         "depthwise": (SMALL, p.Encoding(0.111, 0, 0, 15)),
@@ -385,17 +287,17 @@ def network(seed=0):
     tensors |= {"x": p.Tensor(IMAGE), "y": p.Tensor((10,))}
     steps = (
         p.Convert(("x",), "q"),
-        p.Conv(("q",), "stem", "stem", kernel(3, 3, 16, 16), padding=SAME, clip=RELU),
-        p.Conv(("stem",), "conv", "conv", kernel(3, 3, 16, 16), padding=SAME),
+        p.Conv(("q",), "stem", "stem", kernel(3, 3, 16, 16), padding=ONES, clip=RELU),
+        p.Conv(("stem",), "conv", "conv", kernel(3, 3, 16, 16), padding=ONES),
         p.Add(("conv", "stem"), "sum", RELU),
         p.MaxPool(("sum",), "pooled", (2, 2), (2, 2)),
-        p.Conv(("pooled",), "depthwise", "depthwise", kernel(3, 3, 1, 16), padding=SAME, groups=16),
+        p.Conv(("pooled",), "depthwise", "depthwise", kernel(3, 3, 1, 16), padding=ONES, groups=16),
         p.Conv(("depthwise",), "pointwise", "pointwise", kernel(1, 1, 16, 32), clip=RELU),
         p.AveragePool(("pointwise",), "average", (2, 2), (1, 1)),
         p.Mean(("average",), "means"),
         p.Dense(("means",), "squeezed", "squeezed", kernel(32, 8), RELU),
         p.Dense(("squeezed",), "excited", "excited", kernel(8, 32)),
-        p.Function(("excited",), "gates", LOGISTIC),
+        p.Function(("excited",), "gates", (p.Step("logistic", (0,)),)),
         p.Reshape(("gates",), "gate", (1, 1, 32)),
         p.Multiply(("average", "gate"), "gated"),
         p.Concatenate(("gated", "average"), "both", 2),
@@ -495,12 +397,12 @@ def test_a_scale_of_a_tensor_has_no_axis():
 @pytest.mark.parametrize(
     ("values", "encoding", "vnni", "stored"),
     [
-        ([64, 64, -64, -64], POSITIVE, False, np.int8),
-        ([127, 2, 0, 0], POSITIVE, False, np.uint8),
-        ([-127, -2, 0, 0], POSITIVE, False, np.uint8),
-        ([127, 0, -127, 0], POSITIVE, False, np.int8),
+        ([64, 64, -64, -64], B, False, np.int8),
+        ([127, 2, 0, 0], B, False, np.uint8),
+        ([-127, -2, 0, 0], B, False, np.uint8),
+        ([127, 0, -127, 0], B, False, np.int8),
         ([127, 127, 127, 127], FOUR_BITS, False, np.int8),
-        ([127, 2, 0, 0], POSITIVE, True, np.int8),
+        ([127, 2, 0, 0], B, True, np.int8),
     ],
 )
 def test_kernels_whose_pairs_of_products_saturate_are_unsigned(values, encoding, vnni, stored):
@@ -517,18 +419,15 @@ def test_kernels_whose_pairs_of_products_saturate_are_unsigned(values, encoding,
 
 @pytest.mark.parametrize(("opset", "stored"), [(20, 8), (21, 4)])
 def test_kernels_of_four_bits_take_four_and_compute_as_int8(session, opset, stored, tmp_path):
-    rng = np.random.default_rng(4)
-    kernel = weights(rng, 3, 3, 16, 9)
-    few = p.Weights(kernel.values // 16 * 8, kernel.scale, kernel.bias, 4)
-    case = p.Conv, [IMAGE], {"weights": few, "padding": SAME}
-    program, xs = build(case, (POSITIVE,), True, SIGNED)
+    op = p.Conv(("a",), "b", "conv", weights(3, 3, 16, 9, bits=4), padding=ONES)
+    program = between(op, IMAGE, B, (6, 6, 9), A)
     manifest = onnx_writer.export_onnx(tmp_path / "model.onnx", program, opset=opset)
     assert manifest["kernel_bits"] == [stored]
     model = onnx.load(tmp_path / "model.onnx")
     sizes = {len(constant.raw_data) for constant in model.graph.initializer}
     assert 3 * 3 * 16 * 9 * stored // 8 in sizes
     assert optimized(model, tmp_path)["QLinearConv"] == 1
-    assert steps_apart(session, program, xs).max() <= allowed(session)
+    assert steps_apart(session, program, [on_grid(B)]).max() <= allowed(session)
 
 
 def test_a_kernel_that_multiplies_floats_takes_32_bits_in_the_file(tmp_path):
@@ -551,43 +450,46 @@ def on_grid(encoding):
 def test_an_encoding_after_another_is_not_merged_with_it(session, tmp_path):
     # ONNX Runtime makes of two pairs of QuantizeLinear and DequantizeLinear one with its own scale,
     # although the bias behind is in steps of the second.
-    shape, rng = IMAGE, np.random.default_rng(3)
+    shape = IMAGE
     for second in (p.Encoding(0.0117), p.Encoding(0.0311, 120), FOUR_BITS):
         tensors = {
             "x": p.Tensor(shape),
-            "q": p.Tensor(shape, SIGNED),
-            "a": p.Tensor(shape, POSITIVE),
+            "q": p.Tensor(shape, A),
+            "a": p.Tensor(shape, B),
             "b": p.Tensor(shape, second),
-            "c": p.Tensor(shape, OUT_SIGNED),
+            "c": p.Tensor(shape, OUT),
             "y": p.Tensor(shape),
         }
         steps = (
             p.Convert(("x",), "q"),
-            p.Conv(("q",), "a", "a", weights(rng, 3, 3, 16, 16), padding=SAME, clip=RELU),
+            p.Conv(("q",), "a", "a", weights(3, 3, 16, 16, bits=7), padding=ONES, clip=RELU),
             p.Convert(("a",), "b"),
-            p.Conv(("b",), "c", "c", weights(rng, 3, 3, 16, 16), padding=SAME),
+            p.Conv(("b",), "c", "c", weights(3, 3, 16, 16, bits=7, seed=1), padding=ONES),
             p.Convert(("c",), "y"),
         )
         program = p.Program("x", "y", tensors, steps)
-        assert steps_apart(session, program, [on_grid(SIGNED)]).max() <= allowed(session)
+        assert steps_apart(session, program, [on_grid(A)]).max() <= allowed(session)
         counts = optimized(deploy.to_onnx(program), tmp_path)
         assert (counts["QLinearConv"], counts["Conv"]) == (2, 0)
 
 
 def test_two_encodings_of_the_input(session):
-    parts = {"a": POSITIVE, "b": FOUR_BITS}
+    parts = {"a": B, "b": FOUR_BITS}
     tensors = {
         "x": p.Tensor(IMAGE),
         "y": p.Tensor((6, 6, 8)),
-        "sum": p.Tensor((6, 6, 8), OUT_SIGNED),
+        "sum": p.Tensor((6, 6, 8), OUT),
     }
     tensors |= {name: p.Tensor(IMAGE, encoding) for name, encoding in parts.items()}
-    tensors |= {f"{name}_made": p.Tensor((6, 6, 8), OUT_SIGNED) for name in parts}
+    tensors |= {f"{name}_made": p.Tensor((6, 6, 8), OUT) for name in parts}
     steps = [p.Convert(("x",), name) for name in parts]
-    steps += [p.Conv((name,), f"{name}_made", name, KERNEL, padding=SAME) for name in parts]
+    steps += [
+        p.Conv((name,), f"{name}_made", name, weights(3, 3, 16, 8, bits=7), padding=ONES)
+        for name in parts
+    ]
     steps += [p.Add(("a_made", "b_made"), "sum"), p.Convert(("sum",), "y")]
     program = p.Program("x", "y", tensors, tuple(steps))
-    assert steps_apart(session, program, [on_grid(POSITIVE)]).max() <= 1
+    assert steps_apart(session, program, [on_grid(B)]).max() <= 1
 
 
 def gate(encoding):
@@ -603,36 +505,8 @@ def gate(encoding):
     return p.Program("x", "y", tensors, steps)
 
 
-def test_a_mixture_runs_the_chosen_expert(session, images):
-    # The experts must see the image, not what the coarse gate makes of it.
-    chooses, experts = gate(p.Encoding(0.5, 2, 0, 3)), [network(seed) for seed in range(3)]
-    mixture = p.Mixture(chooses, tuple(experts))
-    choices = session(contents(chooses))(images).argmax(-1)
-    assert set(choices) == {0, 1, 2}
-    alone = np.stack([session(contents(expert))(images) for expert in experts])
-    run = session(contents(mixture))
-    got = run(images)
-    np.testing.assert_array_equal(got, alone[choices, np.arange(len(images))])
-    for i in range(3):
-        np.testing.assert_array_equal(run(images[i : i + 1]), got[i : i + 1])
-    want = np.asarray(jax.jit(p.run(mixture))(images))
-    assert (choices == np.asarray(p.run(chooses)(images)).argmax(-1)).all()
-    assert np.abs(got - want).max() < 0.05
-
-
-def test_a_mixture_of_bytes(session):
-    def part(seed, outputs):
-        tensors = {"x": p.Tensor((6,), p.Encoding(1.0), "uint8"), "y": p.Tensor((outputs,))}
-        kernel = weights(np.random.default_rng(seed), 6, outputs)
-        return p.Program("x", "y", tensors, (p.Dense(("x",), "y", "dense", kernel),))
-
-    mixture = p.Mixture(part(0, 3), tuple(part(seed, 4) for seed in (1, 2, 3)))
-    x = np.random.default_rng(1).integers(0, 256, (12, 6), np.uint8)
-    check_floats(session(contents(mixture))(x), np.asarray(p.run(mixture)(x)))
-
-
 def test_an_expert_is_fused_as_it_is_alone(tmp_path):
-    mixture = p.Mixture(gate(SIGNED), tuple(network(seed) for seed in range(3)))
+    mixture = p.Mixture(gate(A), tuple(network(seed) for seed in range(3)))
     counts = optimized(deploy.to_onnx(mixture), tmp_path)
     assert counts["If"] == 2  # so that one of three runs
     assert {kind: counts[kind] for kind in ("QLinearConv", "QGemm", "Conv")} == {
@@ -640,20 +514,6 @@ def test_an_expert_is_fused_as_it_is_alone(tmp_path):
         "QGemm": 3 * COMPUTING["QGemm"],
         "Conv": 0,
     }
-
-
-def test_equal_scores_choose_the_first_and_nan_nobody(session, images):
-    tensors = {"x": p.Tensor(IMAGE), "m": p.Tensor((16,)), "y": p.Tensor((2,))}
-    floats = p.Weights(np.ones((16, 2), np.float32), None, np.zeros(2, np.float32))
-    steps = (p.Mean(("x",), "m"), p.Dense(("m",), "y", "gate", floats))
-    experts = (network(0), network(1))
-    mixture = p.Mixture(p.Program("x", "y", tensors, steps), experts)
-    x = images[:3].copy()
-    x[1, 2, 3, 4] = np.nan
-    got = session(contents(mixture))(x)
-    assert np.isnan(got[1]).all()
-    first = session(contents(experts[0]))(images[:3])
-    np.testing.assert_array_equal(got[::2], first[::2])
 
 
 def normal(x):
@@ -684,10 +544,7 @@ def test_a_transformer_of_two_inputs_and_three_outputs(session, tmp_path):
     rng = np.random.default_rng(2)
     params = {n: rng.normal(0, 0.3, shape).astype(np.float32) for n, shape in TOKENS.items()}
     inputs = rng.integers(0, 256, (32, 8, 8, 3), np.uint8), rng.random((32, 2), np.float32)
-    spec = quantization.spec(core.trace(tokens, params, *inputs))
-    ranges = quantization.calibrate(tokens, params, [inputs], spec)
-    floats = p.lower(tokens, params, *inputs)
-    integers = quantization.encode(floats, spec, ranges, *inputs)
+    floats, integers, _ = deployed(tokens, params, *inputs)
     for program, distance in ((floats, 1e-5), (integers, 0.02)):
         run, want = session(contents(program)), jax.jit(p.run(program))(*inputs)
         for count in (1, 3, 32):
@@ -720,10 +577,7 @@ def test_a_transformer_of_two_inputs_and_three_outputs(session, tmp_path):
 @pytest.fixture(scope="module")
 def trained(digits):
     """A trained network in integers, and what the reference makes of real images."""
-    graph, batch = core.trace(digits.fn, digits.params, digits.images), digits.images[:256]
-    spec = quantization.spec(graph)
-    ranges = quantization.calibrate(digits.fn, digits.params, [(batch,)], spec)
-    program = in_integers(digits.fn, digits.params, spec, ranges, batch)
+    program = deployed(digits.fn, digits.params, digits.images[:256]).integers
     return program, np.asarray(jax.jit(p.run(program))(digits.held_out_images))
 
 
@@ -744,14 +598,15 @@ def test_a_network_in_floats(session, digits):
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_every_model_that_we_ship(small_model, name, tmp_path):
+def test_every_model_that_we_ship(small_model, real_images, name, tmp_path):
     model = small_model(name)
-    spec = quantization.spec(core.trace(model.fn, model.params, model.images))
-    ranges = quantization.calibrate(model.fn, model.params, [(model.images,)], spec)
-    program = in_integers(model.fn, model.params, spec, ranges, model.images)
-    want = np.asarray(jax.jit(p.run(program))(model.images))
-    got = onnx_sessions.onnx_session(contents(program))(np.asarray(model.images))
-    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
+    x = real_images(model.images.shape[1])[:64]
+    program = deployed(model.fn, model.params, x).integers
+    want = np.asarray(jax.jit(p.run(program))(x))
+    got = onnx_sessions.onnx_session(contents(program))(np.asarray(x))
+    # Sums may round to the other side of a tie; what is behind them passes on one step.
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    assert (got.argmax(-1) == want.argmax(-1)).mean() >= 0.98
     counts = optimized(deploy.to_onnx(program), tmp_path)
     layers = collections.Counter(type(op) for op in program.operations)
     assert counts["QLinearConv"] == layers[p.Conv]
@@ -763,11 +618,13 @@ def test_every_model_that_we_ship(small_model, name, tmp_path):
 
 
 def test_operations_of_an_old_opset():
-    for case in CASES:
-        program, xs = build(case, (SIGNED, POSITIVE), True)
-        old, new = (contents(program, opset=opset) for opset in (13, 21))
-        results = [onnx_sessions.onnx_session(data)(*xs) for data in (old, new)]
-        np.testing.assert_array_equal(*results, str(case[0]))
+    names, program = together("integers", REFUSED)
+    xs = [x for name in names for x in inputs(name)]
+    old, new = (
+        onnx_sessions.onnx_session(contents(program, opset=opset))(*xs) for opset in (13, 21)
+    )
+    for name, ours, theirs in zip(names, old, new, strict=True):
+        np.testing.assert_array_equal(ours, theirs, name)
 
 
 def test_opsets(images, tmp_path):
@@ -804,9 +661,6 @@ def test_operations_that_onnx_has_no_form_of():
     tensors = {"x": p.Tensor(IMAGE), "y": p.Tensor(IMAGE)}
     with pytest.raises(ValueError, match=r"written for .*MaxPool.*, got Unknown 'y'"):
         deploy.to_onnx(p.Program("x", "y", tensors, (Unknown(("x",), "y"),)))
-    kept = p.Call(("x",), "y", jnp.sort, 1, "equation 3, `sort`", "'sort' is no operation")
-    with pytest.raises(ValueError, match=r"got equation 3, `sort`: 'sort' is no"):
-        deploy.to_onnx(p.Program("x", "y", tensors, (kept,)))
     far = p.MaxPool(("x",), "y", (2, 2), (1, 1), ((2, 0), (0, 0)))
     with pytest.raises(ValueError, match="MaxPool 'y' must have padding below its window"):
         deploy.to_onnx(p.Program("x", "y", tensors, (far,)))
@@ -814,7 +668,7 @@ def test_operations_that_onnx_has_no_form_of():
 
 def test_an_accumulator_that_may_overflow():
     huge = p.Weights(np.ones((16, 1), np.int8), np.float32([1e-9]), np.float32([100.0]), 8)
-    program, _ = build((p.Dense, [(16,)], {"weights": huge}), (SIGNED,), False)
+    program = between(p.Dense(("a",), "b", "dense", huge), (16,), A, (1,), None)
     with pytest.raises(ValueError, match="accumulator below 2"):
         deploy.to_onnx(program)
 

@@ -8,13 +8,16 @@ import tracemalloc
 import zlib
 from typing import Any
 
+import choices
 import hypothesis.extra.numpy as st_numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import Build, Q
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operation_cases import CASES
 from safetensors import numpy as safetensors
 
 from hybrid_jax import deploy
@@ -63,38 +66,11 @@ def test_a_program_comes_back_exactly(tmp_path, lowered):
         np.testing.assert_array_equal(run(images), again(images))
 
 
-def test_a_call_of_the_traced_function_is_refused(tmp_path):
-    program = graph.lower(lambda w, x: jnp.sort(x @ w, -1), jnp.eye(2), jnp.ones((1, 2)))
-    with pytest.raises(ValueError, match="packed program must be of numbers, names and arrays"):
-        deploy.save_program(tmp_path / "model", program)
-
-
-def test_a_mixture_comes_back(tmp_path, lowered):
-    def fn(params, x):
-        return x.reshape(x.shape[0], -1) @ params
-
-    gate = p.lower(fn, jnp.ones((64, 2)), lowered.images[:1])
-    mixture = p.Mixture(gate, (lowered.integers, lowered.floats))
-    deploy.save_program(tmp_path / "model", mixture)
-    assert same(deploy.load_program(tmp_path / "model"), mixture)
-
-
-EXAMPLES = {
-    bool: True,
-    int: 3,
-    float: 0.1,
-    str: "ä",
-    tuple[float, float]: graph.UNBOUNDED,
-    tuple[str, ...]: ("a", "b"),
-    tuple[int, int]: (1, 2),
-    tuple[int, ...]: (1, 2, 3),
-    tuple[tuple[int, int], tuple[int, int]]: ((0, 1), (2, 3)),
-    tuple[tuple[int, int], ...]: ((0, 1),),
-    np.ndarray: np.float32([0.5, 2]),
-    tuple[graph.Step, ...]: (graph.Step("convert", (1, 2), (("dtype", "int8"), ("axis", -1))),),
-    tuple[np.ndarray, ...]: (np.int32([1, 2]), np.array(0.5, np.float32)),
-    graph.Weights: graph.Weights(np.ones((2, 3), np.float32), None, np.zeros(3, np.float32)),
-}
+@pytest.mark.parametrize("made", [choices.mixture, choices.cascade])
+def test_a_choice_comes_back(tmp_path, made):
+    program = made()
+    deploy.save_program(tmp_path / "model", program)
+    assert same(deploy.load_program(tmp_path / "model"), program)
 
 
 def again(value, *classes):
@@ -108,17 +84,9 @@ def again(value, *classes):
     return found
 
 
-OPERATIONS = [
-    kind
-    for kind in packed._classes().values()
-    if issubclass(kind, graph.Operation) and kind is not graph.Call
-]
-
-
-@pytest.mark.parametrize("kind", OPERATIONS)
-def test_every_operation_and_each_of_its_fields_comes_back(kind):
-    op = kind(**{field.name: EXAMPLES[field.type] for field in dataclasses.fields(kind)})
-    assert same(again(op), op)
+def test_every_operation_comes_back():
+    for name, case in CASES.items():
+        assert same(again(case.op), case.op), name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,7 +113,7 @@ def test_what_operations_may_come_to_hold_comes_back():
 
 
 def test_the_classes_are_those_that_fields_of_a_program_hold():
-    names = {"Program", "Mixture", "Tensor", "Encoding", "Weights", "Conv", "Softmax"}
+    names = {"Program", "Mixture", "Cascade", "Tensor", "Encoding", "Weights", "Conv", "Softmax"}
     assert names <= packed._classes().keys()
 
 
@@ -218,21 +186,11 @@ def test_bits_are_laid_as_the_docstring_says(values, bits):
 
 def chain(kernels, channels, seed=0):
     """A float image to integers, convolutions 3×3 of 4 bits, a mean to floats."""
-    rng = np.random.default_rng(seed)
-    tensors = {"x": p.Tensor((4, 4, 16)), "slim": p.Tensor((4, 4, channels))}
-    steps = [graph.Slice(("x",), "slim", (0, 0, 0), (4, 4, channels), (1, 1, 1))]
-    steps.append(graph.Convert(("slim",), "0"))
-    for i in range(kernels):
-        values = (rng.integers(-7, 8, (3, 3, channels, channels)) * 8).astype(np.int8)
-        scale, bias = rng.uniform(0.001, 0.002, (2, channels)).astype(np.float32)
-        weights = p.Weights(values, scale, bias, 4)
-        steps.append(graph.Conv((f"{i}",), f"{i + 1}", f"conv {i}", weights, (1, 1), ((1, 1),) * 2))
-    encoding = p.Encoding(0.1, 128)
-    images = (f"{i}" for i in range(kernels + 1))
-    tensors |= dict.fromkeys(images, p.Tensor((4, 4, channels), encoding))
-    tensors |= {"mean": p.Tensor((channels,), encoding), "y": p.Tensor((channels,))}
-    steps += [graph.Mean((f"{kernels}",), "mean"), graph.Convert(("mean",), "y")]
-    return p.Program("x", "y", tensors, tuple(steps))
+    b = Build((4, 4, 16), seed=seed)
+    b.add(p.Slice, (4, 4, channels), Q, (0, 0, 0), (4, 4, channels), (1, 1, 1))
+    for _ in range(kernels):
+        b.conv(channels, bits=4)
+    return b.add(p.Mean, (channels,), Q).program()
 
 
 def test_header_and_graph_are_a_small_part_of_a_file(tmp_path):
@@ -317,10 +275,10 @@ HUGE = 10**15
 HOSTILE = [
     (b"[" * 10**5, "RecursionError"),
     (b'{"is":"dict","items":' * 10**4, "RecursionError"),
-    (b"[" + b"[]," * 10**5 + b"[]]", "must be a Program or Mixture, got tuple"),
+    (b"[" + b"[]," * 10**5 + b"[]]", "must be a Program or a choice, got tuple"),
     (b"\xff", "UnicodeDecodeError"),
     (b"9" * 5000, "Exceeds the limit"),
-    ([], "must be a Program or Mixture, got tuple"),
+    ([], "must be a Program or a choice, got tuple"),
     ({}, "'is' in the graph must be one of Program, .* got None"),
     ({"is": []}, r"'is' in the graph must be one of Program, .* got \[\]"),
     ({"is": "dict"}, "KeyError: 'items'"),

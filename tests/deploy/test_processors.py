@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import public
 import pytest
-from lowered import in_integers
+from lowered import deployed
 
-from hybrid_jax import core, deploy, quantization
+from hybrid_jax import deploy
 from hybrid_jax import program as p
 
 pytest.importorskip("onnx")
@@ -41,14 +41,7 @@ numpy.save(sys.argv[3], numpy.concatenate([run(x[None]) for x in images]))
 def trained():
     fn, params = public.network("resnet20", "resnet20_cifar10")
     calibration, _ = public.cifar10("train", 256)
-
-    def lowered(bits):
-        graph = core.trace(fn, params, calibration[:1])
-        spec = quantization.spec(graph, weight_bits=bits, deployable=True)
-        ranges = quantization.calibrate(fn, params, [(calibration,)], spec)
-        return in_integers(fn, params, spec, ranges, calibration[:1])
-
-    return lowered
+    return lambda bits: deployed(fn, params, calibration, weight_bits=bits).integers
 
 
 def answers(processor, runtime, file, images, folder):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import Build, Q
 
 from hybrid_jax import deploy, experts
 from hybrid_jax import program as p
-from hybrid_jax.program import Conv, Convert, Dense, Reshape
 
 
 class Net(nn.Module):
@@ -140,30 +140,13 @@ def test_integers_stay_integers(tmp_path, leaf):
     assert "tensor<64x64xi8>" in text
 
 
-def integer_program(seed, channels=8, outputs=4, bits=8):
+def integer_program(seed, channels=8, outputs=4):
     """A convolution of 8 × 8 × 3 and a dense layer of 64 · channels · outputs weights."""
-    rng = np.random.default_rng(seed)
+    b, size = Build((8, 8, 3), seed=seed).conv(channels), 64 * channels
+    return b.add(p.Reshape, (size,), Q, (size,)).dense(outputs).program()
 
-    def draw(*shape):
-        ones, bias = np.ones(shape[-1], np.float32), rng.standard_normal(shape[-1])
-        values = rng.integers(-127, 128, shape).astype(np.int8)
-        return p.Weights(values, ones / 500, bias.astype(np.float32), bits)
 
-    tensors = {
-        "x": p.Tensor((8, 8, 3)),
-        "q": p.Tensor((8, 8, 3), p.Encoding(0.02, 128)),
-        "conv": p.Tensor((8, 8, channels), p.Encoding(0.02)),
-        "flat": p.Tensor((64 * channels,), p.Encoding(0.02)),
-        "y": p.Tensor((outputs,)),
-    }
-    around = ((1, 1), (1, 1))
-    steps = (
-        Convert(("x",), "q"),
-        Conv(("q",), "conv", "stem", draw(3, 3, 3, channels), padding=around),
-        Reshape(("conv",), "flat", (64 * channels,)),
-        Dense(("flat",), "y", "head", draw(64 * channels, outputs)),
-    )
-    return p.Program("x", "y", tensors, steps)
+STEM = integer_program(0).operations[1].name
 
 
 @pytest.mark.parametrize("form", ["conv", "matmul"])
@@ -172,7 +155,7 @@ def test_a_program_takes_a_byte_for_each_weight(tmp_path, images, form):
     program = integer_program(0, outputs=256)
     count = sum(op.weights.values.size for op in program.weighted)
     assert count == 216 + 64 * 8 * 256
-    manifest = deploy.export_program(tmp_path / "f", program, forms={"stem": form})
+    manifest = deploy.export_program(tmp_path / "f", program, forms={STEM: form})
     assert count < manifest["bytes"] < 1.1 * count
     assert manifest["inputs"] == [{"shape": ["b", 8, 8, 3], "dtype": "float32"}]
     assert manifest["outputs"] == [{"shape": ["b", 256], "dtype": "float32"}]
@@ -186,7 +169,7 @@ def test_a_program_takes_a_byte_for_each_weight(tmp_path, images, form):
 def test_a_mixture_of_programs(tmp_path, images):
     mixture = p.Mixture(integer_program(1, 4, 2), (integer_program(2), integer_program(3, 4)))
     want = jax.jit(p.run(mixture))(images)
-    forms = [{"stem": "matmul"}, {"stem": "conv"}, {}]
+    forms = [{STEM: "matmul"}, {STEM: "conv"}, {}]
     deploy.export_program(tmp_path / "f", mixture, forms=forms, platforms=["cpu"])
     np.testing.assert_array_equal(run_elsewhere(tmp_path / "f", images, size=4), want)
     text = jax.export.deserialize(bytearray((tmp_path / "f").read_bytes())).mlir_module()

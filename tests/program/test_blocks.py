@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import check_agreement
 from blocks import BLOCKS, PARAMS
 
 from hybrid_jax import core, quantization
@@ -50,13 +51,31 @@ def test_a_block_is_what_the_function_is(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_in_integers(name):
     fn = BLOCKS[name]
+    program = p.lower(fn, PARAMS, X, check=False)
+    planned = quantization.plan(program, quantization.spec(core.trace(fn, PARAMS, X)))
+    ranges = quantization.calibrate_edges(planned, [(X,)])
+    made = quantization.encode(planned, ranges, X)
+    assert spread(fn(PARAMS, X), p.run(made)(X)) < COARSE.get(name, 0.05)
+    check_agreement(planned, ranges, made, X)
+
+
+# Bits, and whether activations are symmetric: each block has one of them, and its kernels the bits.
+STORED = [(4, "affine"), (8, "symmetric"), (4, "symmetric")]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_as_it_is_trained_and_as_it_is_deployed(name):
+    fn, (bits, scheme) = BLOCKS[name], STORED[list(BLOCKS).index(name) % len(STORED)]
     graph = core.trace(fn, PARAMS, X)
-    spec = quantization.spec(graph)
-    ranges = quantization.calibrate(fn, PARAMS, [(X,)], spec) if spec.sites else {}
-    program = quantization.encode(p.lower(fn, PARAMS, X), spec, ranges, X)
-    assert spread(fn(PARAMS, X), p.run(program)(X)) < COARSE.get(name, 0.05)
-    # The float twin rounds as the integers do, but for what lies halfway.
-    assert spread(p.simulate(program)(X), p.run(program)(X)) < COARSE.get(name, 0.05)
+    rule = {"weight": bits, "activation": quantization.Quantizer(bits, scheme)}
+    spec = quantization.spec(graph, [(".*", rule)] if graph.sites else None)
+    planned = quantization.plan(p.lower(fn, PARAMS, X, check=False), spec)
+    ranges = quantization.calibrate_edges(planned, [(X,)])
+    made = quantization.encode(planned, ranges, X, check=False)
+    check_agreement(planned, ranges, made, X)
+    # One after the other, too, though what lies next to half a step may fall on either side.
+    fake = quantization.as_deployed(planned)(planned.program.params, ranges, X)
+    assert spread(fake, p.run(made)(X)) < 0.05
 
 
 def test_what_is_no_operation_stays_as_it_is():

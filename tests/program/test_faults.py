@@ -18,40 +18,46 @@ def _as_users_write():
         yield
 
 
-def integers(fn, params, x, deployable=True, **options):
-    spec = quantization.spec(core.trace(fn, params, x), deployable=deployable, **options)
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    return quantization.encode(p.lower(fn, params, x), spec, ranges, x)
+def integers(fn, params, x, of_sites=False, **options):
+    """With ranges of edges, or with those that the function's sites have."""
+    spec = quantization.spec(core.trace(fn, params, x), **options)
+    planned = quantization.plan(p.lower(fn, params, x), spec)
+    if of_sites:
+        ranges = quantization.calibrate(fn, params, [(x,)], spec)
+        ranges = quantization.edge_ranges(planned, ranges, x)
+    else:
+        ranges = quantization.calibrate_edges(planned, [(x,)])
+    return quantization.encode(planned, ranges, x)
 
 
-both = pytest.mark.parametrize("deployable", [False, True])
+both = pytest.mark.parametrize("of_sites", [False, True])
 
 
 @both
-def test_halves_that_meet_again_are_not_stored_as_one_of_them(deployable):
+def test_halves_that_meet_again_are_not_stored_as_one_of_them(of_sites):
     def fn(params, x):
         y = nn.relu(x @ params["a"])
         return jnp.concatenate([y[..., :2] @ params["b"], y[..., 2:]], -1) @ params["c"]
 
     params, x = {"a": EYE, "b": -jnp.eye(2), "c": EYE}, jnp.float32([[1, 2, 1.5, 0.5]])
-    made = p.run(integers(fn, params, x, deployable))(x)
+    made = p.run(integers(fn, params, x, of_sites))(x)
     # 8 bits from −2 to 1.5 are steps of 0.014.
     np.testing.assert_allclose(made, [[-1, -2, 1.5, 0.5]], atol=0.02)
 
 
 @both
-def test_a_part_has_not_the_range_of_another_part(deployable):
+def test_a_part_has_not_the_range_of_another_part(of_sites):
     def fn(params, x):
         y = nn.relu(x @ params["a"])
         return y[:, :2] @ params["b"] + y[:, 2:] @ params["c"]
 
     params, x = {"a": EYE, "b": jnp.eye(2), "c": jnp.eye(2)}, jnp.float32([[1, 2, 3, 40]])
-    made = p.run(integers(fn, params, x, deployable))(x)
+    made = p.run(integers(fn, params, x, of_sites))(x)
     np.testing.assert_allclose(made, [[4, 42]], atol=0.2)  # steps of 40 / 255
 
 
 @both
-def test_what_is_read_before_and_after_a_bound_has_both_ranges(deployable):
+def test_what_is_read_before_and_after_a_bound_has_both_ranges(of_sites):
     def fn(params, x):
         y = x @ params["a"]
         return (y + nn.relu(y) @ params["b"]) @ params["c"]
@@ -59,40 +65,41 @@ def test_what_is_read_before_and_after_a_bound_has_both_ranges(deployable):
     params = {name: EYE for name in "abc"}
     x = jnp.float32([[-4, 1, -2, 3]])
     # y + relu(y): −4, 2, −2, 6.
-    made = p.run(integers(fn, params, x, deployable))(x)
+    made = p.run(integers(fn, params, x, of_sites))(x)
     np.testing.assert_allclose(made, [[-4, 2, -2, 6]], atol=0.06)
 
 
 @both
-def test_boxes_and_scores_keep_their_own_steps(deployable):
+def test_boxes_and_scores_keep_their_own_steps(of_sites):
     def fn(params, x):
         return jnp.concatenate([nn.sigmoid(x @ params["box"]) * 640.0, nn.sigmoid(x)], -1)
 
     x = jnp.float32([[0.0, -1.0986123]])  # a sigmoid of 1/2 and 1/4
-    made = p.run(integers(fn, {"box": jnp.eye(2)}, x, deployable))(x)
+    made = p.run(integers(fn, {"box": jnp.eye(2)}, x, of_sites))(x)
     np.testing.assert_allclose(made, [[320, 160, 0.5, 0.25]], rtol=0.02)
 
 
 @both
-@pytest.mark.parametrize("variance", [None, [1.0, 0.0]])
-def test_a_dead_channel_keeps_its_bias(variance, deployable):
+@pytest.mark.parametrize("gamma", [None, [1.0, 1.0], [1.0, 0.0]])
+def test_a_dead_channel_keeps_its_bias(gamma, of_sites):
+    # Its filter is zero, with raw pixels as the input and after a BatchNorm of variance 0 alike.
     def fn(params, x):
         y = x @ params["w"]
-        if variance is not None:
-            y = y / jnp.sqrt(params["var"] + 1e-5)
+        if gamma is not None:
+            y = y * params["gamma"] / jnp.sqrt(params["var"] + 1e-5)
         return nn.relu(y + params["beta"]) @ params["o"]
 
     params = {"w": jnp.float32([[1, 0], [1, 0]]), "beta": jnp.float32([0, 0.4]), "o": jnp.eye(2)}
-    if variance is not None:
-        params["var"] = jnp.float32(variance)
-    x = 255 * jnp.float32([[0.5, 0.25], [1, 1]])
+    if gamma is not None:
+        params |= {"var": jnp.float32([1, 0]), "gamma": jnp.float32(gamma)}
+    x = (255 if gamma is None else 1) * jnp.float32([[0.5, 0.25], [1, 1]])
     rules = [("o", {"activation": 32, "weight": 32})]
-    made = p.run(integers(fn, params, x, deployable, rules=rules))(x)
-    np.testing.assert_allclose(made[:, 1], 0.4, rtol=0.01)
+    made = p.run(integers(fn, params, x, of_sites, rules=rules))(x)
+    np.testing.assert_allclose(made[:, 1], 0.4, rtol=1e-5)
 
 
 @both
-def test_what_a_pool_leaves_has_not_the_range_of_what_it_takes(deployable):
+def test_what_a_pool_leaves_has_not_the_range_of_what_it_takes(of_sites):
     def fn(params, x):
         y = x @ params["a"]
         top = lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
@@ -101,18 +108,18 @@ def test_what_a_pool_leaves_has_not_the_range_of_what_it_takes(deployable):
     params = {"a": jnp.eye(2), "b": jnp.eye(2), "scale": jnp.float32([1, -1])}
     x = jnp.float32([[[[-8, 1], [2, 1]], [[1, -6], [1, 3]]]])
     # Maxima 2 and 3; means −1 and −1/4.
-    made = p.run(integers(fn, params, x, deployable))(x)
+    made = p.run(integers(fn, params, x, of_sites))(x)
     np.testing.assert_allclose(made, [[1, 3.25]], atol=0.1)
 
 
 @both
-def test_what_leaves_as_it_is_has_not_the_range_of_a_part(deployable):
+def test_what_leaves_as_it_is_has_not_the_range_of_a_part(of_sites):
     def fn(params, x):
         y = x @ params["a"]
         return jnp.concatenate([y[:, :1] @ params["b"], y], -1)
 
     params, x = {"a": jnp.eye(2), "b": jnp.ones((1, 1))}, jnp.float32([[1, 100], [2, -50]])
-    made = p.run(integers(fn, params, x, deployable))(x)
+    made = p.run(integers(fn, params, x, of_sites))(x)
     np.testing.assert_allclose(made, [[1, 1, 100], [2, 2, -50]], atol=0.6)
 
 

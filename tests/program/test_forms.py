@@ -91,7 +91,7 @@ def test_takes_the_faster_and_remembers_it(clock, choices, slow):
 def test_a_mixture_has_forms_of_each(clock, choices):
     gate, experts = program(), (program(3), program(3))
     assert p.fastest(Mixture(gate, experts), 8, choices) == [{"stem": "matmul"}] * 3
-    with pytest.raises(ValueError, match="forms must be 3 mappings, of gate and experts"):
+    with pytest.raises(ValueError, match="forms must be 3 mappings, one for each part"):
         p.run(Mixture(gate, experts), {"stem": "conv"})
 
 
@@ -109,3 +109,20 @@ def test_bad_arguments():
         p.run(program(), {"stem": "fft"})
     with pytest.raises(ValueError, match="batch must be an integer of at least 1, got 0"):
         p.fastest(program(), 0)
+
+
+@pytest.mark.parametrize("outputs", [16, 24])
+@pytest.mark.parametrize("window", [(1, 2), (3, 1)])
+def test_integers_beside_a_border_of_zeros(outputs, window):
+    # XLA makes the border part of the convolution, and of more than 16 outputs answered with what
+    # lay in memory.
+    random = np.random.default_rng(0)
+    x = random.integers(-127, 128, (2, 6, 6, 4)).astype(np.int8)
+    kernel = random.integers(-127, 128, (*window, 4, outputs)).astype(np.int8)
+    op = Conv((), "y", "site", None, padding=((1, 0), (1, 1)))
+    wanted, got = (
+        jax.jit(lambda x, kernel: forms.convolve(op, x, kernel))(*(a.astype(dtype) for a in given))
+        for given in [(x, kernel)]
+        for dtype in (np.float32, np.int8)
+    )
+    np.testing.assert_array_equal(got, wanted)

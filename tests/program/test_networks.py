@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from agreement import check_agreement
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import networks
@@ -23,27 +24,20 @@ def spread(a, b):
     return max(float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(x).max(), 1e-3)) for x, y in pairs)
 
 
-def encoded(network, bits, activation_bits):
-    """The network in integers, made of 16 images."""
-    x = network.images(16)
-    spec = quantization.spec(
-        core.trace(network.fn, network.params, x),
-        weight_bits=bits,
-        activation_bits=activation_bits,
-    )
-    ranges = quantization.calibrate(network.fn, network.params, [(x,)], spec)
-    return quantization.encode(p.lower(network.fn, network.params, x), spec, ranges, x)
-
-
-def check(network, bits, activation_bits):
+def check(network, bits, activation_bits, scheme):
     with jax.numpy_rank_promotion("allow"):
         floats = p.lower(network.fn, network.params, network.images(2))
         for batch in (1, 3, 4):
             x = network.images(batch, 1)
             wanted = jax.jit(network.fn)(network.params, x)
             assert spread(wanted, jax.jit(p.run(floats))(x)) < 1e-4
-        # Each operation's integers are those of its floats, or `encode` says where they are not.
-        integers = encoded(network, bits, activation_bits)
+        x, rule = network.images(16), quantization.Quantizer(activation_bits, scheme)
+        rules = [(".*", {"weight": bits, "activation": rule})]
+        spec = quantization.spec(core.trace(network.fn, network.params, x), rules)
+        planned = quantization.plan(floats, spec)
+        ranges = quantization.calibrate_edges(planned, [(x,)])
+        integers = quantization.encode(planned, ranges, x)
+        check_agreement(planned, ranges, integers, x)
         x = network.images(4, 2)
         whole, alone = jax.jit(p.run(integers))(x), jax.jit(p.run(integers))(x[:1])
         first = jax.tree.map(lambda y: y[:1], whole)
@@ -53,14 +47,21 @@ def check(network, bits, activation_bits):
 SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=SLOW)
-@given(networks(), st.sampled_from([8, 4, 2]), st.sampled_from([8, 4]))
-def test_a_drawn_network(network, bits, activation_bits):
-    check(network, bits, activation_bits)
+STORED = (
+    st.sampled_from([8, 4, 2]),
+    st.sampled_from([8, 4]),
+    st.sampled_from(["affine", "symmetric"]),
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=SLOW)
+@given(networks(), *STORED)
+def test_a_drawn_network(network, bits, activation_bits, scheme):
+    check(network, bits, activation_bits, scheme)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
-@given(networks(8), st.sampled_from([8, 4, 2]), st.sampled_from([8, 4]))
-def test_many_drawn_networks(network, bits, activation_bits):
-    check(network, bits, activation_bits)
+@given(networks(8), *STORED)
+def test_many_drawn_networks(network, bits, activation_bits, scheme):
+    check(network, bits, activation_bits, scheme)

@@ -5,7 +5,9 @@ import pytest
 from jax import lax
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax import quantization as q
+from hybrid_jax.quantization import observers
 from hybrid_jax.quantization.observers import METHODS
 
 
@@ -171,3 +173,66 @@ def test_sites_in_a_while_loop():
     spec = q.spec(core.trace(fn, params, x))
     with pytest.raises(ValueError, match="outside `while`, got no 'w'"):
         q.calibrate(fn, params, [(x,)], spec)
+
+
+def two_parts(params, x):
+    return jnp.concatenate([x @ params["a"], 10.0 * (x @ params["b"])], -1) @ params["c"]
+
+
+def plan_of_parts():
+    params = {"a": jnp.eye(2), "b": jnp.eye(2), "c": jnp.ones((4, 1))}
+    x = jnp.array([[1.0, 1.0], [0.5, 0.25]])
+    return q.plan(p.lower(two_parts, params, x), q.spec(core.trace(two_parts, params, x))), x
+
+
+@pytest.mark.parametrize("method", observers.METHODS_OF_ANY_BITS)
+def test_edges_stored_alike_are_seen_side_by_side(method):
+    plan, x = plan_of_parts()
+    # The parts go to 1 and to 10: however often and in whatever order, the whole goes to 10.
+    for count in (1, 4):
+        ranges = q.calibrate_edges(plan, [(x,)] * count, method)
+        span = ranges[plan.slots["concatenate"].name]["activation"]
+        np.testing.assert_allclose(span.high, 10.0, rtol=0.02)
+
+
+def test_edges_stream_over_batches_of_any_size():
+    plan, x = plan_of_parts()
+    x = jnp.concatenate([x, 3 * x, -x])
+    whole = q.calibrate_edges(plan, [(x,)])
+    parts = q.calibrate_edges(plan, [(x[:1],), (x[1:3],), (x[3:],)])
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    ends = {name: own["activation"] for name, own in whole.items() if "activation" in own}
+    assert tuple(map(float, ends["x"])) == (-1, 3)
+    assert tuple(map(float, ends[plan.slots["concatenate"].name])) == (-10, 30)
+    # Of the narrower range of every batch, in the order in which they come.
+    ema = q.calibrate_edges(plan, [(x[:2],), (x[2:4],)], "ema")
+    np.testing.assert_allclose(ema["x"]["activation"].high, 0.9 * 1 + 0.1 * 3, rtol=1e-6)
+    assert ema["a"]["weight"].high.shape == (1, 2)
+
+
+def test_ranges_of_edges_are_searched_as_those_of_sites_are(model):
+    spec = spec_of(model, weight_bits=4, activation_bits=4)
+    plan = q.plan(p.lower(model.fn, model.params, model.x), spec)
+    batches = [(model.x[:1],), (model.x[1:],)]
+    for method in ("mse", "percentile"):
+        sites = q.calibrate(model.fn, model.params, batches, spec, method)
+        edges = q.calibrate_edges(plan, batches, method)
+        for name, slot in plan.stored.items():
+            if slot.site is not None:
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+                    edges[name]["activation"],
+                    sites[slot.site]["activation"],
+                )
+
+
+def test_bad_batches_of_a_plan():
+    plan, x = plan_of_parts()
+    with pytest.raises(TypeError, match="batches must yield tuples of inputs, got ArrayImpl"):
+        q.calibrate_edges(plan, [x])
+    with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
+        q.calibrate_edges(plan, [])
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 2\), got \(2, 1\)"):
+        q.calibrate_edges(plan, [(x[:, :1],)])
+    with pytest.raises(ValueError, match=r"what calibration saw at '.*' must be finite, got"):
+        q.calibrate_edges(plan, [(x.at[0, 0].set(jnp.nan),)])

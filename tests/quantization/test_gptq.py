@@ -5,6 +5,7 @@ import pytest
 from jax import lax
 
 from hybrid_jax import core, pruning
+from hybrid_jax import program as p
 from hybrid_jax import quantization as q
 
 TINY = 1e-6
@@ -257,6 +258,38 @@ def test_jit_and_a_stack_of_experts_at_bits_of_their_own():
     np.testing.assert_array_equal(together[2], params["w"][2])
     compiled(params, grams, ranges, jax.tree.map(lambda b: b[::-1], bits))
     assert compiled._cache_size() == 1
+
+
+def test_the_kernels_of_a_plan(digits):
+    """As the sites of a function: better than rounding, on their grids, and zeros stay zero."""
+    batches = [(digits.images[:256],), (digits.images[256:512],)]
+    rules = [("params/head/kernel", {"weight": q.OFF}), (".*", {"weight": 3})]
+    spec = q.spec(core.trace(digits.fn, digits.params, *batches[0]), rules)
+    program = p.lower(digits.fn, digits.params, digits.images[:2])
+    name = "params/project/kernel"
+    (pruned,) = (n for n, source in program.sources.items() if source.site == name)
+    own = program.params[pruned]
+    kept = np.abs(own["kernel"]) > np.quantile(np.abs(own["kernel"]), 0.3)
+    changed = program.params | {pruned: own | {"kernel": np.where(kept, own["kernel"], 0)}}
+    made = q.plan(program.replace(changed), spec)
+    ranges = q.calibrate_edges(made, batches, "mse")
+    new = q.gptq_planned(made, ranges, batches)
+    assert not np.any(np.asarray(new[pruned]["kernel"])[~kept])
+    (head,) = (n for n in new if n not in made.ranged)
+    np.testing.assert_array_equal(new[head]["kernel"], program.params[head]["kernel"])
+    for name in made.ranged:
+        grid = made.kernels[name].grid(ranges[name]["weight"])
+        again = q.dequantize(q.quantize(new[name]["kernel"], grid), grid)
+        np.testing.assert_allclose(again, new[name]["kernel"], rtol=1e-6)
+    q_fn, expected = jax.jit(q.as_deployed(made)), p.run(made.program)(digits.held_out_images)
+    nearest, swept = (
+        float(jnp.mean((q_fn(params, ranges, digits.held_out_images) - expected) ** 2))
+        for params in (made.program.params, new)
+    )
+    assert swept < 0.6 * nearest
+    q.encode(made.replace(new), ranges, digits.images[:8])
+    with pytest.raises(ValueError, match=rf"ranges must have \['{made.ranged[0]}'\]\['weight'\]"):
+        q.gptq_planned(made, {}, batches)
 
 
 def test_dead_and_constant_inputs():

@@ -25,7 +25,7 @@ USES = {
     "hessian_sensitivity": lambda ranges: q.hessian_sensitivity(
         fn, PARAMS, (X,), SPEC, {8: ranges}, {"w": jnp.float32(1.0)}
     ),
-    "lower": lambda ranges: in_integers(fn, PARAMS, SPEC, ranges, X),
+    "edge_ranges": lambda ranges: in_integers(fn, PARAMS, SPEC, ranges, X),
 }
 BAD = {
     "must be finite, got 1 NaN": (-1.0, np.nan),
@@ -42,7 +42,7 @@ def test_a_range_that_is_none_is_refused_where_it_comes_in(use, message):
     ranges = q.calibrate(fn, PARAMS, [(X,)], SPEC)
     USES[use](ranges)
     bad = q.Range(*map(jnp.float32, BAD[message]))
-    if "shape" in message and use == "lower":  # it knows no kernel's shape
+    if "shape" in message and use == "edge_ranges":  # it knows no kernel's shape
         roles = ["activation"]
     elif use in ("gptq", "hessian_sensitivity"):  # which look at kernels alone
         roles = ["weight"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from hybrid_jax import core, training
+from hybrid_jax import program as p
 from hybrid_jax import quantization as q
 
 BLOCKS = ["params/(expand|project)/kernel"]
@@ -22,26 +23,31 @@ def per_tensor(fn, params, x, bits):
 
 @pytest.mark.slow
 def test_all_together_beat_rounding(digits, batches):
-    fn, refold = core.fold(digits.fn, digits.params, digits.images[:1])
-    params = refold(digits.params)
-    spec = per_tensor(fn, params, digits.images[:1], bits=4)
-    q_fn = jax.jit(q.fake_quantized(fn, spec))
+    spec = per_tensor(digits.fn, digits.params, digits.images[:1], bits=4)
+    images, program = digits.held_out_images, p.lower(digits.fn, digits.params, digits.images[:1])
+    expected = p.run(program)(images)
 
-    expected = jax.jit(fn)(params, digits.held_out_images)
+    def planned(program):
+        made = q.plan(program, spec)
+        return made, q.calibrate_edges(made, batches, "mse")
 
-    def judged(params, ranges):
-        logits = q_fn(params, ranges, digits.held_out_images)
+    def judged(made, ranges, params):
+        logits = jax.jit(q.as_deployed(made))(params, ranges, images)
         correct = jnp.argmax(logits, axis=-1) == digits.held_out_labels
         return float(correct.mean()), float(jnp.mean((logits - expected) ** 2))
 
-    plain = judged(params, q.calibrate(fn, params, batches, spec, "mse"))
-    even, _ = q.equalize(fn, params, *batches[0])
-    ranges = q.calibrate(fn, even, batches, spec, "mse")
-    rounded = q.adaround(fn, even, batches, spec, ranges, jax.random.key(0), BLOCKS, steps=300)
-    corrected = q.correct_biases(fn, even, batches, spec, ranges, rounded)
-    accuracy, error = judged(corrected, ranges)
+    plain = judged(*planned(program), program.params)
+    made, ranges = planned(q.equalize(program, *batches[0])[0])
+    rounded = q.adaround(made, ranges, batches, jax.random.key(0), BLOCKS, steps=300)
+    corrected = q.correct_biases(made, ranges, batches, rounded)
+    accuracy, error = judged(made, ranges, corrected)
     assert accuracy > plain[0]
     assert error < 0.5 * plain[1]
+    integers = q.encode(made.replace(corrected), ranges, images[:8])
+    agree = p.run(integers)(images).argmax(-1) == jax.jit(q.as_deployed(made))(
+        corrected, ranges, images
+    ).argmax(-1)
+    assert agree.mean() > 0.99
 
 
 def test_reestimated_statistics_of_the_quantized_model(digits, batches):

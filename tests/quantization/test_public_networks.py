@@ -35,8 +35,9 @@ def test_its_integers_answer_as_its_floats(network):
     fn, params, images, labels, answers = network
     calibration, judged = images[::25], np.arange(500) % 25 > 0
     spec = quantization.spec(core.trace(fn, params, calibration[:1]))
-    ranges = quantization.calibrate(fn, params, [(calibration,)], spec)
-    program = quantization.encode(p.lower(fn, params, calibration), spec, ranges, calibration)
+    planned = quantization.plan(p.lower(fn, params, calibration), spec)
+    ranges = quantization.calibrate_edges(planned, [(calibration,)])
+    program = quantization.encode(planned, ranges, calibration)
     got = named(jax.jit(p.run(program)), images[judged])
     assert (got == answers[judged]).mean() >= 0.975
     assert (got == labels[judged]).mean() >= (answers == labels)[judged].mean() - 0.01

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax import quantization as q
 
 
@@ -105,28 +106,25 @@ def test_training_quantized_beats_calibration(digits, graph):
     assert after > before + 0.2
 
 
-def test_training_through_the_folding(digits, graph):
-    """What is quantized, and stored, is the kernel with BatchNorm in it; what is trained is not."""
-    folded, refold = core.fold(digits.fn, digits.params, digits.images[:2])
-    start = jax.jit(refold)(digits.params)
-    spec = low_bits(core.trace(folded, start, digits.images[:2]), 2, 2)
-    ranges = q.calibrate(folded, start, [(digits.images[:256],)], spec, "mse")
-    q_fn = q.fake_quantized(folded, spec)
+def test_training_as_deployed(digits, graph):
+    """What is quantized, stored and trained is the kernel with BatchNorm in it."""
+    images = digits.images[:256]
+    program = p.lower(digits.fn, digits.params, images[:2])
+    plan = q.plan(program, low_bits(graph, 2, 2))
+    ranges = q.calibrate_edges(plan, [(images,)], "mse")
+    q_fn = q.as_deployed(plan)
 
     def forward(trained, images, number):
-        return q_fn(refold(trained[0]), trained[1], images)
+        return q_fn(*trained, images)
 
-    before = accuracy(functools.partial(q_fn, start, ranges), digits)
-    params, ranges = fit(forward, digits, (digits.params, ranges), steps=40, rate=0.003)
-    # BatchNorm's scale, and its statistics, have learned along with the kernels.
-    for path, leaf in core.flatten_paths(params).items():
-        assert np.any(leaf != core.flatten_paths(digits.params)[path]), path
-    end = jax.jit(refold)(params)
-    after = accuracy(functools.partial(q_fn, end, ranges), digits)
+    before = accuracy(functools.partial(q_fn, program.params, ranges), digits)
+    start = jax.tree.map(jnp.asarray, (program.params, ranges))
+    params, ranges = fit(forward, digits, start, steps=40, rate=0.003)
+    for name, own in params.items():
+        assert all(np.any(leaf != program.params[name][role]) for role, leaf in own.items())
+    after = accuracy(functools.partial(q_fn, params, ranges), digits)
     assert after > before + 0.2
-    # The device's kernels are the folded ones.
-    stored = q.integer_kernels(folded, spec, end, ranges, digits.images[:2])
-    assert set(stored) == {site.name for site in graph.sites}
-    for name, (values, grid) in stored.items():
-        np.testing.assert_array_equal(q.dequantize(values, grid), q.fake_quant(end[name], grid))
-        assert int(jnp.abs(values).max()) <= (127 if grid.high == 127 else 1)
+    # The device answers as what was trained.
+    integers = q.encode(plan.replace(params), ranges, images)
+    assert accuracy(p.run(integers), digits) == pytest.approx(after, abs=0.01)
+    assert {op.weights.bits for op in integers.weighted} == {2, 8}

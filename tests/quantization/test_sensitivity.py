@@ -118,31 +118,6 @@ def test_sums_do_not_run_in_the_dtype_of_the_parameters():
     np.testing.assert_allclose(found["w"]["weight"][2], 4099 / 16, rtol=1e-6)
 
 
-def test_with_joins_every_site_has_a_damage():
-    def fn(params, x):
-        return x @ params["a"] + x @ params["b"]
-
-    params, x = {"a": jnp.ones((1, 1)), "b": jnp.ones((1, 1))}, jnp.ones((1, 1))
-    spec = q.spec(core.trace(fn, params, x), deployable=True)
-    assert spec["b"].shares == "a"
-    whole = q.calibrate(fn, params, [(x,)], spec)
-    half = jax.tree.map(lambda end: end / 2, whole)
-
-    def damage(y, reference):
-        return jnp.abs(y - reference).sum()
-
-    # In the half of their range x = 1 and the weight become ½, and so does 1 of 2; the range that b
-    # shares is that for the bits of b.
-    found = q.sensitivity(fn, params, [(x,)], spec, {2: half | joins(whole), 8: whole}, damage)
-    for site in "ab":
-        for role in ("weight", "activation"):
-            np.testing.assert_allclose(list(found[site][role].values()), [0.5, 0.0], atol=1e-2)
-
-
-def joins(ranges):
-    return {name: roles for name, roles in ranges.items() if "/" in name}
-
-
 def test_one_compilation_for_all_sites_and_bits(model, spec, ranges):
     traced = []
 

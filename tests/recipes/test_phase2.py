@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import recipes
-from hybrid_jax.recipes import phase1, phase2
+from hybrid_jax.recipes import deployed, phase2
 from hybrid_jax.recipes.job import Network
 
 
@@ -23,10 +23,9 @@ def constant_experts(logits):
     def predict(expert, images):
         return jnp.broadcast_to(expert["logits"], (images.shape[0], logits.shape[1]))
 
-    unused = dict.fromkeys(phase1.Experts._fields)
-    return phase1.Experts(**unused)._replace(
-        predict=predict, stack={"logits": logits}, specs=(None,) * len(logits), method="vmap"
-    )
+    count = len(logits)
+    params = [{"logits": own} for own in logits]
+    return deployed.Experts((None,) * count, (predict,) * count, params, "vmap")
 
 
 def chosen(job, made, weights=None):

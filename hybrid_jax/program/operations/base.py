@@ -1,6 +1,7 @@
 """What an operation is, and the arithmetic of stored values that all share."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -128,6 +129,11 @@ def finish(accumulator, scales, output, clip=UNBOUNDED, count=1):
     if output is None:
         return jnp.clip(accumulator.astype(jnp.float32) * along(factor, accumulator), *clip)
     return requantize(accumulator, factor, output, clip)
+
+
+def clipped(x: Array, clip: tuple[float, float]) -> Array:
+    """The values between two bounds; one that is infinite is no step of its own."""
+    return jnp.clip(x, *(None if math.isinf(end) else end for end in clip))
 
 
 def along(vector, like):

@@ -14,6 +14,7 @@ from hybrid_jax.program.operations.base import (
     Operation,
     Pairs,
     along,
+    clipped,
     finish,
     steps_from_zero,
 )
@@ -37,7 +38,7 @@ class Weighted(Operation):
         if weights.scale is not None:
             kernel = kernel.astype(jnp.float32) * along(weights.scale, kernel)
         y = self.product(x, kernel, 0, **options)
-        return jnp.clip(y + weights.bias.reshape((1,) * (y.ndim - 1) + (-1,)), *self.clip)
+        return clipped(y + weights.bias.reshape((1,) * (y.ndim - 1) + (-1,)), self.clip)
 
     def integers(self, values, encodings, output, **options):
         """The product of int8 with int8, corrected by what the shift of the input leaves out."""

@@ -13,6 +13,7 @@ from hybrid_jax.program.operations.base import (
     Array,
     Operation,
     along,
+    clipped,
     convert,
     finish,
     requantize,
@@ -36,7 +37,7 @@ class Add(Operation):
 
     def floats(self, a, b):
         """In float32."""
-        return jnp.clip(a - b if self.minus else a + b, *self.clip)
+        return clipped(a - b if self.minus else a + b, self.clip)
 
     def integers(self, values, encodings, output):
         """(a − z_a) · A ± (b − z_b) · B."""
@@ -57,7 +58,7 @@ class Multiply(Operation):
 
     def floats(self, a, b):
         """In float32."""
-        return jnp.clip(a * b, *self.clip)
+        return clipped(a * b, self.clip)
 
     def integers(self, values, encodings, output):
         """(a − z_a) · (b − z_b)."""
@@ -99,7 +100,7 @@ class Clip(Operation):
 
     def floats(self, x):
         """In float32."""
-        return jnp.clip(x, self.low, self.high)
+        return clipped(x, (self.low, self.high))
 
     def integers(self, values, encodings, output):
         """Requantized between the bounds."""

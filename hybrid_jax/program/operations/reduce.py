@@ -102,8 +102,9 @@ class AveragePool(Operation):
 
 def _windows(op, x, start, reduce, zero):
     x = forms.pad(x, [*op.padding, (0, 0)], zero)
+    # A traced start hides from JAX which reduction it is, and so its derivative.
     return lax.reduce_window(
-        x, jnp.asarray(start, x.dtype), reduce, (1, *op.window, 1), (1, *op.strides, 1), "VALID"
+        x, np.asarray(start, x.dtype)[()], reduce, (1, *op.window, 1), (1, *op.strides, 1), "VALID"
     )
 
 

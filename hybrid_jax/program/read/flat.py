@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core as jex
 
 from hybrid_jax import core
-from hybrid_jax.core import interpreter, versions
+from hybrid_jax.core import interpreter
 from hybrid_jax.program.functions import FUNCTIONS
 
 EXAMPLES = 3
@@ -56,44 +55,12 @@ def traced(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> core.G
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), params)
     like = [jax.ShapeDtypeStruct((EXAMPLES, *np.shape(x)[1:]), x.dtype) for x in inputs]
-    return core.trace(_inlined(fn), shapes, *like)
-
-
-def _inlined(fn):
-    def run(closed, args):
-        jaxpr = closed.jaxpr
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-        for eqn in jaxpr.eqns:
-            values = [a.val if isinstance(a, jex.Literal) else env[a] for a in eqn.invars]
-            name = eqn.primitive.name
-            if name in (*versions.CALLS, *versions.REMAT, *versions.CUSTOM):
-                outs = run(versions.body(eqn), values)
-            elif name == "scan":
-                outs = unrolled(eqn, values)
-            else:
-                outs = interpreter.bind(eqn, values)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [a.val if isinstance(a, jex.Literal) else env[a] for a in jaxpr.outvars]
-
-    def unrolled(eqn, values):
-        consts, carries = versions.scan_counts(eqn.params)
-        fixed, carry = values[:consts], values[consts : consts + carries]
-        rows, length = values[consts + carries :], eqn.params["length"]
-        made: dict[int, list[Any]] = {}
-        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-            own = [lax.index_in_dim(row, i, keepdims=False) for row in rows]
-            outs = run(versions.body(eqn), [*fixed, *carry, *own])
-            carry, made[i] = outs[:carries], outs[carries:]
-        ys = [jnp.stack([made[i][j] for i in range(length)]) for j in range(len(made[0]))]
-        return [*carry, *ys]
 
     def flat(params, *inputs):
-        leaves = jax.tree.leaves((params, *inputs))
-        closed = jax.make_jaxpr(fn)(params, *inputs)
-        inlined = jax.make_jaxpr(lambda *args: run(closed, args))(*leaves)
-        return jex.jaxpr_as_fun(versions.live(inlined, keep=True)[0])(*leaves)
+        closed = interpreter.inline(jax.make_jaxpr(fn)(params, *inputs))
+        return jex.jaxpr_as_fun(closed)(*jax.tree.leaves((params, *inputs)))
 
-    return flat
+    return core.trace(flat, shapes, *like)
 
 
 def known_values(graph: core.Graph, leaves: Sequence[Any]) -> dict[Any, Known]:

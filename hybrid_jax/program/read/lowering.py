@@ -62,7 +62,6 @@ class Reading:
     def __init__(self, graph: core.Graph, leaves: list[Any], count: int):
         self.graph, self.builder = graph, Builder()
         self.env: dict[Any, Node] = {}
-        self.joins: list[tuple[str, Node]] = []
         jaxpr = graph.jaxpr.jaxpr
         self.known = known_values(graph, leaves)
         self.eqns = self._chosen(jaxpr.eqns)
@@ -107,10 +106,6 @@ class Reading:
                     raise ValueError(f"it was read as {out.traced} where it is {var.aval.shape}")
         except ValueError as error:
             outs = call(self.builder, index, eqn, values, str(error))
-        for join in self.graph.found_joins.at.get((index,), ()):
-            self.joins.append(
-                (join.name, outs[0] if join.operand is None else values[join.operand])
-            )
         for var, out in zip(eqn.outvars, outs, strict=True):
             # What several equations read is an edge: built upon, it would be computed twice.
             if self.readers[var] > 1 and isinstance(out.value.source, Pending):
@@ -229,14 +224,12 @@ def _live(outputs, reading):
             kept.append(op)
             wanted |= set(op.inputs)
     tensors = {n: t for n, t in builder.tensors.items() if n in wanted or n in inputs}
-    held = {node.value.held: name for name, node in reversed(reading.joins)}
     return Program(
         inputs,
         outputs,
         tensors,
         tuple(reversed(kept)),
         {name: source for name, source in builder.sources.items() if name in tensors},
-        {edge: name for edge, name in held.items() if edge in tensors},
     )
 
 

@@ -58,6 +58,8 @@ def pooled(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     moved = [
         axis for axis, n in enumerate(window) if n > 1 or strides[axis] > 1 or any(padding[axis])
     ]
+    if not moved:
+        return [node]
     if any(node.axes[axis] == 0 for axis in moved):
         raise ValueError("examples cannot meet each other")
     if len(moved) > 2:

@@ -9,6 +9,8 @@ does what lies between such operations, or between one and an output.
 import dataclasses
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hybrid_jax import program as p
 from hybrid_jax.program import functions
 from hybrid_jax.quantization.grids import OFF
@@ -17,6 +19,7 @@ from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec
 EDGE = Quantizer(8, "affine")
 """How an edge is stored that no site alone takes."""
 
+_SCHEMES = {"weight": ("symmetric", "binary"), "activation": ("affine", "symmetric")}
 _CHEAP = (
     *(p.Add, p.Multiply, p.Maximum, p.Clip, p.Function, p.Concatenate, p.Constant),
     *(p.Reshape, p.Transpose, p.Broadcast, p.Pad, p.Slice, p.Gather),
@@ -30,14 +33,12 @@ class Slot(NamedTuple):
       name: Of the first of them.
       quantizer: How they are stored.
       site: The site whose input's range is that of all of them; None without one.
-      join: The join of the traced function that one of them is; None without one.
       fixed: An encoding that does not depend on a range; None for one that does.
     """
 
     name: str
     quantizer: Quantizer
     site: str | None = None
-    join: str | None = None
     fixed: p.Encoding | None = None
 
 
@@ -49,17 +50,36 @@ class Plan:
       program: In floats; `Convert` stands where an encoding changes.
       slots: {edge: slot}, or None of an edge in floats.
       kernels: {output of a convolution or dense layer: quantizer of its kernel}.
+      spec: How the sites of the traced function are quantized.
     """
 
     program: p.Program
     slots: dict[str, Slot | None]
     kernels: dict[str, Quantizer]
+    spec: Spec
 
     @property
     def stored(self) -> dict[str, Slot]:
         """{name: slot} of all that have a range."""
         found = {slot.name: slot for slot in self.slots.values() if slot}
         return {name: slot for name, slot in found.items() if slot.fixed is None}
+
+    @property
+    def ranged(self) -> list[str]:
+        """Outputs of the convolutions and dense layers whose kernels have a range."""
+        sources = self.program.sources
+        return [name for name, own in self.kernels.items() if name in sources and own.bits != OFF]
+
+    def replace(self, params: p.Params) -> "Plan":
+        """The same plan with other weights."""
+        return dataclasses.replace(self, program=self.program.replace(params))
+
+    def as_stored(self, op: p.Operation) -> bool:
+        """Whether all that an operation returns are entries of what it takes, stored alike."""
+        held = {slot and slot.name for slot in map(self.slots.get, op.inputs)}
+        kept = op.same_encoding or isinstance(op, p.Concatenate)
+        own = self.slots[op.output]
+        return kept and held == {own and own.name}
 
 
 def plan(program: p.Program, spec: Spec) -> Plan:
@@ -68,6 +88,10 @@ def plan(program: p.Program, spec: Spec) -> Plan:
     Args:
       program: In floats.
       spec: How each site is quantized. What is no site has kernels of 8 bits.
+
+    Raises:
+      ValueError: If a quantizer has no integers: of groups, 8-bit floats, dynamic ranges, or signs
+        of a kernel with zeros; if `spec` lacks a site of the program.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,9 +104,46 @@ def plan(program: p.Program, spec: Spec) -> Plan:
       {'x': None, 'x/8 bits': 8, 'a': 8, 'b': None}
     """
     wanted = {name: site_of(spec, source) for name, source in program.sources.items()}
+    for own in filter(None, wanted.values()):
+        _check_integral("weight", own.name, own.weight)
+        _check_integral("activation", own.name, own.activation)
     floats = _in_floats(program, wanted)
-    slots = _slots(program, spec, wanted, floats)
-    return _Planning(program, wanted, floats, slots).plan()
+    slots = _slots(program, wanted, floats)
+    return check_signs(_Planning(program, spec, wanted, floats, slots).plan())
+
+
+def check_signs(planned: Plan) -> Plan:
+    """Returns the plan if no binary kernel has a zero, but for channels that are zero throughout.
+
+    Raises:
+      ValueError: If one has: it is pruned, or that of a transposed convolution, of which each phase
+        has the entries that the others have not.
+    """
+    for op in planned.program.weighted:
+        if op.output in planned.ranged and planned.kernels[op.output].scheme == "binary":
+            zero = np.asarray(op.weights.values) == 0
+            if planned.program.sources[op.output].copies == 1:
+                zero = zero & ~zero.all(tuple(range(zero.ndim - 1)))
+            if zero.any():
+                raise ValueError(f"weight of {op.name!r} must have no zero to be binary, got some")
+    return planned
+
+
+def _check_integral(role, name, quantizer):
+    if quantizer.bits == OFF:
+        return
+    if quantizer.scheme not in _SCHEMES[role]:
+        raise ValueError(
+            f"{role} of {name!r} must be {' or '.join(_SCHEMES[role])} to be integers, "
+            f"got {quantizer.scheme}"
+        )
+    if quantizer.group is not None:
+        raise ValueError(
+            f"{role} of {name!r} must have one scale for each output channel, "
+            f"got groups of {quantizer.group}"
+        )
+    if quantizer.learning == "dynamic":
+        raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
 
 
 def site_of(spec: Spec, source: p.Source | None) -> SiteSpec | None:
@@ -93,7 +154,15 @@ def site_of(spec: Spec, source: p.Source | None) -> SiteSpec | None:
     if source is None or source.site is None:
         return None
     known = {own.name: own for own in spec.sites}
-    return known.get(source.site) or known.get(source.site.split("#")[0])
+    if source.site in known:
+        return known[source.site]
+    loop = source.site.rpartition("#")[0] or source.site
+    if f"{loop}#2" in known:
+        raise ValueError(
+            f"kernel {loop!r} must be used in one loop or outside of loops, got both: which "
+            "ranges are those of a turn cannot be told"
+        )
+    return spec[loop]
 
 
 def _in_floats(program, wanted) -> set[str]:
@@ -118,7 +187,7 @@ def _in_floats(program, wanted) -> set[str]:
     return floats - {name for name in floats if isinstance(made[name], p.Constant)}
 
 
-def _slots(program, spec, wanted, floats) -> dict[str, Slot]:
+def _slots(program, wanted, floats) -> dict[str, Slot]:
     """{edge: slot} of every edge, as those take it that compute in integers."""
     readers, found = program.readers, {}
     for names in _classes(program, floats):
@@ -128,7 +197,7 @@ def _slots(program, spec, wanted, floats) -> dict[str, Slot]:
         others = [op for op, _ in takers if not wanted.get(op.output)]
         # Whoever takes it in floats takes what is stored, too.
         taken = [name for _, name in read] + [n for n in names if n in program.outputs]
-        found |= dict.fromkeys(names, _slot(program, spec, names, sites, others, taken))
+        found |= dict.fromkeys(names, _slot(program, names, sites, others, taken))
     return found
 
 
@@ -165,7 +234,7 @@ def _passes(op, names):
     return op.output in names and (op.same_encoding or isinstance(op, p.Concatenate))
 
 
-def _slot(program, spec, names, sites, others, taken) -> Slot:
+def _slot(program, names, sites, others, taken) -> Slot:
     """The slot of edges of which sites and others take some."""
     makers, name = program.makers, names[0]
     quantizers = [own.activation for own, _ in sites]
@@ -187,14 +256,7 @@ def _slot(program, spec, names, sites, others, taken) -> Slot:
         and _covers(program, names, edge, taken)
         and not _takes_in(program, own.name)
     ]
-    joins = {own.name for own in spec.joins}
-    joined = [
-        program.joins[n]
-        for n in names
-        if program.joins.get(n) in joins and _covers(program, names, n, taken)
-    ]
-    site = spec[given[0]].range_site("activation") if given else None
-    return Slot(name, quantizer, site, joined[0] if joined else None)
+    return Slot(name, quantizer, given[0] if given else None)
 
 
 def _covers(program, names, edge, taken):
@@ -237,8 +299,9 @@ def _is_edge(quantizer):
 class _Planning:
     """A program on its way to one with conversions."""
 
-    def __init__(self, program, wanted, floats, slots):
-        self.program, self.wanted, self.floats, self.usual = program, wanted, floats, slots
+    def __init__(self, program, spec, wanted, floats, slots):
+        self.program, self.spec = program, spec
+        self.wanted, self.floats, self.usual = wanted, floats, slots
         self.tensors = {name: program.tensors[name] for name in program.inputs}
         self.slots: dict[str, Slot | None] = dict.fromkeys(program.inputs)
         self.operations: list[p.Operation] = []
@@ -273,7 +336,7 @@ class _Planning:
             op.output: self.wanted[op.output].weight if self.wanted.get(op.output) else plain
             for op in program.weighted
         }
-        return Plan(program, self.slots, kernels)
+        return Plan(program, self.slots, kernels, self.spec)
 
     def narrowed(self, op) -> list[str]:
         """The edges that an operation takes, each stored as it takes them."""
@@ -286,7 +349,8 @@ class _Planning:
         alike = usual.quantizer == own.activation
         if alike or (_is_edge(usual.quantizer) and _is_edge(own.activation)):
             return [self.get(name, usual)]
-        return [self.get(name, Slot("", own.activation, own.name))]
+        site = None if _takes_in(self.program, own.name) else own.name
+        return [self.get(name, Slot("", own.activation, site))]
 
     def get(self, name, slot) -> str:
         """The edge of that name as it is stored so, converted if it is not."""

@@ -1,0 +1,102 @@
+"""Programs that are choices, as tests of `program` and of every target need them."""
+
+import dataclasses
+
+import numpy as np
+from built import RELU, Build, floats
+
+from hybrid_jax import program as p
+from hybrid_jax.program import Encoding, Program, Step, Tensor
+
+SHAPE = (6, 5, 3)
+
+
+def part(seed, depth=1, classes=4, bits=8):
+    """A small network in integers that returns floats."""
+    b = Build(SHAPE, seed=seed)
+    for _ in range(depth):
+        b.conv(5, clip=RELU, to=Encoding(0.03), bits=bits)
+    return b.add(p.Mean, (5,), Encoding(0.02, 128)).dense(classes, bits=bits).program()
+
+
+def coarse_gate():
+    """Of three outputs in steps of 2, which often tie."""
+    return (
+        Build(SHAPE).add(p.Mean, (3,), Encoding(2.0, 2, 0, 3)).add(p.Convert, (3,), None).program()
+    )
+
+
+def images(count=24):
+    """Images that differ in how their channels are spread."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(count, *SHAPE)) + rng.normal(scale=3, size=(count, 1, 1, 3))
+    return x.astype(np.float32)
+
+
+def confidences(program, x):
+    """The largest softmax probabilities, in float64."""
+    return softmax(np.asarray(p.run(program)(x), np.float64)).max(-1)
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def in_a_gap(values):
+    """A number about their median that is far from all of them."""
+    values = np.sort(values)
+    inner = values[len(values) // 3 : -(len(values) // 3)]
+    widest = np.diff(inner).argmax()
+    return float(inner[widest : widest + 2].mean())
+
+
+def mixture():
+    return p.Mixture(coarse_gate(), (part(1), part(2, 2, bits=4), part(3, 2)))
+
+
+def cascade():
+    """Of three stages, whose thresholds are far from every image's confidence."""
+    stages = part(1), part(2, 2), part(3, 2, bits=4)
+    return p.Cascade(stages, tuple(in_a_gap(confidences(s, images())) for s in stages[:2]))
+
+
+def of_bytes(kind):
+    """A choice of programs of uint8."""
+
+    def part(seed, outputs):
+        rng = np.random.default_rng(seed)
+        weights = p.Weights(
+            rng.integers(-127, 128, (6, outputs)).astype(np.int8),
+            np.full(outputs, 0.0001, np.float32),
+            rng.normal(size=outputs).astype(np.float32),
+            8,
+        )
+        tensors = {"x": Tensor((6,), Encoding(1.0), "uint8"), "y": Tensor((outputs,))}
+        return Program("x", "y", tensors, (p.Dense(("x",), "y", "dense", weights),))
+
+    if kind is p.Mixture:
+        return p.Mixture(part(0, 3), tuple(part(seed, 4) for seed in (1, 2, 3)))
+    return p.Cascade((part(1, 4), part(2, 4)), 0.6)
+
+
+def in_floats(choice):
+    """The same with parts in floats: a NaN in an image is then one in what they return."""
+    if isinstance(choice, p.Mixture):
+        return p.Mixture(floats(choice.gate), tuple(map(floats, choice.experts)))
+    return dataclasses.replace(choice, stages=tuple(map(floats, choice.stages)))
+
+
+def by_hand():
+    """Of two numbers: themselves, thrice them, or their opposites; thresholds 0.8 and 0.9."""
+
+    def scaled(factor):
+        steps = (p.Function(("x",), "y", (Step("mul", (0, 1)),), (np.array(factor, np.float32),)),)
+        return Program("x", "y", {"x": Tensor((2,)), "y": Tensor((2,))}, steps)
+
+    return p.Cascade(tuple(map(scaled, (1, 3, -1))), (0.8, 0.9))
+
+
+# e³ / (1 + e³) is 0.953: the first is sure. Of (1, 0) it is 0.731, and of (3, 0) the second is. Of
+# (0.5, 0) they are 0.62 and, of (1.5, 0), 0.818: the last answers.
+BY_HAND = np.float32([[3, 0], [1, 0], [0.5, 0]]), np.float32([[3, 0], [3, 0], [-0.5, 0]])

@@ -1,0 +1,111 @@
+"""Mixtures and cascades: who answers for an image, and that equal outputs decide alike."""
+
+import dataclasses
+
+import choices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_jax import experts
+from hybrid_jax import program as p
+from hybrid_jax.program import Encoding, Program, Tensor, choice
+
+
+def test_three_images_by_hand():
+    x, want = choices.BY_HAND
+    cascade = choices.by_hand()
+    for way in (p.run, p.simulate):
+        fn = jax.jit(way(cascade))
+        np.testing.assert_array_equal(fn(x), want)
+        for i in range(3):
+            np.testing.assert_array_equal(fn(x[i : i + 1]), want[i : i + 1])
+
+
+def test_a_cascade_is_that_of_experts():
+    cascade, x = choices.cascade(), choices.images()
+    logits = jnp.stack([p.run(stage)(x) for stage in cascade.stages])
+    want = experts.cascade(logits, jnp.float32(cascade.thresholds))
+    assert set(np.asarray(want.stage)) == {0, 1, 2}
+    np.testing.assert_array_equal(jax.jit(p.run(cascade))(x), want.logits)
+
+
+def identity(count):
+    return Program("x", "x", {"x": Tensor((count,))}, ())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([1, 2, 10, 100, 1000]), st.floats(0.05, 0.99))
+def test_a_confidence_is_the_largest_probability(seed, count, threshold):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=rng.uniform(0.1, 8), size=(64, count)).astype(np.float32)
+    _, unsure = p.run(choice.below(identity(count), threshold))(logits)
+    confidence = choices.softmax(logits.astype(np.float64)).max(-1)
+    room = 2e-4 + count / 2 ** (25 - (count - 1).bit_length())
+    clear = np.abs(confidence - threshold) > room
+    np.testing.assert_array_equal(np.asarray(unsure)[clear], (confidence < threshold)[clear])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])
+def test_what_reaches_its_threshold_is_sure(count):
+    x = np.full((1, count), 0.3, np.float32)
+    for threshold in (1 / count, np.float32(1) / np.float32(count)):
+        _, unsure = p.run(choice.below(identity(count), threshold))(x)
+        assert unsure.tolist() == [False]
+    if count > 1:
+        _, unsure = p.run(choice.below(identity(count), 1.0001 / count))(x)
+        assert unsure.tolist() == [True]
+
+
+def test_ends_of_thresholds_and_what_is_not_finite():
+    inf, nan = np.inf, np.nan
+    x = np.float32([[0, 0], [40, 0], [nan, 0], [inf, 0], [-inf, 0], [inf, inf]])
+    # 0 never hands on; 1 does where it is not certain; what has no probability is an answer.
+    for threshold, want in {0.0: [False] * 6, 1.0: [True] + [False] * 5}.items():
+        _, unsure = p.run(choice.below(identity(2), threshold))(x)
+        assert unsure.tolist() == want
+
+
+def test_an_encoded_output_decides_by_its_values():
+    # 12 steps of 0.25 from zero are 3: a confidence of 0.953.
+    tensors = {"x": Tensor((2,)), "y": Tensor((2,), Encoding(0.25, 128))}
+    stage = Program("x", "y", tensors, (p.Convert(("x",), "y"),))
+    x = np.float32([[3.1, 0.1]])
+    for threshold, unsure in ((0.952, False), (0.954, True)):
+        y, got = p.run(choice.below(stage, threshold))(x)
+        np.testing.assert_array_equal(y, [[3.0, 0.0]])
+        assert got.tolist() == [unsure]
+
+
+def test_one_threshold_is_that_of_all_stages():
+    stages = (identity(2),) * 3
+    assert p.Cascade(stages, 0.7).thresholds == (0.7, 0.7)
+    assert p.Cascade(stages[:1], ()).thresholds == ()
+    np.testing.assert_array_equal(
+        p.run(p.Cascade(stages[:1], ()))(np.ones((2, 2))), np.ones((2, 2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("stages", "thresholds", "message"),
+    [
+        ((identity(2), identity(2)), (0.5, 0.5), r"thresholds must be 1, one for each stage"),
+        ((identity(2), identity(2)), 1.5, r"thresholds must be in \[0, 1\], got 1.5"),
+        ((identity(2), identity(3)), 0.5, "one input shape, got"),
+        ((Program("x", "x", {"x": Tensor((2, 2))}, ()),), (), r"stages must return shape \(N,\)"),
+        ((Program("x", "x", {"x": Tensor((2,), dtype="int32")}, ()),), (), "must return float32"),
+    ],
+)
+def test_what_is_no_cascade(stages, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        p.Cascade(stages, thresholds)
+
+
+def test_parts_of_a_mixture_return_floats():
+    gate = choices.coarse_gate()
+    tensors = gate.tensors | {gate.output: Tensor((3,), dtype="int32")}
+    with pytest.raises(ValueError, match="a choice must return float32, got float32, int32"):
+        p.Mixture(dataclasses.replace(gate, tensors=tensors), (choices.part(1),) * 3)
