@@ -28,7 +28,7 @@ import rich.table
 from absl import flags
 
 from hybrid_jax import core, training
-from launch import benchmarks
+from launch import benchmarks, command
 
 _FILE_WIDTH = 160
 
@@ -82,30 +82,26 @@ def table(results: dict[str, Any]) -> rich.table.Table:
 
 
 def cli(argv: list[str]) -> int:
-    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    values = flags.FlagValues()
+    """Runs the command line."""
+    return command.run(argv, __doc__, _benchmark)
+
+
+def _define(values):
     flags.DEFINE_string("what", "", "Part of the library to measure.", flag_values=values)
     flags.DEFINE_string("size", "full", "small or full.", flag_values=values)
     flags.DEFINE_string("output", "", "File to write the results to, as JSON.", flag_values=values)
-    try:
-        rest = values(argv)[1:]
-        if rest:
-            raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
-        output = pathlib.Path(values.output) if values.output else None
-        if output and not output.parent.is_dir():
-            raise ValueError(f"--output must be a file in a directory that exists, got {output}")
-        results = main(values.what, values.size)
-        width = None if sys.stdout.isatty() else _FILE_WIDTH
-        rich.console.Console(width=width).print(table(results))
-        if output:
-            output.write_text(json.dumps(results, indent=2) + "\n")
-    except (flags.Error, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+
+
+def _benchmark(argv):
+    values = command.parse(argv, _define)
+    output = pathlib.Path(values.output) if values.output else None
+    if output and not output.parent.is_dir():
+        raise ValueError(f"--output must be a file in a directory that exists, got {output}")
+    results = main(values.what, values.size)
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    rich.console.Console(width=width).print(table(results))
+    if output:
+        output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:

@@ -18,8 +18,9 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import configs
 from hybrid_jax import recipes
-from launch import compilation
+from launch import command, compilation
 
 
 def main(config: ConfigDict, workdir: str, command: str = "") -> dict:
@@ -47,59 +48,59 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None]:
     Raises:
       ValueError: Names the flag, what it got, what was expected and the nearest valid key.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
-    compilation.define_flag(values)
-    for flag in argv[1:]:
-        if flag.startswith("--config=") and not pathlib.Path(path := flag[9:]).is_file():
-            raise ValueError(f"--config must be a file like configs/digits.py, got {path!r}")
+    argv = [_with_file(flag) for flag in argv]
     overrides = [flag[2:].split("=")[0] for flag in argv[1:] if flag.startswith("--config.")]
     valid = {f"config.{key}" for key in recipes.flatten(recipes.default_config())}
     for key in overrides:
         if key not in valid:
             hint = recipes.nearest_key(key.removeprefix("config."))
             raise ValueError(f"--{key} is no key of the configuration{hint}")
+
+    def define(values):
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+        compilation.define_flag(values)
+
     try:
-        rest = values(argv)[1:]
-    except flags.IllegalFlagValueError as error:
+        values = command.parse(argv, define)
+    except ValueError as error:
         raise ValueError(_illegal_value(str(error))) from error
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    if rest:
-        raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
-    for flag in ("config", "workdir"):
-        if not values[flag].value:
-            raise ValueError(f"--{flag} must be given, got nothing")
+    command.required(values, "config", "workdir")
     return values.config, values.workdir, values.compilation_cache
 
 
 def cli(argv: list[str]) -> int:
-    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        print("Keys of the configuration, with their defaults:")
-        for key, value in recipes.flatten(recipes.default_config()).items():
-            print(f"  --config.{key}={value}")
-        return 0
-    try:
-        config, workdir, cache = parse(argv)
-        compilation.set_up(cache)
-        command = shlex.join(["python", "-m", "launch.compress", *argv[1:]])
-        job = recipes.prepare(config, workdir, command)
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(error)
-    try:
+    """Runs the command line."""
+    keys = recipes.flatten(recipes.default_config())
+    listed = "\n".join(f"  --config.{key}={value}" for key, value in keys.items())
+    doc = f"{__doc__}\nKeys of the configuration, with their defaults:\n{listed}"
+    return command.run(argv, doc, _compress)
+
+
+def _compress(argv):
+    config, workdir, cache = parse(argv)
+    compilation.set_up(cache)
+    line = shlex.join(["python", "-m", "launch.compress", *argv[1:]])
+    job = recipes.prepare(config, workdir, line)
+
+    def run():
         recipes.run(job)
-    except FloatingPointError as error:
-        return _fail(error)
-    print(f"report: {pathlib.Path(workdir) / 'report.md'}")
-    return 0
+        print(f"report: {pathlib.Path(workdir) / 'report.md'}")
+
+    return run
 
 
-def _fail(error: Exception) -> int:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    return 2
+def _with_file(flag):
+    """`--config=digits` with the file of that name among ours."""
+    if not flag.startswith("--config="):
+        return flag
+    given = pathlib.Path(flag.removeprefix("--config="))
+    ours = pathlib.Path(configs.__file__).parent
+    file = given if given.is_file() else ours / f"{given}.py"
+    if not file.is_file():
+        names = ", ".join(sorted(path.stem for path in ours.glob("[a-z]*.py")))
+        raise ValueError(f"--config must be a file, or one of {names}, got {str(given)!r}")
+    return f"--config={file}"
 
 
 def _illegal_value(message: str) -> str:

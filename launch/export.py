@@ -16,7 +16,7 @@ import rich.console
 from absl import flags
 
 from hybrid_jax import core, deploy, recipes, report
-from launch import compilation
+from launch import command, compilation
 
 
 def main(workdir: str, targets: list[str], pairs: int = 30) -> list[dict]:
@@ -45,32 +45,27 @@ def main(workdir: str, targets: list[str], pairs: int = 30) -> list[dict]:
 
 
 def cli(argv: list[str]) -> int:
-    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    values = flags.FlagValues()
+    """Runs the command line."""
+    return command.run(argv, __doc__, _export)
+
+
+def _define(values):
     flags.DEFINE_string("workdir", "", "Directory of a finished run.", flag_values=values)
     flags.DEFINE_list("target", [], "Targets, separated by commas.", flag_values=values)
     flags.DEFINE_integer("pairs", 30, "Pairs of calls for a latency.", flag_values=values)
     compilation.define_flag(values)
-    try:
-        rest = values(argv)[1:]
-        if rest:
-            raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
-        if not values.workdir:
-            raise ValueError("--workdir must be given, got nothing")
-        core.check_integer("--pairs", values.pairs, 1)
-        compilation.set_up(values.compilation_cache)
-        records = main(values.workdir, values.target, values.pairs)
-    except (flags.Error, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+
+
+def _export(argv):
+    values = command.parse(argv, _define)
+    command.required(values, "workdir")
+    core.check_integer("--pairs", values.pairs, 1)
+    compilation.set_up(values.compilation_cache)
+    records = main(values.workdir, values.target, values.pairs)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
     for record in records:
         console.print(report.describe_export(record))
     print(f"report: {pathlib.Path(values.workdir) / 'report.md'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from absl import flags
 
 from hybrid_jax import report
+from launch import command
 
 
 def main(workdirs: list[str], output: str) -> str:
@@ -33,25 +34,19 @@ def main(workdirs: list[str], output: str) -> str:
 
 
 def cli(argv: list[str]) -> int:
-    """Runs the command line; a user's error is one line on stderr and an exit code of 2."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    values = flags.FlagValues()
+    """Runs the command line."""
+    return command.run(argv, __doc__, _report)
+
+
+def _define(values):
     flags.DEFINE_list("workdirs", [], "Work directories of finished runs.", flag_values=values)
     flags.DEFINE_string("output", "", "Directory to write the report to.", flag_values=values)
-    try:
-        rest = values(argv)[1:]
-        if rest:
-            raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
-        for flag in ("workdirs", "output"):
-            if not values[flag].value:
-                raise ValueError(f"--{flag} must be given, got nothing")
-        print("report:", main(values.workdirs, values.output))
-    except (flags.Error, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+
+
+def _report(argv):
+    values = command.parse(argv, _define)
+    command.required(values, "workdirs", "output")
+    print("report:", main(values.workdirs, values.output))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import recipes
-from launch import compress
+from launch import command, compress
 
 # ml_collections loads config modules by importlib's old way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -136,3 +136,28 @@ def test_images_of_another_shape(tmp_path, capsys):
     assert "(28, 28, 3)" in line
     assert "(32, 32, 3)" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_one_command_for_all(tmp_path, capsys, monkeypatch):
+    assert command.main(["hybrid-jax", "squash"]) == 2
+    assert capsys.readouterr().err == (
+        "error: command must be one of compress, export, report, benchmark, got 'squash'\n"
+    )
+    for name in command.COMMANDS:
+        assert command.main(["hybrid-jax", name, "--help"]) == 0
+        assert "python -m launch." + name in capsys.readouterr().out
+    assert command.main(["hybrid-jax"]) == 0
+
+
+def test_a_config_goes_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir, _ = compress.parse(["compress", "--config=digits", "--workdir=run"])
+    assert (config.data.name, workdir) == ("digits", "run")
+
+
+def test_a_fault_of_ours_is_no_mistake_of_the_user(capsys):
+    def broken(argv):
+        return lambda: [][1]
+
+    with pytest.raises(IndexError):
+        command.run(["compress"], "", broken)

@@ -1,0 +1,74 @@
+"""What commands share: one parser of flags, one line for a user's error, and one entry for all."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+COMMANDS = ("compress", "export", "report", "benchmark")
+
+
+def parse(argv: list[str], define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
+    """Returns the flags of a command line, whose first entry is the program's name.
+
+    `define(values)` adds the flags that there are.
+
+    Raises:
+      ValueError: If one is unknown or of another type, or something is no flag.
+    """
+    values = flags.FlagValues()
+    define(values)
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"arguments must be flags, got {rest[0]!r}; write --name=value")
+    return values
+
+
+def required(values: flags.FlagValues, *names: str) -> None:
+    """Raises ValueError unless these flags are given."""
+    for name in names:
+        if not values[name].value:
+            raise ValueError(f"--{name} must be given, got nothing")
+
+
+def run(argv: list[str], doc: str, act: Callable[[list[str]], Callable[[], None] | None]) -> int:
+    """Acts on a command line; a user's error is one line on stderr and an exit code of 2.
+
+    What `act` raises is a user's error. What it returns is called after it, and what that raises is
+    a fault of ours, with a traceback, but for a loss that is not finite.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(doc)
+        return 0
+    try:
+        left = act(argv)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error)
+    try:
+        if left is not None:
+            left()
+    except FloatingPointError as error:
+        return _fail(error)
+    return 0
+
+
+def _fail(error):
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The installed command: `hybrid-jax compress --config=digits --workdir=run`, and so on."""
+    argv = sys.argv if argv is None else argv
+    name = argv[1] if len(argv) > 1 else "--help"
+    if name in COMMANDS:
+        return importlib.import_module(f"launch.{name}").cli([f"hybrid-jax {name}", *argv[2:]])
+    if name in ("-h", "--help"):
+        print(f"hybrid-jax {{{','.join(COMMANDS)}}} --flag=value …; each has --help")
+        return 0
+    print(f"error: command must be one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+    return 2
