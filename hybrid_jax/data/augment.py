@@ -27,6 +27,7 @@ def random_shift(images: jax.Array, key: jax.Array, padding: int) -> jax.Array:
 
     Images are (B, H, W, C) of any dtype; they shift by up to `padding` pixels along H and W.
     """
+    core.check_integer("padding", padding, 0, min(images.shape[1:3]) - 1)
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
 
@@ -42,26 +43,68 @@ def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
+def brightness(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Multiplies each image of uint8 by a factor of its own, uniform in [0.8, 1.2)."""
+    factor = jax.random.uniform(key, (images.shape[0], 1, 1, 1), minval=0.8, maxval=1.2)
+    return jnp.clip(jnp.round(images.astype(jnp.float32) * factor), 0, 255).astype(images.dtype)
+
+
+def cutout(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Blackens a square at a random centre of each image, that may reach over its border.
+
+    Its side is half the image's shorter one. Source: DeVries and Taylor, arXiv 1708.04552.
+    """
+    count, height, width, _ = images.shape
+
+    def near(key: jax.Array, size: int) -> jax.Array:
+        centres = jax.random.randint(key, (count, 1), 0, size)
+        return jnp.abs(jnp.arange(size)[None] - centres) <= min(height, width) // 4
+
+    rows, columns = map(near, jax.random.split(key), (height, width))
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(inside, jnp.zeros((), images.dtype), images)
+
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+AUGMENTATIONS: dict[str, Augment] = {
+    "flip": random_flip,
+    "brightness": brightness,
+    "cutout": cutout,
+}
+"""Augmentations by name, open to users: (images (B, H, W, C) uint8, key) -> images as they were."""
+
+
 def augmentation(
-    padding: int = 0, flip: bool = False
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    padding: int = 0, flip: bool = False, others: Sequence[str | Augment] = ()
+) -> Augment:
     """Makes the augmentation of a data set.
 
     It is a pure function (images (B, H, W, C), key) -> images of the same shape and dtype.
     `padding` is the largest shift in pixels: 4 for CIFAR-10, 1 for 8×8 digits. `flip` is not
-    for digits, whose mirror images are no digits.
+    for digits, whose mirror images are no digits. `others` follow in their order: functions of that
+    kind, or names of `AUGMENTATIONS`.
 
     Example:
-      >>> augment = jax.jit(augmentation(padding=4, flip=True))
+      >>> augment = jax.jit(augmentation(padding=4, flip=True, others=['cutout']))
       >>> augment(jnp.zeros((2, 32, 32, 3), jnp.uint8), jax.random.key(0)).shape
       (2, 32, 32, 3)
     """
     core.check_integer("padding", padding, 0)
+    for other in others:
+        if not callable(other):
+            core.check_choice("augmentation", other, AUGMENTATIONS)
 
     def augment(images: jax.Array, key: jax.Array) -> jax.Array:
         shift_key, flip_key = jax.random.split(key)
         if padding:
             images = random_shift(images, shift_key, padding)
-        return random_flip(images, flip_key) if flip else images
+        images = random_flip(images, flip_key) if flip else images
+        for i, other in enumerate(others):
+            function = other if callable(other) else AUGMENTATIONS[other]
+            made = function(images, jax.random.fold_in(key, i))
+            core.check_same_structure(f"images after augmentation {other}", images, made)
+            images = made
+        return images
 
     return augment

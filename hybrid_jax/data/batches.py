@@ -1,11 +1,14 @@
 """Batches that depend on (seed, epoch, step) alone, so that training resumes in mid-epoch."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax.data.augment import normalize
 from hybrid_jax.data.splits import Arrays
 
 Batch = dict[str, np.ndarray]
@@ -62,3 +65,26 @@ def batches(
             }
 
     return generate()
+
+
+def calibration(
+    batches: Iterable[Any], mean: Sequence[float], std: Sequence[float]
+) -> Iterator[tuple[jax.Array]]:
+    """Yields a user's own batches as calibration takes them: (normalized images,), without labels.
+
+    A batch is images (B, H, W, C) uint8, or a tuple whose first entry, or a mapping whose 'image',
+    these are. `mean` and `std` are as of `normalize`.
+
+    Example:
+      >>> [(images,)] = calibration([np.full((2, 4, 4, 1), 255, np.uint8)], mean=(0.5,), std=(0.5,))
+      >>> images.shape, float(images.max())
+      ((2, 4, 4, 1), 1.0)
+    """
+    for batch in batches:
+        images = batch["image"] if isinstance(batch, Mapping) else batch
+        images = np.asarray(images[0] if isinstance(images, tuple | list) else images)
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ValueError(
+                f"batches must hold images (B, H, W, C) uint8, got {images.dtype}{images.shape}"
+            )
+        yield (normalize(images, mean, std),)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax.data.reading import Examples, Part, check_size, fit, read
 
 
 class Arrays(NamedTuple):
@@ -27,10 +28,12 @@ class Splits:
 
     Attributes:
       train: What weights are learned from.
-      validation: Held out of train: selects epochs, ranges and experts.
+      validation: Held out: selects epochs, ranges and experts.
       test: Read once, at the end.
-      mean: C channel means of the train images, in [0, 1].
-      std: C channel standard deviations of the train images, in [0, 1]; 1 where constant.
+      mean: C channel means that images are normalized by, of pixels from 0 to 1.
+      std: C channel standard deviations, of the same.
+      indices: For each of the three, the part as it was given that its images are of, and their
+        (n,) positions in it.
     """
 
     train: Arrays
@@ -39,6 +42,7 @@ class Splits:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    indices: dict[str, tuple[str, np.ndarray]]
 
     @property
     def num_classes(self) -> int:
@@ -51,57 +55,106 @@ class Splits:
         return self.train.images.shape[1:]
 
 
-def make_splits(
-    train: tuple[Any, Any],
-    test: tuple[Any, Any],
-    validation: tuple[Any, Any] | float = 0.1,
+def from_arrays(
+    train: Part,
+    test: Part | float | None = None,
+    validation: Part | float | str | None = None,
     *,
     seed: int = 0,
     train_size: int | None = None,
+    resize: int | Sequence[int] = (),
+    crop: int | Sequence[int] = (),
     image_shape: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
 ) -> Splits:
     """Makes `Splits` of a user's own arrays.
 
-    Every held-out or reduced part is stratified by class and depends on `seed` alone.
+    Every held-out or reduced part is stratified by class and depends on `seed` alone; test images
+    taken of train not even on that.
 
     Args:
-      train: Images (n, H, W, C) or (n, H, W), uint8, and labels (n,) or (n, 1), integers. Anything
-        `numpy.asarray` takes: NumPy or JAX arrays, nested lists of ints.
-      test: The same for the test images.
-      validation: The same for the validation images; or how many of train to hold out for it,
-        a fraction below 1 or a whole number.
+      train: Images (n, H, W, C) or (n, H, W), uint8, and labels (n,) or (n, 1), integers or names
+        of classes. Anything `numpy.asarray` takes: NumPy or JAX arrays, nested lists of ints. Or
+        `Examples`.
+      test: The same for the test images; or how many of train to take for it, a fraction below 1
+        or a whole number; None for a fifth.
+      validation: The same for the validation images; or how many of train to hold out for it, or
+        of test as 'test:1000'; None for a tenth.
       seed: Decides which images are held out.
-      train_size: How many train images to keep after validation was held out; None keeps all.
+      train_size: How many train images to keep after others were held out; None keeps all.
+      resize: As of `fit`, before everything else.
+      crop: The same.
       image_shape: The (H, W, C) that images must have; None takes that of train.
-      class_names: N names; None names the classes of the train labels '0', '1', ..., no more than
-        there are train images.
+      class_names: N names in the order of their numbers; a label that is a name is one of them, or
+        its number where none of them is a number. None takes the names that the train labels have,
+        sorted, or names the classes '0', '1', ..., no more than there are train images.
+      mean: One value for each channel, of pixels from 0 to 1; () takes those of the train images.
+      std: The same for the standard deviations; computed, it is 1 where a channel is constant.
 
     Example:
       >>> images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
-      >>> splits = make_splits((images, labels), (images, labels), validation=4)
+      >>> splits = from_arrays((images, labels), (images, labels), validation='test:4')
       >>> splits.train.images.shape, splits.validation.images.shape, splits.num_classes
-      ((16, 8, 8, 1), (4, 8, 8, 1), 2)
+      ((20, 8, 8, 1), (4, 8, 8, 1), 2)
+      >>> splits.indices['validation']
+      ('test', array([ 4,  6, 13, 19]))
     """
-    parts = {"train": train, "test": test}
-    if isinstance(validation, tuple):
-        parts["validation"] = validation
-    parts = {name: _arrays(name, *part) for name, part in parts.items()}
+    sizes = check_size("resize", resize), check_size("crop", crop)
+    test, validation = 0.2 if test is None else test, 0.1 if validation is None else validation
+    given = {"train": train, "test": test, "validation": validation}
+    parts = {n: _arrays(n, part, *sizes) for n, part in given.items() if _is_part(part)}
     shape = tuple(image_shape or parts["train"].images.shape[1:])
-    if class_names is None:
-        labels = parts["train"].labels
-        core.check_labels("train labels, without class_names,", labels, len(labels))
-        class_names = map(str, range(int(labels.max()) + 1))
-    class_names = tuple(class_names)
-    parts = {name: _checked(name, part, shape, len(class_names)) for name, part in parts.items()}
+    names = _class_names(parts["train"].labels, class_names)
+    for name, values in (("mean", mean), ("std", std)):
+        _check_moments(name, values, shape[-1])
+    numbers = class_names is not None and not any(name.isdecimal() for name in names)
+    parts = {n: _checked(n, part, shape, names, numbers) for n, part in parts.items()}
+    indices = {n: (n, np.arange(len(part.labels))) for n, part in parts.items()}
+
+    def take(argument: str, amount: float | str, of: str, seed: int) -> None:
+        source, index = indices[of]
+        count = _held_out(argument, amount, of, len(index))
+        chosen, rest = _divide(parts[source].labels, index, count, seed)
+        indices[argument], indices[of] = (source, chosen), (source, rest)
+
+    if "test" not in parts:
+        take("test", core.check_positive("test", test), "train", seed=0)
     if "validation" not in parts:
-        count = _held_out(validation, len(parts["train"].labels))
-        parts["validation"], parts["train"] = _divide(parts["train"], count, seed)
+        of_test = isinstance(validation, str)
+        take("validation", validation, "test" if of_test else "train", seed)
     if train_size is not None:
-        core.check_integer("train_size", train_size, 1, len(parts["train"].labels))
-        parts["train"], _ = _divide(parts["train"], train_size, seed)
-    mean, std = _moments(parts["train"].images)
-    return Splits(class_names=class_names, mean=mean, std=std, **parts)
+        source, index = indices["train"]
+        core.check_integer("train_size", train_size, 1, len(index))
+        indices["train"] = (source, _divide(parts[source].labels, index, train_size, seed)[0])
+    divided = {
+        n: Arrays(parts[of].images[index], parts[of].labels[index])
+        for n, (of, index) in indices.items()
+    }
+    computed = (mean, std) if mean and std else _moments(divided["train"].images)
+    mean, std = (tuple(map(float, own or found)) for own, found in zip((mean, std), computed))
+    return Splits(**divided, class_names=names, mean=mean, std=std, indices=indices)
+
+
+def check_amount(name: str, value: float | str) -> float:
+    """Returns the number in how many images to hold out, as `from_arrays` takes it.
+
+    Example:
+      >>> check_amount('validation', 0.1), check_amount('validation', 'test:1000')
+      (0.1, 1000.0)
+    """
+    try:
+        number = float(value.removeprefix("test:") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        number = -1
+    other = isinstance(value, bool) or (isinstance(value, str) and not value.startswith("test:"))
+    if other or not (0 <= number < 1 or (number > 0 and number % 1 == 0)):
+        raise ValueError(
+            f"{name} must be a fraction below 1, a whole number, or either after 'test:', "
+            f"got {value!r}"
+        )
+    return number
 
 
 def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -126,26 +179,36 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.argsort(progress[shuffled], kind="stable")[:count]])
 
 
-def _divide(arrays: Arrays, count: int, seed: int) -> tuple[Arrays, Arrays]:
-    chosen = np.zeros(len(arrays.labels), bool)
-    chosen[stratified(arrays.labels, count, seed)] = True
-    first = Arrays(arrays.images[chosen], arrays.labels[chosen])
-    return first, Arrays(arrays.images[~chosen], arrays.labels[~chosen])
+def _divide(
+    labels: np.ndarray, index: np.ndarray, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the positions `index`, `count` chosen ones and the others."""
+    chosen = np.zeros(len(index), bool)
+    chosen[stratified(labels[index], count, seed)] = True
+    return index[chosen], index[~chosen]
 
 
-def _held_out(validation: float, available: int) -> int:
-    count = round(validation * available) if 0 < validation < 1 else validation
-    if count != int(count) or not 1 <= count < available:
+def _is_part(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _held_out(argument: str, amount: float | str, of: str, available: int) -> int:
+    number = check_amount(argument, amount)
+    count = round(number * available) if number < 1 else int(number)
+    if not 1 <= count < available:
         raise ValueError(
-            "validation must be a fraction in (0, 1) or a whole number that leaves train images "
-            f"of {available}, got {validation}"
+            f"{argument} must be a fraction in (0, 1) or a whole number that leaves {of} images "
+            f"of {available}, got {amount!r}"
         )
-    return int(count)
+    return count
 
 
-def _arrays(name: str, images: Any, labels: Any) -> Arrays:
-    """Of the right shapes; the labels as they came."""
-    images, labels = np.asarray(images), np.asarray(labels)
+def _arrays(name: str, part: Part, resize: tuple[int, ...], crop: tuple[int, ...]) -> Arrays:
+    """Of the right shapes and of one size; the labels as they came."""
+    if isinstance(part, Examples):
+        images, labels = read(name, part, resize, crop)
+    else:
+        images, labels = map(np.asarray, part)
     if np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8:
         inside = images.size and images.min() >= 0 and images.max() <= 255
         images = images.astype(np.uint8) if inside else images
@@ -153,7 +216,11 @@ def _arrays(name: str, images: Any, labels: Any) -> Arrays:
         raise ValueError(f"{name} images must be uint8 in [0, 255], got {images.dtype}")
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or not images.size:
+    # (n, 3, 32, 32) is what PyTorch has.
+    first = (
+        images.ndim == 4 and images.shape[1] in (1, 3) and 4 < images.shape[2] == images.shape[3]
+    )
+    if images.ndim != 4 or not images.size or first:
         raise ValueError(
             f"{name} images must have shape (n, H, W, C) or (n, H, W), n > 0, got {images.shape}"
         )
@@ -162,14 +229,56 @@ def _arrays(name: str, images: Any, labels: Any) -> Arrays:
             f"{name} labels must have shape ({len(images)},) as there are {len(images)} images, "
             f"got {labels.shape}"
         )
+    if (resize or crop) and not isinstance(part, Examples):
+        images = np.stack([fit(f"a {name} image", image, resize, crop) for image in images])
     return Arrays(images, labels.ravel())
 
 
-def _checked(name: str, part: Arrays, shape: tuple[int, ...], num_classes: int) -> Arrays:
+def _class_names(labels: np.ndarray, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Those given, or of the train labels; at least two, no two of them alike."""
+    if given is not None:
+        names = tuple(given)
+    elif labels.dtype.kind == "U":
+        found = np.unique(labels).tolist()
+        # As numbers, 10 comes after 9.
+        names = tuple(sorted(found, key=int if all(map(str.isdecimal, found)) else None))
+    else:
+        core.check_labels("train labels, without class_names,", labels, len(labels))
+        names = tuple(map(str, range(int(labels.max()) + 1)))
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"class_names must differ, got {twice[0]!r} twice")
+    if len(names) < 2:
+        raise ValueError(f"train labels must be of two classes or more, got {names}")
+    return names
+
+
+def _checked(
+    name: str, part: Arrays, shape: tuple[int, ...], names: tuple[str, ...], numbers: bool
+) -> Arrays:
+    """With labels as numbers of the classes; `numbers` are taken for names that are none."""
     if part.images.shape[1:] != shape:
         raise ValueError(f"{name} images must have shape {shape} each, got {part.images.shape[1:]}")
-    labels = core.check_labels(f"{name} labels", part.labels, num_classes)
+    labels = part.labels
+    if labels.dtype.kind == "U":
+        known = {key: i for i, key in enumerate(names)}
+        found, inverse = np.unique(labels, return_inverse=True)
+        for label in found.tolist():
+            if label not in known and not (numbers and label.isdecimal()):
+                raise ValueError(
+                    f"{name} labels must be of {len(names)} class names, got {label!r}"
+                )
+        labels = np.array([known.get(label, label) for label in found.tolist()], np.int64)[inverse]
+    labels = core.check_labels(f"{name} labels", labels, len(names))
     return Arrays(part.images, labels.astype(np.int32))
+
+
+def _check_moments(name: str, values: Sequence[float], channels: int) -> None:
+    inside = all(0 <= value <= 1 and (value or name == "mean") for value in values)
+    if values and not (inside and len(values) == channels):
+        raise ValueError(
+            f"{name} must be {channels} values from 0 to 1, one for each channel, as pixels are "
+            f"divided by 255 first, got {tuple(values)}"
+        )
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

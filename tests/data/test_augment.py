@@ -42,6 +42,50 @@ def test_augmentation_is_pure_and_compiles_once(key):
         data.augmentation(padding=-1)
 
 
+def test_padding_beyond_the_image_is_refused(key):
+    images = jnp.zeros((2, 6, 4, 1), jnp.uint8)
+    data.random_shift(images, key, padding=3)
+    with pytest.raises(ValueError, match=r"padding must be an integer in \[0, 3\], got 4"):
+        data.augmentation(padding=4)(images, key)
+
+
+@pytest.mark.parametrize("name", data.AUGMENTATIONS)
+def test_contract_of_every_augmentation(name, key):
+    images = jax.random.randint(key, (32, 6, 8, 3), 50, 200).astype(jnp.uint8)
+    augment = jax.jit(data.augmentation(others=[name]))
+    got = augment(images, key)
+    assert (got.shape, got.dtype) == (images.shape, images.dtype)
+    assert np.array_equal(got, augment(images, key))
+    assert not np.array_equal(got, augment(images, jax.random.key(1)))
+    assert not np.array_equal(got, images)
+    assert data.AUGMENTATIONS[name].__doc__
+
+
+def test_augmentations_by_hand(key):
+    images = jnp.full((200, 8, 10, 1), 100, jnp.uint8).at[:, 0].set(250)
+    bright = np.asarray(data.AUGMENTATIONS["brightness"](images, key))
+    assert bright[:, 1].min() >= 80
+    assert bright[:, 1].max() <= 120
+    assert bright[:, 0].max() == 255  # 300 is cut, not wrapped
+    cut = np.asarray(data.AUGMENTATIONS["cutout"](images, key)[..., 0]) == 0
+    # 8 // 4 = 2 to either side of a centre that may be at a corner: 5 × 5, or 3 × 3 of it inside.
+    assert cut.sum(axis=(1, 2)).max() == 25
+    assert cut.sum(axis=(1, 2)).min() == 9
+    assert cut.any(axis=1).sum(axis=1).max() == cut.any(axis=2).sum(axis=1).max() == 5
+
+
+def test_augmentation_of_the_users_own(key, monkeypatch):
+    images = jnp.zeros((2, 4, 4, 1), jnp.uint8)
+    monkeypatch.setitem(data.AUGMENTATIONS, "mine", lambda images, key: images + jnp.uint8(3))
+    augment = data.augmentation(others=["mine", lambda images, key: images * jnp.uint8(2)])
+    assert np.all(np.asarray(augment(images, key)) == 6)
+    with pytest.raises(ValueError, match=r"augmentation must be one of .*, got 'cutuot'.*cutout"):
+        data.augmentation(others=["cutuot"])
+    floats = data.augmentation(others=[lambda images, key: images / 2])
+    with pytest.raises(ValueError, match=r"images after augmentation .* must have .*uint8"):
+        floats(images, key)
+
+
 def test_normalize_by_hand():
     images = jnp.array([[[[0, 255]]]], jnp.uint8)
     # (0 - 0.5) / 0.5 = -1 and (1 - 0.2) / 0.4 = 2.

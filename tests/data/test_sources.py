@@ -1,3 +1,4 @@
+import inspect
 import io
 import json
 import os
@@ -28,46 +29,7 @@ def test_digits():
     assert not pixels[0] & pixels[1]
 
 
-def save_npz(path, **changes):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 6), ("val", 3), ("test", 4)):
-        arrays[f"{part}_images"] = rng.integers(0, 256, (count, 4, 4, 3), np.uint8)
-        arrays[f"{part}_labels"] = np.arange(count)[:, None] % 3
-    arrays |= changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return arrays
-
-
-def test_medmnist(tmp_path):
-    arrays = save_npz(tmp_path / "tiny.npz")
-    splits = data.load("medmnist", dir=tmp_path / "tiny.npz", class_names=("a", "b", "c"))
-    assert np.array_equal(splits.validation.images, arrays["val_images"])
-    assert splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert splits.class_names == ("a", "b", "c")
-    with pytest.raises(ValueError, match="validation must be None for 'medmnist'"):
-        data.load("medmnist", dir=tmp_path / "tiny.npz", validation=0.1)
-    with pytest.raises(ValueError, match=r"train labels must be in \[0, 2\), got 2 at index 2"):
-        data.load("medmnist", dir=tmp_path / "tiny.npz", class_names=("a", "b"))
-    with pytest.raises(ValueError, match=r"train images must .*\(28, 28, 3\).* got \(4, 4, 3\)"):
-        data.load("medmnist", dir=tmp_path / "tiny.npz", image_shape=(28, 28, 3))
-
-
-def test_medmnist_files_that_are_none(tmp_path):
-    path = tmp_path / "tiny.npz"
-    for dir in (None, path, tmp_path):
-        with pytest.raises(ValueError, match=r"dir must be the path .* \(no such file\)"):
-            data.load("medmnist", dir=dir)
-    save_npz(path, val_images=None, test_labels=None)
-    with pytest.raises(ValueError, match="without val_images, test_labels"):
-        data.load("medmnist", dir=path)
-    for content in (b"", b"not a zip file", path.read_bytes()[:200]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"dir must be the path .* \(not readable: "):
-            data.load("medmnist", dir=path)
-
-
-def save_tfds(root, version="3.0.2", name="cifar10", format="array_record"):
+def save_tfds(root, version="3.0.2", name="cifar10", format="array_record", extra=None):
     """Writes a prepared data set: 4 train and 2 test images, image i all of value 10·i."""
     directory = root / name / version
     directory.mkdir(parents=True)
@@ -93,7 +55,7 @@ def save_tfds(root, version="3.0.2", name="cifar10", format="array_record"):
         )
     python = "tensorflow_datasets.core.features."
     size = {"dimensions": ["4", "4", "3"]}
-    features = {
+    features = (extra or {}) | {
         "image": {
             "pythonClassName": f"{python}image_feature.Image",
             "image": {"dtype": "uint8", "encodingFormat": "png", "shape": size},
@@ -130,12 +92,18 @@ def test_cifar10_from_root_data_set_or_version(tmp_path):
 
 def test_cifar10_directories_that_are_none(tmp_path):
     for dir in (None, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=r"dir must hold a prepared .* \(no such directory\)"):
+        with pytest.raises(
+            ValueError, match=r"dir must be a directory with a prepared .* \(no such path\)"
+        ):
             data.load("cifar10", dir=dir)
-    with pytest.raises(ValueError, match=r"dir must hold a prepared .* \(no such file in it\)"):
+    with pytest.raises(
+        ValueError, match=r"dir must be a directory with a prepared .* \(no such file in it\)"
+    ):
         data.load("cifar10", dir=tmp_path)
     other = save_tfds(tmp_path, name="mnist")
-    with pytest.raises(ValueError, match=r"dir must hold a prepared .* \(holds mnist\)"):
+    with pytest.raises(
+        ValueError, match=r"dir must be a directory with a prepared .* \(holds mnist\)"
+    ):
         data.load("cifar10", dir=other)
     records = save_tfds(tmp_path / "records", format="tfrecord")
     with pytest.raises(ValueError, match="in the array_record format, got tfrecord"):
@@ -155,6 +123,71 @@ def test_cifar10_as_prepared():
     # CIFAR-10's known channel means and deviations; 1,000 images estimate them to about 0.01.
     np.testing.assert_allclose(splits.mean, [0.491, 0.482, 0.447], atol=0.02)
     np.testing.assert_allclose(splits.std, [0.247, 0.243, 0.262], atol=0.02)
+
+
+def test_tfds_of_any_name(tmp_path):
+    directory = save_tfds(tmp_path, name="mine", version="1.0.0")
+    for dir in (tmp_path, tmp_path / "mine", directory):
+        splits = data.load("tfds", dir=dir, validation="test:1")
+        assert splits.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+        assert len(splits.validation.labels) == len(splits.test.labels) == 1
+    save_tfds(tmp_path, name="other")
+    with pytest.raises(ValueError, match=r"of one data set, got .*mine, .*other"):
+        data.load("tfds", dir=tmp_path)
+    with pytest.raises(ValueError, match="test must be None for 'tfds', which has test images"):
+        data.load("tfds", dir=directory, test=1)
+
+
+def test_tfds_of_two_labels_is_refused(tmp_path):
+    label = {
+        "pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
+        "classLabel": {"numClasses": "2"},
+    }
+    directory = save_tfds(tmp_path, extra={"coarse": label})
+    with pytest.raises(ValueError, match=r"one Image .* one ClassLabel, got .*'coarse': 'ClassLab"):
+        data.load("tfds", dir=directory)
+
+
+@pytest.mark.parametrize("name", data.SOURCES)
+def test_contract_of_every_source(name, tmp_path):
+    source = data.SOURCES[name]
+    assert len(source.__doc__.splitlines()[0]) > 20
+    assert next(iter(inspect.signature(source).parameters)) == "dir"
+    with pytest.raises(ValueError, match=r"^dir must .*, got .*missing|^dir must be None"):
+        data.load(name, dir=tmp_path / "missing")
+    with pytest.raises(ValueError, match=f"colour must not be given for '{name}', which takes dir"):
+        data.load(name, dir=tmp_path, colour="red")
+
+
+def test_a_source_of_the_users_own(monkeypatch):
+    def mine(dir, *, count=2):
+        images = np.arange(3 * count, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        return data.Source((images, ["b", "a", "b"] * count), (images, ["a", "a", "b"] * count))
+
+    monkeypatch.setitem(data.SOURCES, "mine", mine)
+    splits = data.load("mine", count=4, validation=3)
+    assert splits.class_names == ("a", "b")
+    assert splits.test.labels.tolist() == [0, 0, 1] * 4
+    assert (len(splits.train.labels), len(splits.validation.labels)) == (9, 3)
+
+
+def test_digits_as_it_was_drawn():
+    # Held fixed: runs begun earlier were trained on these.
+    splits = data.load("digits")
+    assert splits.indices["test"][1][:5].tolist() == [2, 12, 20, 28, 44]
+
+
+def test_classes_of_a_file(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("\ufeffnull\n eins\n" + "\n".join("abcdefgh") + "\n\n", encoding="utf-8")
+    assert data.load("digits", classes=file).class_names == ("null", "eins", *"abcdefgh")
+    with pytest.raises(ValueError, match="class_names must be None beside classes"):
+        data.load("digits", classes=file, class_names=["a"])
+    with pytest.raises(ValueError, match=r"classes must be a file of class names, got .*none"):
+        data.load("digits", classes=tmp_path / "none")
+    file.write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match="class_names must differ, got 'a' twice"):
+        data.load("digits", classes=file)
 
 
 def test_unknown_source_names_the_nearest():

@@ -26,7 +26,7 @@ def test_stratified_takes_the_count_and_every_class_its_share(labels, part, seed
 
 
 def test_parts_are_disjoint_stratified_and_complete():
-    splits = data.make_splits((IMAGES, LABELS), (IMAGES, LABELS), validation=0.5, seed=3)
+    splits = data.from_arrays((IMAGES, LABELS), (IMAGES, LABELS), validation=0.5, seed=3)
     # Half of 6 and 4 is 3 and 2.
     assert np.bincount(splits.validation.labels).tolist() == [3, 2]
     assert np.bincount(splits.train.labels).tolist() == [3, 2]
@@ -34,13 +34,13 @@ def test_parts_are_disjoint_stratified_and_complete():
     assert sorted(np.concatenate(ids)) == list(range(10))
     assert splits.train.images.dtype == np.uint8
     assert splits.train.labels.dtype == np.int32
-    other = data.make_splits((IMAGES, LABELS), (IMAGES, LABELS), validation=0.5, seed=4)
+    other = data.from_arrays((IMAGES, LABELS), (IMAGES, LABELS), validation=0.5, seed=4)
     assert not np.array_equal(ids[1], other.validation.images[:, 0, 0, 0])
 
 
 def test_train_size_leaves_validation_alone():
     def make(size):
-        return data.make_splits((IMAGES, LABELS), (IMAGES, LABELS), validation=5, train_size=size)
+        return data.from_arrays((IMAGES, LABELS), (IMAGES, LABELS), validation=5, train_size=size)
 
     assert len(make(2).train.labels) == 2
     assert np.array_equal(make(2).validation.images, make(None).validation.images)
@@ -48,24 +48,89 @@ def test_train_size_leaves_validation_alone():
 
 def test_moments_by_hand():
     images = np.array([0, 255, 51, 51], np.uint8).reshape(2, 1, 1, 2)
-    splits = data.make_splits((images, [0, 1]), (images, [0, 1]), (images, [0, 1]))
+    splits = data.from_arrays((images, [0, 1]), (images, [0, 1]), (images, [0, 1]))
     # Channel 0 holds 0 and 51/255 = 0.2: mean 0.1, deviation 0.1.
     # Channel 1 holds 1 and 0.2: mean 0.6, deviation 0.4.
     np.testing.assert_allclose(splits.mean, [0.1, 0.6])
     np.testing.assert_allclose(splits.std, [0.1, 0.4])
     constant = np.full((2, 1, 1, 1), 7, np.uint8)
     pair = (constant, [0, 1])
-    assert data.make_splits(pair, pair, pair).std == (1.0,)
+    assert data.from_arrays(pair, pair, pair).std == (1.0,)
 
 
 def test_plain_lists_and_own_names():
     images = [[[0, 255], [1, 2]]] * 4
-    splits = data.make_splits(
+    splits = data.from_arrays(
         (images, [0, 1, 0, 1]), (images, [[0]] * 4), validation=2, class_names=["cat", "dog", "cow"]
     )
     assert splits.image_shape == (2, 2, 1)
     assert splits.num_classes == 3
     assert splits.test.labels.tolist() == [0, 0, 0, 0]
+
+
+def test_validation_of_test_images():
+    def make(**given):
+        return data.from_arrays((IMAGES, LABELS), (IMAGES + 10, LABELS), "test:5", **given)
+
+    splits = make(seed=3)
+    assert np.array_equal(splits.train.images, IMAGES)
+    assert np.bincount(splits.validation.labels).tolist() == [3, 2]
+    both = np.concatenate([p.images[:, 0, 0, 0] for p in (splits.validation, splits.test)])
+    assert sorted(both) == list(range(10, 20))
+    of, index = splits.indices["validation"]
+    assert of == "test"
+    assert np.array_equal(splits.validation.images, IMAGES[index] + 10)
+    assert not np.array_equal(index, make(seed=4).indices["validation"][1])
+
+
+@given(
+    test=st.none() | st.integers(1, 3),
+    validation=st.sampled_from([None, 0.25, 2, "test:0.5", "test:1"]),
+    size=st.none() | st.just(3),
+    seed=st.integers(0, 9),
+)
+def test_indices_say_where_every_image_comes_from(test, validation, size, seed):
+    given = {"train": IMAGES, "test": IMAGES[::-1] + 100}
+    part = (given["test"], LABELS) if test is None or test == 1 else test
+    splits = data.from_arrays((IMAGES, LABELS), part, validation, seed=seed, train_size=size)
+    positions = []
+    for name, (of, index) in splits.indices.items():
+        arrays = getattr(splits, name)
+        assert np.array_equal(arrays.images, given[of][index])
+        assert np.array_equal(arrays.labels, LABELS[index])
+        positions += [(of, i) for i in index.tolist()]
+    assert len(set(positions)) == len(positions)
+
+
+def test_a_fifth_is_for_the_test_where_there_is_none():
+    one, other = (data.from_arrays((IMAGES, LABELS), seed=seed) for seed in (1, 2))
+    assert [len(p.labels) for p in (one.train, one.validation, one.test)] == [7, 1, 2]
+    assert np.array_equal(one.test.images, other.test.images)
+
+
+def test_moments_given():
+    pair = (IMAGES, LABELS)
+    splits = data.from_arrays(pair, pair, mean=[0.25], std=(0.5,))
+    assert (splits.mean, splits.std) == ((0.25,), (0.5,))
+    computed = data.from_arrays(pair, pair)
+    assert data.from_arrays(pair, pair, mean=[0.25]).std == computed.std
+
+
+def test_arrays_are_resized():
+    pair = (IMAGES, LABELS)
+    splits = data.from_arrays(pair, pair, resize=(4, 6), crop=(2, 2), image_shape=(2, 2, 1))
+    assert sorted(splits.test.images[:, 0, 0, 0]) == list(range(10))
+
+
+def test_examples_of_the_users_own():
+    each = [(f"photo {i}", np.full((2, 2, 3), i, np.uint8), i % 2) for i in range(10)]
+    splits = data.from_arrays(data.Examples(10, each), test=4, validation=1)
+    assert np.array_equal(splits.train.images[:, 0, 0, 0] % 2, splits.train.labels)
+    each[3] = ("photo 3", np.zeros((2, 1, 3), np.uint8), 1)
+    with pytest.raises(ValueError, match=r"one size, got \(2, 1, 3\) of photo 3 and .* of photo 0"):
+        data.from_arrays(data.Examples(10, each))
+    with pytest.raises(ValueError, match=r"train images must have shape .*, got \(0, 0, 0, 0\)"):
+        data.from_arrays(data.Examples(0, []))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +140,24 @@ def test_plain_lists_and_own_names():
         ({"validation": 0}, r"validation must be .*, got 0"),
         ({"validation": 2.5}, r"validation must be .*, got 2.5"),
         ({"validation": 4, "train_size": 7}, r"train_size must be an integer in \[1, 6\], got 7"),
-        ({"class_names": ["a"]}, r"train labels must be in \[0, 1\), got 1 at index 6"),
+        (
+            {"validation": "train:3"},
+            r"validation must be .* or either after 'test:', got 'train:3'",
+        ),
+        ({"validation": "test:10"}, r"validation must .* leaves test images of 10, got 'test:10'"),
+        ({"validation": "test:x"}, r"validation must be .*, got 'test:x'"),
+        ({"validation": True}, r"validation must be .*, got True"),
+        ({"validation": float("nan")}, r"validation must be .*, got nan"),
+        ({"test": 10}, r"test must be .* leaves train images of 10, got 10"),
+        ({"test": "test:1"}, r"test must be a finite number above 0, got 'test:1'"),
+        ({"class_names": ["a"]}, r"train labels must be of two classes or more, got \('a',\)"),
+        ({"class_names": ["a", "b", "a"]}, "class_names must differ, got 'a' twice"),
+        ({"train": (IMAGES, LABELS + 1), "class_names": "ab"}, r"must be in \[0, 2\), got 2 at"),
+        ({"train": (IMAGES, LABELS * 0)}, r"of two classes or more, got \('0',\)"),
+        ({"mean": (0.5, 0.5)}, r"mean must be 1 values from 0 to 1, .*, got \(0.5, 0.5\)"),
+        ({"mean": (123.7,)}, r"mean must be 1 values from 0 to 1, .*, got \(123.7,\)"),
+        ({"std": (0,)}, r"std must be 1 values from 0 to 1, .*, got \(0,\)"),
+        ({"crop": 3}, r"crop must fit .*, got \(3, 3\) for a train image of \(2, 3\)"),
         ({"test": (IMAGES, LABELS + 2**32)}, r"test labels must be in \[0, 2\), got 4294967296 at"),
         ({"train": (IMAGES, LABELS + 2**32)}, r"train labels, .* \[0, 10\), got 4294967296 at"),
         ({"train": (IMAGES, LABELS - 1)}, r"train labels, .* in \[0, 10\), got -1 at index 0"),
@@ -86,10 +168,14 @@ def test_plain_lists_and_own_names():
         ({"test": (IMAGES.astype(int) * 90, LABELS)}, "test images must be uint8 .* got int64"),
         ({"test": (IMAGES[:, :1], LABELS)}, r"test images must .* \(2, 3, 1\) .* got \(1, 3, 1\)"),
         ({"test": (IMAGES[:0], LABELS[:0])}, r"test images must have shape .* got \(0, 2, 3, 1\)"),
+        (
+            {"test": (np.zeros((10, 3, 8, 8), np.uint8), LABELS)},
+            r"\(n, H, W, C\) .* \(10, 3, 8, 8\)",
+        ),
         ({"image_shape": (3, 3, 1)}, r"train images must have shape \(3, 3, 1\)"),
     ],
 )
 def test_bad_input_is_named(changes, message):
     arguments = {"train": (IMAGES, LABELS), "test": (IMAGES, LABELS), **changes}
     with pytest.raises(ValueError, match=message):
-        data.make_splits(**arguments)
+        data.from_arrays(**arguments)

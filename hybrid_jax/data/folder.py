@@ -1,0 +1,125 @@
+"""Image files in a directory, labelled by their directories, a csv or their names."""
+
+import csv
+import os
+import pathlib
+import re
+
+from hybrid_jax.data.reading import Examples, Source, decode, existing, opened, read_text
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+PARTS = {"train": "train", "test": "test"}
+PARTS |= dict.fromkeys(("val", "valid", "validation"), "validation")
+
+
+def folder(
+    dir: str | os.PathLike | None, *, labels: str | os.PathLike = "", pattern: str = ""
+) -> Source:
+    """Reads image files: CLASS/*.jpg, *.png and so on in `dir`, or in train, val and test of it.
+
+    Where there are files of other names, `labels` is a csv, by its path or in `dir`, of rows
+    `file,label` with or without such a header, each file relative to `dir`; or `pattern` a regular
+    expression that is searched in each file's name and whose one group is the label. Colours are
+    three channels, and one where all images are grey.
+    """
+    root = existing("dir", dir, "a directory of images")
+    if labels and pattern:
+        raise ValueError(f"labels and pattern must not both be given, got {labels} and {pattern}")
+    if labels:
+        known = _by_csv(root, labels)
+    else:
+        files = sorted(_images(root))
+        if not files:
+            raise ValueError(f"dir must hold images ({', '.join(EXTENSIONS)}), got {root}")
+        known = _by_pattern(files, pattern) if pattern else _by_directory(root, files)
+    depth = _depth(known)
+    parts = {}
+    for file, label in known.items():
+        parts.setdefault(PARTS[file.parts[0]] if depth else "train", {})[file] = label
+    if "train" not in parts:
+        raise ValueError(f"dir must hold train beside {', '.join(parts)}, got {root}")
+    grey = all(_is_grey(root / file) for file in known)
+    return Source(**{name: _examples(root, part, 1 if grey else 3) for name, part in parts.items()})
+
+
+def _examples(root: pathlib.Path, labels: dict[pathlib.Path, str], channels: int) -> Examples:
+    paths = {str(root / file): label for file, label in labels.items()}
+    each = ((path, decode(path, path, channels), label) for path, label in paths.items())
+    return Examples(len(paths), each)
+
+
+def _images(root: pathlib.Path) -> list[pathlib.Path]:
+    """Relative paths; hidden files, which some systems lay beside each image, are left out."""
+    files = (file.relative_to(root) for file in root.rglob("*"))
+    return [file for file in files if file.suffix.lower() in EXTENSIONS and not _is_hidden(file)]
+
+
+def _depth(files: dict | list) -> int:
+    """At which depth the classes are: 1 below train, test and so on, or 0."""
+    tops = {file.parts[0] if len(file.parts) > 1 else "" for file in files}
+    return int(tops <= set(PARTS))
+
+
+def _by_directory(root: pathlib.Path, files: list[pathlib.Path]) -> dict[pathlib.Path, str]:
+    depth = _depth(files)
+    for file in files:
+        if len(file.parts) < depth + 2:
+            raise ValueError(
+                f"dir must hold images in directories of their classes, got {root / file}; "
+                "or give labels or pattern"
+            )
+    filled = {root.joinpath(*file.parts[: depth + 1]) for file in files}
+    for directory in sorted(root.glob("*/*" if depth else "*")):
+        hidden = _is_hidden(directory.relative_to(root))
+        if directory.is_dir() and directory not in filled and not hidden:
+            raise ValueError(f"dir must hold images of every class, got none in {directory}")
+    return {file: file.parts[depth] for file in files}
+
+
+def _by_pattern(files: list[pathlib.Path], pattern: str) -> dict[pathlib.Path, str]:
+    expected = "pattern must be a regular expression with one group"
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{expected}, got {pattern!r} ({error})") from error
+    if compiled.groups != 1:
+        raise ValueError(f"{expected}, got {pattern!r} with {compiled.groups}")
+    matches = {file: compiled.search(file.name) for file in files}
+    for file, match in matches.items():
+        if not match or not match[1]:
+            raise ValueError(f"{expected} that every file's name has, got {pattern!r} for {file}")
+    return {file: match[1] for file, match in matches.items()}
+
+
+def _by_csv(root: pathlib.Path, labels: str | os.PathLike) -> dict[pathlib.Path, str]:
+    expected = "a csv of rows file,label"
+    path = root / labels if (root / labels).is_file() else labels
+    lines = read_text("labels", path, expected).splitlines()
+    rows = [
+        (i, [cell.strip() for cell in row]) for i, row in enumerate(csv.reader(lines), 1) if row
+    ]
+    if rows and pathlib.Path(rows[0][1][0]).suffix.lower() not in EXTENSIONS:
+        rows = rows[1:]  # a header
+    known = {}
+    for line, row in rows:
+        at = f"got {row} in line {line} of {path}"
+        if len(row) != 2 or not all(row):
+            raise ValueError(f"labels must be {expected}, {at}")
+        name = pathlib.Path(row[0])
+        if not (root / name).is_file():
+            raise ValueError(f"labels must name files in {root}, {at} (no such file)")
+        if name in known:
+            raise ValueError(f"labels must name each file once, {at}")
+        known[name] = row[1]
+    if not known:
+        raise ValueError(f"labels must be {expected}, got none in {path}")
+    return known
+
+
+def _is_grey(path: pathlib.Path) -> bool:
+    with opened(str(path), path) as image:
+        return image.mode in ("1", "L", "LA")
+
+
+def _is_hidden(file: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)

@@ -1,0 +1,167 @@
+"""What a source gives: arrays, or examples that are read one at a time and made of one size."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from hybrid_jax import core
+
+
+class Examples(NamedTuple):
+    """Images that are read one at a time, each of a size of its own.
+
+    Attributes:
+      count: How many there are.
+      each: (name, image (h, w, C) uint8, label) of every example; errors call it by its name.
+    """
+
+    count: int
+    each: Iterable[tuple[str, np.ndarray, int | str]]
+
+
+Part = tuple[Any, Any] | Examples
+"""Images and labels, or examples of both; labels are integers or the names of classes."""
+
+
+class Source(NamedTuple):
+    """What a source reads: its parts, None where it has no such images, and its class names."""
+
+    train: Part
+    test: Part | None = None
+    validation: Part | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def existing(argument: str, path: str | os.PathLike | None, expected: str) -> pathlib.Path:
+    """Returns the path `argument` if it leads anywhere; `expected` says what it must be."""
+    if path is None or not pathlib.Path(path).exists():
+        got = path if path is None else os.fspath(path)
+        raise ValueError(f"{argument} must be {expected}, got {got!r} (no such path)")
+    return pathlib.Path(path)
+
+
+def read_text(argument: str, path: str | os.PathLike | None, expected: str) -> str:
+    """Returns the text of the file `argument`, in UTF-8."""
+    try:
+        return existing(argument, path, expected).read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{argument} must be {expected} in UTF-8, got {path} ({error})") from error
+
+
+def check_size(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns a size as (), (side,) or (H, W); it is one whole number or at most two.
+
+    Example:
+      >>> check_size('resize', 256), check_size('crop', [224, 192]), check_size('crop', ())
+      ((256,), (224, 192), ())
+    """
+    sides = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(sides) > 2:
+        raise ValueError(f"{name} must be one side or (height, width), got {value!r}")
+    return tuple(core.check_integer(name, side, 1, 2**14) for side in sides)
+
+
+def read(
+    title: str, examples: Examples, resize: Sequence[int] = (), crop: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads all examples, each resized and cropped by `fit` as it comes.
+
+    Returns:
+      Images (n, H, W, C) uint8 and labels (n,).
+
+    Raises:
+      ValueError: Where sizes differ; it names the first that does.
+    """
+    pixels, labels, first = bytearray(), [], []
+
+    # Errors are raised in here, where the bar is taken down with them.
+    def fitted() -> Iterator[tuple[np.ndarray, int | str]]:
+        for name, image, label in examples.each:
+            image = fit(name, image, resize, crop)
+            first[:] = first or (name, image.shape)
+            if image.shape != first[1]:
+                raise ValueError(
+                    f"images must all have one size, got {image.shape} of {name} and {first[1]} "
+                    f"of {first[0]}; give resize, crop or both"
+                )
+            yield image, label
+
+    bar = {"console": Console(stderr=True), "transient": True}
+    for image, label in track(fitted(), f"Reading {title}", examples.count, **bar):
+        pixels += image.tobytes()
+        labels.append(label)
+    shape = first[1] if first else (0, 0, 0)
+    return np.frombuffer(pixels, np.uint8).reshape(len(labels), *shape), np.asarray(labels)
+
+
+def fit(
+    name: str, image: np.ndarray, resize: Sequence[int] = (), crop: Sequence[int] = ()
+) -> np.ndarray:
+    """Resizes an image (h, w, C) uint8, then cuts its centre out.
+
+    `resize` is (), the short side as (side,), or (H, W): bilinear, with antialiasing. `crop` is (),
+    (side,) of a square, or (H, W). Both are rounded as torchvision does. Errors call it `name`.
+
+    Example:
+      >>> fit('it', np.zeros((40, 60, 3), np.uint8), resize=(20,), crop=(16, 24)).shape
+      (16, 24, 3)
+    """
+    if resize:
+        sides = image.shape[:2]
+        size = resize if len(resize) == 2 else [resize[0] * s // min(sides) for s in sides]
+        image = _resized(image, *size)
+    if crop:
+        height, width = crop if len(crop) == 2 else crop * 2
+        if height > image.shape[0] or width > image.shape[1]:
+            raise ValueError(
+                f"crop must fit into the images, got {(height, width)} for {name} of "
+                f"{image.shape[:2]}"
+            )
+        top, left = (round((a - b) / 2) for a, b in zip(image.shape, (height, width)))
+        image = image[top : top + height, left : left + width]
+    return image
+
+
+def decode(name: str, file: str | os.PathLike | BinaryIO, channels: int) -> np.ndarray:
+    """Decodes an image file to (h, w, channels) uint8, turned as its EXIF data says."""
+    with opened(name, file) as image:
+        from PIL import ImageOps
+
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of mode {image.mode}")
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+@contextlib.contextmanager
+def opened(name: str, file: str | os.PathLike | BinaryIO) -> Iterator[Any]:
+    """Opens an image with Pillow; what goes wrong with it, there or inside, names it."""
+    pillow = _pillow()
+    try:
+        with pillow.open(file) as image:
+            yield image
+    except Exception as error:  # a decoder meets a damaged file with whatever it stumbles over
+        raise ValueError(f"{name} must be an image of 8 bits a channel, got {error}") from error
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Channel by channel, so that there may be any number of them."""
+    pillow = _pillow()
+    how = {"size": (width, height), "resample": pillow.Resampling.BILINEAR}
+    channels = [pillow.fromarray(c).resize(**how) for c in np.moveaxis(image, -1, 0).copy()]
+    return np.stack(channels, axis=-1)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("image files and resize need Pillow: pip install pillow") from error
+    return Image
