@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from hybrid_jax import core, models, pruning
+from hybrid_jax import core, data, models, pruning
 from hybrid_jax.quantization.observers import METHODS_OF_ANY_BITS
 from hybrid_jax.recipes import config as configuration
 
@@ -46,12 +46,17 @@ def check_config(config: ConfigDict) -> None:
         core.check_fraction,
         "distillation.alpha parent.label_smoothing experts.others_weight experts.deployed",
     )
-    each(_check_below_one, "data.validation experts.sparsity experts.weight_sparsity")
+    each(_check_below_one, "experts.sparsity experts.weight_sparsity")
     each(
         _check_not_negative,
-        "parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise "
+        "data.test parent.weight_decay experts.weight_decay experts.jitter gate.balance gate.noise "
         "gate.supervision",
     )
+    each(core.check_choice, "data.name", data.SOURCES)
+    each(data.check_amount, "data.validation")
+    each(data.check_size, "data.resize data.crop")
+    for name in config.data.augment:
+        core.check_choice("config.data.augment", name, data.AUGMENTATIONS)
     each(core.check_integer, "experts.count", 2)
     each(core.check_integer, "experts.first_last_bits gate.bits", 2, 8)
     each(core.check_integer, "experts.weight_bits experts.activation_bits", 2, 8)

@@ -5,7 +5,7 @@ import difflib
 import json
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 DIVERSITY = ("criterion", "seed", "bits", "width", "cluster", "classes", "bootstrap")
 IMAGES = ("cluster", "classes", "bootstrap")  # of these, what tells the images of experts apart
@@ -18,15 +18,26 @@ def default_config() -> ConfigDict:
     config.seed = 0
     config.data = ConfigDict(  # as `hybrid_jax.data.load` and `augmentation` take them
         dict(
-            name="digits",
-            dir="",  # where the data lie: a TFDS directory (cifar10), an npz file (medmnist)
-            validation=0.15,  # fraction of train held out; 0: the source's own validation images
+            name="digits",  # of `data.SOURCES`, which say what each reads at `dir`
+            dir="",
+            keys=(),  # npz: those of images and labels of train, test and validation
+            labels="",  # folder: a csv of rows file,label
+            pattern="",  # folder: a regular expression whose group is the label in a file's name
+            classes="",  # a file of class names in the order of their numbers, one a line
+            class_names=(),  # the same, given; (): the source's own
+            test=0.0,  # fraction or number of train taken for it; 0: the source's own, or a fifth
+            # Fraction or number of train held out, or of test as "test:1000"; 0: the source's own.
+            validation=FieldReference(0.15, field_type=object),
             seed=0,  # of what is held out, apart from config.seed so that seeds share the split
             train_size=0,  # train images to keep; 0: all
-            image_shape=(8, 8, 1),
-            class_names=(),  # (): the source's own
+            resize=(),  # (short side,) or (height, width)
+            crop=(),  # of the centre: (side,) or (height, width)
+            image_shape=(),  # (): as they are
+            mean=(),  # one for each channel, of pixels from 0 to 1; (): of the train images
+            std=(),
             padding=1,  # augmentation: largest shift, in pixels
             flip=False,  # augmentation: mirrored at random
+            augment=(),  # more of it, by name, of `data.AUGMENTATIONS`
         )
     )
     config.checkpoint_every = 500  # steps; a run that is stopped loses no more than these

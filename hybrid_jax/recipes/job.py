@@ -74,7 +74,8 @@ class Job:
     @functools.cached_property
     def augment(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """(images (B, H, W, C) uint8, key) -> augmented images as a network takes them."""
-        augment = data.augmentation(self.config.data.padding, self.config.data.flip)
+        settings = self.config.data
+        augment = data.augmentation(settings.padding, settings.flip, settings.augment)
         return lambda images, key: self.normalize(augment(images, key))
 
     def start(

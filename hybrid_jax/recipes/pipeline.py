@@ -30,6 +30,8 @@ from hybrid_jax.recipes.job import Job
 from hybrid_jax.recipes.parent import network, parent
 from hybrid_jax.recipes.programs import Models
 
+PATHS = ("dir", "labels", "classes")  # keys of config.data that may begin with ~
+
 
 def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> Job:
     """Checks the configuration, loads the data and claims the work directory, in this order.
@@ -203,18 +205,15 @@ def entropy_per_epoch(records: list[dict], name: str, epoch: int) -> list[float]
 
 
 def _load(settings: Any) -> data.Splits:
+    augmentation = ("padding", "flip", "augment")
+    given = {k: v for k, v in settings.items() if k not in augmentation and v not in ("", (), 0)}
+    paths = {k: str(pathlib.Path(given[k]).expanduser()) for k in PATHS if k in given}
     try:
-        return data.load(
-            settings.name,
-            dir=str(pathlib.Path(settings.dir).expanduser()) if settings.dir else None,
-            validation=settings.validation or None,
-            seed=settings.seed,
-            train_size=settings.train_size or None,
-            image_shape=settings.image_shape,
-            class_names=settings.class_names or None,
-        )
+        splits = data.load(**{**given, **paths})
+        core.check_integer("padding", settings.padding, 0, min(splits.image_shape[:2]) - 1)
     except ValueError as error:
         raise ValueError(f"config.data: {error}") from error
+    return splits
 
 
 def _check_model(job: Job) -> None:

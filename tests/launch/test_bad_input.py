@@ -54,7 +54,15 @@ BAD = {
     "experts.learning_rate=-1": "config.experts.learning_rate must be a finite number above 0, "
     "got -1.0",
     "parent.steps=0": "config.parent.steps must be an integer of at least 1, got 0",
-    "data.validation=1": "config.data.validation must be in [0, 1), got 1.0",
+    "data.validation=1.5": "config.data.validation must be a fraction below 1, a whole number, or "
+    "either after 'test:', got 1.5",
+    "data.validation=tset:9": "config.data.validation must be a fraction below 1, ",
+    "data.padding=100000": "config.data: padding must be an integer in [0, 7], got 100000",
+    "data.resize=(8,8,3)": "config.data.resize must be one side or (height, width), got ",
+    "data.augment=('cutuot',)": "config.data.augment must be one of ",
+    "data.pattern=x": "config.data: pattern must not be given for 'digits', which takes dir",
+    "data.class_names=('a','a')": "config.data: class_names must differ, got 'a' twice",
+    "data.mean=(123.7,)": "config.data: mean must be 1 values from 0 to 1, ",
     "model.name=resnet9": "config.model.name must be one of ",
     "deploy.platforms=('gpu',)": "config.deploy.platforms must be one of cpu, cuda, rocm, tpu, "
     "got 'gpu'",
