@@ -22,7 +22,7 @@ def entry(argument: str, tree: Mapping[str, Mapping[str, Any]], name: str, role:
 def range_at(
     ranges: Mapping[str, Any], name: str, role: str, shape: tuple[int, ...] | None = None
 ) -> grids.Range:
-    """The range of a site or join, the one way in which ranges are taken out of an argument.
+    """The range of a site, edge or kernel, the one way by which ranges are taken from an argument.
 
     An end beyond zero counts as zero on every grid, so that [0.2, 0.1] is [0, 0.1]; but where
     nothing is left between the ends, as in [0, −0.1], the range was learned past zero or is wrong.

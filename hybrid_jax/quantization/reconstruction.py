@@ -292,7 +292,7 @@ def _block(planned, names) -> _Block:
         for op in body
         if op.output in program.outputs or any(o.output not in made for o in readers[op.output])
     ]
-    # Floats whatever the model takes; kernels whose rounding is learned are taken as they are given.
+    # Floats whatever the model takes, and kernels whose rounding is learned as they are given.
     tensors = {n: dataclasses.replace(program.tensors[n], dtype="float32") for n in (*taken, *made)}
     own = p.Program(tuple(taken), tuple(given), tensors, tuple(body))
     slots = {name: planned.slots[name] for name in tensors}
