@@ -37,13 +37,16 @@ def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> 
     """Checks the configuration, loads the data and claims the work directory, in this order.
 
     `path` is empty, absent, or holds a run of the same config; `command` is for the report. Where
-    something does not fit, nothing was written.
+    something does not fit, nothing was written; else `config.json` and `splits.json`, which images
+    of which part of the data are training, validation and test images.
     """
     check_config(config)
     splits = _load(config.data)
     job = Job(config, pathlib.Path(path), splits, command)
     _check_model(job)
     workdir.claim(path, config)
+    where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
+    core.write_json(job.workdir / "splits.json", where)
     return job
 
 
