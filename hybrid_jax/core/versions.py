@@ -142,3 +142,11 @@ def from_first_process(name: str, value: str | None) -> str:
 
 def _primals(params):
     return params["call_jaxpr"].in_avals[custom_consts(params) :]
+
+
+def run_once() -> dict[str, Any]:
+    """Options of `compile` for what runs but once: compiling it is what takes the time."""
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    if not _SINCE_11 and jax.default_backend() == "cpu":
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
