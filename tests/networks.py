@@ -1,6 +1,7 @@
 """Networks drawn from a grammar, for differential tests: one function, many ways to compute it."""
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -47,36 +48,44 @@ class Network:
     def images(self, count, seed=0):
         """Standard normal images."""
         shape = (count, 3, 8, 8) if self.first else (count, 8, 8, 3)
-        random = np.random.default_rng(seed).standard_normal(shape)
-        return jnp.asarray(random, jnp.float32)
+        values = np.random.default_rng(seed).standard_normal(shape)
+        return jnp.asarray(values, jnp.float32)
 
 
 @st.composite
 def networks(draw, most=5):
-    """Draws a `Network`."""
-    layers = []
-    for _ in range(draw(st.integers(1, most))):
-        name = draw(st.sampled_from(LAYERS))
-        options = (draw(st.integers(1, 3)), draw(st.sampled_from(sorted(ACTIVATIONS))))
-        layers.append((name, *options))
-    heads = draw(st.sampled_from(["logits", "logits", "softmax", "two", "map"]))
-    first, oihw = draw(st.booleans()), draw(st.booleans())
-    return build(layers, heads, first, oihw, draw(st.integers(0, 999)))
+    """Draws a `Network`, which shrinks."""
+    return drawn(lambda several: draw(st.sampled_from(several)), most)
+
+
+def numbered(number, most=8):
+    """The network of that number."""
+    return drawn(random.Random(number).choice, most)
+
+
+def drawn(choose, most):
+    """The network that is made of choices among several."""
+    layers = [
+        (choose(LAYERS), choose(range(1, 4)), choose(sorted(ACTIVATIONS)))
+        for _ in range(choose(range(1, most + 1)))
+    ]
+    heads = choose(["logits", "logits", "softmax", "two", "map"])
+    return build(layers, heads, choose([False, True]), choose([False, True]), choose(range(1000)))
 
 
 def build(layers, heads, first=False, oihw=False, seed=0):
     """The network of these layers."""
-    random, params = np.random.default_rng(seed), {}
+    rng, params = np.random.default_rng(seed), {}
 
     def kernel(name, *shape):
         scale = np.sqrt(2 / np.prod(shape[:-1]))
-        value = random.standard_normal(shape).astype(np.float32) * np.float32(scale)
+        value = rng.standard_normal(shape).astype(np.float32) * np.float32(scale)
         params[name] = jnp.asarray(
             value.transpose(3, 2, 0, 1) if oihw and value.ndim == 4 else value
         )
 
     def vector(name, low, high, *shape):
-        params[name] = jnp.asarray(random.uniform(low, high, shape), jnp.float32)
+        params[name] = jnp.asarray(rng.uniform(low, high, shape), jnp.float32)
 
     steps, channels = [], 3
     kernel("stem", 3, 3, 3, 8)
