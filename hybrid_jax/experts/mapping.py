@@ -17,7 +17,7 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.experts import sharding
-from hybrid_jax.experts.stacking import count, stack
+from hybrid_jax.experts.stacking import count, stack, unstack
 
 
 def map_experts(
@@ -92,7 +92,7 @@ def map_each(
             axes = (0, *(None for _ in shared))
             own = stack([params_list[e] for e in members])
             run = map_experts(fn, method if len(members) > 1 else "unroll", axes, choices)
-            outputs |= zip(members, _split(run(own, *shared), len(members)), strict=True)
+            outputs |= zip(members, unstack(run(own, *shared)), strict=True)
         return jax.tree.map(
             lambda *leaves: jnp.stack(leaves), *(outputs[e] for e in range(len(fns)))
         )
@@ -128,10 +128,6 @@ def alike(
         trees = jax.tree.structure(params), jax.tree.structure(out)
         found.append(first.setdefault((str(closed.jaxpr), held, trees), fn))
     return found
-
-
-def _split(outputs, size):
-    return [jax.tree.map(operator.itemgetter(e), outputs) for e in range(size)]
 
 
 def fastest(

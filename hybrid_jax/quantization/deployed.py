@@ -30,7 +30,8 @@ def as_deployed(planned: Plan) -> Callable[..., Any]:
       q_fn(params, ranges, *inputs, bits=None) -> outputs, as `program.apply` returns them. `params`
       are those of the plan's program, `ranges` as `edge_ranges` or `calibrate_edges` returns them;
       `bits` {name: {role: int32 ()}}, traced, take the place of the plan's. Differentiable in
-      `params` and `ranges`; kernels that are zero stay so, unless they are binary.
+      `params` and `ranges`. Zeros of a kernel are rounded to zero, unless it is binary; what keeps
+      them through training is `pruning.hold_masks`.
 
     Example:
       >>> from hybrid_jax import quantization

@@ -69,17 +69,12 @@ def _expected_bops(job, gate, prices):
 
 def gate_cost(gate: phase2.Gate) -> cost.Cost:
     """Returns what the gate costs."""
-    return cost.count(gate.graph, None, gate.quantizer.weight_bits, gate.quantizer.activation_bits)
+    return cost.count(gate.graph, None, *_bits(gate.planned.spec))
 
 
 def costs(made: deployed.Experts) -> list[cost.Cost]:
     """Returns what each expert costs."""
-    return [
-        cost.count(
-            e.graph, {"params": e.masks}, e.quantizer.weight_bits, e.quantizer.activation_bits
-        )
-        for e in made.each
-    ]
+    return [cost.count(e.graph, {"params": e.masks}, *_bits(e.planned.spec)) for e in made.each]
 
 
 def single_spec(
@@ -124,12 +119,15 @@ def planned_graph(
 
 def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
     """Returns what an expert of `spec` will cost; the graph is of `planned_graph`."""
-    quantizer = phase1.quantizer(graph, spec)
     masks = {
         path: _planned_mask(leaf, graph.kernels.get(path), spec)
         for path, leaf in graph.parameters.items()
     }
-    return cost.count(graph, masks, quantizer.weight_bits, quantizer.activation_bits)
+    return cost.count(graph, masks, *_bits(phase1.quantizer(graph, spec)))
+
+
+def _bits(spec):
+    return spec.weight_bits, spec.activation_bits
 
 
 def _planned_mask(leaf, kernel, spec):

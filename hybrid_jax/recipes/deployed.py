@@ -22,15 +22,13 @@ class Expert(NamedTuple):
       certificate: How far it is, cut, from the masked parent.
       graph: Its sites, at its own widths.
       masks: Which weights are kept: bool like the parameters of the network that it was cut to.
-      quantizer: How its sites are quantized.
-      planned: Its inference graph, and how that is stored.
+      planned: Its inference graph, and how its sites are quantized and the graph is stored.
     """
 
     spec: ExpertSpec
     certificate: core.Certificate
     graph: core.Graph
     masks: Any
-    quantizer: quantization.Spec
     planned: quantization.Plan
 
 

@@ -72,13 +72,10 @@ def compress(
     images = deployed.calibration_images(job)
     each, fns, params = [], [], []
     for spec, made, own in zip(specs, cuts, alone, strict=True):
-        quantized = quantizer(own.graph, spec)
         program = p.lower(own.predict, own.variables, images)
-        planned = quantization.plan(program, quantized)
+        planned = quantization.plan(program, quantizer(own.graph, spec))
         ranges = quantization.edge_ranges(planned, own.ranges, images)
-        each.append(
-            deployed.Expert(spec, made.certificate, own.graph, own.masks, quantized, planned)
-        )
+        each.append(deployed.Expert(spec, made.certificate, own.graph, own.masks, planned))
         fns.append(deployed.as_deployed(planned))
         params.append(jax.tree.map(jnp.asarray, {"params": dict(program.params), "ranges": ranges}))
     made = deployed.Experts(

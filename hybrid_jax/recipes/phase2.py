@@ -34,7 +34,6 @@ class Gate(NamedTuple):
     params: Any
     planned: quantization.Plan
     graph: core.Graph
-    quantizer: quantization.Spec
     fitted_to: str
 
 
@@ -90,7 +89,7 @@ def learn_gate(
     sample = [(images,) for images in job.sample(settings.batch_size, CALIBRATION_BATCHES)]
     ranges = quantization.calibrate_edges(planned, sample)
     params = jax.tree.map(jnp.asarray, {"params": dict(program.params), "ranges": ranges})
-    return Gate(deployed.as_deployed(planned), params, planned, graph, quantizer, fitted_to)
+    return Gate(deployed.as_deployed(planned), params, planned, graph, fitted_to)
 
 
 def _fit_gate(job, dense, variables, made, weights, name, gate_fn, params):
