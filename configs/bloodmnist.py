@@ -16,6 +16,7 @@ from hybrid_jax import recipes
 def get_config() -> ConfigDict:
     """Returns the configuration; `data.dir` is the user's to give."""
     config = recipes.default_config()
+    config.model.shortcut = "project"
     config.data.name = "medmnist"
     config.data.dir = "bloodmnist.npz"
     config.data.validation = 0.0

@@ -27,6 +27,7 @@ from hybrid_jax import recipes
 def get_config() -> ConfigDict:
     """Returns the configuration; `data.dir` is the directory that TFDS prepared the data in."""
     config = recipes.default_config()
+    config.model.shortcut = "project"
     config.data.name = "cifar10"
     config.data.dir = "~/tensorflow_datasets"
     config.data.validation = 0.05

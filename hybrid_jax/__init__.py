@@ -17,30 +17,47 @@ The method is that of *Hybrid Compression: Integrating Pruning and Quantization 
 Networks* (arXiv 2606.22935).
 """
 
-from hybrid_jax import (
-    core,
-    cost,
-    data,
-    deploy,
-    experts,
-    models,
-    program,
-    pruning,
-    quantization,
-    recipes,
-    report,
-    training,
-)
-from hybrid_jax.core import Certificate, Graph, Group, Site, at_sites, expand, narrow, shrink, trace
-from hybrid_jax.program import Program, lower
+from etils import epy
+
+# Each is imported when it is first asked for: a mistake in a flag is told before JAX is there.
+with epy.lazy_api_imports(globals()):
+    from hybrid_jax import (
+        core,
+        cost,
+        data,
+        deploy,
+        experts,
+        models,
+        program,
+        pruning,
+        quantization,
+        recipes,
+        report,
+        training,
+    )
+    from hybrid_jax.core import (
+        Certificate,
+        Graph,
+        Group,
+        Site,
+        at_sites,
+        expand,
+        narrow,
+        shrink,
+        trace,
+    )
+    from hybrid_jax.program import Program, lower
+    from hybrid_jax.recipes import Budget, compress
 
 __all__ = [
+    "Budget",
     "Certificate",
     "Graph",
     "Group",
     "Program",
     "Site",
     "at_sites",
+    "compress",
     "core",
     "cost",
     "data",

@@ -9,6 +9,10 @@ from absl import flags
 COMMANDS = ("compress", "export", "report", "benchmark")
 
 
+class Told(Exception):
+    """What a user is told in one line, though it could not be known at the start."""
+
+
 def parse(argv: list[str], define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:
     """Returns the flags of a command line, whose first entry is the program's name.
 
@@ -28,6 +32,16 @@ def parse(argv: list[str], define: Callable[[flags.FlagValues], None]) -> flags.
     return values
 
 
+def define_cache(values: flags.FlagValues) -> None:
+    """Adds the flag --compilation_cache."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder of compiled programs; empty to keep none.",
+        flag_values=values,
+    )
+
+
 def required(values: flags.FlagValues, *names: str) -> None:
     """Raises ValueError unless these flags are given."""
     for name in names:
@@ -35,14 +49,20 @@ def required(values: flags.FlagValues, *names: str) -> None:
             raise ValueError(f"--{name} must be given, got nothing")
 
 
-def run(argv: list[str], doc: str, act: Callable[[list[str]], Callable[[], None] | None]) -> int:
+def run(
+    argv: list[str],
+    doc: str | Callable[[], str],
+    act: Callable[[list[str]], Callable[[], None] | None],
+) -> int:
     """Acts on a command line; a user's error is one line on stderr and an exit code of 2.
 
+    `doc` is what `--help` prints, or makes it.
+
     What `act` raises is a user's error. What it returns is called after it, and what that raises is
-    a fault of ours, with a traceback, but for a loss that is not finite.
+    a fault of ours, with a traceback, but for a loss that is not finite and for `Told`.
     """
     if {"-h", "--help"} & set(argv):
-        print(doc)
+        print(doc() if callable(doc) else doc)
         return 0
     try:
         left = act(argv)
@@ -51,7 +71,7 @@ def run(argv: list[str], doc: str, act: Callable[[list[str]], Callable[[], None]
     try:
         if left is not None:
             left()
-    except FloatingPointError as error:
+    except (FloatingPointError, Told) as error:
         return _fail(error)
     return 0
 

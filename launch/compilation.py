@@ -11,7 +11,6 @@ import sys
 import tempfile
 
 import jax
-from absl import flags
 
 from hybrid_jax import core
 from hybrid_jax.core import versions
@@ -27,16 +26,6 @@ _SETTINGS = {
 
 _NEW_OBJECTS = 50_000
 """New objects between looks for garbage: tracing makes millions, hardly any of them garbage."""
-
-
-def define_flag(values: flags.FlagValues) -> None:
-    """Adds the flag --compilation_cache."""
-    flags.DEFINE_string(
-        "compilation_cache",
-        None,
-        "Folder of compiled programs; empty to keep none.",
-        flag_values=values,
-    )
 
 
 def set_up(folder: str | None) -> None:

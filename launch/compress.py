@@ -5,112 +5,110 @@
 
 The work directory gets the checkpoints, the report with its plots and the deployed model. The same
 command resumes a run that was stopped; on a finished run it only writes the report again. From a
-notebook call `main(config, workdir)`.
+notebook call `main(config, workdir)`. `--dry_run` prints what would be done: sites, groups of
+channels, what is frozen and why, and what the network costs beside the budget.
 
 What is compiled is kept for later runs in ~/.cache/hybrid_jax, which may be deleted at any time;
 `--compilation_cache=/scratch/mine` keeps it elsewhere, and `--compilation_cache=` not at all.
 """
 
 import pathlib
+import runpy
 import shlex
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import configs
 from hybrid_jax import recipes
-from launch import command, compilation
+from launch import command
 
 
-def main(config: ConfigDict, workdir: str, command: str = "") -> dict:
-    """Runs `config` in `workdir` and returns the results, as `results.json` holds them.
-
-    Args:
-      config: A configuration as `configs/digits.py` returns it.
-      workdir: A directory that is empty, absent, or holds a run of the same config.
-      command: The command line, for the report.
-
-    Raises:
-      ValueError: If the configuration, the data or the work directory does not fit.
-      FileNotFoundError: If the data is not where the configuration says.
-      FloatingPointError: If a loss is not finite.
-    """
-    return recipes.run(recipes.prepare(config, workdir, command))
+def main(config: ConfigDict, workdir: str, command: str = "") -> "recipes.Result":
+    """Runs `config` in `workdir`, as `recipes.run` does."""
+    return recipes.run(config, workdir, command)
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None]:
-    """Returns the configuration, the work directory and the cache that a command line names.
+def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None, bool]:
+    """Returns what a command line says: configuration, work directory, cache, and whether dry.
+
+    A key that there is not is found without importing JAX.
 
     Args:
       argv: The command line; its first entry is the program's name.
 
     Raises:
-      ValueError: Names the flag, what it got, what was expected and the nearest valid key.
+      ValueError: Names the flag or key, what it got, what was expected and the nearest valid key.
     """
-    argv = [_with_file(flag) for flag in argv]
-    overrides = [flag[2:].split("=")[0] for flag in argv[1:] if flag.startswith("--config.")]
-    valid = {f"config.{key}" for key in recipes.flatten(recipes.default_config())}
-    for key in overrides:
-        if key not in valid:
-            hint = recipes.nearest_key(key.removeprefix("config."))
-            raise ValueError(f"--{key} is no key of the configuration{hint}")
-
-    def define(values):
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-        flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
-        compilation.define_flag(values)
-
-    try:
-        values = command.parse(argv, define)
-    except ValueError as error:
-        raise ValueError(_illegal_value(str(error))) from error
-    command.required(values, "config", "workdir")
-    return values.config, values.workdir, values.compilation_cache
+    overrides = [flag for flag in argv[1:] if flag.startswith("--config.")]
+    changes = recipes.flag_values(overrides)
+    values = command.parse([flag for flag in argv if flag not in overrides], _define)
+    command.required(values, "config", *(() if values.dry_run else ("workdir",)))
+    config = _load(values.config)
+    recipes.override(config, changes)
+    recipes.check_read(recipes.read(config).effort, changes)
+    return config, values.workdir, values.compilation_cache, values.dry_run
 
 
 def cli(argv: list[str]) -> int:
     """Runs the command line."""
-    keys = recipes.flatten(recipes.default_config())
-    listed = "\n".join(f"  --config.{key}={value}" for key, value in keys.items())
-    doc = f"{__doc__}\nKeys of the configuration, with their defaults:\n{listed}"
+
+    def doc():
+        return f"{__doc__}\nKeys of the configuration:\n\n{recipes.help_text()}"
+
     return command.run(argv, doc, _compress)
 
 
 def _compress(argv):
-    config, workdir, cache = parse(argv)
+    config, workdir, cache, dry = parse(argv)
+    from launch import compilation  # not before: it imports JAX
+
     compilation.set_up(cache)
     line = shlex.join(["python", "-m", "launch.compress", *argv[1:]])
-    job = recipes.prepare(config, workdir, line)
+    run = recipes.of_config(config, workdir or "", line)
+    if dry:
+        print(run.describe())
+        return None
+    run.claim()
 
-    def run():
-        recipes.run(job)
-        print(f"report: {pathlib.Path(workdir) / 'report.md'}")
+    def act():
+        from hybrid_jax import report
 
-    return run
+        try:
+            made = run()
+        except recipes.CannotBeMet as error:  # what was measured does not keep what was counted
+            raise command.Told(error) from error
+        report.show(made.results)
+        print(f"report: {made.report}")
+
+    return act
 
 
-def _with_file(flag):
-    """`--config=digits` with the file of that name among ours."""
-    if not flag.startswith("--config="):
-        return flag
-    given = pathlib.Path(flag.removeprefix("--config="))
+def _define(values):
+    flags.DEFINE_string("config", None, "A config module, or one of ours.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Print what would be done.", flag_values=values)
+    command.define_cache(values)
+
+
+def _load(name: str) -> ConfigDict:
+    """The configuration of a file, or of that name among ours."""
     ours = pathlib.Path(configs.__file__).parent
-    file = given if given.is_file() else ours / f"{given}.py"
+    file = pathlib.Path(name) if pathlib.Path(name).is_file() else ours / f"{name}.py"
     if not file.is_file():
         names = ", ".join(sorted(path.stem for path in ours.glob("[a-z]*.py")))
-        raise ValueError(f"--config must be a file, or one of {names}, got {str(given)!r}")
-    return f"--config={file}"
-
-
-def _illegal_value(message: str) -> str:
-    """Says `flag --config.a=x: invalid literal for int()…` in our words, if it is about a key."""
-    flag, _, value = message.removeprefix("flag --").partition(":")[0].partition("=")
-    default = recipes.flatten(recipes.default_config()).get(flag.removeprefix("config."))
-    if default is None:
-        return message
-    kind = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return f"--{flag} must be {kind.get(type(default), 'a tuple')}, got {value!r}"
+        raise ValueError(f"--config must be a file, or one of {names}, got {name!r}")
+    try:
+        config = runpy.run_path(str(file))["get_config"]()
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"it returns {type(config).__name__}")
+    except Exception as error:
+        raise ValueError(
+            "--config must be a file whose get_config() returns the configuration, "
+            f"got {file}: {type(error).__name__}: {error}"
+        ) from error
+    return config
 
 
 if __name__ == "__main__":

@@ -9,26 +9,21 @@ the run is written again with the results. What a target lacks to run is said, a
 `--compilation_cache` is as for `launch.compress`.
 """
 
-import pathlib
 import sys
 
-import rich.console
 from absl import flags
 
 from hybrid_jax import core, deploy, recipes, report
 from launch import command, compilation
 
 
-def main(workdir: str, targets: list[str], pairs: int = 30) -> list[dict]:
+def main(workdir: str, targets: list[str], pairs: int = 30) -> recipes.Result:
     """Exports and checks.
 
     Args:
       workdir: Directory of a finished run.
       targets: Of `deploy.TARGETS`.
       pairs: How many pairs of calls each latency is taken over.
-
-    Returns:
-      An entry for each file, as `results.json` holds them under 'exports'.
 
     Raises:
       FileNotFoundError: If there is no finished run in `workdir`.
@@ -38,10 +33,7 @@ def main(workdir: str, targets: list[str], pairs: int = 30) -> list[dict]:
         raise ValueError(f"--target must be of {', '.join(deploy.TARGETS)}, got nothing")
     for target in targets:
         core.check_choice("--target", target, deploy.TARGETS)
-    job = recipes.resume(workdir)
-    records = recipes.export(job, targets, pairs)
-    recipes.run(job)  # of a finished run it only writes the report again
-    return records
+    return recipes.export(workdir, targets, pairs)
 
 
 def cli(argv: list[str]) -> int:
@@ -53,7 +45,7 @@ def _define(values):
     flags.DEFINE_string("workdir", "", "Directory of a finished run.", flag_values=values)
     flags.DEFINE_list("target", [], "Targets, separated by commas.", flag_values=values)
     flags.DEFINE_integer("pairs", 30, "Pairs of calls for a latency.", flag_values=values)
-    compilation.define_flag(values)
+    command.define_cache(values)
 
 
 def _export(argv):
@@ -61,11 +53,9 @@ def _export(argv):
     command.required(values, "workdir")
     core.check_integer("--pairs", values.pairs, 1)
     compilation.set_up(values.compilation_cache)
-    records = main(values.workdir, values.target, values.pairs)
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
-    for record in records:
-        console.print(report.describe_export(record))
-    print(f"report: {pathlib.Path(values.workdir) / 'report.md'}")
+    made = main(values.workdir, values.target, values.pairs)
+    report.show(made.results)
+    print(f"report: {made.report}")
 
 
 if __name__ == "__main__":

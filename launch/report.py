@@ -3,7 +3,8 @@
     python -m launch.report --workdirs=runs/0,runs/1,runs/2 --output=runs/report
 
 Each work directory must hold a results.json; their configs may differ in nothing but the seed. One
-directory gives the report of that run, several give mean ± standard deviation.
+directory gives the report of that run, several give mean ± standard deviation. What to ship, and
+the table of what could be shipped, are printed too.
 """
 
 import sys
@@ -28,9 +29,12 @@ def main(workdirs: list[str], output: str) -> str:
       FileNotFoundError: If a directory has no results.json.
       ValueError: If a results.json is broken, or configs differ in more than the seed.
     """
-    results = [report.read(workdir) for workdir in workdirs]
-    write = report.write_aggregate if len(results) > 1 else report.write
-    return str(write(results if len(results) > 1 else results[0], output))
+    runs = [report.read(workdir) for workdir in workdirs]
+    if len(runs) > 1:
+        report.show(report.average(runs))
+        return str(report.write_average(runs, output))
+    report.show(runs[0])
+    return str(report.write(runs[0], output))
 
 
 def cli(argv: list[str]) -> int:

@@ -32,6 +32,7 @@ from hybrid_jax.core.grams import Gram as Gram
 from hybrid_jax.core.grams import check_grams as check_grams
 from hybrid_jax.core.grams import input_grams as input_grams
 from hybrid_jax.core.graph import Graph as Graph
+from hybrid_jax.core.graph import abstract as abstract
 from hybrid_jax.core.graph import trace as trace
 from hybrid_jax.core.host import check_known as check_known
 from hybrid_jax.core.host import is_traced as is_traced
@@ -39,6 +40,7 @@ from hybrid_jax.core.host import namespace as namespace
 from hybrid_jax.core.host import on_device as on_device
 from hybrid_jax.core.interpreter import bind as bind
 from hybrid_jax.core.interpreter import evaluate as evaluate
+from hybrid_jax.core.interpreter import inline as inline
 from hybrid_jax.core.measure import CHOICES as CHOICES
 from hybrid_jax.core.measure import Choices as Choices
 from hybrid_jax.core.measure import machine as machine

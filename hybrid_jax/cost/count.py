@@ -8,7 +8,6 @@ from typing import Any
 from hybrid_jax import core
 from hybrid_jax.cost.arguments import kept_counts
 from hybrid_jax.cost.formula import formula
-from hybrid_jax.cost.memory import peak_activation_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,6 @@ class Cost:
     parameters: int
     nonzero: int
     bytes: int
-    peak_activation_bytes: int
     sites: tuple[SiteCost, ...]
 
 
@@ -108,7 +106,7 @@ def count(
       84
     """
     kept = kept_counts(graph, masks)
-    at_full_width = formula(graph, masks, scales, choose_widths=False)
+    at_full_width = formula(graph, masks, scales, groups=())
     chosen = at_full_width.decisions(None, weight_bits, activation_bits)
     amounts = at_full_width.amounts(chosen)
     macs, bops, stored = (amounts[name][0] for name in ("macs", "bops", "bytes"))
@@ -137,6 +135,5 @@ def count(
         parameters=sum(sizes[path] for path in trained),
         nonzero=sum(kept[path] for path in trained),
         bytes=sum(stored),
-        peak_activation_bytes=peak_activation_bytes(graph, activation_bits),
         sites=tuple(rows),
     )

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +11,11 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.core import interpreter
 from hybrid_jax.cost.arguments import FLOAT_BITS, all_bits, kept_counts, scales_of_kernels
-from hybrid_jax.cost.memory import OUTPUT, moments
 
 SCALE_BYTES = 4
 
 Decision = tuple[str, Any]
-"""What is chosen: ('width', group), ('weight', path of a kernel) or ('activation', site); or
-('stored', sites), which is the largest activation bits of several sites."""
+"""What is chosen: ('width', group), ('weight', path of a kernel) or ('activation', site)."""
 
 Polynomial = dict[tuple[str, ...], int]
 """{groups, repeated for powers: coefficient} of a size in the widths of groups."""
@@ -42,9 +40,8 @@ class Formula:
     """What a model costs as a function of widths and bits.
 
     Attributes:
-      costs: {'macs', 'bops', 'bytes' or 'peak_activation_bytes', as in `Cost`: rows}. A row is a
-        tuple of amounts that are added; the cost is the largest row. A model with loops has no
-        formula of its peak.
+      costs: {'macs', 'bops' or 'bytes', as in `Cost`; of a program 'memory' too: rows}. A row is a
+        tuple of amounts that are added; the cost is the largest row.
       widths: {group name: number of channels n}; the groups whose width may be chosen.
       kernels: {site name: path of its kernel}, in running order.
     """
@@ -90,14 +87,8 @@ class Formula:
     def amounts(self, chosen: Mapping[Decision, int]) -> dict[str, list[list[int]]]:
         """What `count` adds up: MACs and BOPs of each site and of the rest, bytes of each leaf."""
 
-        def at(decision):
-            kind, name = decision
-            if kind == "stored":
-                return max(chosen["activation", site] for site in name)
-            return chosen[decision]
-
         def value(amount):
-            total = sum(term.value(*map(at, term.of)) for term in amount.terms)
+            total = sum(term.value(*map(chosen.get, term.of)) for term in amount.terms)
             return -(-total // amount.unit)
 
         return {name: [list(map(value, row)) for row in rows] for name, rows in self.costs.items()}
@@ -108,7 +99,7 @@ def formula(
     masks: Any = None,
     scales: Mapping[str, int] | None = None,
     *,
-    choose_widths: bool = True,
+    groups: Sequence[core.Group] | None = None,
 ) -> Formula:
     """Finds what a model costs as a function of the widths of its groups and the bits of its sites.
 
@@ -117,9 +108,9 @@ def formula(
 
     `count` says what `masks` and `scales` are. With masks, or with scales in groups (neither one
     per output channel nor one per tensor), widths cannot be chosen: shrink first. Nor can they
-    where two activations are multiplied with each other, or without `choose_widths`. An array that
-    holds the channels of a group unequally often, so that its size does not depend on their number
-    alone, is an error: then choose bits only.
+    where two activations are multiplied with each other. An array that holds the channels of a
+    group unequally often, so that its size does not depend on their number alone, is an error: then
+    leave that group out of `groups`, which are all of the graph's if they are not given.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -135,8 +126,9 @@ def formula(
     between = graph.macs - sum(site.macs for site in graph.sites)
     fixed_scales = scales_of_kernels(graph, scales)
     scalable = all(n <= 1 for n in fixed_scales.values())
-    groups = graph.groups if choose_widths and masks is None and not between and scalable else ()
-    measure = _measure(graph, groups)
+    fixed = masks is not None or between or not scalable
+    groups = () if fixed else graph.groups if groups is None else groups
+    measure = sizes(graph, groups)
     macs, bops, kernels = [], [], {}
     for where, site in graph.site_at.items():
         if interpreter.in_derivative(where):
@@ -148,23 +140,22 @@ def formula(
         else:
             size = graph.parameters[site.path].size
             work = {(): site.macs * kept[site.path] // max(size, 1)}
-        macs.append(_amount(work))
-        bops.append(_amount(work, (("weight", site.path), ("activation", site.name))))
+        macs.append(amount(work))
+        bops.append(amount(work, (("weight", site.path), ("activation", site.name))))
     stored = [_stored_bytes(graph, measure, path, kernels.get(path)) for path in kept]
     costs = {
-        "macs": ((*macs, _amount({(): between})),),
-        "bops": ((*bops, _amount({(): between * FLOAT_BITS**2})),),
+        "macs": ((*macs, amount({(): between})),),
+        "bops": ((*bops, amount({(): between * FLOAT_BITS**2})),),
         "bytes": (tuple(stored),),
     }
-    peak = _peak(graph, measure)
     return Formula(
-        costs | ({"peak_activation_bytes": peak} if peak else {}),
+        costs,
         {group.name: group.size for group in groups},
         {site.name: site.path for site in graph.sites},
     )
 
 
-def _measure(graph, groups) -> Callable[[Any], Polynomial]:
+def sizes(graph: core.Graph, groups: Sequence[core.Group]) -> Callable[[Any], Polynomial]:
     """From the labels of each axis of an array to its size, a polynomial in the groups' widths."""
     if not groups:
         return lambda axes: {(): math.prod(map(len, axes))}
@@ -210,7 +201,7 @@ def _stored_bytes(graph, measure, path, kernel) -> Amount:
     """Bytes of a parameter; of a kernel with its scales: (site, labels of each axis, scales)."""
     size = measure(_parameter(graph, path))
     if kernel is None:
-        return _amount(_scaled(size, FLOAT_BITS), unit=8)
+        return amount(_scaled(size, FLOAT_BITS), unit=8)
     (site, labels, scales), weight = kernel, ("weight", path)
     if scales is None:
         channels = measure([axis for i, axis in enumerate(labels) if i not in site.kernel_in_axes])
@@ -219,37 +210,11 @@ def _stored_bytes(graph, measure, path, kernel) -> Amount:
         scale_bits = _scaled(channels, times, max(math.prod(site.kernel_shape), 1))
     else:
         scale_bits = {(): scales * 8 * SCALE_BYTES}
-    gated = tuple(_if_quantized(term, weight) for term in _amount(scale_bits).terms)
-    return Amount(_amount(size, (weight,)).terms + gated, unit=8)
+    gated = tuple(_if_quantized(term, weight) for term in amount(scale_bits).terms)
+    return Amount(amount(size, (weight,)).terms + gated, unit=8)
 
 
-def _peak(graph, measure) -> tuple[tuple[Amount, ...], ...] | None:
-    """The rows of what is stored at each time, but for those that hold no more than another."""
-    found = moments(graph, lambda axes: _scaled(measure(axes), 1, graph.batch, up=True))
-    if any(times < 0 for moment in found for times, _ in moment):
-        return None
-    together = sorted({frozenset(v for _, v in moment if v.readers) for moment in found}, key=len)
-    widest = [s for i, s in enumerate(together) if not any(s < other for other in together[i:])]
-    # Sets have no order; the rows have one, so that of equal optima the same is found each time.
-    rows = sorted(sorted(map(_described, values)) for values in widest)
-    return tuple(tuple(_stored(*value) for value in row) for row in rows)
-
-
-def _described(value):
-    """Monomials, whether it is an output, and the sites that read it."""
-    names = tuple(sorted(name for name in value.readers if name is not OUTPUT))
-    return tuple(sorted(value.size.items())), OUTPUT in value.readers, names
-
-
-def _stored(size, is_output, names) -> Amount:
-    size = dict(size)
-    if is_output:
-        return _amount(_scaled(size, FLOAT_BITS), unit=8)
-    decision = ("activation", names[0]) if len(names) == 1 else ("stored", names)
-    return _amount(size, (decision,), unit=8)
-
-
-def _amount(size: Polynomial, bits: tuple[Decision, ...] = (), unit: int = 1) -> Amount:
+def amount(size: Polynomial, bits: tuple[Decision, ...] = (), unit: int = 1) -> Amount:
     """Multiplies a size by bits, a term for each monomial."""
     terms = []
     for groups, factor in size.items():
@@ -275,9 +240,6 @@ def _parameter(graph, path):
     return graph.arguments[list(graph.parameters).index(path)].labels
 
 
-def _scaled(size: Polynomial, factor: int, divisor: int = 1, up: bool = False) -> Polynomial:
+def _scaled(size: Polynomial, factor: int, divisor: int = 1) -> Polynomial:
     """Each coefficient · factor / divisor, whole."""
-    return {
-        groups: -(-n * factor // divisor) if up else n * factor // divisor
-        for groups, n in size.items()
-    }
+    return {groups: n * factor // divisor for groups, n in size.items()}

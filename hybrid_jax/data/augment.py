@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from hybrid_jax import core
 
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Scales images to zero mean and unit deviation: (images / 255 - mean) / std.
@@ -43,12 +45,20 @@ def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
+def in_place(augment: Augment) -> Augment:
+    """Marks an augmentation that leaves every pixel where it is, so that its label stays right."""
+    augment.in_place = True
+    return augment
+
+
+@in_place
 def brightness(images: jax.Array, key: jax.Array) -> jax.Array:
     """Multiplies each image of uint8 by a factor of its own, uniform in [0.8, 1.2)."""
     factor = jax.random.uniform(key, (images.shape[0], 1, 1, 1), minval=0.8, maxval=1.2)
     return jnp.clip(jnp.round(images.astype(jnp.float32) * factor), 0, 255).astype(images.dtype)
 
 
+@in_place
 def cutout(images: jax.Array, key: jax.Array) -> jax.Array:
     """Blackens a square at a random centre of each image, that may reach over its border.
 
@@ -65,25 +75,31 @@ def cutout(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(inside, jnp.zeros((), images.dtype), images)
 
 
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
-
 AUGMENTATIONS: dict[str, Augment] = {
     "flip": random_flip,
     "brightness": brightness,
     "cutout": cutout,
 }
-"""Augmentations by name, open to users: (images (B, H, W, C) uint8, key) -> images as they were."""
+"""Augmentations by name, open to users: (images (B, H, W, C) uint8, key) -> images as they were.
+
+One that moves no pixel is marked by `in_place`.
+"""
 
 
 def augmentation(
-    padding: int = 0, flip: bool = False, others: Sequence[str | Augment] = ()
+    padding: int = 0,
+    flip: bool = False,
+    others: Sequence[str | Augment] = (),
+    *,
+    label_kind: str | None = "classes",
 ) -> Augment:
     """Makes the augmentation of a data set.
 
     It is a pure function (images (B, H, W, C), key) -> images of the same shape and dtype.
     `padding` is the largest shift in pixels: 4 for CIFAR-10, 1 for 8×8 digits. `flip` is not
     for digits, whose mirror images are no digits. `others` follow in their order: functions of that
-    kind, or names of `AUGMENTATIONS`.
+    kind, or names of `AUGMENTATIONS`. With labels of 'pixels', the `label_kind` of `Splits`, which
+    would stay where they are, all must be `in_place`.
 
     Example:
       >>> augment = jax.jit(augmentation(padding=4, flip=True, others=['cutout']))
@@ -94,14 +110,21 @@ def augmentation(
     for other in others:
         if not callable(other):
             core.check_choice("augmentation", other, AUGMENTATIONS)
+    functions = [other if callable(other) else AUGMENTATIONS[other] for other in others]
+    if label_kind == "pixels":
+        moving = [o for o, f in zip(others, functions) if not getattr(f, "in_place", False)]
+        if moving := [*moving, *["padding"] * bool(padding), *["flip"] * flip]:
+            raise ValueError(
+                "augmentation must leave pixels that have labels where they are (`in_place`), "
+                f"got {', '.join(map(str, moving))}"
+            )
 
     def augment(images: jax.Array, key: jax.Array) -> jax.Array:
         shift_key, flip_key = jax.random.split(key)
         if padding:
             images = random_shift(images, shift_key, padding)
         images = random_flip(images, flip_key) if flip else images
-        for i, other in enumerate(others):
-            function = other if callable(other) else AUGMENTATIONS[other]
+        for i, (other, function) in enumerate(zip(others, functions)):
             made = function(images, jax.random.fold_in(key, i))
             core.check_same_structure(f"images after augmentation {other}", images, made)
             images = made

@@ -1,14 +1,13 @@
 """Batches that depend on (seed, epoch, step) alone, so that training resumes in mid-epoch."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import functools
+import sys
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.data.augment import normalize
+from hybrid_jax.data.on_disk import OnDisk, read_ahead
 from hybrid_jax.data.splits import Arrays
 
 Batch = dict[str, np.ndarray]
@@ -21,7 +20,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def steps_per_epoch(arrays: Arrays, batch_size: int) -> int:
     """How many full batches an epoch has; the examples left over sit this epoch out."""
-    return len(arrays.labels) // core.check_integer("batch_size", batch_size, 1, len(arrays.labels))
+    return len(arrays.images) // core.check_integer("batch_size", batch_size, 1, len(arrays.images))
 
 
 def batches(
@@ -30,11 +29,12 @@ def batches(
     """Iterates over shuffled full batches, epoch after epoch.
 
     What follows `start_step` is what an iterator from step 0 would give from there on. It ends
-    before step `steps`, or never. `seed` decides the order.
+    before step `steps`, or never. `seed` decides the order. Of images on disk it is the same, and
+    grain reads the next batch meanwhile.
 
     Returns:
-      Iterator over {'image': (B, H, W, C) uint8, 'label': (B,) int32, 'index': (B,) int32}, where
-      `index` is the example's position in `arrays`.
+      Iterator over {'image': (B, H, W, C) uint8, 'label': (B, …) as of `Arrays`, if there are any,
+      'index': (B,) int32}, where `index` is the example's position in `arrays`.
 
     Example:
       >>> arrays = Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10, dtype=np.int32))
@@ -44,47 +44,20 @@ def batches(
       True
     """
     per_epoch = steps_per_epoch(arrays, batch_size)
-    labels = core.check_labels("labels", arrays.labels, 2**31).astype(np.int32)
+    labels = arrays.labels
+    if labels is not None and labels.dtype.kind != "f":
+        labels = core.check_labels("labels", labels, 2**31).astype(np.int32)
     core.check_integer("seed", seed, 0)
     core.check_integer("start_step", start_step, 0)
-    if steps is not None:
-        core.check_integer("steps", steps, 0)
+    stop = sys.maxsize if steps is None else core.check_integer("steps", steps, 0)
+    order = functools.lru_cache(2)(lambda epoch: epoch_order(len(arrays.images), seed, epoch))
 
-    def generate() -> Iterator[Batch]:
-        epoch, order = None, None
-        for step in itertools.count(start_step) if steps is None else range(start_step, steps):
-            if epoch != step // per_epoch:
-                epoch = step // per_epoch
-                order = epoch_order(len(arrays.labels), seed, epoch)
-            first = step % per_epoch * batch_size
-            index = order[first : first + batch_size]
-            yield {
-                "image": arrays.images[index],
-                "label": labels[index],
-                "index": index.astype(np.int32),
-            }
+    def batch(step: int) -> Batch:
+        epoch, place = divmod(step, per_epoch)
+        index = order(epoch)[place * batch_size :][:batch_size]
+        own = {} if labels is None else {"label": labels[index]}
+        return {"image": arrays.images[index], **own, "index": index.astype(np.int32)}
 
-    return generate()
-
-
-def calibration(
-    batches: Iterable[Any], mean: Sequence[float], std: Sequence[float]
-) -> Iterator[tuple[jax.Array]]:
-    """Yields a user's own batches as calibration takes them: (normalized images,), without labels.
-
-    A batch is images (B, H, W, C) uint8, or a tuple whose first entry, or a mapping whose 'image',
-    these are. `mean` and `std` are as of `normalize`.
-
-    Example:
-      >>> [(images,)] = calibration([np.full((2, 4, 4, 1), 255, np.uint8)], mean=(0.5,), std=(0.5,))
-      >>> images.shape, float(images.max())
-      ((2, 4, 4, 1), 1.0)
-    """
-    for batch in batches:
-        images = batch["image"] if isinstance(batch, Mapping) else batch
-        images = np.asarray(images[0] if isinstance(images, tuple | list) else images)
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(
-                f"batches must hold images (B, H, W, C) uint8, got {images.dtype}{images.shape}"
-            )
-        yield (normalize(images, mean, std),)
+    if isinstance(arrays.images, OnDisk):
+        return read_ahead(batch, range(start_step, stop), threads=1, ahead=2)
+    return map(batch, range(start_step, stop))

@@ -1,11 +1,13 @@
 """Image files in a directory, labelled by their directories, a csv or their names."""
 
 import csv
+import functools
 import os
 import pathlib
 import re
+from collections.abc import Iterator, Sequence
 
-from hybrid_jax.data.reading import Examples, Source, decode, existing, opened, read_text
+from hybrid_jax.data.reading import Example, Examples, Source, decode, existing, opened, read_text
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PARTS = {"train": "train", "test": "test"}
@@ -43,9 +45,14 @@ def folder(
 
 
 def _examples(root: pathlib.Path, labels: dict[pathlib.Path, str], channels: int) -> Examples:
-    paths = {str(root / file): label for file, label in labels.items()}
-    each = ((path, decode(path, path, channels), label) for path, label in paths.items())
-    return Examples(len(paths), each)
+    paths = [str(root / file) for file in labels]
+    classes = list(labels.values())
+
+    def at(numbers: Sequence[int]) -> Iterator[Example]:
+        for i in numbers:
+            yield paths[i], functools.partial(decode, paths[i], paths[i], channels), classes[i]
+
+    return Examples(len(paths), at)
 
 
 def _images(root: pathlib.Path) -> list[pathlib.Path]:

@@ -3,7 +3,7 @@
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from hybrid_jax.data.reading import Source, existing
 PARTS = {"train": "train(ing)?", "test": "test(ing)?", "validation": "val(id(ation)?)?"}
 IMAGES = ("x", "image", "images", "img", "imgs", "data")
 LABELS = ("y", "label", "labels", "target", "targets")
+TARGETS = (*LABELS, "mask", "masks", "value", "values")
 MEDMNIST = [f"{part}_{what}" for part in ("train", "test", "val") for what in ("images", "labels")]
 
 
@@ -20,8 +21,9 @@ def npz(dir: str | os.PathLike | None, *, keys: Sequence[str] = ()) -> Source:
 
     Images are (n, H, W, C) or (n, H, W), labels (n,) or (n, 1), of integers or class names. Their
     keys are told by shape, and by name where several have it: x_train and y_train, train_images
-    and train_labels, images and labels, and so on. `keys` gives them instead: those of images and
-    labels of train, then of test, then of validation.
+    and train_labels, images and labels, and so on. Labels of pixels (n, H, W) and values, floats
+    (n,) or (n, D), are told by such names alone, or train_masks and train_values. `keys` gives them
+    instead: those of images and labels of train, then of test, then of validation.
     """
     arrays = _arrays(dir, keys)
     pairs = list(zip(keys[::2], keys[1::2]))
@@ -77,12 +79,9 @@ def _found(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:
             continue
         image = _only(images, named, IMAGES)
         count = len(own[image]) if image else 0
-        labels = [
-            key
-            for key, array in own.items()
-            if array.shape in ((count,), (count, 1)) and array.dtype.kind in "iuU"
-        ]
-        label = _only(labels, named, LABELS)
+        others = {k: a for k, a in own.items() if k != image and a.shape[:1] == (count,)}
+        classes = [k for k, a in others.items() if a.size == count and a.dtype.kind in "iuU"]
+        label = _usual(others, named, TARGETS) or _only(classes, named, LABELS)
         if image is None or label is None:
             raise ValueError(
                 f"keys must be given where shapes and names leave open which are images and "
@@ -103,7 +102,11 @@ def _named(key: str) -> tuple[str | None, str]:
 
 def _only(keys: list[str], named: dict, words: Sequence[str]) -> str | None:
     """The only key, or the only one of a usual name."""
-    usual = keys if len(keys) == 1 else [key for key in keys if named[key][1] in words]
+    return keys[0] if len(keys) == 1 else _usual(keys, named, words)
+
+
+def _usual(keys: Iterable[str], named: dict, words: Sequence[str]) -> str | None:
+    usual = [key for key in keys if named[key][1] in words]
     return usual[0] if len(usual) == 1 else None
 
 

@@ -1,9 +1,10 @@
-"""What a source gives: arrays, or examples that are read one at a time and made of one size."""
+"""What a source gives: arrays, or examples that are read one by one and made of one size."""
 
 import contextlib
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -11,22 +12,37 @@ from rich.console import Console
 from rich.progress import track
 
 from hybrid_jax import core
+from hybrid_jax.data.on_disk import OnDisk
+
+MEMORY = 2**32
+"""Bytes of a part's images that are held in memory; those of a larger part stay on disk."""
+
+Example = tuple[str, Callable[[], np.ndarray], int | str]
+"""Its name in errors, what reads its image (h, w, C) uint8, its label."""
 
 
 class Examples(NamedTuple):
-    """Images that are read one at a time, each of a size of its own.
+    """Images that are read when they are needed, each of a size of its own.
 
     Attributes:
       count: How many there are.
-      each: (name, image (h, w, C) uint8, label) of every example; errors call it by its name.
+      at: From numbers in [0, count) to their examples, in this order. It may be called by threads.
+
+    Example:
+      >>> def at(numbers):
+      ...     for i in numbers:
+      ...         yield f'image {i}', lambda: np.zeros((2, 2, 3), np.uint8), i % 2
+      >>> images, labels = read('train', Examples(4, at))
+      >>> images.shape, labels
+      ((4, 2, 2, 3), array([0, 1, 0, 1]))
     """
 
     count: int
-    each: Iterable[tuple[str, np.ndarray, int | str]]
+    at: Callable[[Sequence[int]], Iterable[Example]]
 
 
 Part = tuple[Any, Any] | Examples
-"""Images and labels, or examples of both; labels are integers or the names of classes."""
+"""Images and labels, or examples of both. Labels are integers or names of classes, or values."""
 
 
 class Source(NamedTuple):
@@ -68,36 +84,52 @@ def check_size(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def read(
-    title: str, examples: Examples, resize: Sequence[int] = (), crop: Sequence[int] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reads all examples, each resized and cropped by `fit` as it comes.
+    title: str,
+    examples: Examples,
+    resize: Sequence[int] = (),
+    crop: Sequence[int] = (),
+    memory: int = MEMORY,
+) -> tuple[np.ndarray | OnDisk, np.ndarray]:
+    """Reads all examples, or their labels alone where the images are more than `memory` bytes.
 
     Returns:
-      Images (n, H, W, C) uint8 and labels (n,).
+      Images (n, H, W, C) uint8, each resized and cropped by `fit`, and labels (n,).
 
     Raises:
-      ValueError: Where sizes differ; it names the first that does.
+      ValueError: Where sizes differ; it names the first that does, when it is read.
     """
-    pixels, labels, first = bytearray(), [], []
+    if not examples.count:
+        raise ValueError(f"{title} must hold images, got none")
+
+    def fitted(example: Example) -> np.ndarray:
+        image = _fitted(example, resize, crop)
+        if image.shape != shape:
+            raise ValueError(
+                f"images must all have one size, got {image.shape} of {example[0]} and {shape} "
+                f"of {first[0]}; give resize, crop or both"
+            )
+        return image
+
+    def some(numbers: Sequence[int]) -> list[np.ndarray]:
+        return list(map(fitted, examples.at(numbers)))
+
+    first = next(iter(examples.at([0])))
+    shape = _fitted(first, resize, crop).shape
+    images: np.ndarray | OnDisk = OnDisk(some, np.arange(examples.count), shape)
+    if held := math.prod(images.shape) <= memory:
+        images = np.empty(images.shape, np.uint8)
 
     # Errors are raised in here, where the bar is taken down with them.
-    def fitted() -> Iterator[tuple[np.ndarray, int | str]]:
-        for name, image, label in examples.each:
-            image = fit(name, image, resize, crop)
-            first[:] = first or (name, image.shape)
-            if image.shape != first[1]:
-                raise ValueError(
-                    f"images must all have one size, got {image.shape} of {name} and {first[1]} "
-                    f"of {first[0]}; give resize, crop or both"
-                )
-            yield image, label
+    def each() -> Iterator[int | str]:
+        for i, example in enumerate(examples.at(range(examples.count))):
+            if held:
+                images[i] = fitted(example)
+            yield example[2]
 
-    bar = {"console": Console(stderr=True), "transient": True}
-    for image, label in track(fitted(), f"Reading {title}", examples.count, **bar):
-        pixels += image.tobytes()
-        labels.append(label)
-    shape = first[1] if first else (0, 0, 0)
-    return np.frombuffer(pixels, np.uint8).reshape(len(labels), *shape), np.asarray(labels)
+    console = Console(stderr=True)
+    bar = {"console": console, "transient": True, "disable": not console.is_terminal}
+    labels = list(track(each(), f"Reading {title}", examples.count, **bar))
+    return images, np.asarray(labels)
 
 
 def fit(
@@ -149,6 +181,13 @@ def opened(name: str, file: str | os.PathLike | BinaryIO) -> Iterator[Any]:
             yield image
     except Exception as error:  # a decoder meets a damaged file with whatever it stumbles over
         raise ValueError(f"{name} must be an image of 8 bits a channel, got {error}") from error
+
+
+def _fitted(example: Example, resize: Sequence[int], crop: Sequence[int]) -> np.ndarray:
+    name, image = example[0], example[1]()
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ValueError(f"{name} must be (h, w, C) uint8, got {image.shape} {image.dtype}")
+    return fit(name, image, resize, crop)
 
 
 def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:

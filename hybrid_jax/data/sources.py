@@ -25,7 +25,7 @@ def load(
     validation: float | str | None = None,
     **options: Any,
 ) -> Splits:
-    """Loads a data set into memory.
+    """Loads a data set: into memory, or to be read as it is needed, see `memory` of `from_arrays`.
 
     Args:
       name: One of `SOURCES`, whose docstrings say what each reads.

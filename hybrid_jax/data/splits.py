@@ -7,19 +7,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.data.reading import Examples, Part, check_size, fit, read
+from hybrid_jax.data import labels as targets
+from hybrid_jax.data.on_disk import OnDisk
+from hybrid_jax.data.reading import MEMORY, Examples, Part, check_size, fit, read
 
 
 class Arrays(NamedTuple):
-    """Labelled images in memory.
+    """Images and their labels, in memory or on disk.
 
     Attributes:
       images: (n, H, W, C) uint8.
-      labels: (n,) int32, each in [0, N).
+      labels: int32 in [0, N), of images (n,) or of their pixels (n, H, W); float32 values (n,) or
+        (n, D); or None.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray | OnDisk
+    labels: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Splits:
       train: What weights are learned from.
       validation: Held out: selects epochs, ranges and experts.
       test: Read once, at the end.
+      class_names: Those of the N classes; None where labels are values, or none are.
       mean: C channel means that images are normalized by, of pixels from 0 to 1.
       std: C channel standard deviations, of the same.
       indices: For each of the three, the part as it was given that its images are of, and their
@@ -39,15 +43,20 @@ class Splits:
     train: Arrays
     validation: Arrays
     test: Arrays
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     indices: dict[str, tuple[str, np.ndarray]]
 
     @property
-    def num_classes(self) -> int:
-        """The number of classes N."""
-        return len(self.class_names)
+    def num_classes(self) -> int | None:
+        """The number of classes N; None where labels are no classes."""
+        return None if self.class_names is None else len(self.class_names)
+
+    @property
+    def label_kind(self) -> str | None:
+        """What labels are: 'classes', 'pixels', which have classes, or 'values'; None without."""
+        return targets.label_kind(self.train.labels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -68,16 +77,18 @@ def from_arrays(
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    memory: int = MEMORY,
 ) -> Splits:
     """Makes `Splits` of a user's own arrays.
 
-    Every held-out or reduced part is stratified by class and depends on `seed` alone; test images
-    taken of train not even on that.
+    Every held-out or reduced part is stratified where labels are classes of images, and depends on
+    `seed` alone; test images taken of train not even on that.
 
     Args:
-      train: Images (n, H, W, C) or (n, H, W), uint8, and labels (n,) or (n, 1), integers or names
-        of classes. Anything `numpy.asarray` takes: NumPy or JAX arrays, nested lists of ints. Or
-        `Examples`.
+      train: Images (n, H, W, C) or (n, H, W), uint8, and labels: integers or names of classes, (n,)
+        or (n, 1); integers (n, H, W), the classes of pixels; floats (n,) or (n, D), values of a
+        regression; or None. Anything `numpy.asarray` takes: NumPy or JAX arrays, nested lists of
+        ints. Or `Examples`.
       test: The same for the test images; or how many of train to take for it, a fraction below 1
         or a whole number; None for a fifth.
       validation: The same for the validation images; or how many of train to hold out for it, or
@@ -89,9 +100,11 @@ def from_arrays(
       image_shape: The (H, W, C) that images must have; None takes that of train.
       class_names: N names in the order of their numbers; a label that is a name is one of them, or
         its number where none of them is a number. None takes the names that the train labels have,
-        sorted, or names the classes '0', '1', ..., no more than there are train images.
-      mean: One value for each channel, of pixels from 0 to 1; () takes those of the train images.
+        sorted, or names the classes '0', '1', ..., no more than there are train labels.
+      mean: One value for each channel, of pixels from 0 to 1; () takes those of the train images,
+        of a thousand of them where they are on disk.
       std: The same for the standard deviations; computed, it is 1 where a channel is constant.
+      memory: Of `Examples`, the images of a part with more bytes than this stay on disk.
 
     Example:
       >>> images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
@@ -104,19 +117,21 @@ def from_arrays(
     sizes = check_size("resize", resize), check_size("crop", crop)
     test, validation = 0.2 if test is None else test, 0.1 if validation is None else validation
     given = {"train": train, "test": test, "validation": validation}
-    parts = {n: _arrays(n, part, *sizes) for n, part in given.items() if _is_part(part)}
+    core.check_integer("memory", memory, 0)
+    parts = {n: _arrays(n, part, *sizes, memory) for n, part in given.items() if _is_part(part)}
     shape = tuple(image_shape or parts["train"].images.shape[1:])
-    names = _class_names(parts["train"].labels, class_names)
+    names = targets.class_names(parts["train"].labels, class_names)
     for name, values in (("mean", mean), ("std", std)):
         _check_moments(name, values, shape[-1])
     numbers = class_names is not None and not any(name.isdecimal() for name in names)
-    parts = {n: _checked(n, part, shape, names, numbers) for n, part in parts.items()}
-    indices = {n: (n, np.arange(len(part.labels))) for n, part in parts.items()}
+    first = parts["train"].labels
+    parts = {n: _checked(n, part, shape, first, names, numbers) for n, part in parts.items()}
+    indices = {n: (n, np.arange(len(part.images))) for n, part in parts.items()}
 
     def take(argument: str, amount: float | str, of: str, seed: int) -> None:
         source, index = indices[of]
         count = _held_out(argument, amount, of, len(index))
-        chosen, rest = _divide(parts[source].labels, index, count, seed)
+        chosen, rest = _divide(parts[source], index, count, seed)
         indices[argument], indices[of] = (source, chosen), (source, rest)
 
     if "test" not in parts:
@@ -127,11 +142,8 @@ def from_arrays(
     if train_size is not None:
         source, index = indices["train"]
         core.check_integer("train_size", train_size, 1, len(index))
-        indices["train"] = (source, _divide(parts[source].labels, index, train_size, seed)[0])
-    divided = {
-        n: Arrays(parts[of].images[index], parts[of].labels[index])
-        for n, (of, index) in indices.items()
-    }
+        indices["train"] = (source, _divide(parts[source], index, train_size, seed)[0])
+    divided = {n: _part(parts[of], index) for n, (of, index) in indices.items()}
     computed = (mean, std) if mean and std else _moments(divided["train"].images)
     mean, std = (tuple(map(float, own or found)) for own, found in zip((mean, std), computed))
     return Splits(**divided, class_names=names, mean=mean, std=std, indices=indices)
@@ -180,12 +192,20 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _divide(
-    labels: np.ndarray, index: np.ndarray, count: int, seed: int
+    arrays: Arrays, index: np.ndarray, count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the positions `index`, `count` chosen ones and the others."""
+    by_class = targets.label_kind(arrays.labels) == "classes"
+    labels = arrays.labels[index] if by_class else np.zeros(len(index), int)
     chosen = np.zeros(len(index), bool)
-    chosen[stratified(labels[index], count, seed)] = True
+    chosen[stratified(labels, count, seed)] = True
     return index[chosen], index[~chosen]
+
+
+def _part(arrays: Arrays, index: np.ndarray) -> Arrays:
+    images, labels = arrays
+    images = images.part(index) if isinstance(images, OnDisk) else images[index]
+    return Arrays(images, None if labels is None else labels[index])
 
 
 def _is_part(value: Any) -> bool:
@@ -203,12 +223,15 @@ def _held_out(argument: str, amount: float | str, of: str, available: int) -> in
     return count
 
 
-def _arrays(name: str, part: Part, resize: tuple[int, ...], crop: tuple[int, ...]) -> Arrays:
+def _arrays(
+    name: str, part: Part, resize: tuple[int, ...], crop: tuple[int, ...], memory: int
+) -> Arrays:
     """Of the right shapes and of one size; the labels as they came."""
     if isinstance(part, Examples):
-        images, labels = read(name, part, resize, crop)
-    else:
-        images, labels = map(np.asarray, part)
+        images, labels = read(name, part, resize, crop, memory)
+        return Arrays(images, targets.shaped(name, labels, len(images)))
+    images, labels = part
+    images = np.asarray(images)
     if np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8:
         inside = images.size and images.min() >= 0 and images.max() <= 255
         images = images.astype(np.uint8) if inside else images
@@ -224,52 +247,30 @@ def _arrays(name: str, part: Part, resize: tuple[int, ...], crop: tuple[int, ...
         raise ValueError(
             f"{name} images must have shape (n, H, W, C) or (n, H, W), n > 0, got {images.shape}"
         )
-    if labels.shape not in ((len(images),), (len(images), 1)):
-        raise ValueError(
-            f"{name} labels must have shape ({len(images)},) as there are {len(images)} images, "
-            f"got {labels.shape}"
-        )
-    if (resize or crop) and not isinstance(part, Examples):
+    labels = targets.shaped(name, labels, len(images))
+    if resize or crop:
+        if targets.label_kind(labels) == "pixels":
+            raise ValueError("resize and crop must be () where pixels have labels, which stay")
         images = np.stack([fit(f"a {name} image", image, resize, crop) for image in images])
-    return Arrays(images, labels.ravel())
-
-
-def _class_names(labels: np.ndarray, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Those given, or of the train labels; at least two, no two of them alike."""
-    if given is not None:
-        names = tuple(given)
-    elif labels.dtype.kind == "U":
-        found = np.unique(labels).tolist()
-        # As numbers, 10 comes after 9.
-        names = tuple(sorted(found, key=int if all(map(str.isdecimal, found)) else None))
-    else:
-        core.check_labels("train labels, without class_names,", labels, len(labels))
-        names = tuple(map(str, range(int(labels.max()) + 1)))
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ValueError(f"class_names must differ, got {twice[0]!r} twice")
-    if len(names) < 2:
-        raise ValueError(f"train labels must be of two classes or more, got {names}")
-    return names
+    return Arrays(images, labels)
 
 
 def _checked(
-    name: str, part: Arrays, shape: tuple[int, ...], names: tuple[str, ...], numbers: bool
+    name: str,
+    part: Arrays,
+    shape: tuple[int, ...],
+    first: np.ndarray | None,
+    names: tuple[str, ...] | None,
+    numbers: bool,
 ) -> Arrays:
-    """With labels as numbers of the classes; `numbers` are taken for names that are none."""
-    if part.images.shape[1:] != shape:
-        raise ValueError(f"{name} images must have shape {shape} each, got {part.images.shape[1:]}")
-    labels = part.labels
-    if labels.dtype.kind == "U":
-        known = {key: i for i, key in enumerate(names)}
-        found, inverse = np.unique(labels, return_inverse=True)
-        for label in found.tolist():
-            if label not in known and not (numbers and label.isdecimal()):
-                raise ValueError(
-                    f"{name} labels must be of {len(names)} class names, got {label!r}"
-                )
-        labels = np.array([known.get(label, label) for label in found.tolist()], np.int64)[inverse]
-    labels = core.check_labels(f"{name} labels", labels, len(names))
-    return Arrays(part.images, labels.astype(np.int32))
+    """With labels as `numbered` gives them, of the shape of the first ones."""
+    images, labels = part
+    if images.shape[1:] != shape:
+        raise ValueError(f"{name} images must have shape {shape} each, got {images.shape[1:]}")
+    own, other = (None if x is None else x.shape[1:] for x in (labels, first))
+    if own != other:
+        raise ValueError(f"{name} labels must have shape {other} each as in train, got {own}")
+    return Arrays(images, targets.numbered(name, labels, names, numbers))
 
 
 def _check_moments(name: str, values: Sequence[float], channels: int) -> None:
@@ -281,7 +282,9 @@ def _check_moments(name: str, values: Sequence[float], channels: int) -> None:
         )
 
 
-def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(images: np.ndarray | OnDisk) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if isinstance(images, OnDisk):
+        images = images[np.unique(np.linspace(0, len(images) - 1, 1000).astype(int))]
     # From counts of the 256 values: exact, and without a float copy of the images.
     values = np.arange(256) / 255
     mean, std = [], []

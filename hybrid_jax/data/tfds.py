@@ -1,14 +1,15 @@
 """Data sets that TensorFlow Datasets prepared as array_record; TensorFlow is not needed."""
 
+import functools
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from hybrid_jax.data.reading import Examples, Source, decode, existing
+from hybrid_jax.data.reading import Example, Examples, Source, decode, existing
 
 CHUNK = 256  # examples that are fetched at once
 
@@ -57,14 +58,15 @@ def _examples(builder: Any, split: str, image: str, label: str) -> Examples:
     source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
     channels = builder.info.features[image].shape[-1]
 
-    def each() -> Iterator[tuple[str, np.ndarray, int]]:
-        for first in range(0, len(source), CHUNK):
-            indices = range(first, min(first + CHUNK, len(source)))
-            for i, example in zip(indices, source.__getitems__(list(indices)), strict=True):
+    def at(numbers: Sequence[int]) -> Iterator[Example]:
+        for first in range(0, len(numbers), CHUNK):
+            chunk = list(numbers[first : first + CHUNK])
+            for i, example in zip(chunk, source.__getitems__(chunk), strict=True):
                 name = f"{builder.name} {split} image {i}"
-                yield name, decode(name, io.BytesIO(example[image]), channels), example[label]
+                file = io.BytesIO(example[image])
+                yield name, functools.partial(decode, name, file, channels), example[label]
 
-    return Examples(len(source), each())
+    return Examples(len(source), at)
 
 
 def _builder(dir: str | os.PathLike | None, name: str = "") -> Any:

@@ -24,6 +24,7 @@ class Check(NamedTuple):
       agreement: Share of inputs with the same top-1 class, in [0, 1]; NaN names no class.
       count: Number of inputs compared.
       latencies: {batch size: times, in seconds, and their ratio to the dense model's}.
+      outputs: (n, …), those of the file.
     """
 
     target: str
@@ -33,6 +34,7 @@ class Check(NamedTuple):
     agreement: float
     count: int
     latencies: Mapping[int, Latency]
+    outputs: np.ndarray
 
     @property
     def larger(self) -> bool:
@@ -131,6 +133,7 @@ def check(
         float(((named == wanted) & (named >= 0)).mean()),
         len(x),
         latencies,
+        outputs,
     )
 
 

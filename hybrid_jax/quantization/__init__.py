@@ -69,6 +69,7 @@ from hybrid_jax.quantization.observers import percentile as percentile
 from hybrid_jax.quantization.observers import ternary as ternary
 from hybrid_jax.quantization.planning import Plan as Plan
 from hybrid_jax.quantization.planning import plan as plan
+from hybrid_jax.quantization.program import CannotBeMet as CannotBeMet
 from hybrid_jax.quantization.reconstruction import adaround as adaround
 from hybrid_jax.quantization.schedules import annealing as annealing
 from hybrid_jax.quantization.schemes import affine as affine
@@ -77,10 +78,12 @@ from hybrid_jax.quantization.schemes import e4m3 as e4m3
 from hybrid_jax.quantization.schemes import e5m2 as e5m2
 from hybrid_jax.quantization.schemes import power_of_two as power_of_two
 from hybrid_jax.quantization.schemes import symmetric as symmetric
+from hybrid_jax.quantization.sensitivity import Sensitivity as Sensitivity
 from hybrid_jax.quantization.sensitivity import hessian_sensitivity as hessian_sensitivity
 from hybrid_jax.quantization.sensitivity import hessian_trace as hessian_trace
 from hybrid_jax.quantization.sensitivity import increase as increase
 from hybrid_jax.quantization.sensitivity import kl_divergence as kl_divergence
+from hybrid_jax.quantization.sensitivity import plan_sensitivity as plan_sensitivity
 from hybrid_jax.quantization.sensitivity import sensitivity as sensitivity
 from hybrid_jax.quantization.specs import Quantizer as Quantizer
 from hybrid_jax.quantization.specs import SiteSpec as SiteSpec

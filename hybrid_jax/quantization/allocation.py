@@ -50,10 +50,11 @@ def allocate_bits(
         are the choices. The damages of sites that share a kernel are added, they get the same bits.
       formula: `cost.formula(graph, scales=scale_counts(graph, spec))`: how the costs depend on what
         is chosen. Without `scales` every kernel below 32 bits is counted with one scale for each
-        output channel, which is right for the quantizers that `spec` has by default only.
+        output channel, which is right for the quantizers that `spec` has by default only. With that
+        of `cost.of_program` operations take the place of sites, see `stored.of_operations`.
       spec: How each site is quantized; its bits are those of what is not chosen.
-      budgets: {name of a cost in the formula: the most it may be}: 'bytes', 'bops', 'macs' and
-        'peak_activation_bytes'.
+      budgets: {name of a cost in the formula: the most it may be}: 'bytes', 'bops', 'macs', and
+        of a program's formula 'memory'.
       rules: (pattern on the site's name, {role: bits}) pairs, the bits one number or several; they
         take the place of the site's choices, and the first match wins. One number needs no damage.
       widths: {group name: {channels kept: damage}}; groups left out keep all channels. Weight and
@@ -85,14 +86,13 @@ def allocate_bits(
             core.check_integer(f"a width of {name!r}", width, 1, formula.widths[name])
         options["width", name] = _sorted(f"widths[{name!r}]", table)
         damage.append(_damage(f"widths[{name!r}]", ("width", name), options, table))
-    largest, limits = {}, []
+    limits = []
     for name, budget in budgets.items():
         core.check_choice("budgets", name, formula.costs)
         budget = core.check_integer(f"budget of {name}", budget)
-        largest |= _stored(formula.costs[name], options)
         rows = tuple(tuple(_sum(part, options) for part in row) for row in formula.costs[name])
         limits.append(program.Limit(name, budget, rows))
-    choice = program.solve(options, damage, limits, largest)
+    choice = program.solve(options, damage, limits)
     chosen = {decision: options[decision][index] for decision, index in choice.items()}
     bits = {
         site: {"weight": chosen["weight", path], "activation": chosen["activation", site]}
@@ -161,15 +161,6 @@ def _damage(name, decision, options, table):
     values = np.array([float(table[choice]) for choice in options[decision]])
     core.check_finite(name, {"damage": values})
     return program.Table((decision,), values)
-
-
-def _stored(rows, options):
-    """The decisions that are the largest of others, which they get their options from."""
-    of = (decision for row in rows for part in row for term in part.terms for decision in term.of)
-    largest = {d: [("activation", site) for site in d[1]] for d in of if d[0] == "stored"}
-    for decision, others in largest.items():
-        options[decision] = tuple(sorted({bits for other in others for bits in options[other]}))
-    return largest
 
 
 def _sum(part, options):

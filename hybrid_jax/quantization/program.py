@@ -46,43 +46,45 @@ Choice = dict[Hashable, int]
 """{decision: index of its option}."""
 
 
+class CannotBeMet(ValueError):
+    """No choice keeps every limit."""
+
+
 def solve(
     options: Mapping[Hashable, Sequence[int]],
     damage: Sequence[Table],
     limits: Sequence[Limit],
-    largest: Mapping[Hashable, Sequence[Hashable]],
 ) -> Choice:
     """Chooses the options of the least total damage that keep every limit.
 
     Limits are kept exactly: what the solver finds within its tolerance is counted in integers, and
     excluded if it does not fit. The damage is the least to 1e-10 of the largest entry of a table.
-    The option of a decision in `largest` is the largest of those of the other decisions there.
 
     Raises:
-      ValueError: If no choice keeps every limit; names the first limit that cannot be kept along
+      CannotBeMet: If no choice keeps every limit; names the first limit that cannot be kept along
         with those before it, and the least that can be had.
 
     Example:
       >>> bits = {'a': (2, 4), 'b': (2, 4)}
       >>> damage = [Table(('a',), np.array([5.0, 0.0])), Table(('b',), np.array([1.0, 0.0]))]
       >>> size = Sum((Table(('a',), np.array([2, 4])), Table(('b',), np.array([2, 4]))))
-      >>> solve(bits, damage, [Limit('bytes', 6, ((size,),))], {})
+      >>> solve(bits, damage, [Limit('bytes', 6, ((size,),))])
       {'a': 1, 'b': 0}
-      >>> solve(bits, damage, [Limit('bytes', 3, ((size,),))], {})
+      >>> solve(bits, damage, [Limit('bytes', 3, ((size,),))])
       Traceback (most recent call last):
       ...
-      ValueError: budget of bytes must be at least 4, got 3
+      hybrid_jax.quantization.program.CannotBeMet: budget of bytes must be at least 4, got 3
     """
-    best = _best(options, limits, largest, damage)
+    best = _best(options, limits, damage)
     if best is not None:
         return best
     for i, limit in enumerate(limits):
-        choice = _best(options, limits[:i], largest, limit)
+        choice = _best(options, limits[:i], limit)
         least = count(limit, choice)
         if least > limit.budget:
             others = ", ".join(f"{other.name} {other.budget}" for other in limits[:i])
             within = f" within {others}" if others else ""
-            raise ValueError(
+            raise CannotBeMet(
                 f"budget of {limit.name} must be at least {least}{within}, got {limit.budget}"
             )
     raise RuntimeError("the solver found no choice, though each budget can be kept")
@@ -98,14 +100,12 @@ def _count(part: Sum, choice: Choice) -> int:
     return -(-total // part.unit)
 
 
-def _best(options, limits, largest, goal) -> Choice | None:
+def _best(options, limits, goal) -> Choice | None:
     """The choice with the least goal (damage tables, or a limit to take little of), or None."""
     wanted = goal if isinstance(goal, Limit) else None
     counted = [*limits, wanted] if wanted else limits
     tables = [table for limit in counted for row in limit.rows for s in row for table in s.tables]
     program = _Program(options, tables if wanted else [*tables, *goal])
-    for decision, others in largest.items():
-        program.tie_largest(decision, others)
     for limit in limits:
         for row in limit.rows:
             program.at_most(row, limit.budget)
@@ -200,19 +200,6 @@ class _Program:
         scale = scale or max((float(np.max(np.abs(v))) for _, v in parts), default=1.0) or 1.0
         parts = [(columns, np.asarray(values) / scale) for columns, values in parts]
         self.row([*parts, *slack], -np.inf, budget / scale)
-
-    def tie_largest(self, decision, others):
-        """The decision's option is no less than that of the others, and is that of one of them."""
-        own = self.blocks[decision,]
-        values = np.asarray(self.options[decision], float)
-        held: dict[int, list[int]] = {option: [] for option in self.options[decision]}
-        for other in others:
-            columns = self.blocks[other,]
-            self.row([(own, values), (columns, -np.asarray(self.options[other], float))], 0, np.inf)
-            for option, column in zip(self.options[other], columns.tolist()):
-                held[option].append(column)
-        for column, option in zip(own, self.options[decision]):
-            self.row([([column], 1.0), (held[option], -1.0)], -np.inf, 0.0)
 
     def minimize_sum(self, tables):
         scale = max((float(np.max(np.abs(table.values))) for table in tables), default=1.0) or 1.0

@@ -5,6 +5,7 @@ takes it. `sensitivity` measures it, `hessian_sensitivity` predicts it for kerne
 """
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax.program import apply
 from hybrid_jax.quantization import grids, model, specs
+from hybrid_jax.quantization.deployed import as_deployed
 from hybrid_jax.quantization.lookup import range_at, range_of
+from hybrid_jax.quantization.planning import Plan
 from hybrid_jax.quantization.specs import ROLES
 
 Sensitivity = dict[str, dict[str, dict[int, float]]]
@@ -98,33 +102,103 @@ def sensitivity(
         for role, width in base[name].items():
             if width not in (*ranges, grids.OFF):
                 raise ValueError(f"around must have bits of ranges at {name!r}, got {role} {width}")
-    q_fn = model.fake_quantized(fn, spec)
-    reference = jax.jit(core.fast_convolutions(fn))
+    tries = {}
+    for name, role, width in itertools.product(names, roles, ranges):
+        bits = {**base, name: {**base[name], role: width}}
+        tries[name, role, width] = _at_bits(ranges, bits, first), bits
+    q_fn, reference = model.fake_quantized(fn, spec), core.fast_convolutions(fn)
+    result: Sensitivity = {name: {role: {} for role in roles} for name in names}
+    found = _damages(q_fn, reference, params, batches, tries, damage)
+    for (name, role, width), value in found.items():
+        result[name][role][width] = value
+    return result
+
+
+def plan_sensitivity(
+    planned: Plan,
+    batches: Iterable[tuple[Any, ...]],
+    ranges: Mapping[int, Any],
+    operations: Iterable[str],
+    choices: Mapping[str, Sequence[int]],
+    damage: Callable[[Any, Any], jax.Array] = kl_divergence,
+) -> Sensitivity:
+    """Measures, on the function that is deployed, what fewer bits of one kernel or input do.
+
+    The other operations have the most bits of `choices`, and the damage of that is none. Those that
+    take one edge in fewer bits share the damage equally.
+
+    Args:
+      planned: With what is stored in fewer bits for one operation alone: of the fewest bits.
+      batches: Yields tuples of inputs (B, …).
+      ranges: {bits: ranges at these bits}, of the plan's edges and kernels; all bits of `choices`.
+      operations: Outputs of those whose bits are chosen, as `chosen_operations` finds them.
+      choices: {role: bits}, of both roles; one alone is no choice.
+      damage: As for `sensitivity`.
+
+    Returns:
+      {output of an operation: {role: {bits: damage}}}, of the roles with a choice.
+    """
+    makers, operations = planned.program.makers, list(operations)
+    edges = {name: planned.slots[makers[name].inputs[0]].name for name in operations}
+    most, widest = {role: max(choices[role]) for role in ROLES}, ranges[max(ranges)]
+    chosen = {"weight": operations, "activation": edges.values()}
+
+    def own(name, role):
+        if name in chosen[role]:
+            return most[role]
+        return planned.kernels[name].bits if role == "weight" else stored[name].quantizer.bits
+
+    stored = planned.stored
+    base = {name: {role: own(name, role) for role in known} for name, known in widest.items()}
+    shares = collections.Counter(edges.values())
+    tries: dict[Any, Any] = {None: (_at_bits(ranges, base, widest), base)}
+    several = [role for role in ROLES if len(set(choices[role])) > 1]
+    for name, role in itertools.product(operations, several):
+        key = name if role == "weight" else edges[name]
+        for width in sorted(set(choices[role]) - {most[role]} if key in base else ()):
+            bits = {**base, key: {**base[key], role: width}}
+            tries[name, role, width] = _at_bits(ranges, bits, widest), bits
+    reference = core.fast_convolutions(functools.partial(apply, planned.program))
+    params = planned.program.params
+    found = _damages(as_deployed(planned), reference, params, batches, tries, damage)
+    least, result = found.pop(None), {name: {} for name in operations}
+    for (name, role, width), value in found.items():
+        share = shares[edges[name]] if role == "activation" else 1
+        table = result[name].setdefault(role, {most[role]: 0.0})
+        table[width] = (value - least) / share
+    return result
+
+
+def _at_bits(ranges, bits, first):
+    """The ranges of each name and role at its bits; those of `first` where it is off."""
+    return {
+        name: {role: ranges.get(bits[name][role], first)[name][role] for role in known}
+        for name, known in first.items()
+    }
+
+
+def _damages(q_fn, reference, params, batches, tries, damage) -> dict[Any, float]:
+    """The mean damage of each of {key: (ranges, bits)} over the batches; one compilation."""
+    reference = jax.jit(reference)
 
     @jax.jit
     def one(params, spans, bits, inputs, outputs):
         return damage(q_fn(params, spans, *inputs, bits=bits), outputs)
 
-    found: dict[tuple[str, str, int], list[jax.Array]] = {
-        key: [] for key in itertools.product(names, roles, ranges)
-    }
+    found: dict[Any, list[jax.Array]] = {key: [] for key in tries}
     sizes = []
     for batch in core.check_batches(batches):
         outputs = reference(params, *batch)
         sizes.append(core.batch_size(batch))
         # A compiled call for each, not a loop within: on a CPU a convolution in a loop is slow.
-        for (name, role, width), values in found.items():
-            bits = {**base, name: {**base[name], role: width}}
-            spans = {
-                site: {r: ranges.get(bits[site][r], first)[site][r] for r in known}
-                for site, known in first.items()
-            }
-            values.append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
-    result: Sensitivity = {name: {role: {} for role in roles} for name in names}
-    for (name, role, width), values in found.items():
-        result[name][role][width] = float(np.average(np.array(values, np.float64), weights=sizes))
-    core.check_finite("damage", jax.tree.map(np.asarray, result))
-    return result
+        for key, (spans, bits) in tries.items():
+            found[key].append(one(params, spans, jax.tree.map(jnp.int32, bits), batch, outputs))
+    means = {
+        key: float(np.average(np.array(values, np.float64), weights=sizes))
+        for key, values in found.items()
+    }
+    core.check_finite("damage", {str(key): np.asarray(value) for key, value in means.items()})
+    return means
 
 
 def hessian_trace(

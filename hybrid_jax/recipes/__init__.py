@@ -1,30 +1,36 @@
-"""The whole method, stage by stage: parent, phase 1, phase 2, controls, evaluation, deployment.
+"""The whole method in one call, made of stages that each go from state to state.
 
-job = recipes.prepare(config, workdir)   # checks everything, writes nothing but config.json
-results = recipes.run(job)               # resumes, and leaves the report in the work directory
+result = recipes.compress((module, variables), (images, labels), workdir='run')
+result = recipes.run(config, 'run')  # the same, of a configuration
+
+`efforts` has the method on one page.
 """
 
-from hybrid_jax.recipes.checks import check_config as check_config
-from hybrid_jax.recipes.collapse import collapse as collapse
-from hybrid_jax.recipes.config import ExpertSpec as ExpertSpec
-from hybrid_jax.recipes.config import default_config as default_config
-from hybrid_jax.recipes.config import expert_specs as expert_specs
-from hybrid_jax.recipes.config import flatten as flatten
-from hybrid_jax.recipes.config import nearest_key as nearest_key
-from hybrid_jax.recipes.deployed import Experts as Experts
-from hybrid_jax.recipes.evaluation import evaluate as evaluate
-from hybrid_jax.recipes.job import Job as Job
-from hybrid_jax.recipes.job import Network as Network
-from hybrid_jax.recipes.parent import parent as parent
-from hybrid_jax.recipes.phase1 import compress as compress
-from hybrid_jax.recipes.phase2 import Gate as Gate
-from hybrid_jax.recipes.phase2 import fine_tune as fine_tune
-from hybrid_jax.recipes.phase2 import learn_gate as learn_gate
-from hybrid_jax.recipes.pipeline import export as export
-from hybrid_jax.recipes.pipeline import make as make
-from hybrid_jax.recipes.pipeline import prepare as prepare
-from hybrid_jax.recipes.pipeline import resume as resume
-from hybrid_jax.recipes.pipeline import run as run
-from hybrid_jax.recipes.programs import Models as Models
-from hybrid_jax.recipes.programs import Programs as Programs
-from hybrid_jax.recipes.programs import lower as lower
+from etils import epy
+
+# Each is imported when it is first asked for: a mistake in the configuration is told before JAX is.
+with epy.lazy_api_imports(globals()):
+    from hybrid_jax.quantization import CannotBeMet as CannotBeMet
+    from hybrid_jax.recipes.budget import Budget as Budget
+    from hybrid_jax.recipes.config import ExpertSpec as ExpertSpec
+    from hybrid_jax.recipes.config import check_read as check_read
+    from hybrid_jax.recipes.config import expert_specs as expert_specs
+    from hybrid_jax.recipes.cut import Cut as Cut
+    from hybrid_jax.recipes.cut import Model as Model
+    from hybrid_jax.recipes.efforts import EFFORTS as EFFORTS
+    from hybrid_jax.recipes.pipeline import Result as Result
+    from hybrid_jax.recipes.pipeline import compress as compress
+    from hybrid_jax.recipes.pipeline import export as export
+    from hybrid_jax.recipes.pipeline import of_config as of_config
+    from hybrid_jax.recipes.pipeline import run as run
+    from hybrid_jax.recipes.schema import default_config as default_config
+    from hybrid_jax.recipes.schema import flag_values as flag_values
+    from hybrid_jax.recipes.schema import flatten as flatten
+    from hybrid_jax.recipes.schema import override as override
+    from hybrid_jax.recipes.schema import read as read
+    from hybrid_jax.recipes.sections import Config as Config
+    from hybrid_jax.recipes.state import Stage as Stage
+    from hybrid_jax.recipes.state import State as State
+    from hybrid_jax.recipes.task import Task as Task
+    from hybrid_jax.recipes.usage import help_text as help_text
+    from hybrid_jax.recipes.usage import table as table

@@ -7,79 +7,80 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core, cost, experts, pruning
-from hybrid_jax.recipes import deployed, phase1, phase2
-from hybrid_jax.recipes.config import ExpertSpec, expert_specs
-from hybrid_jax.recipes.job import Job, Network
+from hybrid_jax import core, cost, experts, pruning, quantization
+from hybrid_jax.recipes import train
+from hybrid_jax.recipes.config import ExpertSpec, single_spec
+from hybrid_jax.recipes.cut import Cut, Model
+from hybrid_jax.recipes.prune import prune
+from hybrid_jax.recipes.state import State
+from hybrid_jax.recipes.task import Task
 
+EQUAL = {"equal bytes": "bytes", "equal BOPs": "bops"}  # what a control equals the mixture in
 RESOLUTION = 64  # widths tried are those of sparsities i / 64
 CLOSE = 0.97  # a target is met at this part of it
 
 
-def singles(
-    job: Job, dense: Network, variables: Any, made: deployed.Experts, gate: phase2.Gate
-) -> dict[str, deployed.Experts]:
+def singles(task: Task, state: State, config: Any) -> dict[str, Model]:
     """Returns {name: one compressed network} as dear as the mixture, trained as long as an expert.
 
-    "Equal bytes" matches all experts and the gate; "equal BOPs" the gate and, as often as it takes
-    each of them for a validation image, the experts. Their steps are those of an expert: the ones
-    of phase 1 and of joint fine-tuning.
+    "Equal bytes" matches all experts and the gate; "equal BOPs" what runs on average for a
+    validation image. Their steps are those of an expert: the ones of phase 1 and of joint training.
     """
-    prices, own = costs(made), gate_cost(gate)
+    prices = [cost_of(model) for model in state.experts]
+    own = [cost_of(state.gate)] if state.gate else []
     targets = {}
-    if job.config.controls.same_bytes:
-        targets["equal bytes"] = ("bytes", sum(price.bytes for price in prices) + own.bytes)
-    if job.config.controls.same_bops:
-        targets["equal BOPs"] = ("bops", _expected_bops(job, gate, prices) + own.bops)
-    settings = job.config.experts
-    steps = settings.steps + job.config.joint.steps
+    if config.controls.same_bytes:
+        targets["equal bytes"] = ("bytes", sum(price.bytes for price in (*prices, *own)))
+    if config.controls.same_bops:
+        share = runs(task, state, task.splits.validation)
+        bops = np.dot(share, [price.bops for price in prices]) + sum(p.bops for p in own)
+        targets["equal BOPs"] = ("bops", bops)
+    settings = config.experts
+    steps = settings.steps + (config.joint.steps if state.gate else 0)
     first = dataclasses.replace(
-        expert_specs(job.config)[0],
-        images=None,
-        jitter=0.0,
+        single_spec(config),
         sparsity=settings.sparsity,
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
     )
-    small = functools.cache(functools.partial(planned_graph, job, dense, variables))
+    small = functools.cache(functools.partial(planned_graph, state.parent.cut))
     trained = {}
     for name, (field, target) in targets.items():
 
         def price(spec, field=field):
             return getattr(planned_cost(small(spec.sparsity, spec.multiple), spec), field)
 
-        spec = single_spec(first, price, target)
         stage = name.replace(" ", "_")
-        trained[name] = phase1.compress(job, dense, variables, [spec], stage, steps)
+        made = prune(task, state.parent, [within(first, price, target)], task.key(stage))
+        alpha = config.distillation.alpha
+        (trained[name],) = train.compress(task, state.parent, made, stage, settings, alpha, steps)
     return trained
 
 
-def _expected_bops(job, gate, prices):
-    """BOPs of the expert that the gate takes, on average over the validation images."""
-    bops = np.array([price.bops for price in prices])
-    if np.ptp(bops) == 0:
-        return bops[0]
-    gate_logits = job.logits(gate.predict, gate.params, job.splits.validation)
-    weights = experts.top_k(1)(jnp.asarray(gate_logits)).weights
-    return np.dot(experts.usage(weights), bops)
+def runs(task: Task, state: State, arrays: Any) -> np.ndarray:
+    """Returns how often each expert (E,) runs for one of these images."""
+    if state.gate:
+        logits = task.outputs(state.gate.fn, state.gate.params, arrays)
+        return np.asarray(experts.usage(experts.top_k(1)(logits).weights))
+    outputs = np.stack([task.outputs(model.fn, model.params, arrays) for model in state.experts])
+    stage = np.asarray(experts.cascade(outputs, state.thresholds).stage)
+    return np.array([(stage >= e).mean() for e in range(len(state.experts))])
 
 
-def gate_cost(gate: phase2.Gate) -> cost.Cost:
-    """Returns what the gate costs."""
-    return cost.count(gate.graph, None, *_bits(gate.planned.spec))
+def cost_of(model: Model) -> cost.Cost:
+    """Returns what a model costs."""
+    masks = core.map_with_path(
+        lambda path, w: model.masks.get(path, np.ones(w.shape, bool)), model.cut.variables
+    )
+    spec = model.cut.spec if model.cut.bits else None
+    return cost.count(
+        model.cut.graph, masks, *((spec and (spec.weight_bits, spec.activation_bits)) or ())
+    )
 
 
-def costs(made: deployed.Experts) -> list[cost.Cost]:
-    """Returns what each expert costs."""
-    return [cost.count(e.graph, {"params": e.masks}, *_bits(e.planned.spec)) for e in made.each]
-
-
-def single_spec(
-    first: ExpertSpec, price: Callable[[ExpertSpec], float], target: float
-) -> ExpertSpec:
+def within(first: ExpertSpec, price: Callable[[ExpertSpec], float], target: float) -> ExpertSpec:
     """Returns `first` with the sparsity of the widest network whose price is at most `target`.
 
     Where the parent's whole width does not use the target up, weight bits are added, up to 8.
@@ -89,7 +90,7 @@ def single_spec(
     Example:
       >>> from hybrid_jax.recipes import default_config, expert_specs
       >>> first = expert_specs(default_config())[0]
-      >>> spec = single_spec(first, lambda spec: (1 - spec.sparsity) * spec.weight_bits, 3.0)
+      >>> spec = within(first, lambda spec: (1 - spec.sparsity) * spec.weight_bits, 3.0)
       >>> spec.sparsity, spec.weight_bits  # (1 - 0.25) * 4
       (0.25, 4)
     """
@@ -105,16 +106,10 @@ def single_spec(
     return specs[index]
 
 
-def planned_graph(
-    job: Job, dense: Network, variables: Any, sparsity: float, multiple: int
-) -> core.Graph:
+def planned_graph(dense: Cut, sparsity: float, multiple: int) -> core.Graph:
     """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
-    graph = core.trace(dense.predict, variables, job.images)
-    alike = {group.name: np.zeros(group.size, np.float32) for group in graph.groups}
-    keep = pruning.keep_channels(alike, sparsity, multiple=multiple)
-    masks = core.expand(keep, graph.groups, variables)
-    predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
-    return core.trace(predict, small, job.images)
+    alike = {group.name: np.zeros(group.size, np.float32) for group in dense.graph.groups}
+    return core.narrow_graph(dense.graph, pruning.keep_channels(alike, sparsity, multiple=multiple))
 
 
 def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
@@ -123,15 +118,17 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
         path: _planned_mask(leaf, graph.kernels.get(path), spec)
         for path, leaf in graph.parameters.items()
     }
-    return cost.count(graph, masks, *_bits(phase1.quantizer(graph, spec)))
-
-
-def _bits(spec):
-    return spec.weight_bits, spec.activation_bits
+    own = quantization.spec(
+        graph,
+        weight_bits=spec.weight_bits,
+        activation_bits=spec.activation_bits,
+        first_last_bits=spec.first_last_bits,
+    )
+    return cost.count(graph, masks, own.weight_bits, own.activation_bits)
 
 
 def _planned_mask(leaf, kernel, spec):
-    """A mask of the count that `cutting.weight_masks` will have: costs depend on counts alone."""
+    """A mask of the count that `weight_masks` will have: costs depend on counts alone."""
     sparsity = 0.0 if kernel is None else spec.weight_sparsity
     removed = math.floor(sparsity * leaf.size + 0.5)
     return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

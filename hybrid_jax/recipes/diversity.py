@@ -1,31 +1,33 @@
 """What tells experts apart by their training images: clusters, classes, bootstrap samples."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.cluster import KMeans
 
-from hybrid_jax.recipes import config as configuration
-from hybrid_jax.recipes.job import Job, Network
+from hybrid_jax.recipes.config import IMAGES
+from hybrid_jax.recipes.cut import Model
+from hybrid_jax.recipes.task import Task
 
 
-def image_weights(job: Job, dense: Network, variables: Any) -> np.ndarray | None:
+def image_weights(
+    task: Task, dense: Model, sources: Sequence[str], count: int, others_weight: float
+) -> np.ndarray | None:
     """Returns the weight (E, n) of each training image for each expert: the sources' product.
 
-    None where `config.experts.diversity` names no source of this kind.
+    None where `sources` name none of this kind.
     """
-    settings, train = job.config.experts, job.splits.train
-    count, seed = settings.count, job.config.seed
+    train = task.splits.train
+
+    def logits():
+        return task.outputs(dense.cut.network.predict, dense.cut.variables, train)
+
     make = {
-        "cluster": lambda: prefer(
-            own_cluster(job.logits(dense.predict, variables, train), count, seed),
-            settings.others_weight,
-        ),
-        "classes": lambda: prefer(own_classes(train.labels, count), settings.others_weight),
-        "bootstrap": lambda: bootstrap(len(train.labels), count, seed),
+        "cluster": lambda: prefer(own_cluster(logits(), count, task.seed), others_weight),
+        "classes": lambda: prefer(own_classes(train.labels, count), others_weight),
+        "bootstrap": lambda: bootstrap(len(train.labels), count, task.seed),
     }
-    sources = set(configuration.diversity_sources(job.config))
-    weights = [make[source]() for source in configuration.IMAGES if source in sources]
+    weights = [make[source]() for source in IMAGES if source in sources]
     return np.prod(weights, axis=0, dtype=np.float32) if weights else None
 
 
@@ -35,9 +37,9 @@ def prefer(own: np.ndarray, others_weight: float) -> np.ndarray:
 
 
 def own_cluster(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Returns bool (E, n): expert e owns cluster e of k-means of the features (n, d); E ≤ n."""
+    """Returns bool (E, n): expert e owns cluster e of k-means of the features (n, ...); E ≤ n."""
     means = KMeans(count, n_init=4, random_state=seed)
-    return means.fit_predict(features)[None] == np.arange(count)[:, None]
+    return means.fit_predict(features.reshape(len(features), -1))[None] == np.arange(count)[:, None]
 
 
 def own_classes(labels: np.ndarray, count: int) -> np.ndarray:

@@ -1,215 +1,241 @@
-"""The whole run: prepared without writing anything, then stage by stage to the report."""
+"""One call, from a trained network to the files that a device runs."""
 
-import json
+import dataclasses
+import datetime
 import pathlib
 import platform
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax
+import flax.linen as nn
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from hybrid_jax import core, data, report, training
-from hybrid_jax.recipes import config as configuration
-from hybrid_jax.recipes import (
-    controls,
-    diversity,
-    evaluation,
-    exporting,
-    phase1,
-    phase2,
-    programs,
-    workdir,
-)
-from hybrid_jax.recipes.checks import check_config
-from hybrid_jax.recipes.collapse import collapsed_mixture
-from hybrid_jax.recipes.exporting import Exported
-from hybrid_jax.recipes.job import Job
-from hybrid_jax.recipes.parent import network, parent
-from hybrid_jax.recipes.programs import Models
+from hybrid_jax import core, data, models, report, training
+from hybrid_jax.recipes import files, gate, rows, schema, state, within, workdir
+from hybrid_jax.recipes.budget import Budget
+from hybrid_jax.recipes.describe import describe
+from hybrid_jax.recipes.efforts import EFFORTS
+from hybrid_jax.recipes.sections import Config
+from hybrid_jax.recipes.state import State
+from hybrid_jax.recipes.task import Task
 
-PATHS = ("dir", "labels", "classes")  # keys of config.data that may begin with ~
+PATHS = ("dir", "labels", "classes")
+"""Keys of config.data that may begin with ~."""
 
 
-def prepare(config: ConfigDict, path: str | pathlib.Path, command: str = "") -> Job:
-    """Checks the configuration, loads the data and claims the work directory, in this order.
+class Result(NamedTuple):
+    """What a run made.
 
-    `path` is empty, absent, or holds a run of the same config; `command` is for the report. Where
-    something does not fit, nothing was written; else `config.json` and `splits.json`, which images
-    of which part of the data are training, validation and test images.
+    Attributes:
+      accuracy: Of the compressed network or mixture on the test images, from the file of the first
+        target, or of the model where it has none; by the metric of the run.
+      files: {target: path of its file}.
+      report: Path of the report, one HTML file.
+      results: Everything that the run made and compared, as the report tells it.
+      state: What the stages made, for one's own use.
     """
-    check_config(config)
-    splits = _load(config.data)
-    job = Job(config, pathlib.Path(path), splits, command)
-    _check_model(job)
-    workdir.claim(path, config)
-    where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
-    core.write_json(job.workdir / "splits.json", where)
-    return job
+
+    accuracy: float
+    files: dict[str, pathlib.Path]
+    report: pathlib.Path
+    results: report.Results
+    state: State
 
 
-def resume(path: str | pathlib.Path) -> Job:
-    """Returns the job of a finished run, with the configuration that it was made with.
+class Run(NamedTuple):
+    """A run that was checked; called, it is run."""
+
+    task: Task
+    config: Config
+    stages: Sequence[state.Stage]
+    start: State
+    command: str
+
+    def claim(self) -> None:
+        """Makes the work directory the run's own, see `workdir.claim`."""
+        params = self.task.network.params if self.task.given else None
+        workdir.claim(self.task.workdir, schema.flatten(self.config), self.task.splits, params)
+
+    def describe(self) -> str:
+        """Returns what it would do."""
+        limits = within.limits(self.start.parent, self.config)
+        targets = self.config.deploy.targets
+        plan = describe(self.start.parent, self.stages, limits, targets)
+        return f"{self._normalization()}\n{plan}"
+
+    def __call__(self) -> Result:
+        """Runs what is not done yet, writes the files, and reports.
+
+        Raises:
+          FloatingPointError: If a loss is not finite.
+        """
+        self.claim()
+        print(self._normalization(), file=sys.stderr, flush=True)
+
+        def source(name: str) -> models.Network:
+            return gate.source(self.task, self.config.experts.count, self.config.gate)
+
+        made = state.run(self.stages, self.start, self.task.workdir, source)
+        return _result(self.task, made, self.config, self.command)
+
+    def _normalization(self) -> str:
+        """What a network that was trained elsewhere must agree with."""
+        splits, told = self.task.splits, self.config.data
+        mean, std = (" ".join(f"{x:.4g}" for x in own) for own in (splits.mean, splits.std))
+        text = f"the network takes (pixel / 255 - mean) / std, with mean {mean} and std {std}"
+        if told.mean and told.std:
+            return text
+        return f"{text} of the training images; data.mean and data.std give others"
+
+
+def compress(
+    network: Any,
+    images: Any,
+    budget: Budget | None = None,
+    *,
+    workdir: str | pathlib.Path,
+    effort: str | Callable[[Task, Config], Sequence[Any]] | None = None,
+    targets: Sequence[str] | None = None,
+    config: Any = None,
+    loss: Any = None,
+    metric: Any = None,
+    training_mode: str | None = None,
+) -> Result:
+    """Compresses a network, writes it for devices, and runs every file on the test images.
+
+    Stopped at any moment, the same call goes on where it was; on a finished run it writes files and
+    report again.
+
+    Args:
+      network: What `models.take` takes: a Linen module with its variables, an NNX module, a Keras
+        model, (predict, train, params), or a bare Linen module, which is trained first.
+      images: What `data.take` takes: (images, labels), parts of such, or `data.Splits`. The network
+        gets (pixel / 255 - mean) / std: where it was trained with other than the mean and std of
+        these training images, config.data.mean and std say so; config.data also says how they are
+        resized and divided.
+      budget: What it may cost; None for that of the configuration.
+      workdir: Directory that is empty, absent, or holds the same run.
+      effort: 'ptq', 'finetune' or 'mixture', or a function from a `Task` and the configuration to
+        a list of stages; None for that of the configuration.
+      targets: Of `deploy.TARGETS`; None for those of the configuration.
+      config: As `default_config` returns it, changed; None for the defaults, with effort 'ptq'.
+      loss: Name of an objective, or loss(outputs, labels) -> (B,); None for classification, or
+        regression where labels are no classes.
+      metric: metric(outputs, labels) -> (B,), higher is better; None for that of the objective.
+      training_mode: Argument that puts the module in training mode; None where its name tells.
 
     Raises:
-      FileNotFoundError: If the directory holds no finished run.
-    """
-    path = pathlib.Path(path)
-    for file in ("config.json", "results.json"):
-        if not (path / file).is_file():
-            raise FileNotFoundError(f"workdir must hold a finished run, got {path} without {file}")
-    config = configuration.default_config()
-    nested: dict[str, Any] = {}
-    for key, value in json.loads((path / "config.json").read_text()).items():
-        *sections, name = key.split(".")
-        inner = nested
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        config.update(ConfigDict(nested))
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"workdir must hold a run of this version, got another configuration: {error.args[0]}"
-        ) from None
-    return prepare(config, path)
-
-
-def run(job: Job) -> dict:
-    """Runs what is not done yet, writes `results.json` and the report, and returns the results.
-
-    Every stage resumes from its checkpoints. A run that is done only has its report written again.
-
-    Raises:
+      ValueError: If anything does not fit; names it, before anything is written.
       FloatingPointError: If a loss is not finite.
     """
-    file = job.workdir / "results.json"
-    if file.exists():
-        results = json.loads(file.read_text())
-    else:
-        results = _results(job)
-        core.write_json(file, results)
-    report.write(results, job.workdir)
-    return results
+    if config is None:
+        config, effort = schema.default_config(), effort or "ptq"
+    config = _config(config, budget, effort, targets)
+    stages = effort if callable(effort) else EFFORTS[config.effort]
+    images = _taken(images, config.data)
+    return prepare(
+        network, images, config, workdir, stages, loss=loss, metric=metric, mode=training_mode
+    )()
 
 
-def export(job: Job, targets: Sequence[str], pairs: int = 30) -> list[dict]:
-    """Writes what a finished run has made for devices, and checks every file, see `write`.
+def run(config: Any, path: str | pathlib.Path, command: str = "") -> Result:
+    """Runs what a configuration says, and goes on where a run of it was stopped.
 
-    The dense parent in floats and in integers, the best single expert and the top-1 mixture. In
-    `results.json` the entries, which are returned, take the place of those of the same targets.
+    Args:
+      config: As `default_config` returns it, changed.
+      path: The work directory.
+      command: The command line, for the report.
+
+    Raises:
+      ValueError: If anything does not fit; names it, before anything is written.
+      FileNotFoundError: If data or weights are not there.
+      FloatingPointError: If a loss is not finite.
+    """
+    return of_config(config, path, command)()
+
+
+def of_config(config: Any, path: str | pathlib.Path, command: str = "") -> Run:
+    """Returns the run of a configuration, checked; arguments as of `run`. Writes nothing."""
+    config = schema.read(config)
+    splits = _load(config.data)
+    network, mode = _network(config.model, splits), config.model.training or None
+    effort = EFFORTS[config.effort]
+    return prepare(network, splits, config, path, effort, mode=mode, command=command)
+
+
+def prepare(
+    network: Any,
+    splits: data.Splits,
+    config: Config,
+    path: str | pathlib.Path,
+    effort: Callable[[Task, Config], Sequence[Any]],
+    *,
+    loss: Any = None,
+    metric: Any = None,
+    mode: str | None = None,
+    command: str = "",
+) -> Run:
+    """Checks everything that can be known before training; writes nothing.
+
+    Arguments are as of `compress`.
+    """
+    few = jax.ShapeDtypeStruct((2, *splits.image_shape), np.float32)
+    taken = models.take(network, few, mode, config.seed)
+    labelled = splits.label_kind is not None
+    if not labelled:
+        splits = _labelled(taken, splits)
+    task = Task(
+        taken,
+        splits,
+        pathlib.Path(path).expanduser(),
+        _objective(loss, metric, splits, config.distillation.temperature),
+        _augmentation(config.data, splits),
+        config.seed,
+        config.checkpoint_every,
+        config.evaluation.batch_size,
+        given=not isinstance(network, nn.Module),
+        labelled=labelled,
+    )
+    outputs = jax.eval_shape(taken.predict, taken.params, few)
+    training.check_objective(task.objective, outputs, splits.test.labels[:2])
+    stages = [state.named(stage) for stage in effort(task, config)]
+    return Run(task, config, stages, State(task.parent), command)
+
+
+def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) -> Result:
+    """Writes what a finished run of a configuration has made for other targets, and reports again.
+
     `pairs` is how many pairs of calls each latency is taken over.
     """
-    models = make(job)
-    dense, *others = exporting.exported(job, models, programs.lower(job, models)).items()
-    integers = ("dense int8", Exported(*programs.dense_integers(job, models)))
-    records = exporting.write(job, dict([dense, integers, *others]), targets, pairs)
-    file = job.workdir / "results.json"
-    results = json.loads(file.read_text())
-    kept = [record for record in results.get("exports", ()) if record["target"] not in targets]
-    core.write_json(file, results | {"exports": kept + records})
-    return records
+    path = pathlib.Path(path)
+    results = report.read(path)
+    every = dict.fromkeys((*results.config["deploy.targets"], *targets))
+    changed = {"deploy.targets": tuple(every), "evaluation.latency_calls": pairs}
+    return run(schema.read({**results.config, **changed}), path, results.command)
 
 
-def make(job: Job) -> Models:
-    """Trains everything that is not trained yet, and returns it."""
-    config = job.config
-    with workdir.stage(job.workdir, "parent"):
-        dense, variables = parent(job)
-    with workdir.stage(job.workdir, "experts"):
-        weights = diversity.image_weights(job, dense, variables)
-        specs = configuration.expert_specs(config)
-        steps = config.experts.steps
-        before = phase1.compress(job, dense, variables, specs, "experts", steps, weights)
-    with workdir.stage(job.workdir, "gate"):
-        owned = {"cluster", "classes"} & set(configuration.diversity_sources(config))
-        gate = phase2.learn_gate(job, dense, variables, before, weights if owned else None)
-    with workdir.stage(job.workdir, "joint"):
-        made, gate = phase2.fine_tune(job, dense, variables, before, gate)
-    if config.joint.refit:
-        with workdir.stage(job.workdir, "refit"):
-            gate = phase2.learn_gate(job, dense, variables, made, name="refit", start=gate)
-    with workdir.stage(job.workdir, "controls"):
-        singles = controls.singles(job, dense, variables, made, gate)
-    if config.collapse.steps:
-        with workdir.stage(job.workdir, "collapse"):
-            singles["collapsed mixture"] = collapsed_mixture(job, made, gate)
-    return Models(dense, variables, made, before, gate, singles)
-
-
-def _results(job: Job) -> dict:
-    config, models = job.config, make(job)
-    with workdir.stage(job.workdir, "evaluation"):
-        lowered = programs.lower(job, models)
-        results = evaluation.evaluate(job, models, lowered)
-    with workdir.stage(job.workdir, "deployment"):
-        made = exporting.exported(job, models, lowered)
-        pairs = config.evaluation.latency_calls
-        exports = exporting.write(job, made, ["stablehlo"], pairs)
-    records = training.read_records(job.workdir / "records.jsonl")
-    names = list(dict.fromkeys(record["name"] for record in records))
-    results["gate"]["per_epoch"] = [
-        entropy
-        for name, batches in (("gate", "gate"), ("joint", "joint"), ("refit", "gate"))
-        for entropy in entropy_per_epoch(records, name, phase2.epoch_steps(job, batches))
-    ]
-    return {
-        "config": configuration.flatten(config),
-        "dataset": {
-            "name": config.data.name,
-            "num_classes": job.splits.num_classes,
-            "class_names": list(job.splits.class_names),
-            "sizes": {
-                part: len(getattr(job.splits, part).labels)
-                for part in ("train", "validation", "test")
-            },
-            "mean": list(job.splits.mean),
-            "std": list(job.splits.std),
-        },
-        **results,
-        "certificates": [
-            {"difference": c.difference, "macs": c.macs, "parameters": c.parameters}
-            for c in (expert.certificate for expert in models.made.each)
-        ],
-        "exports": exports,
-        "history": {name: [r for r in records if r["name"] == name] for name in names},
-        "environment": {
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "python": platform.python_version(),
-            "experts mapped by": models.made.method,
-            "machine": core.machine(),
-            **({"begun on": job.choices.moved} if job.choices.moved else {}),
-        },
-        "command": job.command,
-        "seconds": workdir.seconds(job.workdir),
-    }
-
-
-def entropy_per_epoch(records: list[dict], name: str, epoch: int) -> list[float]:
-    """Returns the gate's usage entropy in nats, as the mean over the steps of each epoch.
-
-    `records` are those of a run, of which there is one for every checkpoint too, of fewer steps
-    than an epoch; `epoch` is the steps of one.
-
-    Example:
-      >>> records = [{"name": "gate", "step": s, "entropy": e} for s, e in [(2, 0.9), (3, 0.6)]]
-      >>> entropy_per_epoch(records, "gate", epoch=3)  # (0.9 + 0.9 + 0.6) / 3
-      [0.8]
-    """
-    own = [record for record in records if record["name"] == name]
-    steps = np.diff([0, *(record["step"] for record in own)])
-    entropies = np.repeat([record["entropy"] for record in own], steps)
-    starts = range(0, len(entropies), epoch)
-    return [round(float(entropies[first : first + epoch].mean()), 6) for first in starts]
+def _taken(images: Any, settings: Any) -> data.Splits:
+    """The images that a call gave, as config.data says to take them; splits are taken already."""
+    if isinstance(images, data.Splits):
+        return images
+    names = ["seed", "train_size", "resize", "crop", "image_shape", "class_names", "mean", "std"]
+    if isinstance(images, tuple) and len(images) == 2:
+        names += ["test", "validation"]  # of which none was given
+    given = {name: getattr(settings, name) for name in names}
+    return data.take(images, **{k: value for k, value in given.items() if value not in ((), 0)})
 
 
 def _load(settings: Any) -> data.Splits:
+    """The images that config.data says."""
     augmentation = ("padding", "flip", "augment")
-    given = {k: v for k, v in settings.items() if k not in augmentation and v not in ("", (), 0)}
+    given = {
+        key: value
+        for key, value in dataclasses.asdict(settings).items()
+        if key not in augmentation and value not in ("", (), 0)
+    }
     paths = {k: str(pathlib.Path(given[k]).expanduser()) for k in PATHS if k in given}
     try:
         splits = data.load(**{**given, **paths})
@@ -219,32 +245,132 @@ def _load(settings: Any) -> data.Splits:
     return splits
 
 
-def _check_model(job: Job) -> None:
-    """Checks what only the model can tell, on its shapes alone."""
+def _network(settings: Any, splits: data.Splits) -> Any:
+    """The network that config.model says, as `models.take` takes it."""
+    table = None
+    if settings.make:
+        given = models.make(settings.make)
+    else:
+        overrides = {"widths": settings.widths, "shortcut": settings.shortcut}
+        overrides = {key: value for key, value in overrides.items() if value}
+        table = settings.name if settings.name in models.tables.names() else None
+        try:
+            given = models.create(settings.name, splits.num_classes, **overrides)
+        except ValueError as error:
+            raise ValueError(f"config.model: {error}") from error
+    if not settings.weights:
+        return given
+    image = jax.ShapeDtypeStruct((1, *splits.image_shape), np.float32)
+    network = models.take(given, image, settings.training or None)
     try:
-        dense, init = network(job)
-        variables = jax.eval_shape(init)
-    except ValueError as error:
-        raise ValueError(f"config.model: {error}") from error
-    if job.config.parent.restore:
-        path = pathlib.Path(job.config.parent.restore).expanduser()
-        if training.Checkpoints(path).latest() is None:
-            raise ValueError(
-                f"config.parent.restore must be a directory with a checkpoint, got {path}"
-            )
-    graph = core.trace(dense.predict, variables, job.images)
-    programs = set()
-    for first in (False, True):
-        keep = {
-            g.name: np.arange(g.size) < g.size / 2 if first else np.arange(g.size) >= g.size / 2
-            for g in graph.groups
-        }
-        masks = core.expand(keep, graph.groups, variables)
-        predict, small, _ = core.shrink(dense.predict, variables, masks, job.images)
-        programs.add(str(jax.make_jaxpr(predict)(small, job.images)))
-    if len(programs) > 1:
-        raise ValueError(
-            f"config.model must give experts that keep different channels one program, got "
-            f"{job.config.model.name} with shortcut {job.config.model.shortcut!r}; "
-            "set config.model.shortcut='project'"
-        )
+        params = models.restore(network, pathlib.Path(settings.weights).expanduser(), table)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.model.weights: {error}") from error
+    return network._replace(params=params)
+
+
+def _result(task: Task, made: State, config: Any, command: str) -> Result:
+    """Evaluates what was made, writes its files, and reports."""
+    found = rows.evaluate(task, made, config.gate.k)
+    table = files.write(
+        task,
+        found.rows,
+        found.shipped,
+        config.deploy.targets,
+        config.evaluation.latency_calls,
+        config.deploy.platforms,
+    )
+    own = next((row for row in table if row.role in ("mixture", "single")), table[0])
+    for line in within.above(made.parent, config, own.files):
+        print(line, file=sys.stderr, flush=True)
+    records = training.read_records(task.workdir / "records.jsonl")
+    results = report.Results(
+        rows=tuple(table),
+        metric=task.objective.metric,
+        limits=within.limits(made.parent, config),
+        dataset=_dataset(task.splits, config),
+        layers=rows.layers(made),
+        history={name: [r for r in records if r["name"] == name] for name in _names(records)},
+        environment=_environment(task),
+        config=schema.flatten(config),
+        certificates=[dict(model.facts) for model in made.experts],
+        command=command,
+        seconds=made.facts.get("seconds", {}),
+        **found.facts,
+    )
+    core.write_json(task.workdir / "results.json", dataclasses.asdict(results))
+    page = report.write(results, task.workdir)
+    ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
+    measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]
+    return Result(measured[0] if measured else own.accuracy, ready, page, results, made)
+
+
+def _config(config, budget, effort, targets) -> Config:
+    """The configuration with what the call says, checked."""
+    config = schema.default_config() if config is None else config
+    values = schema.flatten(config)
+    if budget is not None:
+        asked = dataclasses.asdict(budget)
+        values |= {f"budget.{name}": value for name, value in asked.items() if value is not None}
+    if isinstance(effort, str):
+        values["effort"] = effort
+    if targets is not None:
+        values["deploy.targets"] = tuple(targets)
+    return schema.read(values)
+
+
+def _objective(loss, metric, splits, temperature) -> training.Objective:
+    """By its name, or with the user's own functions; labels tell which it is where nobody says."""
+    name = (
+        loss if isinstance(loss, str) else "classification" if splits.num_classes else "regression"
+    )
+    options = {"temperature": temperature} if name == "classification" else {}
+    own = loss if callable(loss) else None
+    return training.objective(name, loss=own, metric=metric, **options)
+
+
+def _augmentation(settings: Any, splits: data.Splits) -> Callable:
+    """That of the configuration; shifts of pixels are left out where these have labels."""
+    moves = splits.label_kind != "pixels"
+    padding, flip = (settings.padding, settings.flip) if moves else (0, False)
+    return data.augmentation(padding, flip, settings.augment, label_kind=splits.label_kind)
+
+
+def _labelled(network: models.Network, splits: data.Splits) -> data.Splits:
+    """The splits with what the network says of images without labels, which files are to repeat."""
+    images = data.normalize(splits.train.images[:], splits.mean, splits.std)
+    outputs = np.asarray(jax.jit(network.predict)(network.params, images))
+    classes = outputs.ndim in (2, 4)
+    labels = outputs.argmax(-1).astype(np.int32) if classes else outputs.astype(np.float32)
+    names = tuple(map(str, range(outputs.shape[-1]))) if classes else None
+    part = data.Arrays(splits.train.images, labels)
+    return dataclasses.replace(splits, train=part, validation=part, test=part, class_names=names)
+
+
+def _dataset(splits: data.Splits, config: Any) -> dict[str, Any]:
+    return {
+        "name": config.data.name,
+        "num_classes": splits.num_classes,
+        "class_names": list(splits.class_names or ()),
+        "sizes": {
+            part: len(getattr(splits, part).images) for part in ("train", "validation", "test")
+        },
+        "mean": list(splits.mean),
+        "std": list(splits.std),
+    }
+
+
+def _environment(task: Task) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "machine": core.machine(),
+        **({"begun on": task.choices.moved} if task.choices.moved else {}),
+    }
+
+
+def _names(records: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(record["name"] for record in records))

@@ -1,54 +1,93 @@
-"""The work directory: whose run it holds, what is done in it, and how long each stage took."""
+"""The work directory: whose run it holds."""
 
-import contextlib
+import hashlib
 import json
 import pathlib
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
-from ml_collections import ConfigDict
+import jax
+import numpy as np
 
-from hybrid_jax import core
-from hybrid_jax.recipes import config as configuration
+from hybrid_jax import core, data
+
+ON_DISK = 512
+"""Of images that stay on disk, as many tell one data set from another."""
+
+RESULTS = ("deploy.", "evaluation.")
+"""Keys of the configuration that decide nothing of what is trained."""
 
 
-def claim(path: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
-    """Makes `path` the directory of a run of `config`, or takes up the run of it that is there.
+def claim(path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, params: Any) -> None:
+    """Makes `path` the directory of a run, or takes up the run that is there.
 
-    Nothing is changed if it holds another config's run, or files that are no run of ours.
+    A run is its configuration, its images and the weights that it was given. Nothing is changed if
+    the directory holds another one, or files that are no run of ours.
+
+    Beside it is written, in splits.json, which images are those of training, validation and test.
+
+    Args:
+      path: Absent, empty, or of the same run.
+      config: {dotted key: value}.
+      splits: The images and labels.
+      params: The weights that the run begins with, or None where it makes them.
     """
-    path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"workdir must be a directory, got the file {path}")
-    ours, stored = configuration.flatten(config), path / "config.json"
+    ours = {"config": dict(config), "data": _digest(splits), "weights": digest(params)}
+    stored = path / "run.json"
     if stored.exists():
-        theirs = json.loads(stored.read_text())
-        for key in {**ours, **theirs}:
-            if ours.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"workdir must be empty or hold a run of the same config, got {path} with "
-                    f"config.{key}={theirs.get(key)!r} where this config has {ours.get(key)!r}"
-                )
-        return path
-    if path.exists() and (there := sorted(p.name for p in path.iterdir())):
+        try:
+            theirs = json.loads(stored.read_text())
+            _compare(path, ours, theirs)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{stored} must say whose run this is, got: {error}") from None
+    elif path.exists() and (there := sorted(p.name for p in path.iterdir())):
         raise ValueError(
             f"workdir must be empty or hold a run of the same config, got {path} with {there[0]}"
         )
-    core.write_json(stored, ours)
-    return path
+    try:
+        core.write_json(stored, ours)
+    except OSError as error:
+        raise ValueError(f"workdir must be one that can be written, got {path}: {error}") from error
+    where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
+    core.write_json(path / "splits.json", where)
 
 
-@contextlib.contextmanager
-def stage(path: pathlib.Path, name: str) -> Iterator[None]:
-    """Times a stage; a stage that was done in an earlier process keeps its time."""
-    start = time.perf_counter()
-    yield
-    done = seconds(path)
-    if name not in done:
-        core.write_json(path / "seconds.json", done | {name: round(time.perf_counter() - start, 2)})
+def _compare(path, ours, theirs) -> None:
+    a, b = ours["config"], theirs["config"]
+    for key in {**a, **b}:
+        if not key.startswith(RESULTS) and a.get(key) != b.get(key):
+            raise ValueError(
+                f"workdir must be empty or hold a run of the same config, got {path} with "
+                f"config.{key}={b.get(key)!r} where this config has {a.get(key)!r}"
+            )
+    for what, name in (("data", "images and labels"), ("weights", "given weights")):
+        if ours[what] != theirs[what]:
+            raise ValueError(
+                f"workdir must hold a run of the same {what}, got {path}, of other {name}"
+            )
 
 
-def seconds(path: pathlib.Path) -> dict[str, float]:
-    """Returns the seconds of each stage that is done."""
-    file = path / "seconds.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+def _digest(splits: data.Splits) -> str:
+    found = hashlib.sha256(repr((splits.mean, splits.std, splits.class_names)).encode())
+    for part in (splits.train, splits.validation, splits.test):
+        images = part.images
+        if not isinstance(images, np.ndarray):  # on disk: some of them
+            images = images[:: -(-len(images) // ON_DISK)]
+        for array in map(np.ascontiguousarray, (images, part.labels)):
+            found.update(f"{len(part.images)} {array.dtype} {array.shape}".encode())
+            found.update(memoryview(array).cast("B"))
+    return found.hexdigest()
+
+
+def digest(tree: Any) -> str:
+    """Returns a digest of every leaf of a pytree and of its path; "" of None."""
+    if tree is None:
+        return ""
+    found = hashlib.sha256()
+    for path, leaf in core.flatten_paths(jax.device_get(tree)).items():
+        found.update(
+            f"{path} {leaf.dtype} {leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes()
+        )
+    return found.hexdigest()

@@ -1,48 +1,58 @@
-"""Numbers written for people; whatever is missing or not finite becomes a dash."""
+"""Numbers written for people; what is missing becomes a dash, and a mean shows its deviation."""
 
-import math
-import numbers
+from hybrid_jax.report.rows import Mean, finite
 
 MISSING = "–"
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
-def finite(value) -> float | None:
-    """The value as a float, or None where it is missing or not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def percent(value, spread=None) -> str:
-    """A fraction as a percentage with two decimals, and its spread where there is one.
+def percent(value) -> str:
+    """A fraction as a percentage with two decimals.
 
     Example:
-        >>> percent(0.97222), percent(0.9722, 0.0031), percent(None)
-        ('97.22 %', '97.22 ± 0.31 %', '–')
+        >>> percent(0.97222), percent(Mean((0.96, 0.98))), percent(None)
+        ('97.22 %', '97.00 ± 1.41 %', '–')
     """
     if finite(value) is None:
         return MISSING
-    return f"{100 * value:.2f}{_plus_minus(spread, 100, 2)} %"
+    return f"{100 * value:.2f}{_plus_minus(_std(value), 100, 2)} %"
 
 
-def points(value, spread=None) -> str:
-    """A difference of two fractions in percentage points, always with its sign."""
-    if finite(value) is None:
-        return MISSING
-    rounded = round(100 * value, 2)
-    text = f"{rounded:+.2f}" if rounded else "0.00"
-    return text.replace("-", "−") + _plus_minus(spread, 100, 2)
-
-
-def si(value, unit="", spread=None) -> str:
-    """A count with three significant digits, a decimal SI prefix (1 kB = 1000 bytes) and a unit.
-
-    A spread of exactly zero is left out: costs are often the same in every run.
+def score(metric: str, value) -> str:
+    """A value of a metric; that of "accuracy" is a percentage.
 
     Example:
-        >>> si(125_500_000, "MACs"), si(999_600, "B"), si(512, "B"), si(1500.0, "B", 20.0)
-        ('126 M MACs', '1.00 MB', '512 B', '1.50 ± 0.02 kB')
+        >>> score('accuracy', 0.5), score('R²', 0.87654)
+        ('50.00 %', '0.8765')
+    """
+    if metric == "accuracy" or finite(value) is None:
+        return percent(value)
+    return f"{value:.4g}{_plus_minus(_std(value), 1, 4)}".replace("-", "−")
+
+
+def change(metric: str, value) -> str:
+    """A difference of two values of a metric, with its sign; of "accuracy" in percentage points.
+
+    Example:
+        >>> change('accuracy', 0.0123), change('accuracy', -1e-6), change('R²', -0.00123)
+        ('+1.23', '0.00', '−0.00123')
+    """
+    if finite(value) is None:
+        return MISSING
+    scale, places = (100, 2) if metric == "accuracy" else (1, 4)
+    text = f"{100 * value:+.2f}" if metric == "accuracy" else f"{value:+.3g}"
+    text = text if float(text) else text[1:]
+    return text.replace("-", "−") + _plus_minus(_std(value), scale, places)
+
+
+def si(value, unit="") -> str:
+    """A count with three significant digits, a decimal SI prefix (1 kB = 1000 bytes) and a unit.
+
+    A deviation of exactly zero is left out: costs are often the same in every run.
+
+    Example:
+        >>> si(125_500_000, "MACs"), si(999_600, "B"), si(512, "B"), si(Mean((1500, 1540)), "B")
+        ('126 M MACs', '1.00 MB', '512 B', '1.52 ± 0.03 kB')
     """
     if finite(value) is None:
         return MISSING
@@ -53,16 +63,36 @@ def si(value, unit="", spread=None) -> str:
     decimals = 0 if power == 0 and value == int(value) else _decimals(scaled)
     # Only the byte takes its prefix without a space between: kB, but M MACs.
     tail = _PREFIXES[power] + unit if unit == "B" else f"{_PREFIXES[power]} {unit}".strip()
-    number = f"{scaled:.{decimals}f}{_plus_minus(spread or None, 1 / 1000**power, decimals)}"
-    return f"{number} {tail}".strip()
+    spread = _plus_minus(_std(value) or None, 1 / 1000**power, decimals)
+    return f"{scaled:.{decimals}f}{spread} {tail}".strip()
 
 
-def times(value, spread=None) -> str:
-    """A ratio; a spread of exactly zero is left out."""
+def times(value, quartiles=None) -> str:
+    """A ratio, and its quartiles where they are known.
+
+    Example:
+        >>> times(0.634, (0.6, 0.66)), times(12.34)
+        ('0.63× (0.60–0.66)', '12.3×')
+    """
     if finite(value) is None:
         return MISSING
     decimals = _decimals(value)
-    return f"{value:.{decimals}f}{_plus_minus(spread or None, 1, decimals)}×"
+    spread = _plus_minus(_std(value) or None, 1, decimals)
+    noise = " ({:.{d}f}–{:.{d}f})".format(*quartiles, d=decimals) if quartiles else ""
+    return f"{value:.{decimals}f}{spread}×{noise}"
+
+
+def milliseconds(value, quartiles=None) -> str:
+    """A time in milliseconds with three significant digits, and its quartiles where they are known.
+
+    Example:
+        >>> milliseconds(0.61234), milliseconds(12.0, (11.81, 12.4))
+        ('0.612 ms', '12.0 ms (11.8–12.4)')
+    """
+    if finite(value) is None:
+        return MISSING
+    noise = " ({}–{})".format(*map(_three, quartiles)) if quartiles else ""
+    return f"{_three(value)}{_plus_minus(_std(value) or None, 1, 3)} ms{noise}"
 
 
 def p_value(value) -> str:
@@ -97,6 +127,15 @@ def listing(items) -> str:
     """Items as an English enumeration."""
     *head, last = items
     return f"{', '.join(head)} and {last}" if head else last
+
+
+def _std(value):
+    return value.std if isinstance(value, Mean) else None
+
+
+def _three(value) -> str:
+    """Three significant digits, zeros at the end among them."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _decimals(value) -> int:

@@ -1,6 +1,7 @@
 """Re-estimation of BatchNorm's running statistics: after pruning or quantization they are wrong."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,14 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core
-from hybrid_jax.training.losses import Forward
+from hybrid_jax.training.statistics import PROBE, replaced, running_statistics
+from hybrid_jax.training.steps import Forward
 
-Statistics = dict[str, tuple[Any, Any]]
-"""Mean and variance (C,) of each layer."""
-
-# As old statistics, far above any batch's own: the update then shows the momentum. A power of two
-# divides out exactly.
-_PROBE = 2.0**20
+Leaves = dict[str, Any]
 
 
 def reestimate_batchnorm(
@@ -24,6 +21,8 @@ def reestimate_batchnorm(
     state: Any,
     batches: Iterable[jax.Array],
     key: jax.Array | None = None,
+    *,
+    statistics: Mapping[str, str | None] | None = None,
 ) -> Any:
     """Replaces running statistics by those of the population of `batches`.
 
@@ -31,16 +30,17 @@ def reestimate_batchnorm(
     are the moments of all images together, as a layer sees them when the layers before it normalize
     by their batch. A running average has seen old weights and forgets early batches; this has not.
 
-    The statistics are the leaves of `state` whose paths end in 'mean' and 'var' side by side, as
-    in Linen and NNX; all others stay. A batch's own statistics are read off one update
-    new = m old + (1 - m) statistic, whatever the momentum m of the model.
+    A batch's own statistics are read off one update new = m old + (1 - m) statistic, whatever the
+    momentum m of the model.
 
     Source: Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
 
-    `forward`, (params, state, images, key) -> (logits, new_state), is in training mode; for a stack
-    of experts map it over the leading axis E first. Batches are images (B, H, W, C), normalized and
-    augmented as `forward` expects, which is compiled for each B. Each gets a key of its own from
-    `key`, for what draws in training mode, such as dropout.
+    `forward`, (params, state, images, key) -> (outputs, new_state), is in training mode; for a
+    stack of experts map it over the leading axis E first. Batches are images (B, H, W, C),
+    normalized and augmented as `forward` expects, which is compiled for each B. Each gets a key of
+    its own from `key`, for what draws in training mode, such as dropout. `statistics` says which
+    leaves of `state` these are, {path: None of a mean, the path of its mean of a variance}; None
+    finds it by `running_statistics`, of any names.
 
     Returns:
       `state`, with new statistics, which are summed in float32 whatever their dtype.
@@ -56,75 +56,63 @@ def reestimate_batchnorm(
       >>> new['bn']['mean'].round(4).item(), new['bn']['var'].round(4).item()
       (2.0, 1.0)
     """
-    layers = _layers(state)
+    batches = core.check_batches((batch,) for batch in batches)
+    first = next(batches)
+    if statistics is None:
+        statistics = running_statistics(forward, params, state, first[0], key)
+    else:
+        _check_statistics(statistics, core.flatten_paths(state))
 
     @jax.jit
-    def update(params: Any, old: float, images: jax.Array, key: jax.Array | None) -> Statistics:
-        start = _replace(state, {layer: (old, old) for layer in layers}, wide=True)
-        new = core.flatten_paths(forward(params, start, images, key)[1])
-        moved = {layer: (new[f"{layer}mean"], new[f"{layer}var"]) for layer in layers}
-        return jax.tree.map(core.widen, moved)
+    def update(params: Any, old: float, images: jax.Array, key: jax.Array | None) -> Leaves:
+        leaves = core.flatten_paths(state)
+        # Wide, for a narrower state rounds away what is read off an update.
+        start = {path: jnp.full_like(core.widen(leaves[path]), old) for path in statistics}
+        new = core.flatten_paths(forward(params, replaced(state, start), images, key)[1])
+        return {path: core.widen(new[path]) for path in statistics}
+
+    @jax.jit
+    def pool(total: Leaves, moved: Leaves, rate: Leaves, share: jax.Array) -> Leaves:
+        """Adds a batch that has this share of all images so far, without cancellation."""
+        gap = {path: moved[path] / rate[path] - total[path] for path in total}
+        for path, mean in statistics.items():
+            if mean is not None:
+                gap[path] += (1 - share) * gap[mean] ** 2
+        return {path: total[path] + share * gap[path] for path in total}
 
     total, rate, seen = None, None, 0
-    for count, (images,) in enumerate(core.check_batches((batch,) for batch in batches), 1):
+    for count, (images,) in enumerate(itertools.chain([first], batches), 1):
         batch_key = None if key is None else jax.random.fold_in(key, count)
         seen += len(images)
         moved = update(params, 0.0, images, batch_key)
         if rate is None:
-            rate = _rate(moved, update(params, _PROBE, images, batch_key))
+            rate = _rate(moved, update(params, PROBE, images, batch_key))
             total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), moved)
-        total = _accumulate(total, moved, rate, np.float32(len(images) / seen))
-    return _replace(state, total)
+        total = pool(total, moved, rate, np.float32(len(images) / seen))
+    old = core.flatten_paths(state)
+    return replaced(state, {path: leaf.astype(old[path].dtype) for path, leaf in total.items()})
 
 
-@jax.jit
-def _accumulate(
-    total: Statistics, moved: Statistics, rate: Statistics, share: jax.Array
-) -> Statistics:
-    """Pools a batch that has this share of all images so far, without cancellation."""
-
-    def layer(old: tuple, new: tuple) -> tuple:
-        (old_mean, old_var), (batch_mean, batch_var) = old, new
-        mean = old_mean + share * (batch_mean - old_mean)
-        spread = (batch_mean - old_mean) * (batch_mean - mean)
-        return mean, old_var + share * (batch_var + spread - old_var)
-
-    batch = jax.tree.map(jnp.divide, moved, rate)
-    return {path: layer(total[path], batch[path]) for path in total}
-
-
-def _rate(from_zero: Statistics, from_probe: Statistics) -> Statistics:
+def _rate(from_zero: Leaves, from_probe: Leaves) -> Leaves:
     """1 - m, from two updates that differ in the old statistics alone."""
     seen = jax.device_get((from_zero, from_probe))
-    rate = jax.tree.map(lambda a, b: (a.dtype.type(_PROBE) - (b - a)) / a.dtype.type(_PROBE), *seen)
-    for layer, values in rate.items():
-        if not all((value > 0).all() for value in values):
+    rate = jax.tree.map(lambda a, b: (a.dtype.type(PROBE) - (b - a)) / a.dtype.type(PROBE), *seen)
+    for path, values in rate.items():
+        if not (values > 0).all():
             raise ValueError(
-                f"forward must update the running statistics of {layer!r}, got them back as they "
-                "were; is it in training mode?"
+                f"forward must update the running statistic {path!r}, got it back as it was; "
+                "is it in training mode?"
             )
     return rate
 
 
-def _layers(state: Any) -> list[str]:
-    """Prefixes p, such as 'batch_stats/bn1/', with both leaves p + 'mean' and p + 'var'."""
-    paths = core.flatten_paths(state)
-    means = [path.removesuffix("mean") for path in paths if f"/{path}".endswith("/mean")]
-    layers = [prefix for prefix in means if f"{prefix}var" in paths]
-    if not layers:
-        raise ValueError(f"state must hold running statistics '…/mean' and '…/var', got {[*paths]}")
-    return layers
-
-
-def _replace(state: Any, statistics: Statistics, wide: bool = False) -> Any:
-    """`wide`: in float32 or wider, for a narrower state rounds away what is read off an update."""
-    new = {f"{layer}mean": mean for layer, (mean, _) in statistics.items()}
-    new |= {f"{layer}var": var for layer, (_, var) in statistics.items()}
-
-    def leaf(path: str, old: jax.Array) -> jax.Array:
-        if path not in new:
-            return old
-        dtype = core.widen(old).dtype if wide else old.dtype
-        return jnp.broadcast_to(jnp.asarray(new[path], dtype), old.shape)
-
-    return core.map_with_path(leaf, state)
+def _check_statistics(statistics: Mapping[str, str | None], leaves: Leaves) -> None:
+    for path, mean in statistics.items():
+        means = [None, *(other for other, role in statistics.items() if role is None)]
+        if path not in leaves or mean not in means:
+            raise ValueError(
+                f"statistics must give None, or the path of a mean, for paths of state, got "
+                f"{path!r}: {mean!r}"
+            )
+        if mean is not None and np.shape(leaves[path]) != np.shape(leaves[mean]):
+            raise ValueError(f"statistics must pair equal shapes, got {path!r}: {mean!r}")

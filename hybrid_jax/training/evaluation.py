@@ -6,20 +6,20 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import scipy.special
 
 from hybrid_jax import core
+from hybrid_jax.training.objectives import Objective, classification
 from hybrid_jax.training.progress import track
 
 Predict = Callable[[Any, jax.Array], jax.Array]
-"""predict(params, images (B, H, W, C)) -> logits (B, N), or (E, B, N) for E experts."""
+"""predict(params, images (B, H, W, C)) -> outputs (B, …), such as logits (B, N)."""
 
 
 class Labelled(Protocol):
-    """Images (n, H, W, C) and labels (n,), such as `data.Arrays`."""
+    """Images (n, H, W, C) and labels (n, …), such as `data.Arrays`; labels None where none are."""
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
 
 
 def evaluate(
@@ -29,21 +29,22 @@ def evaluate(
     batch_size: int,
     name: str | None = None,
     *,
+    objective: Objective | None = None,
     weight: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Accuracy and mean cross-entropy over all examples, summed in float64.
+) -> dict[str, float]:
+    """Mean score and loss over all examples, summed in float64.
 
     The last batch is as small as what is left: filled up, it would take part wherever examples see
     each other, as they do in an expert's capacity. So up to two shapes are compiled. Hand in the
     same function object each time: a new one compiles again.
 
-    `predict` is (params, images (B, H, W, C)) -> logits (B, N), or (E, B, N); `arrays` have
-    `images` (n, H, W, C) and `labels` (n,) integers in [0, N). With a `name` progress is shown.
-    `weight` (n,) is that of the means; examples of weight 0 do not run.
+    `predict` is (params, images (B, H, W, C)) -> outputs (B, …); `arrays` have `images` (n, H, W,
+    C) and `labels` (n, …) as `objective` takes both, by default `classification()`. With a `name`
+    progress is shown. `weight` (n,) is that of the means; examples of weight 0 do not run.
 
     Returns:
-      {'accuracy': in [0, 1], 'loss': in nats}: floats, or (E,) float64 for logits (E, B, N). An
-      example with NaN among its logits is not right, and makes the loss NaN.
+      {objective.metric: mean score, 'loss': mean loss}; of a classification the accuracy in [0, 1]
+      and nats. An example with NaN among its logits is not right, and makes the loss NaN.
 
     Example:
       >>> from hybrid_jax.data import Arrays
@@ -52,23 +53,22 @@ def evaluate(
       >>> round(evaluate(predict, None, arrays, batch_size=2)['accuracy'], 4)
       0.6667
     """
+    objective = objective or classification()
     count = _count(arrays)
+    if arrays.labels is None or len(arrays.labels) != count:
+        got = None if arrays.labels is None else np.shape(arrays.labels)
+        raise ValueError(f"arrays must hold a label for each of {count} images, got shape {got}")
     weight = np.ones(count) if weight is None else np.asarray(weight, np.float64)
     if weight.shape != (count,) or not ((weight >= 0).all() and weight.any()):
         raise ValueError(f"weight must be {count} numbers of at least 0, not all 0, got {weight}")
-    total, labels = {"accuracy": 0.0, "loss": 0.0}, None
-    examples = np.flatnonzero(weight)
-    for index, logits in _logits(predict, params, arrays, examples, batch_size, name):
-        if labels is None:
-            labels = core.check_labels("labels", arrays.labels, logits.shape[-1], weight)
-        own, share = labels[index], weight[index]
-        with np.errstate(invalid="ignore"):  # infinity among the logits: its loss is NaN
-            log_probability = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
-        likelihood = log_probability[..., np.arange(len(index)), own]
-        total["accuracy"] += (share * (np.asarray(core.top_class(logits)) == own)).sum(-1)
-        total["loss"] -= (share * likelihood).sum(-1)
-    means = {key: np.float64(sums) / weight.sum() for key, sums in total.items()}
-    return {key: float(mean) if np.ndim(mean) == 0 else mean for key, mean in means.items()}
+    means = {objective.metric: 0.0, "loss": 0.0}
+    for index, outputs in _outputs(
+        predict, params, arrays, np.flatnonzero(weight), batch_size, name
+    ):
+        share, labels = weight[index] / weight.sum(), arrays.labels[index]
+        means["loss"] += share @ np.asarray(objective.loss(outputs, labels), np.float64)
+        means[objective.metric] += share @ np.asarray(objective.score(outputs, labels), np.float64)
+    return {key: float(mean) for key, mean in means.items()}
 
 
 def predict_logits(
@@ -80,24 +80,20 @@ def predict_logits(
     *,
     fill: bool = False,
 ) -> np.ndarray:
-    """The logits of all examples, (n, N) or (E, n, N), in their order; arguments as of `evaluate`.
+    """The outputs (n, …) of all examples, in their order; arguments as of `evaluate`.
 
     With `fill` the last batch is filled up with its last example, so that sets of any size are of
     one shape and `predict` is compiled once; in it no example may see another.
     """
     every = np.arange(_count(arrays))
-    batches = _logits(predict, params, arrays, every, batch_size, name, fill)
-    return np.concatenate([np.asarray(logits) for _, logits in batches], axis=-2)
+    batches = _outputs(predict, params, arrays, every, batch_size, name, fill)
+    return np.concatenate([outputs for _, outputs in batches])
 
 
 def _count(arrays: Labelled) -> int:
-    count = len(arrays.images)
-    if not count or np.shape(arrays.labels) != (count,):
-        raise ValueError(
-            "arrays must hold a label (n,) for each of at least one image, "
-            f"got {count} images and labels of shape {np.shape(arrays.labels)}"
-        )
-    return count
+    if not len(arrays.images):
+        raise ValueError("arrays must hold at least one image, got none")
+    return len(arrays.images)
 
 
 @functools.partial(jax.jit, static_argnames="predict")
@@ -105,7 +101,7 @@ def _apply(predict: Predict, params: Any, images: jax.Array) -> jax.Array:
     return core.fast_convolutions(predict)(params, images)
 
 
-def _logits(
+def _outputs(
     predict: Predict,
     params: Any,
     arrays: Labelled,
@@ -114,17 +110,16 @@ def _logits(
     name: str | None,
     fill: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The indices (B,) and the logits of each batch of these examples."""
+    """The indices (B,) and the outputs (B, …) of each batch of these examples."""
     core.check_integer("batch_size", batch_size, 1)
     starts = range(0, len(examples), batch_size)
     for start in starts if name is None else track(starts, name):
         index = examples[start : start + batch_size]
         size = batch_size if fill else len(index)
         filled = np.pad(index, (0, size - len(index)), "edge")
-        logits = _apply(predict, params, arrays.images[filled])
-        if logits.ndim not in (2, 3) or logits.shape[-2] != size:
+        outputs = _apply(predict, params, arrays.images[filled])
+        if np.shape(outputs)[:1] != (size,):
             raise ValueError(
-                f"predict must return logits ({size}, N) or (E, {size}, N), "
-                f"got shape {logits.shape}"
+                f"predict must return outputs ({size}, …), got shape {np.shape(outputs)}"
             )
-        yield index, np.asarray(logits)[..., : len(index), :]
+        yield index, np.asarray(outputs)[: len(index)]

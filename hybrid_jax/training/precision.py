@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax.training.losses import Forward
+from hybrid_jax.training.steps import Forward
 
 
 def compute_in(forward: Forward, dtype: Any = jnp.bfloat16) -> Forward:

@@ -10,12 +10,15 @@ from hybrid_jax import core, experts
 from hybrid_jax.training.state import TrainState
 
 Batch = Mapping[str, Any]
-"""'image' (B, H, W, C), 'label' (B,) int32; optional 'weight' (B,) float32, 'teacher' (B, N).
+"""'image' (B, H, W, C), 'label' (B, …); optional 'weight' (B,) float32, 'teacher': outputs (B, …).
 
 An example of weight 0 does not count, see `core.examples`.
 """
 
 Metrics = dict[str, jax.Array]
+Forward = Callable[[Any, Any, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
+"""forward(params, state, images (B, H, W, C), key) -> (outputs (B, …), new_state), in training."""
+
 LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]
 """loss_fn(params, state, batch, key) -> (loss (), (new_state, metrics: dict of scalars))."""
 
@@ -36,7 +39,7 @@ def make_step(
     Args:
       loss_fn: (params, state, batch, key) -> (loss (), (new_state, metrics)).
       augment: (images (B, H, W, C), key) -> images as `loss_fn` takes them.
-      teacher: (images (B, H, W, C), augmented) -> logits (B, N), put into batch['teacher'].
+      teacher: (images (B, H, W, C), augmented) -> outputs (B, …), put into batch['teacher'].
       choices: Where the forms are kept, see `core.fast_convolutions`; a run that is to be resumed
         bit by bit has its own.
 

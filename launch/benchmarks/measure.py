@@ -186,8 +186,9 @@ def training_batch(size: Size) -> Batch:
 def plain_loss(module: nn.Module) -> Callable[..., Any]:
     """Makes the loss of a training step of `module`, as it is."""
     forward = train(module)
-    return training.classification(
-        lambda params, state, images, key: forward({"params": params, **state}, images)
+    return training.loss_of(
+        lambda params, state, images, key: forward({"params": params, **state}, images),
+        training.classification(),
     )
 
 

@@ -77,7 +77,7 @@ def _qwix(size, provider):
 
 
 def _stepping(forward, params, state, batch, teacher=None):
-    soft = {} if teacher is None else {"temperature": 4.0, "alpha": 0.5}
-    step = training.make_step(training.classification(forward, **soft), teacher=teacher)
+    loss = training.loss_of(forward, training.classification(), 0.0 if teacher is None else 0.5)
+    step = training.make_step(loss, teacher=teacher)
     made = training.create_state(params, state, measure.optimizer(), jax.random.key(0))
     return measure.compiled(step, made, batch)

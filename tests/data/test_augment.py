@@ -86,6 +86,22 @@ def test_augmentation_of_the_users_own(key, monkeypatch):
         floats(images, key)
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"padding": 1}, "padding"),
+        ({"flip": True}, "flip"),
+        ({"others": [data.random_flip], "flip": True}, ".*random_flip.*, flip"),
+    ],
+)
+def test_pixels_that_have_labels_stay_where_they_are(given, named):
+    with pytest.raises(ValueError, match=rf"where they are \(`in_place`\), got {named}"):
+        data.augmentation(**given, label_kind="pixels")
+    assert data.augmentation(**given, label_kind="values")
+    own = data.in_place(lambda images, key: images // 2)
+    assert data.augmentation(others=["brightness", "cutout", own], label_kind="pixels")
+
+
 def test_normalize_by_hand():
     images = jnp.array([[[[0, 255]]]], jnp.uint8)
     # (0 - 0.5) / 0.5 = -1 and (1 - 0.2) / 0.4 = 2.

@@ -40,6 +40,19 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert not np.array_equal(data.epoch_order(8, 0, 1), data.epoch_order(8, 1, 0))
 
 
+def test_labels_of_any_kind_go_with_their_images():
+    images = arrays(6).images
+    values = images.reshape(6, 1).astype(np.float32) / 2
+    pixels = images.reshape(6, 1, 1).astype(np.int32)
+    for labels in (values, pixels, None):
+        (batch,) = data.batches(data.Arrays(images, labels), 4, seed=1, steps=1)
+        if labels is None:
+            assert batch.keys() == {"image", "index"}
+        else:
+            assert np.array_equal(batch["label"], labels[batch["index"]])
+            assert batch["label"].dtype == labels.dtype
+
+
 def test_bad_arguments_are_named_at_once():
     with pytest.raises(ValueError, match=r"batch_size must be an integer in \[1, 4\], got 5"):
         data.batches(arrays(4), 5, seed=0)
@@ -48,13 +61,3 @@ def test_bad_arguments_are_named_at_once():
     wide = data.Arrays(arrays(2).images, np.array([0, 2**32 + 1]))  # 1, if it were cast
     with pytest.raises(ValueError, match=r"labels must be in \[0, 2147483648\), got 4294967297 at"):
         data.batches(wide, 2, seed=0)
-
-
-def test_batches_of_the_users_own_are_for_calibration():
-    images = np.array([0, 255], np.uint8).reshape(1, 1, 1, 2)
-    for batch in (images, (images, [1]), (images,), {"image": images, "label": [1]}):
-        [(got,)] = data.calibration([batch], mean=(0.5, 0.2), std=(0.5, 0.4))
-        # (0 - 0.5) / 0.5 = -1 and (1 - 0.2) / 0.4 = 2.
-        np.testing.assert_allclose(np.ravel(got), [-1, 2], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"batches must hold images .* got float64\(1, 1, 1, 2\)"):
-        next(data.calibration([images / 255], mean=(0.5, 0.2), std=(0.5, 0.4)))

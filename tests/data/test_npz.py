@@ -91,6 +91,25 @@ def test_keys_that_are_open_are_listed_with_shapes(arrays, tmp_path):
     assert str(caught.value).endswith(f"got {listed}")
 
 
+def test_values_and_pixels_are_told_by_name(tmp_path):
+    for name, labels, kind in [
+        ("y", Y / 4, "values"),
+        ("train_masks", np.tile(Y[:, None, None], (1, 4, 4)), "pixels"),
+        ("values", np.stack([Y, Y], 1) / 2, "values"),
+    ]:
+        np.savez(tmp_path / "a.npz", x_train=TRAIN, **{name: labels}, ids=np.arange(6))
+        keys = () if name.startswith("train") else ("x_train", name)
+        splits = data.load("npz", dir=tmp_path / "a.npz", keys=keys, validation=1)
+        assert splits.label_kind == kind
+        number = splits.train.images[:, 0, 0, 0]
+        assert np.array_equal(splits.train.labels, labels[number])
+    np.savez(tmp_path / "a.npz", x=TRAIN, y=Y / 4, ids=np.arange(6))
+    assert data.load("npz", dir=tmp_path / "a.npz", validation=1).label_kind == "values"
+    np.savez(tmp_path / "a.npz", x=TRAIN, weights=Y / 4)
+    with pytest.raises(ValueError, match="keys must be given where"):
+        data.load("npz", dir=tmp_path / "a.npz")
+
+
 def test_keys_given(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, a=TRAIN, b=TEST, c=Y, d=Y_TEST)

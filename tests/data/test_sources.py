@@ -131,6 +131,10 @@ def test_tfds_of_any_name(tmp_path):
         splits = data.load("tfds", dir=dir, validation="test:1")
         assert splits.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
         assert len(splits.validation.labels) == len(splits.test.labels) == 1
+        lazy = data.load("tfds", dir=dir, validation="test:1", memory=0)
+        assert isinstance(lazy.train.images, data.OnDisk)
+        assert np.array_equal(lazy.train.images[:], splits.train.images)
+        assert np.array_equal(lazy.train.labels, splits.train.labels)
     save_tfds(tmp_path, name="other")
     with pytest.raises(ValueError, match=r"of one data set, got .*mine, .*other"):
         data.load("tfds", dir=tmp_path)

@@ -46,6 +46,48 @@ def test_train_size_leaves_validation_alone():
     assert np.array_equal(make(2).validation.images, make(None).validation.images)
 
 
+VALUES = np.linspace(-1, 1, 20).reshape(10, 2)
+PIXELS = np.arange(60).reshape(10, 2, 3) % 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "classes"),
+    [
+        (LABELS, "classes", 2),
+        (LABELS[:, None], "classes", 2),
+        (PIXELS, "pixels", 4),
+        (PIXELS.astype(np.uint8), "pixels", 4),
+        (PIXELS == 1, "pixels", 2),
+        (VALUES, "values", None),
+        (VALUES[:, 0], "values", None),
+        (VALUES[:, :1], "values", None),
+        (None, None, None),
+    ],
+)
+def test_labels_of_every_kind_stay_with_their_images(labels, kind, classes):
+    splits = data.from_arrays((IMAGES, labels), validation=3, seed=1)
+    assert (splits.label_kind, splits.num_classes) == (kind, classes)
+    assert splits.class_names == (None if classes is None else tuple("0123")[:classes])
+    for part in (splits.train, splits.validation, splits.test):
+        assert len(part.images)
+        if labels is None:
+            assert part.labels is None
+        else:
+            own = labels.ravel() if kind == "classes" else labels
+            number = part.images[:, 0, 0, 0]
+            assert np.array_equal(part.labels, own[number].astype(part.labels.dtype))
+            assert part.labels.dtype == (np.float32 if kind == "values" else np.int32)
+
+
+def test_what_is_held_out_of_no_classes_is_drawn_by_the_seed():
+    held = [
+        data.from_arrays((IMAGES, VALUES), seed=seed, validation=3).indices["validation"][1]
+        for seed in (1, 1, 2)
+    ]
+    assert np.array_equal(held[0], held[1])
+    assert not np.array_equal(held[0], held[2])
+
+
 def test_moments_by_hand():
     images = np.array([0, 255, 51, 51], np.uint8).reshape(2, 1, 1, 2)
     splits = data.from_arrays((images, [0, 1]), (images, [0, 1]), (images, [0, 1]))
@@ -123,14 +165,23 @@ def test_arrays_are_resized():
 
 
 def test_examples_of_the_users_own():
-    each = [(f"photo {i}", np.full((2, 2, 3), i, np.uint8), i % 2) for i in range(10)]
-    splits = data.from_arrays(data.Examples(10, each), test=4, validation=1)
+    def examples(wide=None):
+        def at(numbers):
+            for i in numbers:
+                yield f"photo {i}", lambda i=i: np.full((2, 2 + (i == wide), 3), i, np.uint8), i % 2
+
+        return data.Examples(10, at)
+
+    splits = data.from_arrays(examples(), test=4, validation=1)
     assert np.array_equal(splits.train.images[:, 0, 0, 0] % 2, splits.train.labels)
-    each[3] = ("photo 3", np.zeros((2, 1, 3), np.uint8), 1)
-    with pytest.raises(ValueError, match=r"one size, got \(2, 1, 3\) of photo 3 and .* of photo 0"):
-        data.from_arrays(data.Examples(10, each))
-    with pytest.raises(ValueError, match=r"train images must have shape .*, got \(0, 0, 0, 0\)"):
-        data.from_arrays(data.Examples(0, []))
+    with pytest.raises(ValueError, match=r"one size, got \(2, 3, 3\) of photo 3 and .* of photo 0"):
+        data.from_arrays(examples(wide=3))
+    for image in (np.ones((2, 2, 1)), np.ones((2, 2), np.uint8)):
+        bare = data.Examples(2, lambda numbers, x=image: (("it", lambda: x, 1) for _ in numbers))
+        with pytest.raises(ValueError, match=r"it must be \(h, w, C\) uint8, got \(2, 2"):
+            data.from_arrays(bare)
+    with pytest.raises(ValueError, match="train must hold images, got none"):
+        data.from_arrays(data.Examples(0, lambda numbers: []))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +223,21 @@ def test_examples_of_the_users_own():
             {"test": (np.zeros((10, 3, 8, 8), np.uint8), LABELS)},
             r"\(n, H, W, C\) .* \(10, 3, 8, 8\)",
         ),
+        ({"train": (IMAGES, VALUES), "class_names": "ab"}, "class_names must be None .* float64"),
+        ({"train": (IMAGES, None), "class_names": "ab"}, "class_names must be None .* no labels"),
+        ({"train": (IMAGES, VALUES[:, 0])}, "test labels must be floats as in train, got int64"),
+        ({"train": (IMAGES, VALUES * np.inf)}, "train labels must be finite, got "),
+        ({"train": (IMAGES, VALUES)}, r"test labels must have shape \(2,\) each as in .* \(\)"),
+        ({"test": (IMAGES, PIXELS)}, r"test labels must have shape \(\) each as in .* \(2, 3\)"),
+        ({"test": (IMAGES, None)}, r"test labels must have shape \(\) each as in train, got None"),
+        (
+            {"train": (IMAGES, LABELS[:, None] * [1, 1])},
+            r"\(10, D\) of floats, got \(10, 2\)",
+        ),
+        ({"train": (IMAGES, PIXELS / 4)}, r"train labels must .*, got \(10, 2, 3\) float64"),
+        ({"train": (IMAGES, PIXELS - 1), "test": 2}, r"train labels, .* got -1 at index 0"),
+        ({"train": (IMAGES, PIXELS), "test": 2, "crop": 2}, r"resize and crop must be \(\) where"),
+        ({"memory": -1}, "memory must be an integer of at least 0, got -1"),
         ({"image_shape": (3, 3, 1)}, r"train images must have shape \(3, 3, 1\)"),
     ],
 )

@@ -22,7 +22,7 @@ from compiled import (
 )
 from lowered import deployed
 
-from hybrid_jax import core, cost, models
+from hybrid_jax import models
 from hybrid_jax.deploy import c
 from hybrid_jax.program import (
     Add,
@@ -218,11 +218,9 @@ def test_a_trained_network_in_floats_is_the_function(digits, lowered, tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-def test_the_block_is_what_the_cost_model_counts(digits, lowered):
-    graph = core.trace(digits.fn, digits.params, digits.images[:1])
-    counted = cost.peak_activation_bytes(graph, {site.name: 8 for site in graph.sites})
+def test_the_block_is_what_lives_at_one_time(lowered):
     # In the project convolution the residual, its input and its output: 64 · (8 + 12 + 8) bytes.
-    assert memory.plan(lowered.integers).size == counted == 64 * 28
+    assert memory.plan(lowered.integers).size == 64 * 28
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_percentiles_of_made_up_times(monkeypatch):
     monkeypatch.setattr(core, "seconds", lambda fn: next(given[fn]))
     measured = deploy.latency("f", "r", pairs=20, warmup=1)
     np.testing.assert_allclose(measured[:5], (10.5, 19.05, 2, 2, 5.25))
+    np.testing.assert_allclose(measured.quartiles, (5.75, 15.25))
     np.testing.assert_allclose(measured.spread, (2.875, 7.625))
 
 

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from hybrid_jax import core
 from hybrid_jax.core import versions
 from launch import compilation, compress, export
+from launch.command import define_cache
 
 
 @pytest.fixture
@@ -75,8 +76,6 @@ def test_empty_keeps_nothing(settings, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# ml_collections loads config modules by importlib's old way.
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_bad_folder(settings, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     bad = str(tmp_path / "file" / "cache")
@@ -105,7 +104,7 @@ def test_xla_flags_of_the_user_stand(settings, monkeypatch):
 
 def test_the_flag():
     values = flags.FlagValues()
-    compilation.define_flag(values)
+    define_cache(values)
     values(["command"])
     assert values.compilation_cache is None
     values(["command", "--compilation_cache="])

@@ -113,7 +113,7 @@ def removed(tree, kept):
 def make_step(forward):
     def loss_fn(params, state, batch, key):
         logits, updates = forward(params | {"batch_stats": state["batch_stats"]}, batch["image"])
-        loss = training.cross_entropy(logits, batch["label"])
+        loss = training.cross_entropy(logits, batch["label"]).mean()
         average = optax.incremental_update(params, state["average"], 0.1)
         return loss, ({"average": average, **updates}, {})
 

@@ -44,7 +44,7 @@ def counted(bits, scales=None):
 @given(
     damages=st.lists(st.lists(st.integers(0, 30), min_size=6, max_size=6), min_size=3, max_size=3),
     part=st.floats(0, 1),
-    budget=st.sampled_from(["bytes", "bops", "peak_activation_bytes"]),
+    budget=st.sampled_from(["bytes", "bops"]),
 )
 def test_is_the_best_of_all_that_fit(damages, part, budget):
     sensitivity = {
@@ -179,17 +179,6 @@ def test_bits_are_data_and_a_spec():
     assert rules == stated
 
 
-def test_peak_is_kept_by_narrow_activations():
-    sensitivity = {site: {"activation": {4: 1.0, 8: 0.0}} for site in SITES}
-    # What a reads takes 3 bytes and its sum 7; then 7 + 5; then 5 and two floats: 13 bytes.
-    free = q.allocate_bits(sensitivity, FORMULA, SPEC, {"peak_activation_bytes": 13})
-    assert free.damage == 0
-    found = q.allocate_bits(sensitivity, FORMULA, SPEC, {"peak_activation_bytes": 11})
-    # 7 + 5 > 11 is met by b or c at 4 bits; 5 + 8 > 11 by c alone.
-    assert [found.bits[site]["activation"] for site in SITES] == [8, 8, 4]
-    assert counted(found.bits).peak_activation_bytes == 11
-
-
 def test_with_bits_names_what_is_wrong():
     with pytest.raises(ValueError, match="site of bits must be one of a, b, c, got 'd'"):
         q.with_bits(SPEC, {"d": {"weight": 2}})
@@ -207,7 +196,7 @@ GOOD = weights_only((1, 1, 0), (1, 1, 0), (1, 1, 0))
 @pytest.mark.parametrize(
     ("change", "budgets", "message"),
     [
-        ({}, {}, "budgets must hold one of macs, bops, bytes, peak_activation_bytes, got none"),
+        ({}, {}, "budgets must hold one of macs, bops, bytes, got none"),
         ({}, {"byte": 9}, "budgets must be one of .* did you mean bytes"),
         ({}, {"bytes": 9.5}, "budget of bytes must be an integer, got 9.5"),
         ({"d": {"weight": {2: 0.0}}}, {"bytes": 999}, "site of sensitivity must be one of a, b, c"),

@@ -137,13 +137,12 @@ def widths(digits, measured):
 
 
 def test_bits_and_widths_fit_a_device(digits, measured, widths):
-    """Flash, memory and operations at once, counted on the network that is really smaller."""
+    """Bytes and operations at once, counted on the network that is really smaller."""
     damage, scores = widths
     whole = counted(measured.graph, uniform(measured.graph, 8, 8))
     budgets = {
         "bytes": whole.bytes * 6 // 10,
         "macs": whole.macs * 8 // 10,
-        "peak_activation_bytes": whole.peak_activation_bytes * 8 // 10,
     }
     sensitivity = {
         site: {role: {b: table[b] for b in (3, 4, 8)} for role, table in roles.items()}

@@ -5,7 +5,9 @@ import optax
 import pytest
 
 from hybrid_jax import core
+from hybrid_jax import program as p
 from hybrid_jax import quantization as q
+from hybrid_jax.quantization import stored
 
 STEM, DEPTHWISE, HEAD = (f"params/{name}/kernel" for name in ("stem", "depthwise", "head"))
 LABELS = jnp.array([0, 1, 2, 0])
@@ -243,3 +245,40 @@ def test_hessian_sensitivity_by_hand():
 def test_bad_probes(key):
     with pytest.raises(ValueError, match="probes must be an integer of at least 1, got 0"):
         q.hessian_trace(lambda p: p**2, jnp.float32(1.0), key=key, probes=0)
+
+
+def test_on_a_plan_it_equals_separate_plans():
+    """Each damage is that of the plan with these bits, less that of the plan with the most."""
+    params = {name: jax.random.normal(jax.random.key(i), (6, 6)) for i, name in enumerate("abc")}
+    x = jax.random.normal(jax.random.key(9), (16, 6))
+
+    def fn(params, x):
+        y = jax.nn.relu(x @ params["a"])
+        return (jax.nn.relu(y @ params["b"]) + y) @ params["c"]
+
+    spec = q.spec(core.trace(fn, params, x))
+    net, choices = p.lower(fn, params, x), {"weight": (3, 8), "activation": (4, 8)}
+
+    def at(bits):
+        planned = q.plan(net, q.with_bits(spec, bits))
+        ranges = q.calibrate_edges(planned, [(x,)])
+        y = q.as_deployed(planned)(net.params, ranges, x)
+        return planned, ranges, q.kl_divergence(y, fn(params, x))
+
+    planned, ranges, _ = at({name: {"weight": 3, "activation": 4} for name in "abc"})
+    # b takes in 4 bits what is added in 8.
+    assert [planned.stored[name].quantizer.bits for name in ("a", "a/4 bits")] == [8, 4]
+    operations = stored.chosen_operations(planned, choices)
+    found = q.plan_sensitivity(
+        planned, [(x,)], dict.fromkeys((3, 4, 8), ranges), operations, choices
+    )
+    _, _, least = at({})
+    for name, bits in (("a", {"weight": 3}), ("b", {"activation": 4}), ("c", {"activation": 4})):
+        [(role, width)] = bits.items()
+        assert found[name][role][8] == 0
+        expected = at({name: bits})[2] - least
+        np.testing.assert_allclose(found[name][role][width], expected, rtol=1e-3, atol=1e-6)
+    # Nothing is measured where there is nothing to choose.
+    choices |= {"activation": (8,)}
+    found = q.plan_sensitivity(planned, [(x,)], dict.fromkeys((3, 8), ranges), operations, choices)
+    assert [list(own) for own in found.values()] == [["weight"]] * 3

@@ -1,4 +1,4 @@
-"""The data section of the configuration, on the way to the job."""
+"""The data section of the configuration, on the way to the task."""
 
 import jax
 import numpy as np
@@ -6,9 +6,6 @@ import pytest
 from PIL import Image
 
 from hybrid_jax import data, recipes
-
-# ml_collections loads config modules by importlib's old way.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture
@@ -29,15 +26,15 @@ def config(tmp_path, monkeypatch):
 
 def test_the_config_reaches_the_data(config, tmp_path, key):
     config.data.augment = ("brightness",)
-    job = recipes.prepare(config, tmp_path / "run")
-    assert job.splits.class_names == ("cat", "dog")
-    assert job.splits.image_shape == (8, 8, 3)
-    assert (len(job.splits.train.labels), len(job.splits.test.labels)) == (6, 6)
-    assert job.splits.validation.labels.tolist() == [0, 1]
+    task = recipes.of_config(config, tmp_path / "run").task
+    assert task.splits.class_names == ("cat", "dog")
+    assert task.splits.image_shape == (8, 8, 3)
+    assert (len(task.splits.train.labels), len(task.splits.test.labels)) == (6, 6)
+    assert task.splits.validation.labels.tolist() == [0, 1]
     # 10 / 255 / 0.5, and of it at most a fifth more or less, rounded to whole values of 0..255.
-    images = job.splits.validation.images
-    np.testing.assert_allclose(job.normalize(images)[1], 20 / 255, rtol=1e-5)
-    inside = np.asarray(job.augment(images, jax.random.key(3)))[1, 1:-1, 1:-1] * 255 / 2
+    images = task.splits.validation.images
+    np.testing.assert_allclose(task.normalize(images)[1], 20 / 255, rtol=1e-5)
+    inside = np.asarray(task.augmented(images, jax.random.key(3)))[1, 1:-1, 1:-1] * 255 / 2
     assert np.all((inside > 7.9) & (inside < 12.1))
 
 
@@ -47,7 +44,6 @@ def test_the_config_reaches_the_data(config, tmp_path, key):
         ("dir", "~/none", "config.data: dir must be a directory of images, got '/.*/none'"),
         ("validation", "test:8", "config.data: validation must .* of 8, got 'test:8'"),
         ("padding", 8, r"config.data: padding must be an integer in \[0, 7\], got 8"),
-        ("crop", (8, 9, 10), r"config.data.crop must be one side or .*, got \[8, 9, 10\]"),
         ("test", 3.0, "config.data: test must be None for 'folder', which has test images"),
         ("std", (1.0,), r"config.data: std must be 3 values from 0 to 1, .* got \(1.0,\)"),
         ("keys", ("a", "b"), "config.data: keys must not be given for 'folder', which takes dir, "),
@@ -56,13 +52,13 @@ def test_the_config_reaches_the_data(config, tmp_path, key):
 def test_a_mistake_is_named_before_anything_is_written(config, tmp_path, key, value, message):
     config.data[key] = value
     with pytest.raises(ValueError, match=message):
-        recipes.prepare(config, tmp_path / "run")
+        recipes.of_config(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_source_of_the_users_own_is_one_by_name(config, monkeypatch, tmp_path):
     config.data.name = "mine"
     with pytest.raises(ValueError, match=r"config.data.name must be one of .*, got 'mine'"):
-        recipes.check_config(config)
+        recipes.read(config)
     monkeypatch.setitem(data.SOURCES, "mine", lambda dir: data.Source(([], [])))
-    recipes.check_config(config)
+    recipes.read(config)

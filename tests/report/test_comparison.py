@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_jax import report
-from hybrid_jax.report import comparison
+from hybrid_jax.report import Results, Row, comparison, warnings
 
 
 def test_mcnemar_equals_the_hand_computed_value():
@@ -56,46 +56,63 @@ def test_the_same_run_repeated_is_no_more_evidence(pairs):
     assert report.mcnemar([a] * 3, [b] * 3) == report.mcnemar(a, b)
 
 
-def test_rivals_are_dense_the_controls_and_the_best_expert_but_not_the_oracle(make_results):
-    found = {c.rival: c for c in report.compare(make_results())}
+def test_mcnemar_of_scores_is_the_sign_test():
+    # Better on three of four, worse on one: 2 · (1 + 4) / 16 = 0.625.
+    test = report.mcnemar([-0.1, -0.2, -0.3, -0.9], [-0.2, -0.3, -0.4, -0.1])
+    assert test == (3, 1, pytest.approx(0.625))
+
+
+def test_rivals_are_the_parents_the_controls_and_the_best_expert_but_not_the_oracle(make_results):
+    found = {c.rival: c for c in report.compare(Results.from_json(make_results()))}
     assert set(found) == {
         "dense",
-        "average of all experts",
+        "dense int8",
+        "average",
         "random gate",
-        "equal-bytes net",
-        "equal-BOPs net",
-        "best single expert",
+        "equal-size net",
+        "equal-cost net",
+        "expert 2",
     }
     # The mixture is right on 352 of 360, the best expert (expert 2) on 351.
-    assert found["best single expert"].difference == pytest.approx(1 / 360)
-    assert found["equal-bytes net"].verdict == "equal"
+    assert found["expert 2"].difference == pytest.approx(1 / 360)
+    assert found["equal-size net"].verdict == "equal"
+
+
+def test_an_expert_that_was_named_is_the_rival_instead_of_the_best_one(make_results):
+    results = make_results()
+    results["rows"][3]["rival"] = True
+    rivals = {c.rival for c in report.compare(Results.from_json(results))}
+    assert "expert 1" in rivals
+    assert "expert 2" not in rivals
+
+
+def test_no_word_of_a_name_is_a_role(make_results):
+    results, renamed = make_results(), make_results()
+    for i, row in enumerate(renamed["rows"]):
+        row["name"] = f"best equal bytes oracle {i}"
+    before, after = (comparison.compare(Results.from_json(r)) for r in (results, renamed))
+    assert [c[1:] for c in before] == [c[1:] for c in after]
+    before, after = (warnings.of(Results.from_json(r)) for r in (results, renamed))
+    assert len(before) == len(after)
 
 
 def _result(mixture, rival):
     accuracy = lambda correct: sum(correct) / len(correct)  # noqa: E731
-    return {
-        "rows": [
-            {"name": "net", "kind": "control", "accuracy": accuracy(rival), "correct": rival},
-            {"name": "moe", "kind": "mixture", "accuracy": accuracy(mixture), "correct": mixture},
-        ]
-    }
+    return Results(
+        (
+            Row("net", "control", accuracy(rival), rival, rival=True),
+            Row("moe", "mixture", accuracy(mixture), mixture),
+        )
+    )
 
 
 def test_a_control_is_beaten_only_beyond_chance():
     # 6 to 0: p = 2 / 64 = 0.031. 5 to 0: p = 2 / 32 = 0.0625.
     (beaten,) = report.compare(_result([1] * 10, [0] * 6 + [1] * 4))
     (chance,) = report.compare(_result([1] * 10, [0] * 5 + [1] * 5))
-    assert (beaten.verdict, beaten.beaten) == ("beaten", True)
-    assert (chance.verdict, chance.beaten) == ("ahead, within chance", False)
-    assert comparison.summary(_result([1] * 10, [0] * 6 + [1] * 4))[1] == (
-        "It beats net (+60.00 points, p = 0.031)."
-    )
-    assert comparison.summary(_result([0] * 6 + [1] * 4, [1] * 10))[1] == (
-        "It does NOT beat net (−60.00 points, p = 0.031): significantly behind."
-    )
-    assert comparison.summary(_result([1] * 10, [0] * 5 + [1] * 5))[1] == (
-        "It does NOT beat net (+50.00 points, p = 0.062): within chance."
-    )
+    assert (beaten.verdict, chance.verdict) == ("beaten", "ahead, within chance")
+    (behind,) = report.compare(_result([0] * 6 + [1] * 4, [1] * 10))
+    assert (behind.verdict, behind.difference) == ("behind", -0.6)
 
 
 def test_a_test_that_points_to_the_other_side_is_no_evidence():
@@ -108,45 +125,50 @@ def test_without_correctness_nothing_is_claimed(make_results):
     results = make_results()
     for row in results["rows"]:
         row["correct"] = None
-    assert not any(c.beaten for c in report.compare(results))
-    assert "equal-BOPs net (+0.56 points): not tested." in " ".join(comparison.summary(results))
+    results = Results.from_json(results)
+    assert not any(c.significant for c in report.compare(results))
+    verdicts = {c.rival: c.verdict for c in report.compare(results)}
+    assert verdicts["equal-cost net"] == "ahead, not tested"
 
 
-def test_summary_states_costs_and_the_gates_skill(make_results):
-    text = " ".join(comparison.summary(make_results()))
-    # 352 / 360 = 97.78 %; 352 − 354 = −2 of 360 = −0.56; 312000 / 57900 = 5.39.
-    assert "“mixture top-1” classifies 97.78 %" in text
-    assert "−0.56 points against the dense parent" in text
-    assert "5.39× fewer bytes" in text
+def test_the_gates_skill_is_its_place_between_the_bounds(make_results):
     # (352 − 347) / (360 − 347) = 38 %.
-    assert "covers 38 % of that distance" in text
+    results = Results.from_json(make_results())
+    assert comparison.gate_skill(results) == (
+        "The bounds are 96.39 % (random gate) and 100.00 % (oracle gate): the gate covers 38 % of "
+        "that distance."
+    )
+    assert comparison.gate_skill(Results((Row("net", "single", 0.9),))) == ""
 
 
-def test_warnings_name_what_is_slow_and_the_oracle_gap(make_results):
-    assert comparison.warnings(make_results()) == [
-        "expert 3 is slower than dense: 1.08× its latency",
-        "mixture top-2 is slower than dense: 1.31× its latency",
-        "Oracle gap: the gate leaves 2.22 points to a gate that is always right",
-    ]
+SLOW = "The onnx file of the expert 3 is slower than the parent's: 1.08× (1.03–1.12) its time"
 
 
-def _change(make_results, **changes):
-    """Warnings that appear when top-level entries are replaced, or `row.field` values."""
-    before, results = comparison.warnings(make_results()), make_results()
-    for key, value in changes.items():
-        if key in results:
-            results[key] = value
-        else:
-            row = next(r for r in results["rows"] if r["name"] == "mixture top-1")
-            row[key] = value
-    return [text for text in comparison.warnings(results) if text not in before]
+def test_warnings_name_what_is_slow_beyond_the_noise(make_results):
+    results = make_results()
+    assert warnings.of(Results.from_json(results)) == [SLOW]
+    results["rows"][5]["files"]["onnx"]["ratio_quartiles"] = [0.99, 1.12]
+    assert warnings.of(Results.from_json(results)) == []
 
 
-def test_a_mixture_larger_than_dense_is_warned_of(make_results):
-    found = _change(make_results, bytes=624_000)
-    assert "mixture top-1 is larger than dense: 2.00× its bytes" in found
+def _change(make_results, file=None, mixture=None, **changes):
+    """Warnings that appear when entries of the results, the mixture or its file are replaced."""
+    results = make_results()
+    row = next(row for row in results["rows"] if row["role"] == "mixture")
+    row.update(mixture or {})
+    row["files"]["onnx"].update(file or {})
+    found = warnings.of(Results.from_json(results | changes))
+    return [text for text in found if text != SLOW]
+
+
+def test_a_mixture_that_is_larger_than_the_parent_is_warned_of(make_results):
+    found = _change(make_results, file={"bytes": 624_000})
+    assert "The onnx file of the mixture is larger than the parent's: 2.00× its bytes" in found
     # 58100 / 624000: the control no longer has the mixture's size.
-    assert "equal-bytes net is not equal: 0.09× the mixture's bytes" in found
+    assert "equal-size net is not equal: 0.09× the mixture's 624 kB" in found
+    (found,) = _change(make_results, mixture={"bops": 27.7e6})
+    # 830 k · 16.6 / 27.7 M = 0.50
+    assert found == "equal-cost net is not equal: 0.50× the mixture's 27.7 M BOPs"
 
 
 def test_a_collapsed_gate_is_warned_of(make_results):
@@ -167,16 +189,17 @@ def test_experts_that_agree_are_warned_of(make_results):
 
 
 def test_a_gain_beyond_what_ensembles_reach_is_warned_of(make_results):
-    (found,) = _change(make_results, accuracy=1.0, correct=[1] * 360)
+    (found,) = _change(make_results, mixture={"accuracy": 1.0, "correct": [1] * 360})
     assert found.startswith("The gain of 2.50 points over the best expert")
 
 
-def test_a_deployed_model_that_differs_is_warned_of(make_results):
-    (record,) = make_results()["exports"]
-    (found,) = _change(make_results, exports=[record | {"agreement": 0.99}])
-    assert found == (
-        "The packed file of the mixture agrees with the model on only 99.00 % of the test images"
-    )
+def test_a_file_that_differs_or_is_missing_is_warned_of(make_results):
+    assert _change(make_results, file={"agreement": 0.99}) == [
+        "The onnx file of the mixture agrees with the model on only 99.00 % of the test images"
+    ]
+    assert _change(make_results, file={"error": "no such operation"}) == [
+        "There is no onnx file of the mixture: no such operation"
+    ]
 
 
 def test_effective_experts():

@@ -75,6 +75,7 @@ def tiny():
     return types.SimpleNamespace(
         model=model,
         forward=forward,
+        loss_fn=training.loss_of(forward, training.classification()),
         predict=predict,
         augment=augment,
         make_state=make_state,

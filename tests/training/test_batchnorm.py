@@ -119,7 +119,23 @@ def test_errors_name_the_argument():
         training.reestimate_batchnorm(make_forward(model), params, state, [])
     with pytest.raises(ValueError, match="every batch must hold an example, got none in batch 2"):
         training.reestimate_batchnorm(make_forward(model), params, state, [batch, batch[:0]])
-    with pytest.raises(ValueError, match="state must hold running statistics"):
-        training.reestimate_batchnorm(make_forward(model), params, {"bits": 4}, [batch])
-    with pytest.raises(ValueError, match="forward must update the running statistics of 'batch_st"):
+    with pytest.raises(ValueError, match="forward must update running statistics in state, got ev"):
         training.reestimate_batchnorm(make_forward(model, train=False), params, state, [batch])
+    mean, var = (f"batch_stats/BatchNorm_0/{name}" for name in ("mean", "var"))
+    for statistics, match in [
+        ({"none": None}, "statistics must give None, or .*, got 'none': None"),
+        ({var: mean}, "statistics must give None, or the path of a mean, .*, got .*mean'$"),
+        ({mean: None, var: var}, "statistics must give None, or the path of a mean"),
+        ({mean: None, "bits": mean}, "statistics must pair equal shapes, got 'bits'"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            training.reestimate_batchnorm(
+                make_forward(model), params, state, [batch], statistics=statistics
+            )
+    still = {mean: None, var: mean}
+    with pytest.raises(
+        ValueError, match=r"forward must update the running statistic '.*mean', got"
+    ):
+        training.reestimate_batchnorm(
+            make_forward(model, train=False), params, state, [batch], statistics=still
+        )

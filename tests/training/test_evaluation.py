@@ -1,6 +1,5 @@
 """Evaluation equals NumPy for any number of examples, and compiles once."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,14 +40,20 @@ def test_equals_numpy(count, batch_size):
     np.testing.assert_allclose(logits, arrays.images[:, 0, 0, :] * np.float32(2))
 
 
-def test_a_stack_gives_one_number_for_each_expert():
-    arrays, scales = make_arrays(7), jnp.array([1.0, -1.0])
-    stacked = jax.vmap(predict, in_axes=(0, None))
-    got = training.evaluate(stacked, scales, arrays, 4)
-    for key in ("accuracy", "loss"):
-        expected = [by_numpy(arrays, scale)[key] for scale in (1.0, -1.0)]
-        np.testing.assert_allclose(got[key], expected, rtol=1e-5)
-    assert training.predict_logits(stacked, scales, arrays, 4).shape == (2, 7, 3)
+def test_outputs_and_labels_of_any_shape():
+    """Values: errors 1, 1 and 4, 0. Pixels: of five images one pixel of two is of class 1."""
+    images = np.arange(5.0, dtype=np.float32).reshape(5, 1, 1, 1)
+    values = data.Arrays(images, images.reshape(5, 1) + np.float32(2))
+    predict = lambda params, x: x[:, 0, 0]  # noqa: E731
+    got = training.evaluate(predict, None, values, 2, objective=training.regression())
+    assert got == {"negative_squared_error": -4, "loss": 4}
+    pixels = data.Arrays(images, np.tile(np.array([[[0, 1]]]), (5, 1, 1)))
+    sure = lambda params, x: jnp.stack([x + 50, x], -1).repeat(2, 2)[:, :, :, 0]  # noqa: E731
+    got = training.evaluate(sure, None, pixels, 2)
+    assert got == {"accuracy": 0.5, "loss": 25}
+    assert training.predict_logits(sure, None, pixels, 2, fill=True).shape == (5, 1, 2, 2)
+    unlabelled = data.Arrays(images, None)
+    assert training.predict_logits(predict, None, unlabelled, 2).ravel().tolist() == [*range(5)]
 
 
 def test_compiles_once_for_each_size():
@@ -140,7 +145,7 @@ def test_weights_weigh_and_weight_0_may_hold_anything():
 
 @pytest.mark.parametrize("label", [99, -1, 2, 2**32 + 1, 2**32])
 def test_labels_outside_the_classes_are_named(label):
-    with pytest.raises(ValueError, match=rf"labels must be in \[0, 2\), got {label} at index 2"):
+    with pytest.raises(ValueError, match=rf"labels must be in \[0, 2\), got {label} at index 0"):
         given(np.zeros((3, 2)), [0, 1, label], size=1)
 
 
@@ -148,17 +153,16 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         training.evaluate(predict, 1.0, make_arrays(3), 0)
     arrays = make_arrays(3)
-    with pytest.raises(ValueError, match=r"got 3 images and labels of shape \(0,\)"):
-        training.evaluate(predict, 1.0, data.Arrays(arrays.images, arrays.labels[:0]), 2)
-    with pytest.raises(ValueError, match=r"got 3 images and labels of shape \(3, 1\)"):
+    for labels, got in ((arrays.labels[:0], r"\(0,\)"), (None, "None")):
+        with pytest.raises(ValueError, match=f"a label for each of 3 images, got shape {got}"):
+            training.evaluate(predict, 1.0, data.Arrays(arrays.images, labels), 2)
+    with pytest.raises(ValueError, match=r"labels must have shape \(2,\) .* got \(2, 1\)"):
         training.evaluate(predict, 1.0, data.Arrays(arrays.images, arrays.labels[:, None]), 2)
     for evaluate in (training.evaluate, training.predict_logits):
-        with pytest.raises(ValueError, match=r"got 0 images and labels of shape \(0,\)"):
+        with pytest.raises(ValueError, match="at least one image, got none"):
             evaluate(predict, 1.0, data.Arrays(arrays.images[:0], arrays.labels[:0]), 2)
-        with pytest.raises(
-            ValueError, match=r"logits \(2, N\) or \(E, 2, N\), got .* \(2, 1, 1, 3\)"
-        ):
-            evaluate(lambda params, x: x, 1.0, arrays, 2)
+        with pytest.raises(ValueError, match=r"outputs \(2, …\), got shape \(1, 1, 3\)"):
+            evaluate(lambda params, x: x[0], 1.0, arrays, 2)
     with pytest.raises(ValueError, match="labels must be integers, got float64"):
         given(np.zeros((1, 2)), [0.0])
     for weight in ([1.0], [1.0, -1.0], [1.0, np.nan], [0.0, 0.0]):

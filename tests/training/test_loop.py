@@ -13,7 +13,7 @@ from hybrid_jax import core, pruning, training
 
 @pytest.fixture
 def step(tiny):
-    return training.make_step(training.classification(tiny.forward), tiny.augment)
+    return training.make_step(tiny.loss_fn, tiny.augment)
 
 
 def interrupted(batches, at):
@@ -86,7 +86,7 @@ def test_finished_run_is_restored_without_a_step(tiny, step, batches, tmp_path):
 
 
 def test_stack_resumes_bit_equal(tiny, batches, tmp_path):
-    step = training.make_stacked_step(training.classification(tiny.forward), method="map")
+    step = training.make_stacked_step(tiny.loss_fn, method="map")
     make = lambda: training.stack_states([tiny.make_state(0), tiny.make_state(1)])  # noqa: E731
     whole = training.fit(step, make(), batches, steps=4, name="experts")
     checkpoint = training.Checkpoints(tmp_path)

@@ -42,7 +42,7 @@ def test_products_in_half_and_all_else_in_float32(network, dtype):
 def test_it_learns_by_updates_below_the_resolution_of_half(network):
     """A thousandth of a weight's last place in bfloat16, many times; and all stays finite."""
     forward, params, state = network
-    loss = training.classification(training.compute_in(forward))
+    loss = training.loss_of(training.compute_in(forward), training.classification())
     state = training.create_state(params, state, optax.sgd(1e-4), jax.random.key(0))
     step, before = training.make_step(loss), training.copy(state.params)
     losses = []
@@ -74,7 +74,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     masks = pruning.masks(params, 0.5)
     params = pruning.apply_masks(params, masks)
     labels = jnp.arange(8, dtype=jnp.int32) % 3
-    loss = training.classification(lambda p, s, x, key: (module.apply(p, x), s))
+    loss = training.loss_of(lambda p, s, x, key: (module.apply(p, x), s), training.classification())
     tx = pruning.hold_masks(optax.adam(0.1), masks)
 
     def trained(tx, batches):

@@ -11,7 +11,7 @@ def test_sharded_step_equals_one_device(tiny, batches):
     """Four steps of the loop; dropout, augmentation and BatchNorm see the whole batch."""
     mesh = training.data_mesh()
     assert mesh.size == 4
-    step = training.make_step(training.classification(tiny.forward), tiny.augment)
+    step = training.make_step(tiny.loss_fn, tiny.augment)
     one = training.fit(step, tiny.make_state(), batches, steps=4, name="one")
 
     def sharded(first):
@@ -25,9 +25,7 @@ def test_sharded_step_equals_one_device(tiny, batches):
 
 def test_sharded_stack_equals_one_device(tiny, arrays):
     mesh = training.data_mesh()
-    step = training.make_stacked_step(
-        training.classification(tiny.forward), per_expert=["weight"], method="vmap"
-    )
+    step = training.make_stacked_step(tiny.loss_fn, per_expert=["weight"], method="vmap")
     weight = np.random.default_rng(0).uniform(size=(2, 8)).astype(np.float32)
     weight[0, 1:5] = 0  # on one device none counts
     batch = {"image": arrays.images[:8], "label": arrays.labels[:8], "weight": weight}
@@ -44,7 +42,7 @@ def test_stack_divided_by_expert_equals_one_device(tiny, arrays, method):
     """Two experts on each of two devices, half of the batch on each of the other two."""
     mesh = experts.expert_mesh(2)
     step = training.make_stacked_step(
-        training.classification(tiny.forward), tiny.augment, per_expert=["weight"], method=method
+        tiny.loss_fn, tiny.augment, per_expert=["weight"], method=method
     )
     weight = np.random.default_rng(0).uniform(size=(4, 8)).astype(np.float32)
     weight[0, 1:5] = 0  # on one device none counts

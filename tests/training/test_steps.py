@@ -100,7 +100,7 @@ def test_teacher_sees_the_augmented_images(tiny, batch):
 def test_stack_equals_separate_steps(tiny, batch, method):
     """Three experts with their own parameters, keys and sample weights, for two steps."""
     weights = np.random.default_rng(1).uniform(size=(3, 8)).astype(np.float32)
-    loss_fn = training.classification(tiny.forward, alpha=0.5, smoothing=0.1)
+    loss_fn = training.loss_of(tiny.forward, training.classification(smoothing=0.1), 0.5)
     teacher = lambda images: 3 * images[:, 0, 0, :1] * jnp.eye(1, 3, dtype=images.dtype)  # noqa: E731
     separate = []
     step = training.make_step(loss_fn, teacher=teacher)
@@ -162,7 +162,7 @@ def test_compiles_once(tiny, batch, stacked):
         traces.append(1)
         return tiny.forward(*args)
 
-    loss_fn = training.classification(forward)
+    loss_fn = training.loss_of(forward, training.classification())
     if stacked:
         step = training.make_stacked_step(loss_fn, method="vmap")
         state = training.stack_states([tiny.make_state(0), tiny.make_state(1)])
@@ -189,10 +189,10 @@ def test_errors_name_the_argument(tiny, batch):
     with pytest.raises(ValueError, match="states must hold at least one"):
         training.stack_states([])
     with pytest.raises(ValueError, match="batch must hold 'teacher'"):
-        training.make_step(training.classification(tiny.forward, alpha=0.5))(
+        training.make_step(training.loss_of(tiny.forward, training.classification(), 0.5))(
             tiny.make_state(), batch
         )
-    step = training.make_stacked_step(training.classification(tiny.forward), per_expert=["weight"])
+    step = training.make_stacked_step(tiny.loss_fn, per_expert=["weight"])
     states = training.stack_states([tiny.make_state(0), tiny.make_state(1)])
     with pytest.raises(ValueError, match="per_expert must name entries of the batch"):
         step(states, batch)

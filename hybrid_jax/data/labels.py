@@ -1,0 +1,85 @@
+"""What labels are: classes of images, classes of their pixels, or values."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybrid_jax import core
+
+
+def label_kind(labels: np.ndarray | None) -> str | None:
+    """'classes' of images (n,), 'pixels': classes (n, H, W), 'values' (n, …); None without labels.
+
+    Example:
+      >>> label_kind(np.array([0, 1])), label_kind(np.array([0.5, 1.0]))
+      ('classes', 'values')
+    """
+    if labels is None:
+        return None
+    return "values" if labels.dtype.kind == "f" else "pixels" if labels.ndim == 3 else "classes"
+
+
+def shaped(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Labels of `count` images as they came, in one of the shapes that labels have."""
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    labels = labels.astype(np.uint8) if labels.dtype == bool else labels
+    column, kind = labels.shape == (count, 1), labels.dtype.kind
+    fits = {"f": labels.ndim == 2, "U": column}.get(kind, column or labels.ndim == 3)
+    if labels.shape[:1] != (count,) or not (labels.ndim == 1 or fits):
+        raise ValueError(
+            f"{name} labels must have shape ({count},) as there are {count} images, or "
+            f"({count}, H, W) of integers, or ({count}, D) of floats, "
+            f"got {labels.shape} {labels.dtype}"
+        )
+    return labels.ravel() if column and kind != "f" else labels
+
+
+def class_names(labels: np.ndarray | None, given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Those given, or of the train labels; at least two, no two of them alike; None of values."""
+    if label_kind(labels) in (None, "values"):
+        if given is not None:
+            got = "no labels" if labels is None else labels.dtype
+            raise ValueError(f"class_names must be None where labels are no classes, got {got}")
+        return None
+    if given is not None:
+        names = tuple(given)
+    elif labels.dtype.kind == "U":
+        found = np.unique(labels).tolist()
+        # As numbers, 10 comes after 9.
+        names = tuple(sorted(found, key=int if all(map(str.isdecimal, found)) else None))
+    else:
+        core.check_labels("train labels, without class_names,", labels, labels.size)
+        names = tuple(map(str, range(int(labels.max()) + 1)))
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"class_names must differ, got {twice[0]!r} twice")
+    if len(names) < 2:
+        raise ValueError(f"train labels must be of two classes or more, got {names}")
+    return names
+
+
+def numbered(
+    name: str, labels: np.ndarray | None, names: tuple[str, ...] | None, numbers: bool
+) -> np.ndarray | None:
+    """int32 numbers of the classes `names`, or float32 values where there are none.
+
+    With `numbers` a label that is text and no name is taken for a number.
+    """
+    if labels is None:
+        return None
+    if names is None:
+        if labels.dtype.kind != "f":
+            raise ValueError(f"{name} labels must be floats as in train, got {labels.dtype}")
+        core.check_finite(f"{name} labels", labels)
+        return labels.astype(np.float32)
+    if labels.dtype.kind == "U":
+        known = {key: i for i, key in enumerate(names)}
+        found, inverse = np.unique(labels, return_inverse=True)
+        for label in found.tolist():
+            if label not in known and not (numbers and label.isdecimal()):
+                raise ValueError(
+                    f"{name} labels must be of {len(names)} class names, got {label!r}"
+                )
+        labels = np.array([known.get(label, label) for label in found.tolist()], np.int64)[inverse]
+    return core.check_labels(f"{name} labels", labels, len(names)).astype(np.int32)

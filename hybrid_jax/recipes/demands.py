@@ -1,0 +1,107 @@
+"""What stages need of a network, its images and the configuration: asked before any is begun."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend
+
+from hybrid_jax import core, models
+from hybrid_jax.recipes import budget
+from hybrid_jax.recipes.prune import channel_scores
+from hybrid_jax.recipes.task import Task
+from hybrid_jax.training import cross_entropy
+
+
+def training(task: Task, effort: str) -> None:
+    """Raises ValueError unless the network can be trained, on labels that the user gave."""
+    models.trainable(task.network, f"effort {effort!r}")
+    _logits(task)
+    if not task.labelled:
+        raise ValueError(
+            f"images must have labels for effort {effort!r}, got none; 'ptq' needs none"
+        )
+
+
+def _logits(task: Task) -> None:
+    """Raises ValueError where cross-entropy would take the softmax of probabilities."""
+    if getattr(task.objective.loss, "func", None) is not cross_entropy:
+        return
+    traced = core.inline(
+        jax.make_jaxpr(task.network.predict)(task.network.params, task.image)
+    ).jaxpr
+    made_by = {out: eqn for eqn in traced.eqns for out in eqn.outvars}
+
+    def kind(var):
+        known = isinstance(var, jax.extend.core.Var) and var in made_by
+        return made_by[var].primitive.name if known else ""
+
+    (out,) = traced.outvars
+    softmax = kind(out) == "div" and kind(made_by[out].invars[0]) == "exp"
+    if softmax or kind(out) == "logistic":
+        raise ValueError(
+            "network must return logits to learn by cross-entropy, got probabilities: leave its "
+            f"last {'softmax' if softmax else 'sigmoid'} out, or give a loss of your own"
+        )
+
+
+def criteria(task: Task, specs: Sequence[Any]) -> None:
+    """Raises ValueError unless channels can be removed, by each of these criteria."""
+    parent, key = task.parent, task.key("criteria")
+    if not parent.cut.graph.groups:
+        raise ValueError(
+            "network must have channels that can be removed, got none: --dry_run of effort 'ptq' "
+            "says why"
+        )
+    for spec in {spec.criterion: spec for spec in specs}.values():
+        try:
+            jax.eval_shape(functools.partial(channel_scores, task, parent, [spec]), [key])
+        except ValueError as error:
+            raise ValueError(
+                f"config.experts.criteria must be of what the network has, got {spec.criterion!r}: "
+                f"{error}"
+            ) from error
+
+
+def batchnorm(task: Task) -> None:
+    """Raises ValueError unless the network has running statistics that training moves."""
+    models.trainable(task.network, "ptq.reestimate_batchnorm")
+    if not task.parent.cut.statistics:
+        raise ValueError(
+            "config.ptq.reestimate_batchnorm must be false for a network without running "
+            "statistics, got true"
+        )
+
+
+def mixture(task: Task, config: Any) -> None:
+    """Raises ValueError unless the configuration of a mixture is of what there is."""
+    cascade = config.mixture.kind == "cascade"
+    kept = {"macs"} if cascade else set()
+    for name in (*budget.NAMES, "latency"):
+        if (asked := getattr(config.budget, name)) and name not in kept:
+            raise ValueError(
+                f"budget.{name} must not be given for a {config.mixture.kind} of effort 'mixture', "
+                f"whose experts are as config.experts says, got {asked}; 'finetune' keeps it"
+            )
+    kind = task.splits.label_kind
+    if "classes" in config.experts.diversity.split("+") and kind != "classes":
+        raise ValueError(
+            "config.experts.diversity must be without 'classes' where labels of images are no "
+            f"classes, got {config.experts.diversity!r} and labels of {kind}"
+        )
+    if not cascade:
+        return
+    if task.objective.confidence is None or kind != "classes":
+        raise ValueError(
+            "config.mixture.kind must be gate where nothing says how sure an answer is, as the "
+            f"largest probability of a class does, got cascade and labels of {kind}"
+        )
+    for name, given in (
+        ("collapse.steps", config.collapse.steps),
+        ("joint.refit", config.joint.refit),
+    ):
+        if given:
+            raise ValueError(
+                f"config.{name} must not be given for a cascade, which has no gate, got {given}"
+            )

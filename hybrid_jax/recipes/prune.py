@@ -1,0 +1,116 @@
+"""What is removed from the parent: channels for good, and weights by masks."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import core, pruning
+from hybrid_jax.recipes.config import ExpertSpec
+from hybrid_jax.recipes.cut import Cut, Model
+from hybrid_jax.recipes.task import Task
+
+SCORED_IMAGES = 256
+
+
+def prune(task: Task, parent: Model, specs: Sequence[ExpertSpec], key: jax.Array) -> list[Model]:
+    """Returns one network for each spec: without the channels that are least by its criterion.
+
+    Their facts are {'spec', 'difference' between the masked parent and the small network, 'macs'
+    and 'parameters' (before, after)}.
+    """
+    keys = [jax.random.fold_in(key, i) for i in range(len(specs))]
+    scores = channel_scores(task, parent, specs, keys)
+    return [
+        cut(task, parent, spec, pruning.keep_channels(own, spec.sparsity, multiple=spec.multiple))
+        for spec, own in zip(specs, scores, strict=True)
+    ]
+
+
+def cut(
+    task: Task,
+    parent: Model,
+    spec: ExpertSpec,
+    keep: Mapping[str, Any],
+    bits: Mapping[str, Mapping[str, int]] | None = None,
+) -> Model:
+    """Returns the parent with the channels of `keep`, {group: bool (n,)}, and masks on its weights.
+
+    The small network is compared with the masked parent on validation images. `bits` of its sites
+    take the place of those of the spec.
+    """
+    dense = parent.cut
+    masks = core.expand(keep, dense.graph.groups, dense.variables)
+    probe = task.normalize(task.splits.validation.images[:4])
+    _, small, certificate = core.shrink(dense.network.predict, dense.variables, masks, probe)
+    own = Cut(dense.source, task.images, small, certificate.kept)
+    if bits is None:
+        own = own.with_bits(spec.weight_bits, spec.activation_bits, spec.first_last_bits)
+    else:
+        own = dataclasses.replace(own, bits=bits)
+    held = weight_masks(own, spec.weight_sparsity)
+    facts = {
+        "spec": dataclasses.asdict(spec),
+        "difference": certificate.difference,
+        "macs": certificate.macs,
+        "parameters": certificate.parameters,
+    }
+    masked = core.map_with_path(
+        lambda path, w: jnp.where(held[path], w, 0) if path in held else w, small
+    )
+    return Model(own.with_variables(masked), held, facts=facts)
+
+
+def weight_masks(own: Cut, sparsity: float) -> dict[str, jax.Array]:
+    """Returns which weights of each kernel are kept; {} without a sparsity."""
+    if not sparsity:
+        return {}
+    scores = pruning.magnitude(own.graph.kernels, own.variables)
+    masks = core.flatten_paths(pruning.masks(scores, sparsity))
+    return {path: mask for path, mask in masks.items() if not core.is_masked_node(mask)}
+
+
+def channel_scores(
+    task: Task, parent: Model, specs: Sequence[ExpertSpec], keys: Sequence[jax.Array]
+) -> list[dict[str, jax.Array]]:
+    """Returns the importance of the parent's coupled channels for each spec, by one program."""
+    graph = parent.cut.graph
+
+    @jax.jit
+    def score(variables, keys):
+        scores = []
+        for spec, key in zip(specs, keys, strict=True):
+            known = given(task, parent.cut, variables, key)
+            own = pruning.group_scores(pruning.CRITERIA[spec.criterion](known), graph.groups)
+            if spec.jitter:
+                for i, name in enumerate(sorted(own)):
+                    noise = jax.random.normal(jax.random.fold_in(key, i), own[name].shape)
+                    own[name] = own[name] * jnp.exp(spec.jitter * noise)
+            scores.append(own)
+        return scores
+
+    return score(parent.cut.variables, keys)
+
+
+def given(task: Task, dense: Cut, variables: Any, key: jax.Array) -> pruning.Given:
+    """Returns what a criterion by name works the scores of the parent's weights out from."""
+    train, predict = task.splits.train, dense.network.predict
+
+    def loss(variables, images, labels):
+        return task.objective.loss(predict(variables, images), labels).mean()
+
+    return pruning.Given(
+        dense.graph.kernels,
+        variables,
+        lambda variables, images, labels: predict(variables, images),
+        loss,
+        [
+            (
+                task.normalize(train.images[:SCORED_IMAGES]),
+                jnp.asarray(train.labels[:SCORED_IMAGES]),
+            )
+        ],
+        key,
+    )

@@ -1,0 +1,243 @@
+"""What a run has so far, and how its stages follow each other: each is done once and kept."""
+
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from hybrid_jax import core, models
+from hybrid_jax.quantization import Range
+from hybrid_jax.recipes.cut import Cut, Model, with_functions
+from hybrid_jax.report.formatting import duration
+
+
+class State(NamedTuple):
+    """What a run has made.
+
+    Attributes:
+      parent: The dense network.
+      experts: Its compressed networks: one, or those of a mixture.
+      before: The experts as they were before they were trained together with the gate.
+      gate: What chooses among the experts.
+      thresholds: Of a cascade: how sure each expert but the last must be to answer.
+      singles: {name: network} of the controls.
+      facts: What else stages tell each other and the report: JSON.
+    """
+
+    parent: Model
+    experts: tuple[Model, ...] = ()
+    before: tuple[Model, ...] = ()
+    gate: Model | None = None
+    thresholds: tuple[float, ...] = ()
+    singles: Mapping[str, Model] = {}
+    facts: Mapping[str, Any] = {}
+
+
+class Stage(NamedTuple):
+    """A stage: a name, a function from state to state, and how many steps it trains."""
+
+    name: str
+    run: Callable[[State], State]
+    steps: int = 0
+
+
+def named(stage: Stage | Callable[[State], State]) -> Stage:
+    """Returns a stage; a function alone is named by its `__name__`."""
+    return stage if isinstance(stage, Stage) else Stage(stage.__name__, stage)
+
+
+def run(
+    stages: Sequence[Stage | Callable[[State], State]],
+    state: State,
+    workdir: pathlib.Path,
+    sources: Callable[[str], models.Network] | None = None,
+) -> State:
+    """Returns the state after all stages; those that an earlier process has done are not run.
+
+    After each, the state is written to `workdir`/stages as one file, with a digest of every array.
+
+    Args:
+      stages: A function alone is named by its `__name__`.
+      state: That of the parent.
+      workdir: Where the run lies.
+      sources: (name) -> network of what is not cut from the parent: 'gate'.
+
+    Raises:
+      ValueError: If two stages have one name, or a stage returns no `State`.
+    """
+    stages = list(map(named, stages))
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"stages must have names of their own, got {name!r} twice")
+    files = {
+        name: workdir / "stages" / f"{i:02}_{name}.safetensors" for i, name in enumerate(names)
+    }
+    state, first = _resumed([files[name] for name in names], state, sources)
+    begun = time.monotonic()
+    for i, stage in enumerate(stages[first:], first):
+        _tell(stages, i, first, time.monotonic() - begun)
+        start = time.perf_counter()
+        state = stage.run(state)
+        if not isinstance(state, State):
+            raise ValueError(
+                f"stage {stage.name!r} must return a State, got {type(state).__name__}"
+            )
+        seconds = dict(state.facts.get("seconds", {}))
+        seconds[stage.name] = round(time.perf_counter() - start, 2)
+        state = state._replace(facts={**state.facts, "seconds": seconds})
+        save(files[stage.name], state)
+    return state
+
+
+def _resumed(files, state, sources) -> tuple[State, int]:
+    """The state of the last file that is whole, and how many stages it has behind it."""
+    for i in reversed(range(len(files))):
+        try:
+            if files[i].exists():
+                state = load(files[i], state.parent.cut, sources)
+                print(f"{i + 1} of {len(files)} stages are done", file=sys.stderr, flush=True)
+                return state, i + 1
+        except ValueError as error:
+            print(f"{error}; its stage is done again", file=sys.stderr, flush=True)
+    return state, 0
+
+
+def _tell(stages, i, first, seconds) -> None:
+    """Says on stderr which stage begins, its share of the run, and about how long is left."""
+    steps = [stage.steps for stage in stages]
+    done, left = sum(steps[first:i]), sum(steps[i:])
+    share = f", {steps[i] / sum(steps):.0%} of the training" if steps[i] else ""
+    rest = f", about {duration(seconds * left / done)} left" if done and left else ""
+    print(
+        f"stage {i + 1} of {len(stages)}: {stages[i].name}{share}{rest}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def save(path: pathlib.Path, state: State) -> None:
+    """Writes a state as one safetensors file: its arrays, their digests, and the rest as JSON."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def strip(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {str(key): strip(value) for key, value in node.items()}
+        if isinstance(node, np.ndarray | jax.Array | np.generic):
+            name = str(len(arrays))
+            arrays[name] = np.array(node, order="C")
+            return {"array": name}
+        if isinstance(node, list | tuple):
+            return [strip(value) for value in node]
+        return node
+
+    tree = strip(
+        {
+            "parent": _stored(state.parent),
+            "experts": list(map(_stored, state.experts)),
+            "before": list(map(_stored, state.before)),
+            "gate": state.gate and _stored(state.gate),
+            "thresholds": state.thresholds,
+            "singles": {name: _stored(model) for name, model in state.singles.items()},
+            "facts": state.facts,
+        }
+    )
+    digests = {name: _digest(array) for name, array in arrays.items()}
+    text = json.dumps(tree)
+    digests["state"] = hashlib.sha256(text.encode()).hexdigest()
+    metadata = {"state": text, "digests": json.dumps(digests)}
+    core.write_atomically({path: safetensors.numpy.save(arrays, metadata)})
+
+
+def load(
+    path: pathlib.Path, parent: Cut, sources: Callable[[str], models.Network] | None = None
+) -> State:
+    """Reads what `save` wrote; `parent` has the functions of the dense network.
+
+    Raises:
+      ValueError: If the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text, digests = file.metadata()["state"], json.loads(file.metadata()["digests"])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be the state of a stage, got: {error}") from None
+    found = {name: _digest(array) for name, array in arrays.items()}
+    if found | {"state": hashlib.sha256(text.encode()).hexdigest()} != digests:
+        raise ValueError(f"{path} must be as it was written, got something else: it is damaged")
+
+    def fill(node: Any) -> Any:
+        if isinstance(node, dict):
+            if set(node) == {"array"}:
+                return arrays[node["array"]]
+            return {key: fill(value) for key, value in node.items()}
+        return [fill(value) for value in node] if isinstance(node, list) else node
+
+    def model(stored: dict, source: models.Network | None = None) -> Model:
+        return _model(stored, parent.source if source is None else source, parent.images)
+
+    tree = fill(json.loads(text))
+    lists = [list(map(model, tree[name])) for name in ("experts", "before")]
+    singles = {name: model(stored) for name, stored in tree["singles"].items()}
+    gate = tree["gate"] and model(tree["gate"], sources("gate"))
+    every = [m for m in (*lists[0], *lists[1], *singles.values(), gate) if m and m.weights]
+    found = iter(with_functions(every) if every else ())
+
+    def ready(own: Model) -> Model:
+        return next(found) if own.weights else own
+
+    made, before = (tuple(map(ready, own)) for own in lists)
+    singles = {name: ready(own) for name, own in singles.items()}
+    return State(
+        model(tree["parent"]),
+        made,
+        before,
+        gate and ready(gate),
+        tuple(tree["thresholds"]),
+        singles,
+        tree["facts"],
+    )
+
+
+def _stored(model: Model) -> dict[str, Any]:
+    """A model without its functions."""
+    ranges = {
+        name: {role: [span.low, span.high] for role, span in own.items()}
+        for name, own in model.ranges.items()
+    }
+    return {
+        "variables": core.flatten_paths(model.cut.variables),
+        "kept": model.cut.kept,
+        "bits": model.cut.bits,
+        "masks": model.masks,
+        "ranges": ranges,
+        "weights": model.weights,
+        "facts": model.facts,
+    }
+
+
+def _model(stored: dict, source: models.Network, images: jax.Array) -> Model:
+    """A model of what `_stored` returned, still without its function."""
+    flat = jax.tree.map(jax.numpy.asarray, stored["variables"])
+    variables = core.map_with_path(lambda path, _: flat[path], source.params)
+    kept = {path: tuple(axes) for path, axes in stored["kept"].items()}
+    ranges = {
+        name: {role: Range(*map(jax.numpy.asarray, span)) for role, span in own.items()}
+        for name, own in stored["ranges"].items()
+    }
+    masks, weights = jax.tree.map(jax.numpy.asarray, (stored["masks"], stored["weights"]))
+    cut = Cut(source, images, variables, kept, stored["bits"])
+    return Model(cut, masks, ranges, weights, None, stored["facts"])
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()

@@ -1,0 +1,209 @@
+"""What a user brings to a run, and what every stage asks of it: data in order, keys, training."""
+
+import dataclasses
+import functools
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybrid_jax import core, data, models, training
+from hybrid_jax.recipes.cut import Cut, Model
+
+PIXELS = 2**21
+"""Of all images that networks are checked on, of which there are 8 to 512."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A network to compress, and the images that it is compressed for.
+
+    Attributes:
+      network: The user's, with the variables that it came with.
+      splits: Its images; only the evaluation at the end reads the test images.
+      workdir: Where checkpoints, records and results of the run lie.
+      objective: Loss, score and confidence.
+      augment: (images (B, H, W, C) uint8, key) -> images of that shape and dtype.
+      seed: Of everything that is drawn.
+      checkpoint_every: Steps that a run that is stopped loses at most.
+      batch_size: Of evaluation.
+      given: Whether the network came with its weights.
+      labelled: Whether labels came with the images, and are not what the network says of them.
+    """
+
+    network: models.Network
+    splits: data.Splits
+    workdir: pathlib.Path
+    objective: training.Objective
+    augment: Callable[[jax.Array, jax.Array], jax.Array] = lambda images, key: images
+    seed: int = 0
+    checkpoint_every: int = 500
+    batch_size: int = 256
+    given: bool = True
+    labelled: bool = True
+
+    def key(self, name: str) -> jax.Array:
+        """Returns the random key of the stage `name`."""
+        return jax.random.fold_in(jax.random.key(self.seed), _number(name))
+
+    def init_key(self, name: str) -> jax.Array:
+        """Returns the random key of the weights that the network `name` starts from."""
+        # XLA's own generator: the default one takes longer to compile than a small network.
+        return jax.random.fold_in(jax.random.key(self.seed, impl="rbg"), _number(name))
+
+    @functools.cached_property
+    def choices(self) -> core.Choices:
+        """What was measured in this run, which holds when it goes on."""
+        return core.Choices(self.workdir / "choices.json")
+
+    @property
+    def image(self) -> jax.ShapeDtypeStruct:
+        """The shape of one image, as a batch of 1."""
+        return jax.ShapeDtypeStruct((1, *self.splits.image_shape), jnp.float32)
+
+    @functools.cached_property
+    def images(self) -> jax.Array:
+        """Training images (B, H, W, C) as a network takes them, always the same."""
+        height, width, _ = self.splits.image_shape
+        count = min(max(PIXELS // (height * width), 8), 512)
+        return self.normalize(self.splits.train.images[:count])
+
+    @functools.cached_property
+    def parent(self) -> Model:
+        """The network as it came, as stages take it."""
+        return Model(Cut(self.network, self.images, self.network.params))
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Turns (B, H, W, C) uint8 into what a network takes."""
+        return data.normalize(images, self.splits.mean, self.splits.std)
+
+    def augmented(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """Turns (B, H, W, C) uint8 into what a network is trained on."""
+        return self.normalize(self.augment(images, key))
+
+    def loss(self, forward: Callable, alpha: float = 0.0) -> Callable:
+        """Returns the loss function of a step, of which `alpha` is the teacher's share."""
+        return training.loss_of(forward, self.objective, alpha)
+
+    def start(
+        self, name: str, params: Any, state: Any, tx: optax.GradientTransformation
+    ) -> training.TrainState:
+        """Returns the state before the first step of the stage `name`, made by one program.
+
+        The other arguments are those of `training.create_state`.
+        """
+        key = self.key(name)
+        return jax.jit(lambda *parts: training.create_state(*parts, tx, key))(params, state)
+
+    def fit(
+        self,
+        name: str,
+        step: Callable,
+        state: training.TrainState,
+        steps: int,
+        batch_size: int,
+        weights: np.ndarray | None = None,
+        **options: Any,
+    ) -> training.TrainState:
+        """Trains the stage `name`, or goes on from its checkpoint.
+
+        The name decides the order of the data. `weights` (E, n), of each training image for each
+        expert, become batch['weight'] (E, B); `options` are for `training.fit`.
+        """
+        return training.fit(
+            step,
+            state,
+            self.batches(name, batch_size, weights),
+            steps=steps,
+            name=name,
+            checkpoint=training.Checkpoints(self.workdir / "checkpoints" / name),
+            records=self.workdir / "records.jsonl",
+            every=self.checkpoint_every,
+            **options,
+        )
+
+    def batches(
+        self, name: str, batch_size: int, weights: np.ndarray | None = None
+    ) -> Callable[[int], Iterator[dict]]:
+        """Returns the batches of the stage `name` from a first step on; arguments as of `fit`."""
+        train = self.splits.train
+        size = min(batch_size, len(train.images))
+        seed = (self.seed * 1_000_003 + _number(name)) % 2**31
+
+        def batches(first: int) -> Iterator[dict]:
+            for batch in data.batches(train, size, seed=seed, start_step=first):
+                own = {} if weights is None else {"weight": weights[:, batch["index"]]}
+                yield batch | own
+
+        return batches
+
+    def epoch(self, batch_size: int) -> int:
+        """Returns how many steps are one pass over the training images."""
+        return max(1, len(self.splits.train.labels) // batch_size)
+
+    def sample(self, batch_size: int, count: int) -> Iterator[jax.Array]:
+        """Yields `count` batches of training images, normalized, not augmented, always the same."""
+        train = self.splits.train
+        size = min(batch_size, len(train.labels))
+        for batch in data.batches(train, size, seed=self.seed, steps=count):
+            yield self.normalize(batch["image"])
+
+    def outputs(self, predict: Callable, params: Any, arrays: data.Arrays) -> np.ndarray:
+        """Returns the outputs (n, ...); `predict` is compiled once if it is kept."""
+        return training.predict_logits(
+            self._on_raw(predict), params, arrays, self.batch_size, fill=True
+        )
+
+    def score(self, outputs: np.ndarray, arrays: data.Arrays) -> np.ndarray:
+        """Returns how good each output is, (n,): of a class whether it is right."""
+        return np.asarray(self._score(outputs, arrays.labels))
+
+    def scores(self, made: Sequence[Any], arrays: data.Arrays) -> np.ndarray:
+        """Returns the scores (E, n) of deployed models."""
+        each = [self.outputs(model.fn, model.params, arrays) for model in made]
+        return np.stack([self.score(outputs, arrays) for outputs in each])
+
+    @functools.cached_property
+    def _score(self) -> Callable:
+        return jax.jit(self.objective.score)
+
+    @functools.cached_property
+    def _on_raw(self) -> Callable[[Callable], Callable]:
+        @functools.cache
+        def on_raw(predict):
+            return lambda params, images: predict(params, self.normalize(images))
+
+        return on_raw
+
+
+def optimizer(
+    learning_rate: float, weight_decay: float, steps: int, first: int = 0
+) -> optax.GradientTransformation:
+    """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
+
+    `learning_rate` is that of the peak, and `weight_decay` per step and unit of it. It goes on with
+    the schedule after its `first` steps.
+    """
+    whole = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+
+    def schedule(count):
+        return whole(count + first)
+
+    def kernels(params):
+        return core.map_with_path(lambda path, w: "ranges/" not in path and np.ndim(w) > 1, params)
+
+    # Flattened to one vector: a few operations to compile and to launch, instead of a few per leaf.
+    adam = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()))
+    decay = optax.add_decayed_weights(weight_decay, mask=kernels)
+    return optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())

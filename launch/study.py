@@ -1,0 +1,219 @@
+"""Runs a study: several configurations, each over several seeds, as records that outlive the runs.
+
+    python -m launch.study --config=cifar10_study --workdir=/tmp/study --config.data.dir=~/tfds
+    python -m launch.study --config=cifar10_study --tables   # from the records alone
+
+A study is a module with STUDY, {name: changes of the configuration}, and SEEDS. Each run lies in
+`--workdir`/NAME/SEED and goes on where it was stopped; when it is done, its record, a line of JSON,
+is added to configs/results/STUDY.jsonl, and the tables of STUDY.md are written from all records.
+`--only=NAME,NAME` and `--seeds=0,1` run a part. A record is never removed: one that misses its goal
+stays.
+"""
+
+import json
+import pathlib
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+import configs
+from hybrid_jax import recipes
+from launch import command
+
+FIELDS = ("accuracy", "macs", "bops", "parameters_total")
+
+
+def main(
+    study: str,
+    workdir: str,
+    changes: Mapping[str, Any] | None = None,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    results: str | pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Runs what has no record yet, and writes the tables.
+
+    Args:
+      study: Path of a study's module, or its name among our configs.
+      workdir: Where the runs lie.
+      changes: {dotted key: value} of every run, such as where the data lies.
+      only: Names of runs; () for all.
+      seeds: () for those of the study.
+      results: Folder of records and tables; None for configs/results.
+
+    Returns:
+      The path of the tables.
+
+    Raises:
+      ValueError: If a name is none of the study's; names those that there are.
+    """
+    module, name = _module(study)
+    for run in only:
+        if run not in module["STUDY"]:
+            raise ValueError(f"--only must be of {', '.join(module['STUDY'])}, got {run!r}")
+    folder = pathlib.Path(results or pathlib.Path(configs.__file__).parent / "results")
+    records = folder / f"{name}.jsonl"
+    for seed in seeds or module["SEEDS"]:
+        for run in only or module["STUDY"]:
+            if (run, seed) in [(own["run"], own["seed"]) for own in read(records)]:
+                continue
+            config = module["get_config"]()
+            recipes.override(config, {**module["STUDY"][run], **(changes or {}), "seed": seed})
+            made = recipes.run(config, pathlib.Path(workdir) / run.replace(" ", "_") / str(seed))
+            _append(records, record(run, seed, made.results))
+    path = folder / f"{name}.md"
+    path.write_text(tables(read(records)))
+    return path
+
+
+def record(run: str, seed: int, results: Any) -> dict[str, Any]:
+    """Returns what is kept of a run: its rows without the answers to single images."""
+    rows = []
+    for row in results.rows:
+        own = {name: getattr(row, name) for name in ("name", "role", *FIELDS)}
+        files = {
+            target: {"bytes": f.bytes, "accuracy": f.accuracy} for target, f in row.files.items()
+        }
+        rows.append(own | {"files": files})
+    return {
+        "run": run,
+        "seed": seed,
+        "rows": rows,
+        "images": results.dataset["sizes"]["test"],
+        "seconds": round(sum(results.seconds.values())),
+        "date": results.environment["date"],
+        "machine": results.environment["machine"],
+    }
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the records of a study; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one table for each run: its rows, mean ± standard deviation over the seeds.
+
+    Example:
+      >>> row = {'name': 'parent', 'role': 'parent', 'accuracy': 0.9, 'macs': 4e6, 'bops': 4e9}
+      >>> row |= {'parameters_total': 1e5, 'files': {'onnx': {'bytes': 4e5, 'accuracy': 0.9}}}
+      >>> own = {'run': 'a', 'seconds': 60, 'images': 10, 'rows': [row]}
+      >>> print(tables([own | {'seed': 0}, own | {'seed': 1}]))
+      ## a
+      <BLANKLINE>
+      Seeds 0, 1; 10 test images; 1 min a run.
+      <BLANKLINE>
+      | model | accuracy | Δ | ÷ MACs | ÷ BOPs | ÷ bytes |
+      |:--|--:|--:|--:|--:|--:|
+      | parent | 90.00 ± 0.00 | 0.00 ± 0.00 | 1.00 | 1.00 | 1.00 |
+      <BLANKLINE>
+    """
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for own in records:
+        runs.setdefault(own["run"], []).append(own)
+    return "\n".join(_table(name, own) for name, own in runs.items())
+
+
+def _table(name, records):
+    seeds = ", ".join(str(own["seed"]) for own in records)
+    minutes = round(np.mean([own["seconds"] for own in records]) / 60)
+    lines = [
+        f"## {name}\n",
+        f"Seeds {seeds}; {records[0]['images']:,} test images; {minutes} min a run.\n",
+        "| model | accuracy | Δ | ÷ MACs | ÷ BOPs | ÷ bytes |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    names = dict.fromkeys(row["name"] for own in records for row in own["rows"])
+    for model in names:
+        pairs = [
+            (own["rows"][0], row) for own in records for row in own["rows"] if row["name"] == model
+        ]
+        accuracy = _spread([100 * row["accuracy"] for _, row in pairs])
+        delta = _spread([100 * (row["accuracy"] - dense["accuracy"]) for dense, row in pairs])
+        cells = [
+            accuracy,
+            delta,
+            *(_ratio(pairs, field) for field in ("macs", "bops")),
+            _bytes(pairs),
+        ]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values):
+    mean = f"{np.mean(values):.2f}"
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+
+
+def _ratio(pairs, field):
+    return f"{np.mean([dense[field] / row[field] for dense, row in pairs]):.2f}"
+
+
+def _bytes(pairs):
+    """Of the file of the first target that both have."""
+    found = [
+        dense["files"][target]["bytes"] / file["bytes"]
+        for dense, row in pairs
+        for target, file in list(row["files"].items())[:1]
+        if file["bytes"] and dense["files"].get(target, {}).get("bytes")
+    ]
+    return f"{np.mean(found):.2f}" if found else "–"
+
+
+def _module(study):
+    ours = pathlib.Path(configs.__file__).parent
+    path = pathlib.Path(study) if pathlib.Path(study).is_file() else ours / f"{study}.py"
+    if not path.is_file():
+        raise ValueError(f"--config must be a file, or one of our studies, got {study!r}")
+    module = runpy.run_path(str(path))
+    for needed in ("STUDY", "SEEDS", "get_config"):
+        if needed not in module:
+            raise ValueError(f"--config must be a module with {needed}, got {path} without")
+    return module, path.stem
+
+
+def _append(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def cli(argv: list[str]) -> int:
+    """Runs the command line."""
+    return command.run(argv, __doc__, _study)
+
+
+def _define(values):
+    flags.DEFINE_string("config", "", "A study's module, or one of ours.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "Directory of the runs.", flag_values=values)
+    flags.DEFINE_list("only", [], "Runs, by name.", flag_values=values)
+    flags.DEFINE_list("seeds", [], "Seeds in place of the study's.", flag_values=values)
+    flags.DEFINE_bool("tables", False, "Write the tables alone.", flag_values=values)
+    command.define_cache(values)
+
+
+def _study(argv):
+    overrides = [flag for flag in argv[1:] if flag.startswith("--config.")]
+    values = command.parse([flag for flag in argv if flag not in overrides], _define)
+    command.required(values, "config", *(() if values.tables else ("workdir",)))
+    if values.tables:
+        _, name = _module(values.config)
+        folder = pathlib.Path(configs.__file__).parent / "results"
+        (folder / f"{name}.md").write_text(tables(read(folder / f"{name}.jsonl")))
+        return
+    from launch import compilation
+
+    compilation.set_up(values.compilation_cache)
+    seeds = [int(seed) for seed in values.seeds]
+    changes = recipes.flag_values(overrides)
+    print("tables:", main(values.config, values.workdir, changes, values.only, seeds))
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))

@@ -1,0 +1,128 @@
+"""What a run could not do is told before anything is trained or written, in one line."""
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax import data, models, recipes, report
+from hybrid_jax.recipes import within
+from tests.recipes import strangers
+from tests.recipes.test_compress import settings
+
+PREDICT, TRAIN, PARAMS = strangers.functions()
+
+
+def probabilities(params, x):
+    return jax.nn.softmax(PREDICT(params, x))
+
+
+def sigmoids(params, x):
+    return jax.nn.sigmoid(PREDICT(params, x))
+
+
+def values(images):
+    return images, np.zeros((len(images), 10), np.float32)
+
+
+FUNCTIONS, FROZEN = (PREDICT, TRAIN, PARAMS), (PREDICT, PARAMS)
+CASES = {
+    "no training function": (
+        FROZEN,
+        {"effort": "finetune"},
+        "network must have a training function",
+    ),
+    "no training function, mixture": (FROZEN, {"effort": "mixture"}, "for effort 'mixture'"),
+    "no statistics": (
+        FUNCTIONS,
+        {"ptq.reestimate_batchnorm": True},
+        "config.ptq.reestimate_batchnorm must be false",
+    ),
+    "no training at all": (
+        strangers.Linen(),
+        {"parent.steps": 0, "model.make": "nothing:here"},
+        "config.parent.steps must be above 0 for a network without weights, got 0",
+    ),
+    "softmax": (
+        (probabilities, lambda p, x, key: (probabilities(p, x), p), PARAMS),
+        {"effort": "finetune"},
+        "got probabilities: leave its last softmax out",
+    ),
+    "sigmoid": (
+        (sigmoids, lambda p, x, key: (sigmoids(p, x), p), PARAMS),
+        {"effort": "finetune"},
+        "got probabilities: leave its last sigmoid out",
+    ),
+    "no BatchNorm": (
+        FUNCTIONS,
+        {"effort": "mixture", "experts.count": 3},
+        "config.experts.criteria must be of what the network has, got 'batchnorm_scale'",
+    ),
+    "a budget of a mixture": (
+        FUNCTIONS,
+        {"effort": "mixture", "budget.bytes": 9000},
+        "budget.bytes must not be given for a gate of effort 'mixture'",
+    ),
+    "a mixture of a cascade": (
+        FUNCTIONS,
+        {"effort": "mixture", "mixture.kind": "cascade", "collapse.steps": 3},
+        "config.collapse.steps must not be given for a cascade",
+    ),
+    "too few bytes": (
+        FUNCTIONS,
+        {"budget.bytes": 300},
+        r"budget of bytes must be at least \d+, got 300",
+    ),
+    "too few MACs for bits": (FUNCTIONS, {"budget.macs": 0.9}, "'finetune' removes channels too"),
+    "too few MACs for widths": (
+        FUNCTIONS,
+        {"effort": "finetune", "budget.macs": 0.01},
+        "channels and bits do not meet it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_done_is_refused_at_the_start(case, tmp_path):
+    network, changes, message = CASES[case]
+    config = settings(**({"effort": "ptq"} | changes))
+    with pytest.raises(ValueError, match=message) as told:
+        recipes.compress(network, strangers.digits(), workdir=tmp_path / "run", config=config)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "changes", "message"),
+    [
+        (lambda x: x[:64, ..., None], {"effort": "finetune"}, "images must have labels for effort"),
+        (
+            values,
+            {"effort": "mixture", "mixture.kind": "cascade"},
+            "config.mixture.kind must be gate where nothing says how sure an answer is",
+        ),
+        (
+            values,
+            {"effort": "mixture", "experts.diversity": "classes"},
+            "config.experts.diversity must be without 'classes'",
+        ),
+    ],
+)
+def test_images_that_do_not_do_are_refused_at_the_start(images, changes, message, tmp_path):
+    config = settings(**changes)
+    given = images(strangers.digits()[0])
+    with pytest.raises(ValueError, match=message):
+        recipes.compress(FUNCTIONS, given, workdir=tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_above_the_budget_is_told():
+    config = recipes.read(settings("ptq", **{"budget.bytes": 100}))
+    network = models.Network(PREDICT, TRAIN, PARAMS)
+    parent = recipes.Task(network, data.take(strangers.digits()), None, None).parent
+    files = {
+        "onnx": report.File("net.onnx", bytes=101),
+        "c": report.File("net.c", bytes=500, flash=100),
+    }
+    assert within.above(parent, config, files) == [
+        "onnx: 101 bytes, above the budget of 100: the run was made for other targets"
+    ]
