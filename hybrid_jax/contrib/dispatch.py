@@ -24,32 +24,22 @@ def gathered(
 ) -> Callable[..., tuple[jax.Array, Aux, jax.Array]]:
     """Makes the mixture that gathers inputs to `(E, C, ...)`, for large batches and accelerators.
 
-    Each expert runs on C = `capacity(B, E, k, capacity_factor)` inputs in place of the B that it
-    runs on in `mixture`: those with the largest weights for it, ties by the lowest index. What has
-    a weight beyond them is dropped: counted for each expert, and the input's other
-    weights grow so that their sum stays. An input that all its experts drop has zero logits, and
-    counts in `Aux.unrouted`. Nothing drops with a capacity of B, nor with `expert_choice` of the
-    same `k` and factor; then outputs and gradients are those of `mixture`.
+    Each expert runs on C = `capacity(B, E, k, capacity_factor)` inputs: those with the largest
+    weights for it, ties by the lowest index. What has a weight beyond them is dropped: counted for
+    each expert, and the input's other weights grow so that their sum stays. An input that all its
+    experts drop has zero logits, and counts in `Aux.unrouted`. Nothing drops with a capacity of B,
+    nor with `expert_choice` of the same `k` and factor; then it is `mixture`. Sources: Fedus et
+    al., Switch Transformers, arXiv 2101.03961, section 2.2; that the largest weights go first,
+    Riquelme et al., arXiv 2106.05974, section 4.
 
-    A place that no input asked for is filled with another input, whose weight is zero. So its
-    output counts for nothing unless it is not finite, and a `straight_through` gradient is of the
-    pairs that ran. Sources: Fedus et al., Switch Transformers, arXiv 2101.03961, section 2.2; that
-    the largest weights go first, Riquelme et al., arXiv 2106.05974, section 4.
-
-    Args:
-      expert_fn: `expert_fn(params, x)` -> logits `(C, N)`, or maps `(C, ...)`, of one expert; it
-        must treat each input alone, as at inference.
-      gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
-      routing: Default `top_k(1)`.
-      k: K, from 1 to E, how many experts the routing chooses for an input.
-      capacity_factor: Above 0; 1 leaves no room for an uneven load.
-      method: How the experts are run, as for `map_experts`.
+    `expert_fn(params, x)` -> logits `(C, N)`, or maps `(C, ...)`, must treat each input alone, as
+    at inference; `gate_fn(gate_params, x)` -> gate logits `(B, E)`; `routing` is `top_k(1)` by
+    default, `k` how many experts it chooses, and `method` that of `map_experts`.
 
     Returns:
       `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`, dropped
-      int32 `(E,)`), the first two as of `mixture`; `Aux.expert_logits` are zero where an expert did
-      not run. B may be below E. NaN gate logits of an input make its logits NaN, and take no
-      other input's place; nor do inputs of weight 0, and C is then that of the others alone.
+      int32 `(E,)`), the first two as of `mixture`. NaN gate logits make the input's logits NaN
+      alone.
 
     Example:
       >>> expert_fn = lambda params, x: x @ params
@@ -57,11 +47,6 @@ def gathered(
       >>> experts, gate = jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.eye(2)
       >>> x = jnp.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
       >>> logits, aux, dropped = moe(experts, gate, x)  # the first expert has 2 places for 3 inputs
-      >>> logits
-      Array([[1., 0.],
-             [2., 0.],
-             [0., 0.],
-             [0., 2.]], dtype=float32)
       >>> dropped.tolist(), int(aux.unrouted)
       ([1, 0], 1)
     """

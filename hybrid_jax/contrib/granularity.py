@@ -4,9 +4,6 @@ They are cut from a kernel's form (taps, in, out), which `core.trace(...).kernel
 layout. A kernel that a block or M does not divide is an error: exempt its path.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from hybrid_jax import core
@@ -44,9 +41,8 @@ def blocks(
 ) -> Granularity:
     """Blocks of `bc` input by `bo` output channels leave as a whole, at each place of a kernel.
 
-    `reduce` is 'sum', 'mean', 'max' or 'l2' of the scores in a block; each leaf keeps `at_least`
-    blocks. Of equal scores the block kept is the first in (H, W, C/bc, O/bo). S. Narang, E.
-    Undersander, G. Diamos, Block-Sparse Recurrent Neural Networks (arXiv 1711.02782).
+    Of equal scores the block kept is the first in (H, W, C/bc, O/bo). S. Narang, E. Undersander, G.
+    Diamos, Block-Sparse Recurrent Neural Networks (arXiv 1711.02782).
     """
     core.check_integer("bc", bc, 1)
     core.check_integer("bo", bo, 1)
@@ -84,14 +80,7 @@ GRANULARITIES = {
 """By name, for a graph, as `pruning.GRANULARITIES`."""
 
 
-def _within_kernels(
-    name: str,
-    kernels: Kernels,
-    cut: Callable[[core.Kernel], tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]],
-    reduce: str = "sum",
-    at_least: int = 0,
-    **attributes: Any,
-) -> Granularity:
+def _within_kernels(name, kernels, cut, reduce="sum", at_least=0, **attributes):
     # `cut(kernel) -> (dims, order, view)`: reshaped to `dims`, its axes transposed to `order`, and
     # reshaped to `view` the form (L, T, C, O) is (rows, n, weights of a unit).
     def known(path):

@@ -38,28 +38,12 @@ def lottery_tickets(
 ) -> list[Ticket]:
     """Iterative pruning with rewinding: train, prune, rewind, and so on for some rounds.
 
-    Every training starts from `params`: from the initialization in J. Frankle and M. Carbin, The
-    Lottery Ticket Hypothesis (arXiv 1803.03635), or from the parameters after a few steps of
-    dense training, which larger networks need, in J. Frankle et al., Linear Mode Connectivity and
-    the Lottery Ticket Hypothesis (arXiv 1912.05671).
-
-    K seeds are one `jax.vmap` over `params` and `key`, where `train` allows it; that works with a
-    stack of networks and with a loop on the host alike. Compile `train`, and the rounds share it.
-
-    Ticket k of the `rounds` + 1, the first one dense, has sparsity 1 − (1 − `fraction`)^k; its own
-    parameters are `apply_masks(params, ticket.masks)`.
-
-    Args:
-      train: `train(params, masks, key) -> trained`, from where `params` were taken to the end,
-        with what `masks` remove held at zero (as by `hold_masks`); `key` for the data order.
-      params: Pytree of parameters to rewind to.
-      criterion: `criterion(trained) -> scores`, such as `functools.partial(magnitude, kernels)`.
-      key: A key of `jax.random.key`; every training has its own.
-      rounds: How many times to prune, from 0.
-      fraction: Removed of what remains in each round.
-      granularity: As for `masks`.
-      allocation: As for `masks`. The papers' is `global_()` except for small networks.
-      exempt: As for `masks`.
+    Every training starts from `params`: the initialization in J. Frankle and M. Carbin, The Lottery
+    Ticket Hypothesis (arXiv 1803.03635), or what a few steps of dense training make of it in J.
+    Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis (arXiv 1912.05671).
+    Ticket k of the `rounds` + 1, the first one dense, has sparsity 1 − (1 − `fraction`)^k; K seeds
+    are one `jax.vmap`. `train(params, masks, key) -> trained` holds what `masks` remove at zero (as
+    by `hold_masks`); `criterion(trained)` gives scores. The others are as for `masks`.
 
     Example:
       >>> import functools
@@ -97,55 +81,26 @@ def instability(
 ) -> jax.Array:
     """The error barrier between two trainings of a ticket that differ in their key alone.
 
-    Below 0.02, with `error` the fraction misclassified, the ticket is called stable. J. Frankle
-    et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis (arXiv 1912.05671).
-
-    `error(params) -> ()` is of the data to judge on, and `points` are those of `errors_between`.
-    """
-    start = apply_masks(params, masks)
-    one, other = (train(start, masks, k) for k in jax.random.split(key))
-    return barrier(errors_between(error, one, other, points))
-
-
-def errors_between(
-    error: Callable[[Any], jax.Array], one: Any, other: Any, points: int = 30
-) -> jax.Array:
-    """(points,) errors of networks evenly spaced on the line from `one` to `other`, both included.
-
-    One network is in memory at a time. `error(params) -> ()`.
-
-    Example:
-      >>> errors_between(lambda w: jnp.abs(w), jnp.float32(-1.0), jnp.float32(3.0), points=5)
-      Array([1., 0., 1., 2., 3.], dtype=float32)
+    It is how far the largest error exceeds the mean of the two ends, of `points` networks evenly
+    spaced on the line between them. Below 0.02, with `error(params) -> ()` the fraction
+    misclassified, the ticket is called stable. J. Frankle et al., Linear Mode Connectivity and the
+    Lottery Ticket Hypothesis (arXiv 1912.05671).
     """
     core.check_integer("points", points, 2)
-    core.check_same_structure("other", one, other)
-    return jax.lax.map(lambda t: error(interpolate(one, other, t)), jnp.linspace(0.0, 1.0, points))
+    start = apply_masks(params, masks)
+    one, other = (train(start, masks, k) for k in jax.random.split(key))
+    path = jnp.linspace(0.0, 1.0, points)
+    errors = jax.lax.map(lambda t: error(_between(one, other, t)), path)
+    return jnp.max(errors) - (errors[0] + errors[-1]) / 2
 
 
-def interpolate(one: Any, other: Any, t: float | jax.Array) -> Any:
-    """(1 − t) `one` + t `other`, leaf by leaf; leaves that are not floating are those of `one`.
+def _between(one: Any, other: Any, t: jax.Array) -> Any:
+    """(1 − t) `one` + t `other`; leaves that are not floating are those of `one`."""
 
-    What both masks remove stays exactly zero.
-    """
-
-    def between(a, b):
+    def leaf(a, b):
         if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
             return a
         share = jnp.asarray(t, a.dtype)
         return (1 - share) * a + share * b
 
-    return jax.tree.map(between, one, other)
-
-
-def barrier(errors: jax.Array) -> jax.Array:
-    """How far the largest of errors (..., points) on a path exceeds the mean of its two ends.
-
-    Never negative; on a path that rises all the way it is half the difference of the ends. J.
-    Frankle et al. (arXiv 1912.05671) call it linear interpolation instability.
-
-    Example:
-      >>> float(barrier(jnp.array([0.25, 0.75, 0.5, 0.25])))
-      0.5
-    """
-    return jnp.max(errors, axis=-1) - (errors[..., 0] + errors[..., -1]) / 2
+    return jax.tree.map(leaf, one, other)

@@ -10,10 +10,7 @@ from hybrid_jax import core
 
 
 def pack_masks(masks: Any) -> Any:
-    """Stores each mask as bits, eight to a byte, as `numpy.packbits` does.
-
-    uint8[⌈size / 8⌉] has the entries in C order, the first in the highest bit of the first byte,
-    zeros behind the last. `optax.MaskedNode()` stays.
+    """Stores each mask as bits, eight to a byte, as `numpy.packbits` does: uint8[⌈size / 8⌉].
 
     Example:
       >>> pack_masks({'w': jnp.array([[True, False, True]]), 'b': optax.MaskedNode()})

@@ -11,7 +11,7 @@ import optax
 from hybrid_jax import core
 from hybrid_jax.pruning import renewal
 from hybrid_jax.pruning.allocation import Allocation
-from hybrid_jax.pruning.criteria import magnitude, random
+from hybrid_jax.pruning.criteria.weights import magnitude, random
 from hybrid_jax.pruning.granularity import Granularity, Kernels, unstructured
 from hybrid_jax.pruning.masking import apply_masks
 from hybrid_jax.pruning.masking import masks as make_masks
@@ -116,23 +116,12 @@ def rewiring(
 
     Grown weights start at zero, with the state that `inner.init` gives them; a weight that is
     dropped and grown at once stays as it is. Each leaf, and with `n_m` each block, keeps its
-    count for good. `inner` sees the gradients of kept weights, zero for the others, and steps at
-    every step (in the papers not at those that rewire), so that its own schedules count them all.
-    It is a wrapper because growing takes the gradients as they are before the optimizer.
+    count for good. `inner` steps at every step (in the papers not at those that rewire).
 
-    Args:
-      inner: As for `pruning.hold_masks`.
-      kernels: `core.trace(...).kernels`, what is pruned.
-      sparsity: () fraction removed, in [0, 1].
-      key: A key of `jax.random.key`, for the first masks and for what grows at random.
-      end: The step from which masks stay.
-      drop: `drop(step)` is the fraction of the kept weights dropped, in [0, 1].
-      growth: `growth(gradients, key) -> scores` of the weights that may grow.
-      granularity: As for `masks`, of single weights: `unstructured()` or `n_m(kernels, n, m)`.
-      allocation: As for `masks`, for the first masks.
-      every: Steps between rewirings, from 1.
-      initial: `initial(kernels, params) -> scores` for the first masks; None for random ones.
-      exempt: As for `masks`.
+    `drop(step)` is the fraction of the kept weights dropped, `growth(gradients, key)` scores the
+    weights that may grow, `initial(kernels, params)` those of the first masks, None at random, of
+    `sparsity`, `allocation` and `exempt` as for `masks`. `granularity` must be of single weights:
+    `unstructured()` or `n_m(kernels, n, m)`.
     """
     inner = renewal.check_inner(inner)
     check_sparsity(sparsity)
@@ -182,24 +171,10 @@ def rewire(
     drop: float | jax.Array,
     granularity: Granularity | None = None,
 ) -> Any:
-    """Drops the kept weights of smallest magnitude and grows as many of the highest score.
-
-    Each leaf of n kept weights drops floor(`drop` · n + ½) of them. What was just dropped may
-    grow again. Of equal magnitudes or scores the lower index is kept; NaN scores as 0. With
-    `n_m(kernels, n, m)` every row keeps its count.
-
-    Example:
-      >>> masks = {'w': jnp.array([True, True, False, False])}
-      >>> weights, growth = {'w': jnp.array([2.0, 1.0, 0.0, 0.0])}, {'w': jnp.arange(4.0)}
-      >>> rewire(masks, weights, growth, 0.5)
-      {'w': Array([ True, False, False,  True], dtype=bool)}
-    """
+    """Drops the floor(`drop` · n + ½) smallest of a leaf's n weights; grows the best scored."""
     granularity = unstructured() if granularity is None else granularity
 
-    def rank(path, mask, weight, score):
-        del path
-        if core.is_masked_node(mask):
-            return mask
+    def rank(mask, _, weight, score):
         kept = jnp.sum(mask, dtype=jnp.int32)
         strength = jnp.where(mask, jnp.abs(weight), -jnp.inf).ravel()
         left = keep_best(strength, kept - removed_count(drop, kept)).reshape(mask.shape)
@@ -207,7 +182,7 @@ def rewire(
         return jnp.where(left, jnp.inf, jnp.nan_to_num(score))
 
     leaves = core.flatten_paths(masks)
-    ranked = core.flatten_paths(core.map_with_path(rank, masks, weights, growth))
+    ranked = core.flatten_paths(core.map_masked(rank, masks, masks, weights, growth))
     names = granularity.paths(leaves)
     held, rows = granularity.split(leaves, names), granularity.split(ranked, names)
     counts = {n: jnp.sum(held[n], axis=-1, keepdims=True, dtype=jnp.int32) for n in names}

@@ -16,18 +16,10 @@ from hybrid_jax.pruning.scoring import Accumulate, Scoring
 
 
 class StraightThroughState(NamedTuple):
-    """State of `straight_through`.
+    """State of `straight_through`: `inner` trains `dense`, the weights behind the parameters.
 
-    Attributes:
-      step: () int32, updates so far.
-      sparsity: () float32, the scheduled sparsity that `masks` were made for.
-      masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
-      dense: The weights behind the parameters, `optax.MaskedNode()` where nothing is pruned.
-      accumulated: What `accumulate` gave last, or ().
-      inner: State of the inner optimizer, which trains `dense`; what it holds of the weights
-        themselves (averages) is on the mask, as the parameters are.
-      hidden: Of the leaves of `inner` those entries before the mask, `optax.MaskedNode()` for the
-        others; () if there are none.
+    `masks` are of `sparsity`. What `inner` holds of the weights themselves (averages) is on the
+    mask; `hidden` are those leaves before it, `MaskedNode` for the others, () if there are none.
     """
 
     step: jax.Array
@@ -55,16 +47,12 @@ def straight_through(
     """Trains dense weights by the gradients of their best part, which is what is used.
 
     The parameters are the dense weights on their mask. Gradients at the parameters go straight to
-    the dense weights, which `inner` updates and the criterion scores, so that a removed weight
-    may grow and return. Y. Bengio, N. Léonard, A. Courville, Estimating or Propagating Gradients
-    Through Stochastic Neurons (arXiv 1308.3432). With `n_m` and `decay` it is SR-STE, A. Zhou et
-    al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch (arXiv
-    2102.04010); with scores that accumulate −w · g, movement pruning as V. Sanh, T. Wolf, A. Rush
-    (arXiv 2005.07683) have it.
-
-    The parameters are what is evaluated and deployed; a checkpoint needs the state too, where the
-    dense weights are. Kept parameters equal the dense weights to one rounding of the addition in
-    `optax.apply_updates`, removed ones are exactly zero.
+    the dense weights, in the state, which `inner` updates and the criterion scores, so that a
+    removed weight may grow and return. Y. Bengio, N. Léonard, A. Courville, Estimating or
+    Propagating Gradients Through Stochastic Neurons (arXiv 1308.3432). With `n_m` and `decay` it is
+    SR-STE, A. Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch
+    (arXiv 2102.04010); with scores that accumulate −w · g, movement pruning as V. Sanh, T. Wolf, A.
+    Rush (arXiv 2005.07683) have it.
 
     Args as for `prune_by_schedule`, but that the criterion scores and `accumulate` sees the dense
     weights, `every` costs a selection over all weights, and `decay` λ adds λ · w to the gradient
@@ -98,29 +86,30 @@ def straight_through(
             sparsity=jnp.zeros((), jnp.float32),
             masks=masks,
             # Copied, so that a training step may donate both.
-            dense=core.map_with_path(
-                lambda path, mask, param: mask if core.is_masked_node(mask) else jnp.array(param),
-                masks,
-                params,
-            ),
+            dense=core.map_masked(lambda mask, _, param: jnp.array(param), masks, masks, params),
             accumulated=scoring.start(params),
             inner=inner_state,
             hidden=jax.tree.map(jnp.array, hidden),
         )
 
+    def decayed(mask, gradient, weight):
+        own = jnp.asarray(decay, gradient.dtype)
+        return jnp.where(mask, gradient, gradient + own * weight.astype(gradient.dtype))
+
+    def to_weights(mask, update, weight, param):
+        return jnp.where(mask, weight - param, -param)
+
     def update(updates, state, params=None, **extra_args):
         renewal.check_params(params)
         gradients = updates
-        weights = core.map_with_path(_dense_or_param, state.dense, params)
+        weights = core.map_masked(lambda dense, param: dense, state.dense, params)
         known = {**extra_args, "gradients": gradients}
         accumulated = scoring.add(state.accumulated, weights, known)
         needed = scoring.gather(accumulated, known)
         sparsity = jnp.asarray(schedule(state.step), jnp.float32)
         due = state.step % every == 0
 
-        gradients = core.map_with_path(
-            lambda path, mask, g, w: _decayed(mask, g, w, decay), state.masks, gradients, weights
-        )
+        gradients = core.map_masked(decayed, state.masks, gradients, weights)
         inner_state = renewal.join_copies(state.inner, state.hidden)
         updates, inner_state = inner.update(gradients, inner_state, weights, **extra_args)
         weights = optax.apply_updates(weights, updates)
@@ -128,36 +117,14 @@ def straight_through(
             due, lambda: scoring.masks(weights, needed, sparsity), lambda: state.masks
         )
         inner_state, hidden = renewal.split_copies(inner, inner_state, masks, weights)
-        return core.map_with_path(_from_params, masks, updates, weights, params), (
-            StraightThroughState(
-                step=optax.safe_increment(state.step),
-                sparsity=jnp.where(due, sparsity, state.sparsity),
-                masks=masks,
-                dense=core.map_with_path(
-                    lambda path, mask, w: mask if core.is_masked_node(mask) else w, masks, weights
-                ),
-                accumulated=accumulated,
-                inner=inner_state,
-                hidden=hidden,
-            )
+        return core.map_masked(to_weights, masks, updates, weights, params), StraightThroughState(
+            step=optax.safe_increment(state.step),
+            sparsity=jnp.where(due, sparsity, state.sparsity),
+            masks=masks,
+            dense=core.map_masked(lambda mask, _, weight: weight, masks, masks, weights),
+            accumulated=accumulated,
+            inner=inner_state,
+            hidden=hidden,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _dense_or_param(path: str, dense: Any, param: jax.Array) -> jax.Array:
-    del path
-    return param if core.is_masked_node(dense) else dense
-
-
-def _decayed(mask: Any, gradient: Any, weight: Any, decay: float | jax.Array) -> Any:
-    if core.is_masked_node(mask):
-        return gradient
-    decay = jnp.asarray(decay, gradient.dtype)
-    return jnp.where(mask, gradient, gradient + decay * weight.astype(gradient.dtype))
-
-
-def _from_params(path: str, mask: Any, update: Any, weight: Any, param: Any) -> Any:
-    """The update that takes the parameter to the weight on its mask, in the parameter's dtype."""
-    del path
-    return update if core.is_masked_node(mask) else jnp.where(mask, weight - param, -param)

@@ -23,14 +23,10 @@ from hybrid_jax.pruning.selection import check_sparsity
 def synflow(kernels: Kernels, params: Any, flow: Any) -> Any:
     """Scores a weight by |w| · ∂R/∂|w|: all that flows through it from inputs to outputs.
 
-    R is the sum of the outputs of the network of absolute values on inputs of ones: a score is the
-    sum, over all paths through the weight, of the products of the |w| on them. Scored once, whole
-    layers may leave; `synflow_masks` scores anew after each of many small removals, as H. Tanaka et
-    al., Pruning neural networks without any data by iteratively conserving synaptic flow (arXiv
-    2006.05467) do.
-
-    `flow` is ∂R/∂|w|, what `synaptic_flow` gives. In a chain of layers without biases the scores of
-    each layer add up to R.
+    R is the sum of the outputs of the network of absolute values on inputs of ones, `flow` what
+    `synaptic_flow` gives. Scored once, whole layers may leave; `synflow_masks` scores anew after
+    each of many small removals, as H. Tanaka et al., Pruning neural networks without any data by
+    iteratively conserving synaptic flow (arXiv 2006.05467) do.
     """
     check_statistics("flow", params, flow)
     return score(lambda kernel, w, f: abs(w) * f, kernels, params, flow)
@@ -39,26 +35,11 @@ def synflow(kernels: Kernels, params: Any, flow: Any) -> Any:
 def synaptic_flow(fn: Callable[..., Any], params: Any, *inputs: Any, scale: float = 1.0) -> Any:
     """∂R/∂|w|, with R the sum of `fn`'s outputs at |params| on inputs of ones, for `synflow`.
 
-    R grows by a factor with every layer, in a ResNet-20 to 10²⁵ and in a ResNet-56 beyond float32.
-    Inputs of `scale` instead of ones, and `scale` times the outputs, make no difference to the
-    ranking where there are no biases, and bring it back: a ResNet-56 takes 1e-34. Activations have
-    to be like ReLU: one with an upper bound (ReLU6) saturates and lets nothing through. It is a
-    method for networks at initialization: a BatchNorm that was trained subtracts a running mean,
-    though it be absolute, and stops the flow; take the function of its graph (`program.apply`).
-
-    Args:
-      fn: fn(params, *inputs) -> outputs, in evaluation mode.
-      params: Pytree of parameters; statistics count as such, by absolute value.
-      *inputs: Arrays or `jax.ShapeDtypeStruct`; the values of floating ones do not matter, and a
-        batch of one is enough.
-      scale: What the inputs are filled with, and the outputs multiplied by; above 0.
-
-    Example:
-      >>> fn = lambda params, x: x @ params['a'] @ params['b']
-      >>> params = {'a': jnp.array([[1.0, -2.0]]), 'b': jnp.array([[-3.0], [4.0]])}
-      >>> synaptic_flow(fn, params, jnp.ones((1, 1)))
-      {'a': Array([[3., 4.]], dtype=float32), 'b': Array([[1.],
-             [2.]], dtype=float32)}
+    R grows with every layer, in a ResNet-56 beyond float32. Inputs of `scale` instead of ones, and
+    `scale` times the outputs, leave the ranking as it is where there are no biases: a ResNet-56
+    takes 1e-34. Activations have to be like ReLU, not ReLU6. It is for networks at initialization:
+    a trained BatchNorm subtracts a running mean and stops the flow; take the function of its graph
+    (`program.apply`). Of `inputs` a batch of one, or its shape, is enough.
     """
     core.check_positive("scale", scale)
 
@@ -87,20 +68,10 @@ def synflow_masks(
     """Prunes by `synflow` in rounds, the fraction that is left falling by the same factor in each.
 
     After round k of n the sparsity is 1 − (1 − s)^(k/n), over all kernels together, and the flow is
-    worked out anew with what is removed at zero: a layer about to lose its last weights has the
-    largest scores, and keeps them. One compilation holds all rounds.
-
-    The masks keep exactly what `global_()` does. A flow through a kernel that is not finite, or
-    zero before anything is removed, is an error (unless traced).
-
-    Args:
-      fn: As for `synaptic_flow`.
-      params: Pytree of floating parameters.
-      *inputs: As for `synaptic_flow`.
-      sparsity: () fraction removed in the end, in [0, 1], maybe traced.
-      rounds: n, from 1; the authors take 100.
-      exempt: As for `masks`.
-      scale: As for `synaptic_flow`.
+    worked out anew with what is removed at zero. One compilation holds all rounds (the authors take
+    100). The masks keep exactly what `global_()` does. A flow through a kernel that is not finite,
+    or zero before anything is removed, is an error (unless traced). `fn`, `inputs` and `scale` are
+    as for `synaptic_flow`.
 
     Example:
       >>> fn = lambda params, x: x @ params['a'] @ params['b']

@@ -1,72 +1,59 @@
 """Paths and rules, argument checks, tracing to sites and channels, and the interpreter."""
 
-from hybrid_jax.core.arrangement import Kernel as Kernel
-from hybrid_jax.core.channels import Group as Group
-from hybrid_jax.core.channels import Member as Member
-from hybrid_jax.core.channels import expand as expand
-from hybrid_jax.core.channels import keep_indices as keep_indices
-from hybrid_jax.core.checks import batch_size as batch_size
-from hybrid_jax.core.checks import check_batches as check_batches
-from hybrid_jax.core.checks import check_choice as check_choice
-from hybrid_jax.core.checks import check_finite as check_finite
-from hybrid_jax.core.checks import check_fraction as check_fraction
-from hybrid_jax.core.checks import check_integer as check_integer
-from hybrid_jax.core.checks import check_masks as check_masks
-from hybrid_jax.core.checks import check_positive as check_positive
-from hybrid_jax.core.checks import check_same_paths as check_same_paths
-from hybrid_jax.core.checks import check_same_structure as check_same_structure
-from hybrid_jax.core.examples import check_labels as check_labels
-from hybrid_jax.core.examples import expectation as expectation
-from hybrid_jax.core.examples import filled as filled
-from hybrid_jax.core.examples import one_by_one as one_by_one
-from hybrid_jax.core.examples import one_hot as one_hot
-from hybrid_jax.core.examples import selected as selected
-from hybrid_jax.core.examples import top_class as top_class
-from hybrid_jax.core.examples import weighted_mean as weighted_mean
-from hybrid_jax.core.examples import widen as widen
-from hybrid_jax.core.fast_convolution import fast_convolutions as fast_convolutions
-from hybrid_jax.core.files import cache_folder as cache_folder
-from hybrid_jax.core.files import write_atomically as write_atomically
-from hybrid_jax.core.files import write_json as write_json
-from hybrid_jax.core.grams import Gram as Gram
-from hybrid_jax.core.grams import check_grams as check_grams
-from hybrid_jax.core.grams import input_grams as input_grams
-from hybrid_jax.core.graph import Graph as Graph
-from hybrid_jax.core.graph import abstract as abstract
-from hybrid_jax.core.graph import trace as trace
-from hybrid_jax.core.host import check_known as check_known
-from hybrid_jax.core.host import is_traced as is_traced
-from hybrid_jax.core.host import namespace as namespace
-from hybrid_jax.core.host import on_device as on_device
-from hybrid_jax.core.interpreter import bind as bind
-from hybrid_jax.core.interpreter import evaluate as evaluate
-from hybrid_jax.core.interpreter import inline as inline
-from hybrid_jax.core.measure import CHOICES as CHOICES
-from hybrid_jax.core.measure import Choices as Choices
-from hybrid_jax.core.measure import machine as machine
-from hybrid_jax.core.measure import seconds as seconds
-from hybrid_jax.core.narrowing import narrow_graph as narrow_graph
-from hybrid_jax.core.one_pass import one_pass_affine as one_pass_affine
-from hybrid_jax.core.patches import kernel_from_matrix as kernel_from_matrix
-from hybrid_jax.core.patches import kernel_matrix as kernel_matrix
-from hybrid_jax.core.patches import output_matrix as output_matrix
-from hybrid_jax.core.patches import patches as patches
-from hybrid_jax.core.paths import REQUIRED as REQUIRED
-from hybrid_jax.core.paths import flatten_paths as flatten_paths
-from hybrid_jax.core.paths import is_masked_node as is_masked_node
-from hybrid_jax.core.paths import map_state as map_state
-from hybrid_jax.core.paths import map_with_path as map_with_path
-from hybrid_jax.core.paths import match_rules as match_rules
-from hybrid_jax.core.paths import path_string as path_string
-from hybrid_jax.core.replacement import at_sites as at_sites
-from hybrid_jax.core.shrink import Certificate as Certificate
-from hybrid_jax.core.shrink import kept_indices as kept_indices
-from hybrid_jax.core.shrink import mask_removed as mask_removed
-from hybrid_jax.core.shrink import narrow as narrow
-from hybrid_jax.core.shrink import shrink as shrink
-from hybrid_jax.core.shrink import slice_state as slice_state
-from hybrid_jax.core.shrink import slice_tree as slice_tree
-from hybrid_jax.core.sites import Site as Site
-from hybrid_jax.core.surgeon import damped_gram as damped_gram
-from hybrid_jax.core.surgeon import inverse_factor as inverse_factor
-from hybrid_jax.core.surgeon import sweep_rows as sweep_rows
+from hybrid_jax.core.arrangement import Kernel
+from hybrid_jax.core.channels import Group, Member, expand, keep_indices
+from hybrid_jax.core.checks import (
+    batch_size,
+    check_batches,
+    check_choice,
+    check_finite,
+    check_fraction,
+    check_integer,
+    check_masks,
+    check_positive,
+    check_same_paths,
+    check_same_structure,
+)
+from hybrid_jax.core.examples import (
+    check_labels,
+    expectation,
+    filled,
+    one_by_one,
+    one_hot,
+    selected,
+    top_class,
+    weighted_mean,
+    widen,
+)
+from hybrid_jax.core.fast_convolution import fast_convolutions
+from hybrid_jax.core.files import cache_folder, write_atomically, write_json
+from hybrid_jax.core.grams import Gram, check_grams, input_grams
+from hybrid_jax.core.graph import Graph, abstract, trace
+from hybrid_jax.core.host import check_known, is_traced, namespace, on_device
+from hybrid_jax.core.interpreter import bind, evaluate, inline
+from hybrid_jax.core.measure import CHOICES, Choices, machine, seconds
+from hybrid_jax.core.narrowing import narrow_graph
+from hybrid_jax.core.one_pass import one_pass_affine
+from hybrid_jax.core.patches import kernel_from_matrix, kernel_matrix, output_matrix, patches
+from hybrid_jax.core.paths import (
+    REQUIRED,
+    flatten_paths,
+    is_masked_node,
+    map_masked,
+    map_state,
+    map_with_path,
+    match_rules,
+    path_string,
+)
+from hybrid_jax.core.replacement import at_sites
+from hybrid_jax.core.shrink import (
+    Certificate,
+    kept_indices,
+    mask_removed,
+    narrow,
+    shrink,
+    slice_state,
+    slice_tree,
+)
+from hybrid_jax.core.sites import Site
+from hybrid_jax.core.surgeon import damped_gram, inverse_factor, sweep_rows

@@ -26,15 +26,11 @@ from hybrid_jax.core.sites import Site, count_macs, describe, is_contraction, ke
 class Analysis:
     """What one walk over a jaxpr finds.
 
-    Attributes:
-      counts: {path: (number of entries, whether they are floats)} of the parameters.
-      equations: {path of an equation: (values in, values out)}.
-      barriers: Paths of the equations without a rule, which take whole inputs.
-      constants: {path of an equation: positions of the constants that it takes}.
-      sites: {path of an equation: its site}, those in derivative rules included.
-      contractions: {path of an equation that multiplies and accumulates: (it, how often it runs)}.
-      macs: Multiply-accumulates for the whole batch.
-      used: Identities of the label arrays of axes that some equation takes.
+    `counts` is {path: (entries, whether they are floats)} of the parameters. By the path of an
+    equation are its values in and out (`equations`), the positions of the `constants` it takes, its
+    site, and, of a contraction, itself and how often it runs. `barriers` are those without a rule,
+    which take whole inputs; `used` are identities of the label arrays of axes that some equation
+    takes.
     """
 
     def __init__(self, counts: Mapping[str, tuple[int, bool]]):

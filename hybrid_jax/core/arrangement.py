@@ -20,12 +20,10 @@ from hybrid_jax.core.labels import Arrangement, Factor, Factors, Value, sizes
 class Kernel:
     """A parameter that is the kernel of sites, and how it becomes (taps, in, out).
 
-    Attributes:
-      dims: Reshaped to `dims` and transposed to `order` the parameter lies as (L, taps, in, out).
-      sizes: (L, T, C, O): kernels stacked in the parameter (the layers of a scan, equal slices),
-        taps, inputs that an output sums over (C / groups in a grouped convolution), outputs. None
-        where no one such form is right: the sites differ in theirs, or take unequal parts.
-      taps: Sizes of the spatial axes; () in a matrix product.
+    Reshaped to `dims` and transposed to `order` it lies as (L, taps, in, out). `sizes` are (L, T,
+    C, O): kernels stacked in it (layers of a scan, equal slices), taps, inputs that an output sums
+    over (C / groups), outputs; None where its sites differ in theirs, or take unequal parts. `taps`
+    are the sizes of the spatial axes; () in a matrix product.
     """
 
     path: str
@@ -43,18 +41,7 @@ class Kernel:
         return leaf.reshape(self.dims).transpose(self.order).reshape(count, -1)
 
     def canonical(self, leaf: jax.Array) -> jax.Array:
-        """The parameter, or anything of its shape, as (L, T, C, O).
-
-        A parameter of sites with no one such form is refused.
-
-        Example:
-          >>> import jax.numpy as jnp
-          >>> from hybrid_jax.core.graph import trace
-          >>> params, x = {'w': jnp.ones((6, 4, 3, 3))}, jnp.ones((1, 4, 8, 8))  # OIHW, NCHW
-          >>> fn = lambda params, x: jax.lax.conv(x, params['w'], (1, 1), 'SAME')
-          >>> trace(fn, params, x).kernels['w'].canonical(params['w']).shape
-          (1, 9, 4, 6)
-        """
+        """The parameter, or anything of its shape, as (L, T, C, O), if its sites have one form."""
         return self.layers(leaf).reshape(self.known_sizes())
 
     def restore(self, moved: jax.Array) -> jax.Array:

@@ -15,11 +15,7 @@ from hybrid_jax.core.labels import FIXED, Labels
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Member:
-    """One axis of one parameter in a group.
-
-    `index` is int[n, m]: removing unit u removes the m indices index[u] of this axis. `shape` is
-    the parameter's.
-    """
+    """One axis of one parameter: removing unit u removes the m indices index[u] of int[n, m]."""
 
     path: str
     axis: int
@@ -32,11 +28,9 @@ class Group:
     """Channels of one kind that can be removed one by one, with all that leaves with each.
 
     In a residual stage a unit is one channel of the stream: an output of every convolution that is
-    added to it, an input of every one that reads it, and its BatchNorm entries.
-
-    Attributes:
-      name: Path of the kernel that makes the channels, the first one if there are several.
-      size: Number of units n.
+    added to it, an input of every one that reads it, and its BatchNorm entries. The name is the
+    path of the kernel that makes the channels, the first one if there are several; `size` the
+    number of units.
     """
 
     name: str
@@ -203,11 +197,6 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
     `keep` is {group name: bool[n]}, True where kept, maybe traced; groups left out are kept whole.
     `params` are arrays or `jax.ShapeDtypeStruct`, and the result is like them: bool masks of their
     shapes, `optax.MaskedNode()` for a parameter that no group in `keep` touches.
-
-    Example:
-      >>> group = Group('w', 2, (Member('w', 1, np.array([[0], [1]]), (2, 2)),))
-      >>> expand({'w': [True, False]}, [group], {'w': np.ones((2, 2))})['w'].tolist()
-      [[True, False], [True, False]]
     """
     shapes = {path: np.shape(leaf) for path, leaf in paths.flatten_paths(params).items()}
     stays: dict[str, dict[int, Any]] = collections.defaultdict(dict)
@@ -235,11 +224,7 @@ def expand(keep: Mapping[str, Any], groups: Sequence[Group], params: Any) -> Any
 def keep_indices(
     keep: Mapping[str, Any], groups: Sequence[Group], params: Any
 ) -> dict[str, tuple[np.ndarray, ...]]:
-    """Writes which channels are kept as the indices that stay, for `narrow` and `slice_tree`.
-
-    `keep` is as for `expand`. The result is {path: for each axis of the parameter the indices that
-    stay, sorted}.
-    """
+    """{path: for each axis the sorted indices that stay}; `keep` is as for `expand`."""
     stays = {
         path: [np.ones(n, bool) for n in np.shape(leaf)]
         for path, leaf in paths.flatten_paths(params).items()

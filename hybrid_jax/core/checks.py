@@ -14,19 +14,13 @@ from hybrid_jax.core import paths
 
 
 def batch_size(inputs: Any) -> int:
-    """How many examples a batch of inputs holds: the leading axis of its first array that has one.
-
-    What is averaged over batches is weighed by it, or the batches must be `alike`.
-    """
+    """How many examples a batch holds: the leading axis of the first array that has one."""
     shapes = (np.shape(leaf) for leaf in jax.tree.leaves(inputs))
     return next((shape[0] for shape in shapes if shape), 1)
 
 
 def check_batches(batches: Iterable[tuple[Any, ...]], alike: bool = False) -> Iterator[Any]:
-    """Yields the batches one by one, each checked as it comes: a tuple that holds an example.
-
-    Of those that are `alike` all must have the shapes and dtypes of the first.
-    """
+    """Yields the batches, each a tuple that holds an example; `alike`, all as the first."""
     count, first = 0, None
     for count, batch in enumerate(batches, 1):
         if not isinstance(batch, tuple):
@@ -56,45 +50,22 @@ def check_positive(name: str, value: float) -> float:
 
 
 def check_integer(name: str, value: int, low: int | None = None, high: int | None = None) -> int:
-    """Returns `value` as an int if it is an integer in [`low`, `high`].
-
-    An integer is what is one exactly, of Python or NumPy; not a bool, not a float.
-
-    Example:
-      >>> check_integer('bits', 4, 2, 8)
-      4
-      >>> check_integer('bits', 0, 2, 8)
-      Traceback (most recent call last):
-      ...
-      ValueError: bits must be an integer in [2, 8], got 0
-    """
+    """Returns `value` as an int if it is an integer of Python or NumPy in [`low`, `high`]."""
     try:
         number = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = None
-    outside = number is None or (low is not None and number < low)
-    if outside or (high is not None and number > high):
-        if low is None and high is None:
-            expected = "an integer"
-        elif high is None:
-            expected = f"an integer of at least {low}"
-        elif low is None:
-            expected = f"an integer of at most {high}"
-        else:
-            expected = f"an integer in [{low}, {high}]"
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return number
+    above = number is not None and (low is None or low <= number)
+    if above and (high is None or number <= high):
+        return number
+    bounds = {(True, False): f" of at least {low}", (False, True): f" of at most {high}"}
+    bounds |= {(True, True): f" in [{low}, {high}]", (False, False): ""}
+    expected = bounds[low is not None, high is not None]
+    raise ValueError(f"{name} must be an integer{expected}, got {value!r}")
 
 
 def check_choice(name: str, value: str, options: Iterable[str]) -> str:
-    """Returns `value` if it is one of `options`; the error names the nearest of them.
-
-    Example:
-      >>> check_choice('routing', 'tpo_k', ['soft', 'top_k'])
-      Traceback (most recent call last):
-      ...
-      ValueError: routing must be one of soft, top_k, got 'tpo_k'; did you mean top_k?
-    """
+    """Returns `value` if it is one of `options`; the error names the nearest of them."""
     options = list(options)
     if value not in options:
         close = difflib.get_close_matches(str(value), options, n=1)
@@ -104,10 +75,7 @@ def check_choice(name: str, value: str, options: Iterable[str]) -> str:
 
 
 def check_same_structure(name: str, expected: Any, got: Any) -> None:
-    """Raises unless both pytrees have the same paths, and leaves of equal shape and dtype.
-
-    The ValueError names the first path that differs, and how.
-    """
+    """Raises unless both pytrees have the same paths, and leaves of equal shape and dtype."""
     left, right = paths.flatten_paths(expected), paths.flatten_paths(got)
     for path in [*left, *right]:
         a = _describe(left[path]) if path in left else "no leaf"

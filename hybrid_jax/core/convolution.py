@@ -22,15 +22,9 @@ _PATCHES = 2**18
 
 
 class Conv(NamedTuple):
-    """How a window meets an input; one entry for each axis of space.
+    """How a window meets an input, along each axis of space; negative padding cuts.
 
-    Attributes:
-      strides: Steps of the window.
-      padding: (before, after) zeros around the input; negative ones cut it.
-      spread: Distance of the input's entries, zeros between them (a transposed convolution).
-      dilation: Distance of the window's entries.
-      groups: Of channels that meet only each other.
-      precision: As `lax.dot_general` takes it.
+    `spread` and `dilation` are the distances of the input's and of the window's entries.
     """
 
     strides: tuple[int, ...]
@@ -100,10 +94,7 @@ def taps(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def tall(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The kernel's gradient: x (B, *space, C) seen through the taps, by dy (B, *places, O).
-
-    The result is (*window, C / groups, O).
-    """
+    """The kernel's gradient (*window, C / groups, O), of x (B, *space, C), dy (B, *places, O)."""
 
     def part(x, dy):
         seen = _side_by_side(conv, x, window, dy.shape[1:-1])

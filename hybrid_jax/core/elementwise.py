@@ -32,16 +32,8 @@ def _binary(f: Callable[[float, float], float]) -> Callable[..., float | None]:
     return lambda params, x, y: None if x is None or y is None else f(x, y)
 
 
-def _select(params, which, *cases):
-    return common(cases)
-
-
 def _clamp(params, low, x, high):
     return None if None in (low, x, high) else min(max(x, low), high)
-
-
-def _power(params, x):
-    return None if x is None else x ** params["y"]
 
 
 def _round(params, x):
@@ -50,14 +42,6 @@ def _round(params, x):
     if params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN:
         return round(x)
     return math.copysign(math.floor(abs(x) + 0.5), x)
-
-
-def _logistic(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def _unknown(params, *args):
-    return None
 
 
 def _table() -> dict[str, Callable[..., float | None]]:
@@ -72,35 +56,25 @@ def _table() -> dict[str, Callable[..., float | None]]:
         "min": _binary(min),
         "mul": lambda params, x, y: product(x, y),
         "div": _quotient,
-        "integer_pow": _power,
-        "select_n": _select,
+        "integer_pow": lambda params, x: None if x is None else x ** params["y"],
+        "select_n": lambda params, which, *cases: common(cases),
         "clamp": _clamp,
         "neg": _unary(lambda x: -x),
         "abs": _unary(abs),
         "sign": _unary(lambda x: float(np.sign(x))),
-        "floor": _unary(math.floor),
-        "ceil": _unary(math.ceil),
         "round": _round,
         "square": _unary(lambda x: x * x),
-        "sqrt": _unary(math.sqrt),
         "rsqrt": _unary(lambda x: 1 / math.sqrt(x)),
-        "exp": _unary(math.exp),
-        "expm1": _unary(math.expm1),
-        "log": _unary(math.log),
-        "log1p": _unary(math.log1p),
-        "tanh": _unary(math.tanh),
-        "logistic": _unary(_logistic),
-        "erf": _unary(math.erf),
-        "erfc": _unary(math.erfc),
-        "sin": _unary(math.sin),
-        "cos": _unary(math.cos),
+        "logistic": _unary(lambda x: 1 / (1 + math.exp(-x))),
     }
+    functions = "floor ceil sqrt exp expm1 log log1p tanh erf erfc sin cos"
+    table |= {name: _unary(getattr(math, name)) for name in functions.split()}
     unknown = (
         "pow rem nextafter atan2 exp2 tan asin acos atan sinh cosh asinh acosh atanh erf_inv "
         "lgamma digamma cbrt is_finite eq ne lt le gt ge and or xor not shift_left "
         "shift_right_logical shift_right_arithmetic imag complex conj population_count clz"
     )
-    return table | dict.fromkeys(unknown.split(), _unknown)
+    return table | dict.fromkeys(unknown.split(), lambda params, *args: None)
 
 
 ELEMENTWISE = _table()

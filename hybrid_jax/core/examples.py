@@ -1,8 +1,8 @@
 """The examples of a batch: which of them count, means over them, their labels and classes.
 
 All that goes over examples takes one `weight`: (B,) float, at least 0, or bool; None where all
-count alike. An example of weight 0 does not count, as padding does not: whatever it holds, NaN
-included, reaches no result and no gradient. So it is selected away, never multiplied by 0.
+count alike. An example of weight 0, NaN included, reaches no result and no gradient: it is selected
+away, never multiplied by 0.
 """
 
 import operator
@@ -32,15 +32,7 @@ def selected(x: jax.Array, weight: jax.Array | None) -> jax.Array:
 
 
 def filled(examples: Tree, weight: jax.Array | None) -> Tree:
-    """`examples` with those that count, in turn, in place of those that do not.
-
-    So a function of the whole batch sees none but examples that count, whose NaN alone comes out.
-    Where no example counts, all stay.
-
-    Example:
-      >>> filled(jnp.array([5.0, 7.0, jnp.nan, 0.0, 0.0]), jnp.array([1, 1, 0, 0, 0])).tolist()
-      [5.0, 7.0, 5.0, 7.0, 5.0]
-    """
+    """`examples` with those that count in place of those that do not; where none counts, all."""
     if weight is None:
         return examples
     (size,) = {len(leaf) for leaf in jax.tree.leaves(examples)}
@@ -52,14 +44,7 @@ def filled(examples: Tree, weight: jax.Array | None) -> Tree:
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-    """sum(weight * values) / sum(weight) over examples, in float32 or wider; 0 if none counts.
-
-    `values` are (B, ...).
-
-    Example:
-      >>> weighted_mean(jnp.array([1.0, 5.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])).item()
-      2.0
-    """
+    """sum(weight * values) / sum(weight) over (B, ...), in float32 or wider; 0 if none counts."""
     values = widen(values)
     if not len(values):
         raise ValueError(f"a mean must be over at least one example, got shape {values.shape}")
@@ -78,10 +63,7 @@ def expectation(probabilities: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def top_class(logits: jax.Array) -> jax.Array:
-    """The class of the largest logit, int32; ties go to the lowest. -1, no class, if one is NaN.
-
-    `logits` are (..., N).
-    """
+    """The class of the largest of (..., N), int32; of ties the lowest; -1 if one is NaN."""
     bad = jnp.isnan(logits).any(-1)
     return jnp.where(bad, -1, jnp.argmax(logits, -1).astype(jnp.int32))
 
@@ -89,11 +71,7 @@ def top_class(logits: jax.Array) -> jax.Array:
 def check_labels(
     name: str, labels: Any, num_classes: int, weight: jax.Array | None = None
 ) -> jax.Array | np.ndarray:
-    """Returns `labels` if they are integers in [0, N); of traced ones only the dtype is known.
-
-    They are to be handed in as they came: cast to int32, 2**32 + 1 would be 1. Labels of `weight` 0
-    may be anything.
-    """
+    """Returns labels as they came if integers in [0, N); of weight 0 they may be anything."""
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if not jnp.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name} must be integers, got {labels.dtype}")
@@ -112,16 +90,7 @@ def check_labels(
 
 
 def one_hot(labels: jax.Array, num_classes: int, weight: jax.Array | None = None) -> jax.Array:
-    """float32 (B, N), 1 at each label; NaN along a traced label that is outside [0, N).
-
-    `labels` are (B,) integers; that of an example that does not count may be anything.
-
-    Example:
-      >>> one_hot(jnp.array([1, 0]), 2).tolist()
-      [[0.0, 1.0], [1.0, 0.0]]
-      >>> jax.jit(one_hot, static_argnums=1)(jnp.array([1, -1]), 2).tolist()
-      [[0.0, 1.0], [nan, nan]]
-    """
+    """float32 (B, N), 1 at each label (B,); NaN along a traced label that is outside [0, N)."""
     labels = selected(jnp.asarray(check_labels("labels", labels, num_classes, weight)), weight)
     labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
     inside = (labels >= 0) & (labels < num_classes)

@@ -22,24 +22,11 @@ def fast_convolutions(
     """Makes `fn` with every convolution in its fastest form, those of derivatives included.
 
     XLA is slow on a CPU at depthwise and grouped convolutions and at the gradients of kernels, and
-    in loops (`lax.scan`, `lax.map`) at all gradients: many times slower than the same sums written
-    otherwise, see `core.convolution`. What is the fastest is measured, once for each
-    shape. A convolution in groups, such as `jax.vmap` over kernels makes, may become a loop over
-    them. On other backends `fn` runs as it is.
-
-    The results are those of `fn` up to rounding, in the same dtypes. Hand in what already holds its
-    derivative, a whole training step or `jax.grad(loss)`, and what is mapped over experts; a
-    derivative that is taken of the result is right, but has XLA's own forms. Convolutions of
-    integers, of mixed dtypes and of symbolic shapes stay as they are.
-
-    `loop` says that the result will run in a `lax.scan` or `lax.map`; those inside of `fn` are
-    seen. `choices` is where what is measured is kept; None for `measure.CHOICES`.
-
-    Example:
-      >>> loss = lambda kernel, x: lax.conv(x, kernel, (2,), 'SAME').sum()
-      >>> kernel, x = jnp.ones((1, 1, 3)), jnp.arange(4.0).reshape(1, 1, 4)
-      >>> fast_convolutions(jax.grad(loss))(kernel, x)  # the taps see 0 + 2, 1 + 3 and 2 + 0
-      Array([[[2., 4., 2.]]], dtype=float32)
+    in loops (`lax.scan`, `lax.map`) at all gradients. What is the fastest is measured, once for
+    each shape, and kept in `choices`, by default `measure.CHOICES`. On other backends `fn` runs as
+    it is. The results are those of `fn` up to rounding, in the same dtypes. Hand in what already
+    holds its derivative, a whole training step or `jax.grad(loss)`, and what is mapped over
+    experts. `loop` says that the result will run in a loop; those inside of `fn` are seen.
     """
     choices = measure.CHOICES if choices is None else choices
 

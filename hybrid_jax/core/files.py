@@ -8,18 +8,7 @@ from typing import Any
 
 
 def write_atomically(contents: Mapping[str | os.PathLike, bytes]) -> None:
-    """Writes files, {path: content}, so that a reader finds the old ones or the new, never a part.
-
-    All are first written whole beside their targets, on the disk, and then moved over them: with a
-    full disk all old ones stay. Missing folders are made.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_atomically({f'{folder}/new/a': b'one', f'{folder}/b': b'two'})
-      ...     pathlib.Path(folder, 'new', 'a').read_bytes()
-      b'one'
-    """
+    """Writes {path: content}, all or none: drafts beside their targets first, then moved."""
     drafts = {}
     try:
         for path, content in contents.items():
@@ -46,15 +35,7 @@ def cache_folder() -> pathlib.Path:
     """Returns the folder of compiled programs and measured choices; it need not exist yet.
 
     It is what the environment variable HYBRID_JAX_CACHE says, otherwise hybrid_jax in the user's
-    own cache: in XDG_CACHE_HOME, or in ~/.cache. Nothing is lost but time when it is deleted.
-
-    Source: XDG Base Directory Specification, which has relative paths passed over.
-
-    Example:
-      >>> import unittest.mock
-      >>> with unittest.mock.patch.dict(os.environ, HYBRID_JAX_CACHE='/scratch/mine'):
-      ...     cache_folder().as_posix()
-      '/scratch/mine'
+    own cache, as the XDG Base Directory Specification says where: in XDG_CACHE_HOME, or ~/.cache.
     """
     if own := os.environ.get("HYBRID_JAX_CACHE"):
         return pathlib.Path(own).expanduser()

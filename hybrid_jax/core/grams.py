@@ -21,12 +21,7 @@ from hybrid_jax.core.sites import Site
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["sites"])
 @dataclasses.dataclass(frozen=True)
 class Gram:
-    """XᵀX of the patches X that a kernel is multiplied with.
-
-    Attributes:
-      matrix: float32 (G, n, n), one for each feature group, summed over examples and positions.
-      sites: Where the kernel is used; it is the same matrix at all of them.
-    """
+    """XᵀX of the patches X of a kernel: `matrix` float32 (G, n, n), the same at all `sites`."""
 
     matrix: jax.Array
     sites: tuple[Site, ...]
@@ -45,20 +40,13 @@ def input_grams(
     exempt: Sequence[str] = (),
     stacked: bool = False,
 ) -> dict[str, Gram]:
-    """Sums XᵀX at every site over batches, in float32.
+    """Sums XᵀX at every site over batches, in float32: {path of the kernel: Gram}, in order of use.
 
-    The model is compiled once for each shape of batch, and batches are not kept. A kernel used
-    again (shared, or in a `scan`) has one matrix, the sum over its uses.
-
-    `fn` is in evaluation mode; `exempt` are regular expressions on whole paths of kernels to leave
-    out. Of `stacked` parameters every leaf has a leading axis E: all experts see each batch, and
-    the matrices have the axis too.
-
-    What is not a parameter itself at its site (standardized, sliced from a stack, reshaped), is
-    used as different matrices or lies in a `while` loop has to be exempt.
-
-    Returns:
-      {path of the kernel: Gram}, in the order in which they are first used.
+    A kernel used again (shared, or in a `scan`) has one matrix, the sum over its uses. `fn` is in
+    evaluation mode; `exempt` are regular expressions on whole paths of kernels to leave out: what
+    is not a parameter itself at its site (standardized, sliced from a stack, reshaped), is used as
+    different matrices or lies in a `while` loop. Of `stacked` parameters every leaf has a leading
+    axis E, and the matrices too; all experts see each batch.
 
     Example:
       >>> fn = lambda params, x: x @ params['w']

@@ -22,15 +22,10 @@ from hybrid_jax.core.sites import Site
 class Graph:
     """What tracing `fn(params, *inputs)` found.
 
-    Attributes:
-      jaxpr: The closed jaxpr; its arguments are the leaves of (params, *inputs).
-      parameters: {path: ShapeDtypeStruct} of the parameters, in tree order.
-      batch: Length of the leading axis of the first input, 1 if that is symbolic; costs are divided
-        by it.
-      sites: The sites, in the order in which they run.
-      macs: Multiply-accumulates for one example, products of two activations included.
-      arguments: The arguments' labels, parameters first.
-      site_at: {path of an equation: its site}, those in derivative rules included.
+    The arguments of the closed `jaxpr`, and `arguments`, their labels, are the leaves of (params,
+    *inputs). `batch` is the length of the leading axis of the first input, 1 if that is symbolic.
+    `sites` are in running order; `site_at` has those in derivative rules too. `macs` are the
+    multiply-accumulates for one example, products of two activations included.
     """
 
     jaxpr: jex.ClosedJaxpr
@@ -77,11 +72,7 @@ class Graph:
 
     @functools.cached_property
     def kernels(self) -> dict[str, Kernel]:
-        """{path: kernel} of the floating parameters that are kernels of the sites, in their order.
-
-        Of a parameter that is one every entry is: itself, stacked for a scan, in slices, moved or
-        changed element by element. What is computed otherwise, or is a kernel in part, is none.
-        """
+        """{path: kernel} of the floating parameters that are kernels, as a whole, of the sites."""
         return find_kernels(self.sites, self.parameters)
 
     def site(self, name: str) -> Site:
@@ -96,12 +87,9 @@ class Graph:
 def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     """Traces a model and reads its sites, channel groups and costs from the jaxpr.
 
-    Args:
-      fn: A pure function fn(params, *inputs) -> outputs, from Flax Linen, NNX (`nnx.split`), Haiku,
-        Equinox or bare JAX. It is traced, not run.
-      params: Pytree of arrays or `jax.ShapeDtypeStruct`. In Linen, the whole variables dict.
-      *inputs: Arrays, `jax.ShapeDtypeStruct`s or pytrees of them; the leading axis of the first
-        leaf is the batch. PRNG keys may be among them.
+    `fn` is pure, of Flax Linen, NNX (`nnx.split`), Haiku, Equinox or bare JAX; it is traced, not
+    run. `params`, in Linen the whole variables dict, and inputs are pytrees of arrays or
+    `jax.ShapeDtypeStruct`s; the leading axis of the first input's first leaf is the batch.
 
     Example:
       >>> import jax.numpy as jnp

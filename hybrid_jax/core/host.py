@@ -24,14 +24,7 @@ def check_known(function: str, **trees: Any) -> None:
 
 
 def namespace(*trees: Any) -> Any:
-    """`numpy` if all values are known and each is on one device, else `jax.numpy`.
-
-    Example:
-      >>> namespace({'w': jnp.ones(2)}, 0.5).__name__
-      'numpy'
-      >>> jax.jit(lambda x: x if namespace(x) is jnp else None)(1.0).item()
-      1.0
-    """
+    """`numpy` if all values are known and each is on one device, else `jax.numpy`."""
     if is_traced(trees):
         return jnp
     arrays = (leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array))

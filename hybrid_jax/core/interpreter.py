@@ -47,14 +47,12 @@ def evaluate(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Evaluates a jaxpr, giving `rule` every equation that `active` says concerns it.
 
-    What is not active runs as it stands. An active equation that holds jaxprs (`jit`, `scan`,
-    `cond`, `remat`, custom derivatives, …) is built anew around the interpreted inner ones, so that
-    loops stay loops and derivative rules stay rules.
-
-    `rule` is rule(path, equation, values) -> (outputs, records), for an equation without jaxprs;
-    active(path) says whether the equation, or one inside it, concerns the rule; `path` is that of
-    the jaxpr; resize(path, values) gives the values that an active equation takes instead of those
-    it is given; `rebuild` is REBUILD, or another table like it.
+    An active equation that holds jaxprs (`jit`, `scan`, `cond`, `remat`, custom derivatives, …) is
+    built anew, by `rebuild`, around the interpreted inner ones, so that loops stay loops and
+    derivative rules stay rules. rule(path, equation, values) -> (outputs, records) is for one
+    without jaxprs; active(path) says whether the equation, or one inside it, concerns the rule;
+    `path` is that of the jaxpr; resize(path, values) gives the values that an active equation takes
+    instead.
 
     Returns:
       The outputs, and the records of all rules in one dictionary. Inside a `scan` they gain a
@@ -91,17 +89,7 @@ def evaluate(
 
 
 def inline(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
-    """The jaxpr as one list of equations: calls inlined, scans unrolled, derivative rules gone.
-
-    What runs its jaxpr as often as data says, or one of several (`while`, `cond`), stays.
-
-    Example:
-      >>> def body(carry, x):
-      ...     return carry * x, None
-      >>> closed = jax.make_jaxpr(lambda xs: lax.scan(body, 1.0, xs)[0])(jnp.ones(2))
-      >>> [eqn.primitive.name for eqn in inline(closed).eqns if eqn.primitive.name == 'mul']
-      ['mul', 'mul']
-    """
+    """The jaxpr as one list of equations, without calls, scans and derivative rules."""
 
     def run(*args):
         always, rule = lambda path: True, lambda path, eqn, values: (bind(eqn, values), {})

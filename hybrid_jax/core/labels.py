@@ -39,13 +39,9 @@ Factors = tuple[Factor, ...]
 class Arrangement:
     """Which entries of a parameter an array holds, element by element.
 
-    Attributes:
-      path: The parameter's path.
-      count: How many of the parameter's entries are in the array and its stack.
-      start: Index in the parameter of the first entry.
-      stack: Factors that are not in the array: the layers of a scan around it.
-      axes: For each axis of the array its factors, the slowest first; None where a removal has left
-        no even ones.
+    `count` of them are in the array and its `stack`, factors that are not in the array (the layers
+    of a scan around it); `start` is the index of the first. `axes` are the factors of each axis,
+    the slowest first; None where a removal has left no even ones.
     """
 
     path: str

@@ -25,14 +25,7 @@ def _broadcast(labels, params, values, outvars):
 
 
 def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits a reshape into the smallest runs of axes with equal products, from the last axis on.
-
-    Of the runs only the first may have unequal ones, where a symbolic dimension counts as 1.
-
-    Example:
-      >>> segments((2, 4, 4, 8), (2, 128))
-      [([0], [0]), ([1, 2, 3], [1])]
-    """
+    """Splits a reshape into the smallest runs of equal products; the first may be unequal."""
     runs, i, j = [], len(old), len(new)
     while i or j:
         left, right, a, b = [], [], 1, 1

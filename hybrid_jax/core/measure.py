@@ -33,21 +33,9 @@ _ASKED = itertools.count()
 class Choices:
     """What was measured, by the question it answers.
 
-    Args:
-      file: JSON file of a run, in a folder that is there: what it holds is what is chosen, and what
-        is chosen is added. It says on what machine the run was begun; where it goes on on another
-        one a UserWarning says so. None keeps the choices of this process alone.
-      cache: JSON file that proposes, shared by all runs; None takes `choices.json` in
-        `cache_folder()`.
-
-    Example:
-      >>> import jax.numpy as jnp, tempfile
-      >>> folder = pathlib.Path(tempfile.mkdtemp())
-      >>> choices = Choices(folder / 'run.json', folder / 'cache.json')
-      >>> forms = {'sum': lambda x: x + x, 'product': lambda x: 2 * x}
-      >>> chosen = choices.choose('x twice', forms, jax.ShapeDtypeStruct((3,), jnp.float32))
-      >>> chosen in forms, Choices(folder / 'run.json').answers == {'x twice': chosen}
-      (True, True)
+    `file`, a JSON file of a run, says what is chosen, and on what machine the run was begun: where
+    it goes on on another one, a UserWarning says so. None keeps the choices of this process alone.
+    `cache`, a JSON file shared by all runs, proposes; None is `choices.json` in `cache_folder()`.
     """
 
     def __init__(self, file: str | os.PathLike | None = None, cache: os.PathLike | None = None):
@@ -79,9 +67,8 @@ class Choices:
 
         Works in the midst of tracing. Of several processes the first one's choice is all theirs.
 
-        `question` holds all that the answer depends on but the machine. `forms` is {name: function
-        of `args`}, which agree up to rounding and are not jitted; one alone is chosen without being
-        run. `args` are shapes and dtypes.
+        `question` holds all that the answer depends on but the machine, `forms` {name: function of
+        `args`, shapes and dtypes}, which agree up to rounding; one alone is chosen without a run.
         """
         if self.answers.get(question) not in forms:
             self.answers[question] = self._agreed(question, dict(forms), args)
@@ -121,10 +108,7 @@ CHOICES = Choices()
 
 
 def fastest(forms: Mapping[str, Callable[..., Any]], *args: jax.ShapeDtypeStruct) -> str:
-    """Compiles each form and runs them by turns; returns the name of the fastest.
-
-    Floats are drawn, all else is zero.
-    """
+    """Compiles each form and runs them by turns on drawn floats; names the fastest."""
     run = {name: jax.jit(form).lower(*args).compile() for name, form in forms.items()}
     with jax.ensure_compile_time_eval():
         arrays = jax.tree.map(_drawn, args)

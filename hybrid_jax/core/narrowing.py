@@ -20,18 +20,8 @@ def narrow_graph(graph: Graph, keep: Mapping[str, Any]) -> Graph:
     """The graph of what `narrow` makes: parameters, sites, groups and costs after a removal.
 
     Nothing is traced, so that a search may ask for the cost of many removals. Groups keep their
-    names. `jaxpr` stays the one that was traced, of the network before the removal.
-    `keep` is {group name: bool[n]}, True where kept, a channel of each at least; groups left out
-    are kept whole.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from hybrid_jax.core.graph import trace
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> graph = trace(fn, {'a': jnp.ones((3, 8)), 'b': jnp.ones((8, 2))}, jnp.ones((1, 3)))
-      >>> small = narrow_graph(graph, {'a': np.arange(8) < 5})  # 3·5 + 5·2
-      >>> small.macs, small.parameters['b'].shape, small.groups[0].size
-      (25, (5, 2), 5)
+    names; `jaxpr` stays the one before the removal. `keep` is {group name: bool[n]}, True where
+    kept, a channel of each at least; groups left out are kept whole.
     """
     for name, kept in keep.items():
         if not np.any(kept):

@@ -26,18 +26,9 @@ def one_pass_affine(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     A chain is of sums, differences, products and quotients of a floating tensor with one number for
     all entries or one for each entry of one axis, of which nothing else reads what is between. It
-    becomes scale · x + shift, both computed in float32 for each channel. Apply it to what is to be
-    differentiated, whose gradient then reads x alone.
-    The results are those of `fn` up to rounding, which grows with the mean over the deviation.
-
-    Source: Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167, whose gradient it makes.
-
-    Example:
-      >>> fn = lambda x: (x - x.mean()) * 2.0 + 1.0
-      >>> print(jax.make_jaxpr(one_pass_affine(fn))(jnp.ones(3)).eqns[-1].primitive)
-      add
-      >>> one_pass_affine(fn)(jnp.array([1.0, 2.0, 3.0])).tolist()
-      [-1.0, 1.0, 3.0]
+    becomes scale · x + shift, both in float32. Apply it to what is to be differentiated, whose
+    gradient then reads x alone. The results are those of `fn` up to rounding, which grows with the
+    mean over the deviation. Source: Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167.
     """
 
     @functools.wraps(fn, updated=())
@@ -67,14 +58,7 @@ def one_pass_affine(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Affine(NamedTuple):
-    """What becomes of a value y: scale · y + shift.
-
-    Attributes:
-      axes: Those of its channels.
-      sizes: Of y along each of these.
-      scale: float32, a scalar or one entry for each channel.
-      shift: float32, alike.
-    """
+    """What becomes of y: scale · y + shift, float32, for its channels on `axes` of `sizes`."""
 
     axes: tuple[int, ...]
     sizes: tuple[int, ...]

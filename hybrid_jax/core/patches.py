@@ -23,14 +23,6 @@ def patches(
     `x` and `apply` are what a rule of `at_sites` gets. The result is (G, P, n) of the dtype of `x`:
     `patches @ kernel_matrix(site, kernel)` is `output_matrix(site, apply(x, kernel))`. Taps in the
     padding are zero.
-
-    Example:
-      >>> from hybrid_jax.core.replacement import at_sites
-      >>> fn = lambda params, x: jax.lax.conv(x, params['k'], (1,), 'VALID')
-      >>> rule = lambda site, x, kernel, apply: (apply(x, kernel), patches(site, x, apply))
-      >>> x, params = jnp.arange(4.0).reshape(1, 1, 4), {'k': jnp.ones((5, 1, 2))}
-      >>> at_sites(fn, rule)(params, x)[1]['k'].tolist()
-      [[[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]]
     """
     inner, n = _inner(site)
     others = _others(site)

@@ -13,13 +13,7 @@ REQUIRED = object()
 
 
 def path_string(key_path: Sequence[Any]) -> str:
-    """Writes a JAX key path with slashes.
-
-    Example:
-      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({'params': {'Conv_0': {'kernel': 1}}})
-      >>> path_string(path)
-      'params/Conv_0/kernel'
-    """
+    """Writes a JAX key path with slashes, as 'params/Conv_0/kernel'."""
     return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
@@ -49,6 +43,15 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
+def map_masked(f: Callable[..., Any], masks: Any, tree: Any, *rest: Any) -> Any:
+    """Maps `f(mask, leaf, *leaves of rest)`; where the mask is a `MaskedNode` the leaf stays."""
+
+    def one(path, mask, leaf, *others):
+        return leaf if is_masked_node(mask) else f(mask, leaf, *others)
+
+    return map_with_path(one, masks, tree, *rest)
+
+
 def map_state(
     tx: optax.GradientTransformation,
     f: Callable[..., Any],
@@ -58,15 +61,8 @@ def map_state(
 ) -> Any:
     """Maps `f(entry, *leaves of rest)` over what an optimizer's state holds for each parameter.
 
-    `f` is also called with a `MaskedNode`, which counts as a leaf. `rest` are pytrees like the
-    parameters, and `others` maps what belongs to no parameter (counts, rates). `tx.init` has to
-    take any pytree.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx, params = optax.trace(0.9), {'w': jnp.ones(2)}
-      >>> map_state(tx, lambda entry, name: name, tx.init(params), {'w': 'moment of w'})
-      TraceState(trace={'w': 'moment of w'})
+    `MaskedNode` counts as a leaf. `rest` are pytrees like the parameters, and `others` maps what
+    belongs to no parameter (counts, rates). `tx.init` has to take any pytree.
     """
     try:
         calls = optax.tree_map_params(
@@ -90,20 +86,14 @@ def map_state(
 def match_rules(
     rules: Iterable[tuple[str, Any]], paths: Iterable[str], default: Any = REQUIRED
 ) -> dict[str, Any]:
-    """Gives each path the value of the first rule whose pattern matches all of it.
+    """Gives each path the value of the first rule (pattern, value) whose pattern matches all of it.
 
-    Args:
-      rules: (pattern, value) pairs; a pattern is a regular expression for `re.fullmatch`.
-      paths: Path strings, as `flatten_paths` makes them.
-      default: Value of a path that no rule matches; without one, such a path is an error.
+    A path that no rule matches has the `default`; without one, it is an error, as is a rule that
+    matches nothing.
 
     Example:
       >>> match_rules([('.*/kernel', 4)], ['a/kernel', 'a/bias'], default=32)
       {'a/kernel': 4, 'a/bias': 32}
-      >>> match_rules([('b/.*', 4)], ['a/kernel'], default=32)
-      Traceback (most recent call last):
-      ...
-      ValueError: rule 'b/.*' must match at least one path, got none of: a/kernel
     """
     paths = list(paths)
     compiled = []

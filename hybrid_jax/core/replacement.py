@@ -10,19 +10,16 @@ from hybrid_jax.core.graph import memoize_trace
 
 
 def at_sites(fn: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
-    """Makes a function that does the same as `fn`, but at every site what `rule` says.
+    """Makes `fn(params, *inputs)` with another operation at every site: what `rule` says.
 
-    Args:
-      fn: A pure function fn(params, *inputs) -> outputs.
-      rule: rule(site, x, kernel, apply) -> (y, record). `apply(x, kernel)` runs the operation as it
-        was; `record` is a pytree of arrays, or None. Works on tracers: it must be pure.
+    rule(site, x, kernel, apply) -> (y, record): `apply(x, kernel)` runs the operation as it was,
+    `record` is a pytree of arrays, or None. Works on tracers: it must be pure.
 
     Returns:
-      A function (params, *inputs) -> (outputs, records), with records {name of a site: record}.
-      With rule `lambda site, x, kernel, apply: (apply(x, kernel), None)` its outputs are bit-equal
-      to those of `fn` (both jitted). A site in a `scan` records a stack with one row for each
-      iteration; in a branch of `cond` that was not taken, zeros; in a `while`, nothing. Derivative
-      rules are kept, and the sites in them replaced alike.
+      A function (params, *inputs) -> (outputs, records), with records {name of a site: record}. A
+      site in a `scan` records a stack with one row for each iteration; in a branch of `cond` that
+      was not taken, zeros; in a `while`, nothing. Derivative rules are kept, and the sites in them
+      replaced alike.
 
     Example:
       >>> import jax.numpy as jnp

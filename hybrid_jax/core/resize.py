@@ -31,12 +31,11 @@ def take(x: Any, indices: Sequence[np.ndarray]) -> Any:
     return x
 
 
-def _resize_broadcast(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, shape=_sizes(eqn.params["shape"], outs[0]))
-
-
-def _resize_reshape(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, new_sizes=_sizes(eqn.params["new_sizes"], outs[0]))
+def _sized(name: str):
+    """An equation whose parameter of that name is the size of its result."""
+    return lambda eqn, values, ins, outs: interpreter.bind(
+        eqn, values, **{name: _sizes(eqn.params[name], outs[0])}
+    )
 
 
 def _resize_slice(eqn, values, ins, outs):
@@ -79,10 +78,6 @@ def _resize_pad(eqn, values, ins, outs):
     return interpreter.bind(eqn, values, padding_config=tuple(config))
 
 
-def _resize_dynamic_slice(eqn, values, ins, outs):
-    return interpreter.bind(eqn, values, slice_sizes=_sizes(eqn.params["slice_sizes"], outs[0]))
-
-
 def _resize_gather(eqn, values, ins, outs):
     sizes = list(eqn.params["slice_sizes"])
     for axis in gather_axes(eqn.params, [len(k) for k in ins[0]]):
@@ -111,13 +106,13 @@ def _resize_tile(eqn, values, ins, outs):
 
 
 RESIZE = {
-    "broadcast_in_dim": _resize_broadcast,
-    "reshape": _resize_reshape,
+    "broadcast_in_dim": _sized("shape"),
+    "reshape": _sized("new_sizes"),
     "slice": _resize_slice,
     "split": _resize_split,
     "pad": _resize_pad,
     "tile": _resize_tile,
-    "dynamic_slice": _resize_dynamic_slice,
+    "dynamic_slice": _sized("slice_sizes"),
     "gather": _resize_gather,
     "conv_general_dilated": _resize_convolution,
 }

@@ -208,11 +208,7 @@ RULES = layout.RULES | {
         for name in ("reduce_and", "reduce_or", "argmax", "argmin")
     },
     "rev": _along("dimensions"),
-    "cumsum": _along("axis"),
-    "cumprod": _along("axis"),
-    "cummax": _along("axis"),
-    "cummin": _along("axis"),
-    "cumlogsumexp": _along("axis"),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis")),
     "sort": _along("dimension"),
     "dynamic_slice": _dynamic(lambda params, values: params["slice_sizes"]),
     "gather": _gather,
@@ -226,10 +222,7 @@ RULES = layout.RULES | {
 
 
 def propagate(labels: Labels, eqn: jex.JaxprEqn, values: list[Value]) -> list[Value] | None:
-    """Labels of an equation's outputs, tying and freezing as its primitive demands.
-
-    Returns None where there is no rule: then the equation is a barrier, to be computed in full.
-    """
+    """Labels of an equation's outputs, tied and frozen; None without a rule: it is a barrier."""
     name = eqn.primitive.name
     origin = join_origins(values)
     if name in ELEMENTWISE:

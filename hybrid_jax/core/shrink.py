@@ -18,12 +18,9 @@ from hybrid_jax.core.resize import Kept, Plan, take
 class Certificate:
     """What `shrink` removed, and that it changed nothing.
 
-    Attributes:
-      difference: Largest absolute difference between the outputs of the masked and the small
-        network on the given inputs; None if these were only shapes.
-      macs: Multiply-accumulates for one example, (before, after).
-      parameters: Number of parameters, (before, after).
-      kept: The indices that stay, for `narrow`, `slice_tree` and `slice_state`.
+    `difference` is the largest between the outputs of the masked and the small network, None if the
+    inputs were only shapes. `macs`, for one example, and `parameters` are (before, after). `kept`
+    are the indices that stay, for `narrow`, `slice_tree` and `slice_state`.
     """
 
     difference: float | None
@@ -37,27 +34,14 @@ def shrink(
 ) -> tuple[Callable[..., Any], Any, Certificate]:
     """Removes every channel of which all coupled parameters are masked.
 
-    What is masked without its whole group (unstructured sparsity) stays, as zeros.
-
-    `masks` are bool like `params`, True where kept, with `optax.MaskedNode()` where nothing is
-    masked; `expand` makes them from kept channels. `params` come with statistics (in Linen, the
-    whole variables dict). The certificate compares the outputs on `inputs`; of
-    `jax.ShapeDtypeStruct`s, which parameters may be too, nothing is compared.
+    What is masked without its whole group (unstructured sparsity) stays, as zeros. `masks` are bool
+    like `params`, True where kept, with `optax.MaskedNode()` where nothing is masked, as `expand`
+    makes them. `params` come with statistics (in Linen, the whole variables dict). Of inputs, or
+    parameters, that are `jax.ShapeDtypeStruct`s no outputs are compared.
 
     Returns:
       (small_fn, small_params, certificate). `small_fn(small_params, *inputs)` takes inputs of any
       batch size, and can be jitted, differentiated, vmapped and exported.
-
-    Example:
-      >>> from hybrid_jax.core.channels import expand
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> params = {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))}
-      >>> x = jnp.ones((5, 3))
-      >>> keep = {'a': np.array([True, False, True, False])}
-      >>> masks = expand(keep, trace(fn, params, x).groups, params)
-      >>> small_fn, small, certificate = shrink(fn, params, masks, x)
-      >>> small['a'].shape, small['b'].shape, certificate.difference, certificate.macs
-      ((3, 2), (2, 2), 0.0, (20, 10))
     """
     host.check_known("shrink", params=params, masks=masks, inputs=inputs)
     traced = memoize_trace(fn)
@@ -115,13 +99,7 @@ def slice_tree(tree: Any, kept: Kept) -> Any:
     """Slices parameters, or what has their paths and shapes: gradients, averages, some of them.
 
     Leaves may be arrays, shapes or `optax.MaskedNode()`s; the path of each is a parameter's. The
-    state of an optimizer is sliced by `slice_state`, what else there is by its owner. `kept` is a
-    certificate's.
-
-    Example:
-      >>> kept = {'w': (np.array([0, 2]),)}
-      >>> slice_tree({'w': jnp.arange(3)}, kept)['w'].tolist()
-      [0, 2]
+    state of an optimizer is sliced by `slice_state`. `kept` is a certificate's.
     """
 
     def cut(path, leaf):

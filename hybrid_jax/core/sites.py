@@ -19,19 +19,14 @@ class Site:
       name: The kernel's path; a kernel used again is 'path#2', 'path#3', ….
       path: Path of the parameter that the kernel is computed from (the largest, if several).
       kind: 'conv' or 'dot'.
-      macs: Multiply-accumulates for one example, all `calls` counted.
-      input_shape: Shape of the activation, with the batch.
-      kernel_shape: Shape of the kernel as the operation takes it.
-      output_shape: Shape of the result, with the batch.
+      macs: Multiply-accumulates for one example, all `calls` (the length of scans) counted.
+      input_shape: Of the activation, with the batch, as is `output_shape`.
+      kernel_shape: As the operation takes it, at the position `kernel_operand` of two.
       feature_axis: Axis of the activation that holds C.
       kernel_in_axes: Axes of the kernel that are summed over (C and the spatial ones).
-      kernel_out_axes: Axes of the kernel that are output channels O.
-      output_axes: Axes of the result that are output channels O, in the order of the kernel's.
-      kernel_operand: Position of the kernel among the operation's two operands.
+      kernel_out_axes: Those of output channels O; of the result they are `output_axes`.
       groups: Number of feature groups of a convolution; C for a depthwise one.
-      calls: How often it runs (the length of the scans around it).
-      arrangement: Which entries of the parameter at `path` the kernel holds, with axes (taps, in,
-        out); None if it is computed from them otherwise. `Graph.kernels` is read from it.
+      arrangement: Which of the parameter's entries the kernel holds, (taps, in, out), or None.
     """
 
     name: str
@@ -108,11 +103,7 @@ def describe(
     calls: int,
     counts: Mapping[str, tuple[int, bool]],
 ) -> Site:
-    """The site that a contraction is; its name is only the kernel's path, its costs the batch's.
-
-    `operand` is the position of the kernel, `calls` how often it runs, and `counts` {path: (number
-    of entries, whether they are floats)} of the parameters.
-    """
+    """The site that a contraction is; its name is only the kernel's path, its costs the batch's."""
     conv = eqn.primitive.name == "conv_general_dilated"
     numbers = eqn.params["dimension_numbers"]
     x, kernel = values[1 - operand].shape, values[operand].shape

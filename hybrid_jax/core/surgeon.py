@@ -26,16 +26,9 @@ _EXACT = lax.Precision.HIGHEST
 def damped_gram(gram: jax.Array, damping: float | jax.Array = 0.01) -> jax.Array:
     """H + λ·mean(diag H)·I, which float32 can factor.
 
-    If it cannot at λ = `damping`, then λ is ten times that, and so on; λ = 1 always suffices. An
-    input that is always zero keeps this as its only curvature, and so answers to no other. Where
-    all of H is zero the mean counts as 1.
-
-    `gram` is float32 (n, n), symmetric without negative eigenvalues. The result is positive
-    definite, and NaN only where `gram` has NaN or infinity.
-
-    Example:
-      >>> damped_gram(jnp.array([[3.0, 0.0], [0.0, 1.0]]), 0.5).tolist()
-      [[4.0, 0.0], [0.0, 2.0]]
+    If it cannot at λ = `damping`, then λ is ten times that, and so on; λ = 1 always suffices. Where
+    all of H is zero the mean counts as 1. `gram` is float32 (n, n), symmetric without negative
+    eigenvalues. The result is positive definite, and NaN only where `gram` is not finite.
     """
     n = gram.shape[0]
     mean = jnp.trace(gram) / n
@@ -57,13 +50,7 @@ def inverse_factor(gram: jax.Array) -> jax.Array:
     """U, upper triangular with a positive diagonal, for which H⁻¹ = UᵀU.
 
     Without forming H⁻¹: U is the inverse of V, with H = V Vᵀ a Cholesky factor from the last row
-    up.
-
-    `gram` is float32 (n, n), positive definite: what `damped_gram` gives.
-
-    Example:
-      >>> inverse_factor(jnp.array([[5.0, 2.0], [2.0, 1.0]])).tolist()  # H⁻¹ = [[1, −2], [−2, 5]]
-      [[1.0, -2.0], [0.0, 1.0]]
+    up. `gram` is float32 (n, n), positive definite: what `damped_gram` gives.
     """
     factor = jnp.flip(jnp.linalg.cholesky(jnp.flip(gram)))
     return solve_triangular(factor, jnp.eye(gram.shape[0]), lower=False)
@@ -80,12 +67,9 @@ def sweep_rows(
         w_i = W_i − Σ_{k<i} U_ki / U_kk · e_k        Q_i = project(w_i)        e_i = w_i − Q_i
 
     so that ‖X W − X Q‖² = Σ_i ‖e_i‖² / U_ii² exactly. A projection onto a grid makes it GPTQ, onto
-    a mask SparseGPT's update, onto both their joint form; the identity changes nothing. Rows go in
-    blocks: what a block answers to all earlier ones is one matrix product.
-
-    `weights` are W, float32 (n, O), as is Q, and `factor` is U of `inverse_factor`, (n, n).
-    project(row (O,), *entries) -> (O,) gets the entries of `rows`, pytrees of arrays with a leading
-    axis n such as masks and scales, at the row's index.
+    a mask SparseGPT's update. Rows go in blocks: what a block answers to all earlier ones is one
+    product. `weights` are W, float32 (n, O), `factor` U of `inverse_factor`, (n, n); project(row
+    (O,), *entries) -> (O,) gets the entries of `rows`, with a leading axis n, at the row's index.
 
     Example:
       >>> factor = inverse_factor(jnp.array([[5.0, 2.0], [2.0, 1.0]]))

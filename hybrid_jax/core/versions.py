@@ -66,10 +66,7 @@ def custom_consts(params: dict[str, Any]) -> int:
 
 
 def live(closed: jex.ClosedJaxpr, keep: bool = False) -> tuple[jex.ClosedJaxpr, list[bool]]:
-    """The jaxpr without what its outputs do not need, and which of its arguments it still takes.
-
-    It takes all of them with `keep`.
-    """
+    """The jaxpr without what its outputs do not need, and which arguments (`keep`: all) it has."""
     wanted = [True] * len(closed.out_avals)
     jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, wanted, instantiate=keep)
     return jex.ClosedJaxpr(jaxpr, closed.consts), list(used)
@@ -110,10 +107,7 @@ def bwd_jaxpr(params: dict[str, Any]) -> jex.ClosedJaxpr:
 
 
 def split_residuals(params: dict[str, Any], outs: list[Any], values: Sequence[Any]) -> tuple:
-    """Splits what `fwd_jaxpr` returns: all residuals (with those that are inputs), and outputs.
-
-    `values` are all that the equation takes, its constants first.
-    """
+    """All residuals, and outputs, of what `fwd_jaxpr` returns for an equation's `values`."""
     _, tree, forwarded = params["out_trees"]()
     count = tree.num_leaves - sum(index is not None for index in forwarded)
     fresh = iter(outs[:count])
@@ -129,10 +123,7 @@ def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def from_first_process(name: str, value: str | None) -> str:
-    """The text that process 0 has for `name`, to all; others give None and wait up to an hour.
-
-    Unlike a broadcast between devices, it works in the midst of tracing.
-    """
+    """The text that process 0 has for `name`, to all others, which wait; also while tracing."""
     client = distributed.global_state.client
     if value is not None:
         client.key_value_set(name, value)

@@ -14,14 +14,9 @@ from hybrid_jax.cost.formula import formula
 class SiteCost:
     """What one site costs, for one example.
 
-    Attributes:
-      width: Output channels O.
-      macs: Multiply-accumulates with kept weights.
-      dense_macs: Those that a dense kernel executes, zeros or not.
-      parameters: Weights of the kernel.
-      bops: macs × weight_bits × activation_bits.
-      bytes: The kernel in its bits, zeros included, and its scales; 0 where an earlier site has the
-        same kernel.
+    `width` are output channels O; `macs` are with kept weights, `dense_macs` with zeros too;
+    `bytes` are the kernel's in its bits, zeros included, with its scales; 0 where an earlier site
+    has the same.
     """
 
     name: str
@@ -45,14 +40,10 @@ class SiteCost:
 class Cost:
     """What a model costs; operations are for one example.
 
-    Attributes:
-      macs: Multiply-accumulates with kept weights, and those of two activations.
-      dense_macs: Multiply-accumulates that dense kernels execute, zeros or not.
-      bops: Bit operations: sum of MACs × weight bits × activation bits; products of two
-        activations count 32 × 32.
-      parameters: Trainable parameters: all leaves but Linen's 'batch_stats'.
-      bytes: Of all leaves, 'batch_stats' included, each without gaps between its values.
-      sites: One row for each site, in running order.
+    `macs` are with kept weights and of two activations, `dense_macs` with zeros too; `bops` are
+    MACs × weight bits × activation bits, 32 × 32 in products of two activations; `parameters` are
+    all leaves but Linen's 'batch_stats', `bytes` of all leaves, each without gaps between its
+    values.
     """
 
     macs: int
@@ -75,20 +66,15 @@ def count(
 
     A convolution of a kernel H×W×C×O takes H·W·C·O MACs for each output position, padding taps
     included, and a transposed one for each input position; where padding makes more positions than
-    there are entries, the entries count. Products of parameters alone, as of a
-    spectral norm, are made once and cost an example nothing; additions of biases and normalizations
-    are not counted. BOPs as in van Baalen et al., Bayesian Bits (arXiv 2005.07093).
+    there are entries, the entries count. Products of parameters alone cost an example nothing;
+    additions of biases and normalizations are not counted. BOPs as in van Baalen et al., Bayesian
+    Bits (arXiv 2005.07093).
 
-    Args:
-      graph: A traced model.
-      masks: Pytree like the parameters of True where kept, `MaskedNode` (or whole subtrees
-        missing) where nothing is pruned; None prunes nothing. A zero costs no MAC, but its bytes.
-      weight_bits: {site name: bits} of its kernel; 32 where missing. A kernel of several sites has
-        the largest of theirs. Below 32 a kernel also stores scales of 4 bytes.
-      activation_bits: {site name: bits} of the activation that enters; 32 where missing.
-      scales: {site name: how many scales its kernel stores below 32 bits}, as
-        `quantization.scale_counts` finds them; one per output channel where missing. A kernel of
-        several sites stores the most of theirs.
+    `masks`, like the parameters, are True where kept, `MaskedNode` (or whole subtrees missing)
+    where nothing is pruned; a zero costs no MAC, but its bytes. By the name of a site are the bits
+    of its kernel and of the activation that enters, 32 where missing, and how many scales of 4
+    bytes a kernel below 32 bits stores, as `quantization.scale_counts` finds them, one per output
+    channel where missing. A kernel of several sites has the largest bits and most scales of theirs.
 
     Example:
       >>> import jax.numpy as jnp

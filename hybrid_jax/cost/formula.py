@@ -39,11 +39,9 @@ class Amount(NamedTuple):
 class Formula:
     """What a model costs as a function of widths and bits.
 
-    Attributes:
-      costs: {'macs', 'bops' or 'bytes', as in `Cost`; of a program 'memory' too: rows}. A row is a
-        tuple of amounts that are added; the cost is the largest row.
-      widths: {group name: number of channels n}; the groups whose width may be chosen.
-      kernels: {site name: path of its kernel}, in running order.
+    `costs` are {'macs', 'bops' or 'bytes', as in `Cost`; of a program 'memory' too: rows}; a row is
+    a tuple of amounts that are added, the cost the largest. `widths` are {group: channels n} of
+    those whose width may be chosen, `kernels` {site name: path of its kernel}, in running order.
     """
 
     costs: Mapping[str, tuple[tuple[Amount, ...], ...]]
@@ -56,11 +54,7 @@ class Formula:
         weight_bits: Mapping[str, int] | None = None,
         activation_bits: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
-        """The costs at these widths and bits.
-
-        What is missing keeps all channels and 32 bits. A kernel of several sites has the largest
-        weight bits of theirs.
-        """
+        """The costs at these widths and bits; what is missing keeps all channels and 32 bits."""
         rows = self.amounts(self.decisions(widths, weight_bits, activation_bits))
         return {name: max(map(sum, found)) for name, found in rows.items()}
 
@@ -103,14 +97,11 @@ def formula(
 ) -> Formula:
     """Finds what a model costs as a function of the widths of its groups and the bits of its sites.
 
-    At full width it is what `count` finds, and at others what `count` finds on the network that
-    `core.shrink` makes with so many channels kept in each group.
-
-    `count` says what `masks` and `scales` are. With masks, or with scales in groups (neither one
-    per output channel nor one per tensor), widths cannot be chosen: shrink first. Nor can they
-    where two activations are multiplied with each other. An array that holds the channels of a
-    group unequally often, so that its size does not depend on their number alone, is an error: then
-    leave that group out of `groups`, which are all of the graph's if they are not given.
+    It is what `count` finds on the network that `core.shrink` makes with so many channels kept.
+    With `masks`, or with `scales` in groups (neither one per output channel nor one per tensor), as
+    `count` takes them, widths cannot be chosen: shrink first. Nor can they where two activations
+    are multiplied with each other. An array that holds the channels of a group unequally often is
+    an error: leave that group out of `groups`, which are by default all of the graph's.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -18,13 +18,10 @@ from hybrid_jax.program import memory
 class File(NamedTuple):
     """How a file holds a program.
 
-    Attributes:
-      kernel_bits: In which it holds kernels: one of b bits in the fewest of these from b on.
-      layer: Bytes for each convolution and dense layer beside its kernel, scales and bias.
-      channel: Bytes for each output of these, beside its scale and bias.
-      overhead: Bytes beside all of that.
-      scratch: From a convolution or dense layer to the bytes of memory that it takes to run with a
-        kernel of up to 4 bits; None where the file is not run from where it lies.
+    It holds a kernel of b bits in the fewest of `kernel_bits` from b on; `layer` are bytes for each
+    convolution and dense layer beside kernel, scales and bias, `channel` for each of its outputs,
+    `overhead` beside all of that. `scratch` gives the bytes of memory that such a layer takes to
+    run with a kernel of up to 4 bits; None where the file is not run from where it lies.
     """
 
     kernel_bits: Collection[int] = range(1, 9)
@@ -46,12 +43,10 @@ class Block(NamedTuple):
 class Stored:
     """What a program costs.
 
-    Attributes:
-      formula: In bits of the operations, which are named by their outputs, and in the widths of
-        `groups`. 'bytes' are those of the largest of the files; 'memory' is the most that is live
-        at a time, which no placement can be below.
-      groups: Of the program's own trace; kernels are '<output>/kernel'.
-      blocks: What is in memory when.
+    `formula` is in bits of the operations, which are named by their outputs, and in widths of
+    `groups` of the program's own trace; 'bytes' are those of the largest of the files, 'memory' the
+    most that is live at a time, which no placement can be below. `blocks` say what is in memory
+    when.
     """
 
     formula: Formula
@@ -80,11 +75,8 @@ def of_program(
 ) -> Stored:
     """Finds what a program costs as a function of bits, and of the widths of its channels.
 
-    Args:
-      program: In floats.
-      encodings: {edge: as it will be stored}: a byte for each entry of what is encoded, whatever
-        its scale; what is left out is stored in floats.
-      files: Those that are made of it.
+    `program` is in floats. Of what `encodings` {edge: as it will be stored} hold an entry takes a
+    byte, whatever its scale; what is left out is stored in floats. `files` are those made of it.
 
     Example:
       >>> import jax.numpy as jnp

@@ -11,10 +11,7 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Scales images to zero mean and unit deviation: (images / 255 - mean) / std.
-
-    Images are (B, H, W, C), uint8 as given, float32 as returned, `mean` and `std` (C,) in [0, 1].
-    """
+    """(images / 255 - mean) / std, float32, of uint8 (B, H, W, C); `mean` and `std` are (C,)."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[-1]:
             raise ValueError(
@@ -25,10 +22,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def random_shift(images: jax.Array, key: jax.Array, padding: int) -> jax.Array:
-    """Pads each side with zeros and crops each image back to its size at a random place.
-
-    Images are (B, H, W, C) of any dtype; they shift by up to `padding` pixels along H and W.
-    """
+    """Pads images (B, H, W, C) with zeros and crops each back to its size at a random place."""
     core.check_integer("padding", padding, 0, min(images.shape[1:3]) - 1)
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
@@ -60,10 +54,7 @@ def brightness(images: jax.Array, key: jax.Array) -> jax.Array:
 
 @in_place
 def cutout(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Blackens a square at a random centre of each image, that may reach over its border.
-
-    Its side is half the image's shorter one. Source: DeVries and Taylor, arXiv 1708.04552.
-    """
+    """Blackens a square, half the shorter side, at random: DeVries, Taylor, arXiv 1708.04552."""
     count, height, width, _ = images.shape
 
     def near(key: jax.Array, size: int) -> jax.Array:
@@ -93,18 +84,12 @@ def augmentation(
     *,
     label_kind: str | None = "classes",
 ) -> Augment:
-    """Makes the augmentation of a data set.
+    """Makes the augmentation of a data set: (images (B, H, W, C), key) -> images alike.
 
-    It is a pure function (images (B, H, W, C), key) -> images of the same shape and dtype.
     `padding` is the largest shift in pixels: 4 for CIFAR-10, 1 for 8×8 digits. `flip` is not
     for digits, whose mirror images are no digits. `others` follow in their order: functions of that
     kind, or names of `AUGMENTATIONS`. With labels of 'pixels', the `label_kind` of `Splits`, which
     would stay where they are, all must be `in_place`.
-
-    Example:
-      >>> augment = jax.jit(augmentation(padding=4, flip=True, others=['cutout']))
-      >>> augment(jnp.zeros((2, 32, 32, 3), jnp.uint8), jax.random.key(0)).shape
-      (2, 32, 32, 3)
     """
     core.check_integer("padding", padding, 0)
     for other in others:

@@ -29,12 +29,11 @@ def batches(
     """Iterates over shuffled full batches, epoch after epoch.
 
     What follows `start_step` is what an iterator from step 0 would give from there on. It ends
-    before step `steps`, or never. `seed` decides the order. Of images on disk it is the same, and
-    grain reads the next batch meanwhile.
+    before step `steps`, or never. Of images on disk grain reads the next batch meanwhile.
 
     Returns:
       Iterator over {'image': (B, H, W, C) uint8, 'label': (B, …) as of `Arrays`, if there are any,
-      'index': (B,) int32}, where `index` is the example's position in `arrays`.
+      'index': (B,) int32}, the example's position in `arrays`.
 
     Example:
       >>> arrays = Arrays(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10, dtype=np.int32))

@@ -8,12 +8,7 @@ from hybrid_jax import core
 
 
 def label_kind(labels: np.ndarray | None) -> str | None:
-    """'classes' of images (n,), 'pixels': classes (n, H, W), 'values' (n, …); None without labels.
-
-    Example:
-      >>> label_kind(np.array([0, 1])), label_kind(np.array([0.5, 1.0]))
-      ('classes', 'values')
-    """
+    """'classes' of images (n,), 'pixels' with classes (n, H, W), 'values' (n, …), or None."""
     if labels is None:
         return None
     return "values" if labels.dtype.kind == "f" else "pixels" if labels.ndim == 3 else "classes"
@@ -62,10 +57,7 @@ def class_names(labels: np.ndarray | None, given: Sequence[str] | None) -> tuple
 def numbered(
     name: str, labels: np.ndarray | None, names: tuple[str, ...] | None, numbers: bool
 ) -> np.ndarray | None:
-    """int32 numbers of the classes `names`, or float32 values where there are none.
-
-    With `numbers` a label that is text and no name is taken for a number.
-    """
+    """int32 numbers of the classes `names`, text `numbers` too; float32 values without names."""
     if labels is None:
         return None
     if names is None:

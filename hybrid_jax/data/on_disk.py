@@ -12,17 +12,7 @@ T = TypeVar("T")
 
 
 class OnDisk:
-    """Images (n, H, W, C) uint8 that indexing reads: by a number, a slice or an array of numbers.
-
-    `read` gives the images (H, W, C) at some numbers, of which `numbers` (n,) are those there are.
-
-    Example:
-      >>> def read(numbers):
-      ...     return [np.full((2, 2, 1), i, np.uint8) for i in numbers]
-      >>> images = OnDisk(read, np.arange(5), (2, 2, 1))
-      >>> images.shape, images.part(np.array([4, 2, 0]))[:2].mean((1, 2, 3)).tolist()
-      ((5, 2, 2, 1), [4.0, 2.0])
-    """
+    """Images (n, H, W, C) uint8 that indexing reads, by `read(numbers)` -> images (H, W, C)."""
 
     dtype, ndim = np.dtype(np.uint8), 4
 
@@ -58,10 +48,7 @@ class OnDisk:
 def read_ahead(
     read: Callable[[int], T], numbers: range, threads: int | None = None, ahead: int = 64
 ) -> Iterator[T]:
-    """Maps `read` over `numbers`, in order, up to `ahead` of them before they are asked for.
-
-    `threads` do it; None takes one for each core.
-    """
+    """Maps `read` over `numbers` in order, by threads, one a core, up to `ahead` of the asking."""
     if not numbers:
         return iter(())
     import grain  # takes most of a second

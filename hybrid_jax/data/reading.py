@@ -24,9 +24,7 @@ Example = tuple[str, Callable[[], np.ndarray], int | str]
 class Examples(NamedTuple):
     """Images that are read when they are needed, each of a size of its own.
 
-    Attributes:
-      count: How many there are.
-      at: From numbers in [0, count) to their examples, in this order. It may be called by threads.
+    `at` goes from numbers in [0, count) to their examples, in this order; threads may call it.
 
     Example:
       >>> def at(numbers):
@@ -71,12 +69,7 @@ def read_text(argument: str, path: str | os.PathLike | None, expected: str) -> s
 
 
 def check_size(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """Returns a size as (), (side,) or (H, W); it is one whole number or at most two.
-
-    Example:
-      >>> check_size('resize', 256), check_size('crop', [224, 192]), check_size('crop', ())
-      ((256,), (224, 192), ())
-    """
+    """Returns a size as (), (side,) or (H, W); it is one whole number or at most two."""
     sides = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(sides) > 2:
         raise ValueError(f"{name} must be one side or (height, width), got {value!r}")
@@ -90,14 +83,7 @@ def read(
     crop: Sequence[int] = (),
     memory: int = MEMORY,
 ) -> tuple[np.ndarray | OnDisk, np.ndarray]:
-    """Reads all examples, or their labels alone where the images are more than `memory` bytes.
-
-    Returns:
-      Images (n, H, W, C) uint8, each resized and cropped by `fit`, and labels (n,).
-
-    Raises:
-      ValueError: Where sizes differ; it names the first that does, when it is read.
-    """
+    """Images (n, H, W, C) uint8, by `fit`, on disk if more than `memory` bytes, and labels (n,)."""
     if not examples.count:
         raise ValueError(f"{title} must hold images, got none")
 
@@ -139,10 +125,6 @@ def fit(
 
     `resize` is (), the short side as (side,), or (H, W): bilinear, with antialiasing. `crop` is (),
     (side,) of a square, or (H, W). Both are rounded as torchvision does. Errors call it `name`.
-
-    Example:
-      >>> fit('it', np.zeros((40, 60, 3), np.uint8), resize=(20,), crop=(16, 24)).shape
-      (16, 24, 3)
     """
     if resize:
         sides = image.shape[:2]

@@ -27,14 +27,10 @@ def load(
 ) -> Splits:
     """Loads a data set: into memory, or to be read as it is needed, see `memory` of `from_arrays`.
 
-    Args:
-      name: One of `SOURCES`, whose docstrings say what each reads.
-      dir: Where the data lie; None for 'digits'.
-      classes: A file of the class names in the order of their numbers, one a line.
-      class_names: The same, given; without both, the source's, or as `from_arrays` finds them.
-      test: As of `from_arrays`; None takes the source's own test images if it has any.
-      validation: As of `from_arrays`; None takes the source's own if it has any.
-      **options: What the source takes beside `dir`, and the other arguments of `from_arrays`.
+    `classes` is a file of the class names in the order of their numbers, one a line; without it and
+    `class_names`, they are the source's, or as `from_arrays` finds them. Without `test` and
+    `validation` the source's own are taken if it has any. `options` are what the source takes
+    beside `dir`, and the other arguments of `from_arrays`.
 
     Example:
       >>> splits = load('digits', validation=200)
@@ -72,10 +68,7 @@ def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 def digits(dir: None) -> Source:
-    """Reads scikit-learn's 1,797 scans of handwritten digits, 8×8×1; `dir` is None.
-
-    They are installed with it. Its values 0..16 become round(value · 255 / 16).
-    """
+    """Scikit-learn's 1,797 handwritten digits, 8×8×1; 0..16 become round(value · 255 / 16)."""
     if dir is not None:
         raise ValueError(f"dir must be None for 'digits', which scikit-learn brings, got {dir!r}")
     from sklearn.datasets import load_digits

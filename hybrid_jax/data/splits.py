@@ -29,15 +29,10 @@ class Arrays(NamedTuple):
 class Splits:
     """A data set whose three parts share image shape and classes.
 
-    Attributes:
-      train: What weights are learned from.
-      validation: Held out: selects epochs, ranges and experts.
-      test: Read once, at the end.
-      class_names: Those of the N classes; None where labels are values, or none are.
-      mean: C channel means that images are normalized by, of pixels from 0 to 1.
-      std: C channel standard deviations, of the same.
-      indices: For each of the three, the part as it was given that its images are of, and their
-        (n,) positions in it.
+    `validation` selects epochs, ranges and experts; `test` is read once, at the end. `class_names`
+    are None where labels are no classes. `mean` and `std` are of C channels, of pixels from 0 to 1.
+    `indices` has for each part the one given that its images are of, and their (n,) positions in
+    it.
     """
 
     train: Arrays
@@ -84,27 +79,17 @@ def from_arrays(
     Every held-out or reduced part is stratified where labels are classes of images, and depends on
     `seed` alone; test images taken of train not even on that.
 
-    Args:
-      train: Images (n, H, W, C) or (n, H, W), uint8, and labels: integers or names of classes, (n,)
-        or (n, 1); integers (n, H, W), the classes of pixels; floats (n,) or (n, D), values of a
-        regression; or None. Anything `numpy.asarray` takes: NumPy or JAX arrays, nested lists of
-        ints. Or `Examples`.
-      test: The same for the test images; or how many of train to take for it, a fraction below 1
-        or a whole number; None for a fifth.
-      validation: The same for the validation images; or how many of train to hold out for it, or
-        of test as 'test:1000'; None for a tenth.
-      seed: Decides which images are held out.
-      train_size: How many train images to keep after others were held out; None keeps all.
-      resize: As of `fit`, before everything else.
-      crop: The same.
-      image_shape: The (H, W, C) that images must have; None takes that of train.
-      class_names: N names in the order of their numbers; a label that is a name is one of them, or
-        its number where none of them is a number. None takes the names that the train labels have,
-        sorted, or names the classes '0', '1', ..., no more than there are train labels.
-      mean: One value for each channel, of pixels from 0 to 1; () takes those of the train images,
-        of a thousand of them where they are on disk.
-      std: The same for the standard deviations; computed, it is 1 where a channel is constant.
-      memory: Of `Examples`, the images of a part with more bytes than this stay on disk.
+    `train` are images (n, H, W, C) or (n, H, W), uint8, and labels: integers or names of classes,
+    (n,) or (n, 1); integers (n, H, W), the classes of pixels; floats (n,) or (n, D), values of a
+    regression; or None. Anything `numpy.asarray` takes; or `Examples`, whose images stay on disk
+    where they have more bytes than `memory`. `test` and `validation` are alike; or how many of
+    train to take, a fraction below 1 or a whole number, of test as 'test:1000'; None is a fifth and
+    a tenth. `train_size` train images are kept after that. `resize` and `crop` are as of `fit`;
+    `image_shape` is the (H, W, C) that images must have, by default that of train. `class_names`
+    are N in the order of their numbers; a label is a name, or a number where no name is one. None
+    takes the names that the train labels have, sorted, or '0', '1', …. `mean` and `std` have a
+    value for each channel, of pixels from 0 to 1; () takes those of the train images, with 1 for
+    the deviation of a constant channel.
 
     Example:
       >>> images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
@@ -150,12 +135,7 @@ def from_arrays(
 
 
 def check_amount(name: str, value: float | str) -> float:
-    """Returns the number in how many images to hold out, as `from_arrays` takes it.
-
-    Example:
-      >>> check_amount('validation', 0.1), check_amount('validation', 'test:1000')
-      (0.1, 1000.0)
-    """
+    """Returns the number in how many images to hold out: 0.1, 1000 or 'test:1000', as a float."""
     try:
         number = float(value.removeprefix("test:") if isinstance(value, str) else value)
     except (TypeError, ValueError):
@@ -170,16 +150,7 @@ def check_amount(name: str, value: float | str) -> float:
 
 
 def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Chooses `count` of the labels so that every class keeps its share of them.
-
-    They come as (count,) indices, ascending. A class that holds a share p of the labels holds
-    p × count of the chosen, up to rounding.
-
-    Example:
-      >>> labels = np.array([0] * 6 + [1] * 3)
-      >>> np.bincount(labels[stratified(labels, 3, seed=0)])
-      array([2, 1])
-    """
+    """(count,) ascending indices of labels, of which every class keeps its share, rounded."""
     core.check_integer("count", count, 0, len(labels))
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     # How far through its own class each image comes; the first `count` of that order, over all
@@ -255,14 +226,7 @@ def _arrays(
     return Arrays(images, labels)
 
 
-def _checked(
-    name: str,
-    part: Arrays,
-    shape: tuple[int, ...],
-    first: np.ndarray | None,
-    names: tuple[str, ...] | None,
-    numbers: bool,
-) -> Arrays:
+def _checked(name, part, shape, first, names, numbers):
     """With labels as `numbered` gives them, of the shape of the first ones."""
     images, labels = part
     if images.shape[1:] != shape:

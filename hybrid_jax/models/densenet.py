@@ -10,11 +10,9 @@ from hybrid_jax.models.layers import conv, norm
 class DenseNet(nn.Module):
     """DenseNet in its CIFAR form.
 
-    Attributes:
-      blocks: Number of layers of each dense block.
-      growth: Channels that each layer adds (k in the paper).
-      bottleneck: Whether a 1×1 convolution to 4·growth channels precedes each 3×3 (the B of BC).
-      reduction: Fraction of channels that a transition keeps (below 1: the C of BC).
+    `blocks` are the layers of each dense block, `growth` the channels that each adds (k in the
+    paper). `bottleneck` puts a 1×1 convolution to 4·growth channels before each 3×3 (the B of BC),
+    `reduction` is the fraction of channels that a transition keeps (below 1: the C of BC).
     """
 
     num_classes: int

@@ -17,10 +17,8 @@ _layer = functools.partial(ConvNorm, padding="SAME", epsilon=1e-3)
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite, padded as TensorFlow pads.
 
-    Attributes:
-      stages: For each stage (expansion, channels, number of blocks, stride of the first, kernel
-        height and width).
-      widths: Channels of the stem and of the last convolution, the same in all of the family.
+    `stages` are (expansion, channels, number of blocks, stride of the first, kernel size), `widths`
+    the channels of the stem and of the last convolution, the same in all of the family.
     """
 
     num_classes: int

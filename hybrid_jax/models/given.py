@@ -30,21 +30,16 @@ def take(given: Any, x: Any, training: str | None = None, seed: int = 0) -> Netw
     `given` is
 
     - a Linen module, whose variables are then initialised from `seed`, or (module, variables):
-      params are the variables. What it draws, in whatever stream, it draws from the key, and what
-      it changes, in whatever collection, it returns.
-    - an NNX module: params are its state as a pure dictionary, without the states of its generators
-      of random numbers, which are made of the key. The module itself stays as it is.
+      params are the variables. It draws from the key, and what it changes, it returns.
+    - an NNX module: params are its state as a pure dictionary, without its generators, which are
+      made of the key. The module itself stays as it is.
     - a Keras model on its JAX backend: params are {path of a variable: array}, without the seeds.
-    - functions: (predict, train, params), (predict, params) where nothing is to be trained, or a
-      `Network`.
+    - functions: (predict, train, params), or (predict, params) where nothing is to be trained.
 
     A module's mode is set by the arguments of its `__call__`, else by its attributes, that are in
-    `MODES`; `training` names another one, and 'not NAME' one that is False in training. Of NNX the
-    modules inside are set as well, as `train()` does. A module without any is the same in both,
-    which is an error where it has running statistics.
-
-    `x` is a batch, or `jax.ShapeDtypeStruct`s of one. Both functions are traced for it, and what
-    fails there is told in one ValueError.
+    `MODES`; `training` names another one, and 'not NAME' one that is False in training. A module
+    without any is the same in both, which is an error where it has running statistics. `x` is a
+    batch, or its `jax.ShapeDtypeStruct`; both functions are traced for it.
 
     Example:
       >>> module = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])

@@ -37,11 +37,7 @@ def norm(train: bool, epsilon: float = 1e-5) -> nn.BatchNorm:
 
 
 class ConvNorm(nn.Module):
-    """Convolution, BatchNorm, then an activation.
-
-    The kernel is `size` high and wide; `groups` is C for a depthwise convolution. The activation is
-    applied last; None applies none. `padding` is as in `conv`.
-    """
+    """Convolution, BatchNorm, then an activation; `groups` is C for a depthwise convolution."""
 
     features: int
     size: int = 3

@@ -10,13 +10,11 @@ from hybrid_jax.models.layers import ConvNorm
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 of any width multiplier.
+    """MobileNetV2 of any width multiplier, by which all channels go, rounded to multiples of 8.
 
-    Attributes:
-      stages: For each stage (expansion, channels, number of blocks, stride of the first).
-      width: Multiplier of all channels, rounded to multiples of 8.
-      stem: 'imagenet', or 'cifar', where stem and first strided stage keep stride 1, so that a
-        32×32 image ends as 4×4.
+    `stages` are (expansion, channels, number of blocks, stride of the first). With the stem
+    'cifar', instead of 'imagenet', stem and first strided stage keep stride 1: a 32×32 image ends
+    as 4×4.
     """
 
     num_classes: int
@@ -48,10 +46,7 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion, depthwise and linear 1×1 projection, with a shortcut where shapes fit.
-
-    `stride` and `size` are those of the depthwise convolution; `layer` is called as `ConvNorm`.
-    """
+    """1×1 expansion, depthwise and linear 1×1 projection, with a shortcut where shapes fit."""
 
     features: int
     expansion: int
@@ -72,11 +67,6 @@ class InvertedResidual(nn.Module):
 
 
 def round_to_8(features: float) -> int:
-    """Rounds to a multiple of 8, at least 8 and not below 90 % of `features`.
-
-    Example:
-      >>> round_to_8(32 * 0.35), round_to_8(24 * 0.75)
-      (16, 24)
-    """
+    """Rounds to a multiple of 8, at least 8 and not below 90 % of `features`."""
     rounded = max(8, int(features + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * features else rounded + 8

@@ -12,13 +12,11 @@ from hybrid_jax import core
 class Network(NamedTuple):
     """A network in both its modes, with its parameters.
 
-    Attributes:
-      predict: predict(params, x) -> out, in evaluation mode: the same whenever it is called.
-      train: train(params, x, key) -> (out, new params), in training mode. The new params have the
-        structure of params and differ in what a batch moves: running statistics. What is random
-        draws from `key`. None where the network is not to be trained.
-      params: Pytree of arrays that holds all that the functions read, statistics too; in Linen the
-        whole variables dict.
+    predict(params, x) -> out is in evaluation mode: the same whenever it is called. train(params,
+    x, key) -> (out, new params) is in training mode, None where the network is not to be trained:
+    the new params differ in what a batch moves (running statistics), and what is random draws from
+    `key`. `params` hold all that the functions read, statistics too; in Linen the whole variables
+    dict.
     """
 
     predict: Callable[[Any, Any], Any]
@@ -26,33 +24,11 @@ class Network(NamedTuple):
     params: Any
 
 
-def trainable(network: Network, stage: str = "training") -> Callable[..., tuple[Any, Any]]:
-    """The training function of a network; without one the ValueError says what `stage` needs."""
-    if network.train is None:
-        raise ValueError(
-            f"network must have a training function for {stage}, got None: "
-            "give (predict, train, params), with train(params, x, key) -> (out, new params)"
-        )
-    return network.train
-
-
 def statistics(network: Network, x: Any) -> frozenset[str]:
     """Paths of what no gradient moves: the leaves that `train` returns changed, and no floats.
 
-    Read from the program: a leaf is unchanged if what comes out is the very variable that went in.
-    So BatchNorm's running statistics are found by what they are, not by their names.
-
-    `x` is a batch, or `jax.ShapeDtypeStruct`s of one. Without a training function only what is no
-    float is known.
-
-    Example:
-      >>> def train(params, x, key):
-      ...     mean = x.mean(0, keepdims=True)
-      ...     out = (x - mean) * params['scale']
-      ...     return out, params | {'mean': 0.9 * params['mean'] + 0.1 * mean}
-      >>> params = {'scale': jnp.ones((1, 2)), 'mean': jnp.zeros((1, 2))}
-      >>> statistics(Network(None, train, params), jnp.ones((4, 2)))
-      frozenset({'mean'})
+    A leaf is unchanged if what comes out of the program is the very variable that went in. Of `x`,
+    a batch, only shapes matter. Without a training function only what is no float is known.
     """
     flat = core.flatten_paths(network.params)
     kept = {path for path, leaf in flat.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)}

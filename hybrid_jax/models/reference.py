@@ -16,14 +16,7 @@ def make(reference: str) -> Any:
     """Calls the function that 'FILE.py:FUNCTION' or 'package.module:function' names.
 
     It takes no arguments and returns what `take` takes. A file finds the modules beside it, as a
-    script does, and a package may be in the working directory. Whatever fails is a ValueError of
-    one line that names `model.make`.
-
-    Example:
-      >>> make('my_model.py:make')
-      Traceback (most recent call last):
-      ...
-      ValueError: model.make 'my_model.py:make' must name a file, got none of that name
+    script does, and a package may be in the working directory. What fails is a one-line ValueError.
     """
     place, _, name = reference.rpartition(":")
 

@@ -13,6 +13,20 @@ from hybrid_jax.models.resnet import ResNet
 from hybrid_jax.models.vgg import VGG
 
 _CIFAR_WIDTHS = (16, 32, 64)
+# Expansion, channels, blocks, stride of the first and, where it is not 3, kernel size.
+_EXPANSION = (1, 6, 6, 6, 6, 6, 6)
+_MOBILENET = tuple(
+    zip(_EXPANSION, (16, 24, 32, 64, 96, 160, 320), (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1))
+)
+_EFFICIENTNET = tuple(
+    zip(
+        _EXPANSION,
+        (16, 24, 40, 80, 112, 192, 320),
+        (1, 2, 2, 3, 3, 4, 1),
+        (1, 2, 2, 2, 1, 2, 1),
+        (3, 3, 5, 3, 5, 5, 3),
+    )
+)
 _IMAGENET_RESNET = {"widths": (64, 128, 256, 512), "stem": "imagenet", "shortcut": "project"}
 
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -26,34 +40,8 @@ _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         VGG,
         {"widths": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))},
     ),
-    "mobilenet_v2": (
-        MobileNetV2,
-        {
-            "stages": (
-                (1, 16, 1, 1),
-                (6, 24, 2, 2),
-                (6, 32, 3, 2),
-                (6, 64, 4, 2),
-                (6, 96, 3, 1),
-                (6, 160, 3, 2),
-                (6, 320, 1, 1),
-            )
-        },
-    ),
-    "efficientnet_lite0": (
-        EfficientNetLite,
-        {
-            "stages": (
-                (1, 16, 1, 1, 3),
-                (6, 24, 2, 2, 3),
-                (6, 40, 2, 2, 5),
-                (6, 80, 3, 2, 3),
-                (6, 112, 3, 1, 5),
-                (6, 192, 4, 2, 5),
-                (6, 320, 1, 1, 3),
-            )
-        },
-    ),
+    "mobilenet_v2": (MobileNetV2, {"stages": _MOBILENET}),
+    "efficientnet_lite0": (EfficientNetLite, {"stages": _EFFICIENTNET}),
     "densenet": (DenseNet, {"blocks": (16, 16, 16)}),
     "densenet40": (DenseNet, {"blocks": (12, 12, 12), "bottleneck": False, "reduction": 1.0}),
 }
@@ -65,24 +53,14 @@ def names() -> tuple[str, ...]:
 
 
 def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
-    """Makes a model by name.
+    """Makes a model by name: a Linen module, called as `model.apply(variables, images, train)`.
 
     For 32×32 images: 'resnet8', 'resnet20', 'resnet32', 'resnet56', 'vgg16_bn', 'densenet'
     (DenseNet-BC of 100 layers, growth 12), 'densenet40' (not BC, with the stem of 24 channels that
     pruning papers give it). For 224×224 images: 'resnet18', 'resnet50', 'mobilenet_v2', which with
-    stem='cifar' take 32×32 images too, and 'efficientnet_lite0'. Each takes any number of input
-    channels.
-
-    `overrides` are attributes of the model's class that differ from the published; lists become
-    tuples.
-
-    Returns:
-      A Linen module, called as `model.apply(variables, images, train)`, with images
-      (B, H, W, C) float32 and logits (B, N) float32; collections 'params' and 'batch_stats'.
-
-    Example:
-      >>> create('resnet8', 10, widths=[8, 16, 32]).widths
-      (8, 16, 32)
+    stem='cifar' take 32×32 images too, and 'efficientnet_lite0'. Images are (B, H, W, C) float32 of
+    any C, logits (B, N) float32. `overrides` are attributes of the class that differ from the
+    published.
     """
     cls, published = _MODELS[core.check_choice("name", name, _MODELS)]
     core.check_integer("num_classes", num_classes, 1)

@@ -9,24 +9,12 @@ from hybrid_jax.models.layers import ConvNorm
 
 
 class ResNet(nn.Module):
-    """ResNet of basic or bottleneck blocks.
+    """ResNet of basic or, with `bottleneck`, of 1×1, 3×3, 1×1 blocks, the stride on the 3×3.
 
-    Attributes:
-      blocks: Number of blocks of each stage.
-      widths: Channels of each stage; a bottleneck block puts out four times as many.
-      bottleneck: Whether blocks are 1×1, 3×3, 1×1 (with the stride on the 3×3, as in
-        torchvision) instead of 3×3, 3×3.
-      stem: 'cifar' (3×3, stride 1) or 'imagenet' (7×7, stride 2, then a 3×3 max-pool of
-        stride 2).
-      shortcut: Where shapes change: 'pad' subsamples and pads channels with zeros (option A of
-        the paper, no parameters), 'project' is a 1×1 convolution (option B).
-
-    Example:
-      >>> model = ResNet(10, blocks=(1, 1), widths=(4, 8))
-      >>> images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-      >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
-      >>> logits.shape, sorted(variables)
-      ((2, 10), ['batch_stats', 'params'])
+    `blocks` and `widths` are the blocks and channels of each stage; a bottleneck block puts out
+    four times as many. The stem is 'cifar' (3×3) or 'imagenet' (7×7 and a 3×3 max-pool, both of
+    stride 2). Where shapes change the shortcut 'pad' subsamples and pads channels with zeros
+    (option A of the paper, no parameters), 'project' is a 1×1 convolution (option B).
     """
 
     num_classes: int

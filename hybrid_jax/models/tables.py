@@ -27,16 +27,7 @@ _LEAVES = {
 
 
 def table(name: str, paths: Iterable[str]) -> dict[str, Any]:
-    """{path of a leaf: its name in a state dict}, for the paths of a network of the registry.
-
-    As `restore` takes it: an entry may be (names, …, function of their arrays) too.
-
-    Example:
-      >>> table('resnet18', ['params/stage1_block0/shortcut/conv/kernel', 'params/head/bias'])
-      ... # doctest: +NORMALIZE_WHITESPACE
-      {'params/stage1_block0/shortcut/conv/kernel': 'layer2.0.downsample.0.weight',
-       'params/head/bias': 'fc.bias'}
-    """
+    """{path of a leaf: name in a state dict, or (names, …, function)}, as `restore` takes it."""
     rename = _TABLES[core.check_choice("name", name, _TABLES)]
     # Of 'params/stem/conv/kernel' the module is 'stem/conv'.
     modules = {path: path.partition("/")[2].rpartition("/")[0] for path in paths}

@@ -9,11 +9,8 @@ from hybrid_jax.models.layers import ConvNorm, norm
 class VGG(nn.Module):
     """VGG in its CIFAR form: stages of 3×3 convolutions, a max-pool after each, two dense layers.
 
-    Attributes:
-      widths: For each stage, the channels of each of its convolutions. Images must be at least
-        2^stages pixels high and wide.
-      hidden: Features of the dense layer before the last, as in the CIFAR VGG-16-BN that pruning
-        papers compare on; 0 leaves it out.
+    `widths` are the channels of each stage's convolutions; images must be at least 2^stages pixels
+    high and wide. `hidden` are the features of the dense layer before the last; 0 leaves it out.
     """
 
     num_classes: int

@@ -25,24 +25,14 @@ _PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def restore(network: Network | Any, path: str | os.PathLike, names: Names = None) -> Any:
-    """Reads the parameters of a network from a file: all of them, and no others.
+    """Reads the parameters of a network (or its variables) from a file: all of them, and no others.
 
-    Args:
-      network: A `Network`, or its variables; of their leaves only shapes and dtypes matter.
-      path: A safetensors or npz file of {path of a leaf: array}, a Flax msgpack file, an orbax
-        directory, or a safetensors file of a PyTorch state dict.
-      names: None where the file's paths are the network's. For a state dict {our path: their
-        name}, whose kernels (out, in, …) become (…, in, out); an entry (name, function), or (names,
-        …, function), is made by the function of those arrays instead. Or a name of the registry
-        that has a table of names; a file with paths of ours is then taken by those.
-
-    Returns:
-      Variables of the network's structure, shapes and dtypes.
-
-    Raises:
-      ValueError: With a line for each leaf that is lacking, left over, or of another shape or kind.
-        `num_batches_tracked` may be left over. A `.pth` file is not read, for it may run code: the
-        error holds the two lines of PyTorch that convert it.
+    `path` is a safetensors or npz file of {path of a leaf: array}, a Flax msgpack file, an orbax
+    directory, or a safetensors file of a PyTorch state dict; a `.pth` file, which may run code, is
+    not read. `names` is None where the file's paths are the network's; for a state dict {our path:
+    their name}, whose kernels (out, in, …) become (…, in, out); an entry (names, …, function) is
+    made by the function of those arrays instead; or a name of the registry that has a table of
+    names.
 
     Example:
       >>> import tempfile
@@ -58,18 +48,7 @@ def restore(network: Network | Any, path: str | os.PathLike, names: Names = None
 
 
 def load(name: str, path: str | os.PathLike, **overrides: Any) -> tuple[nn.Module, Any]:
-    """Makes a network of the registry, with weights that PyTorch trained.
-
-    It is for as many classes as the file has; `tables` says whose names the file must have, and
-    `overrides` are those of `create`.
-
-    Returns:
-      The module, and its variables as `restore` reads them.
-
-    Example:
-      >>> model, variables = load('resnet20', 'resnet20.safetensors')  # doctest: +SKIP
-      >>> logits = model.apply(variables, images)  # doctest: +SKIP
-    """
+    """(module, variables) of the registry, with PyTorch's weights of any number of classes."""
     last = tables.head(name)
     state = _read(pathlib.Path(path))
     model = create(name, max(np.size(state.get(last, 0)), 1), **overrides)

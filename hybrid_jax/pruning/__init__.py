@@ -23,70 +23,50 @@ What each layer, or group of channels, bears alone, and which to leave out:
 
     each = pruning.channels(graph.groups)
     losses = pruning.sensitivity(loss_fn, params, scores, (0.25, 0.5), x, granularity=each)
-    masks = pruning.masks(scores, 0.5, each, exempt=pruning.sensitive(losses, limit))
+    exempt = [re.escape(name) for name, own in losses.items() if own.max() > limit]
+    masks = pruning.masks(scores, 0.5, each, exempt=exempt)
 
 By name they are in registries that are open to users: `CRITERIA`, of a `Given` network and data;
 `GRANULARITIES` and `ALLOCATIONS`, of a graph; `SCHEDULES`, of a sparsity and the steps to it.
 """
 
-from hybrid_jax.core import expand as expand
-from hybrid_jax.core import narrow as narrow
-from hybrid_jax.core import shrink as shrink
-from hybrid_jax.core import slice_state as slice_state
-from hybrid_jax.core import slice_tree as slice_tree
-from hybrid_jax.pruning.allocation import ALLOCATIONS as ALLOCATIONS
-from hybrid_jax.pruning.allocation import Allocation as Allocation
-from hybrid_jax.pruning.allocation import erk as erk
-from hybrid_jax.pruning.allocation import global_ as global_
-from hybrid_jax.pruning.allocation import uniform as uniform
-from hybrid_jax.pruning.coupling import channels as channels
-from hybrid_jax.pruning.coupling import group_scores as group_scores
-from hybrid_jax.pruning.coupling import keep_channels as keep_channels
-from hybrid_jax.pruning.criteria import CRITERIA as CRITERIA
-from hybrid_jax.pruning.criteria import Given as Given
-from hybrid_jax.pruning.criteria import accumulate_movement as accumulate_movement
-from hybrid_jax.pruning.criteria import activation_norms as activation_norms
-from hybrid_jax.pruning.criteria import batchnorm_scale as batchnorm_scale
-from hybrid_jax.pruning.criteria import channel_independence as channel_independence
-from hybrid_jax.pruning.criteria import chip as chip
-from hybrid_jax.pruning.criteria import fisher as fisher
-from hybrid_jax.pruning.criteria import geometric_median as geometric_median
-from hybrid_jax.pruning.criteria import grasp as grasp
-from hybrid_jax.pruning.criteria import hessian_gradient as hessian_gradient
-from hybrid_jax.pruning.criteria import lamp as lamp
-from hybrid_jax.pruning.criteria import magnitude as magnitude
-from hybrid_jax.pruning.criteria import mean_squared_gradients as mean_squared_gradients
-from hybrid_jax.pruning.criteria import movement as movement
-from hybrid_jax.pruning.criteria import random as random
-from hybrid_jax.pruning.criteria import snip as snip
-from hybrid_jax.pruning.criteria import taylor as taylor
-from hybrid_jax.pruning.criteria import wanda as wanda
-from hybrid_jax.pruning.granularity import GRANULARITIES as GRANULARITIES
-from hybrid_jax.pruning.granularity import Granularity as Granularity
-from hybrid_jax.pruning.granularity import unstructured as unstructured
-from hybrid_jax.pruning.masking import apply_masks as apply_masks
-from hybrid_jax.pruning.masking import masks as masks
-from hybrid_jax.pruning.obs import compensate as compensate
-from hybrid_jax.pruning.obs import obs as obs
-from hybrid_jax.pruning.penalties import add_penalty as add_penalty
-from hybrid_jax.pruning.penalties import batchnorm_l1 as batchnorm_l1
-from hybrid_jax.pruning.penalties import group_lasso as group_lasso
-from hybrid_jax.pruning.penalties import group_shrinkage as group_shrinkage
-from hybrid_jax.pruning.rounds import prune_in_rounds as prune_in_rounds
-from hybrid_jax.pruning.schedules import SCHEDULES as SCHEDULES
-from hybrid_jax.pruning.schedules import Schedule as Schedule
-from hybrid_jax.pruning.schedules import cubic as cubic
-from hybrid_jax.pruning.schedules import cyclic as cyclic
-from hybrid_jax.pruning.schedules import exponential as exponential
-from hybrid_jax.pruning.schedules import iterative as iterative
-from hybrid_jax.pruning.schedules import one_shot as one_shot
-from hybrid_jax.pruning.sensitivity import sensitive as sensitive
-from hybrid_jax.pruning.sensitivity import sensitivity as sensitivity
-from hybrid_jax.pruning.targets import Reached as Reached
-from hybrid_jax.pruning.targets import to_target as to_target
-from hybrid_jax.pruning.transforms import HoldMasksState as HoldMasksState
-from hybrid_jax.pruning.transforms import PruneState as PruneState
-from hybrid_jax.pruning.transforms import hold_masks as hold_masks
-from hybrid_jax.pruning.transforms import prune_by_schedule as prune_by_schedule
-from hybrid_jax.pruning.widths import paying_widths as paying_widths
-from hybrid_jax.pruning.widths import to_widths as to_widths
+from hybrid_jax.core import expand, narrow, shrink, slice_state, slice_tree
+from hybrid_jax.pruning.allocation import ALLOCATIONS, Allocation, erk, global_, uniform
+from hybrid_jax.pruning.coupling import channels, group_scores, keep_channels
+from hybrid_jax.pruning.criteria.activations import (
+    activation_norms,
+    channel_independence,
+    chip,
+    wanda,
+)
+from hybrid_jax.pruning.criteria.filters import batchnorm_scale, geometric_median
+from hybrid_jax.pruning.criteria.gradients import (
+    accumulate_movement,
+    fisher,
+    grasp,
+    hessian_gradient,
+    mean_squared_gradients,
+    movement,
+    snip,
+    taylor,
+)
+from hybrid_jax.pruning.criteria.leaves import CRITERIA, Given
+from hybrid_jax.pruning.criteria.weights import lamp, magnitude, random
+from hybrid_jax.pruning.granularity import GRANULARITIES, Granularity, unstructured
+from hybrid_jax.pruning.masking import apply_masks, masks
+from hybrid_jax.pruning.obs import compensate, obs
+from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso
+from hybrid_jax.pruning.rounds import prune_in_rounds
+from hybrid_jax.pruning.schedules import (
+    SCHEDULES,
+    Schedule,
+    cubic,
+    cyclic,
+    exponential,
+    iterative,
+    one_shot,
+)
+from hybrid_jax.pruning.sensitivity import sensitivity
+from hybrid_jax.pruning.targets import Reached, to_target
+from hybrid_jax.pruning.transforms import HoldMasksState, PruneState, hold_masks, prune_by_schedule
+from hybrid_jax.pruning.widths import paying_widths, to_widths

@@ -13,18 +13,11 @@ from hybrid_jax.pruning.selection import in_steps, keep_best, removed_count, who
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """How many units each leaf, or group of channels, loses.
+    """How many units each leaf, or group of channels, loses; of equal scores the lower index stays.
 
-    Counts are exact: `removed_count` of what the allocation counts over. Of equal scores the
-    lower index is kept.
-
-    Attributes:
-      name: How errors call it.
-      allocate: `allocate(units, paths, sparsity, at_least) -> kept`, where `units` are {name:
-        (rows, n) scores} as a granularity splits them, `paths` {name: path of the kernel}, `kept`
-        {name: (rows, n) bool}, and a row keeps `at_least` units whatever the sparsity.
-      by_row: Whether every row loses the same fraction: what a granularity with a `max_sparsity`
-        below 1 needs.
+    `allocate(units, paths, sparsity, at_least) -> kept`, where `units` are {name: (rows, n) scores}
+    as a granularity splits them, `paths` {name: path of the kernel}, `kept` {name: (rows, n) bool},
+    and a row keeps `at_least` units. `by_row` says that every row loses the same fraction.
     """
 
     name: str
@@ -33,14 +26,7 @@ class Allocation:
 
 
 def uniform() -> Allocation:
-    """Every row of n units loses floor(sparsity · n + ½) of them.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax.pruning import masks
-      >>> masks({'a': jnp.array([[3.0, 1.0, 2.0, 4.0]])}, 0.5, allocation=uniform())
-      {'a': Array([[ True, False, False,  True]], dtype=bool)}
-    """
+    """Every row of n units loses floor(sparsity · n + ½) of them."""
 
     def allocate(units, paths, sparsity, at_least):
         del paths
@@ -58,19 +44,9 @@ def uniform() -> Allocation:
 def global_() -> Allocation:
     """All n units of the network compete, and it loses floor(sparsity · n + ½) of them.
 
-    Scores have to compare between leaves, as those of `taylor`, `fisher` and `lamp` do: LAMP is
-    `global_()` on the scores of `lamp`. Of equal scores the earlier leaf is kept, or the group of
-    channels first by name. A leaf of low scores may lose every unit, unless its granularity has
-    `at_least=1`; then the others lose more, and the count stays exact as long as it can.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax.pruning import masks, unstructured
-      >>> scores = {'a': jnp.array([[2.0, 1.0]]), 'b': jnp.array([[3.0, 4.0]])}
-      >>> masks(scores, 0.5, allocation=global_())['a'].tolist()
-      [[False, False]]
-      >>> masks(scores, 0.5, unstructured(at_least=1), global_())['a'].tolist()
-      [[True, False]]
+    Scores have to compare between leaves, as those of `taylor`, `fisher` and `lamp` do. Of equal
+    scores the earlier leaf is kept, or the group of channels first by name. A leaf of low scores
+    may lose every unit, unless its granularity has `at_least=1`; then the others lose more.
     """
 
     def allocate(units, paths, sparsity, at_least):
@@ -96,12 +72,10 @@ def erk(kernels: Kernels) -> Allocation:
     The Erdős–Rényi-Kernel densities of U. Evci et al., Rigging the Lottery (arXiv 1911.11134), with
     the sizes H, W, C and O: small kernels stay denser; one that would exceed 1 is dense and the
     others share what is left. The network loses exactly floor(sparsity · n + ½) of its n units, and
-    each leaf keeps its share rounded up or down. The sizes are those of `core.trace(...).kernels`,
-    or of the one that makes a group of channels, also where a unit is more than a weight.
+    each leaf keeps its share rounded up or down.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from hybrid_jax import core
       >>> from hybrid_jax.pruning import masks
       >>> params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((8, 8))}  # (4+4)/16 : (8+8)/64 = 2 : 1
       >>> fn = lambda p, x: (x[:, :4] @ p['a'], x @ p['b'])

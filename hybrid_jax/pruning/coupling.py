@@ -30,21 +30,9 @@ def channels(
 
     `masks(scores, sparsity, channels(groups), global_())` is
     `expand(keep_channels(group_scores(scores, groups), sparsity, global_()), groups, params)`, for
-    any allocation, and in `prune_by_schedule`. `sparsity` is a fraction of the channels. Each of
-    the `groups` of `core.trace(...)` is a row, by its name, and keeps `at_least` channels whatever
-    the sparsity: one that loses all of them cuts the network in two. `reduce` and `normalize` are
-    as for `group_scores`, `multiple` as for `keep_channels`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax import pruning
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a'] + params['b'][None]) @ params['c']
-      >>> params = {'a': jnp.array([[1.0, 2.0]]), 'b': jnp.ones(2), 'c': jnp.ones((2, 3))}
-      >>> graph = core.trace(fn, params, jnp.ones((1, 1)))
-      >>> scores = pruning.magnitude(graph.kernels, params)
-      >>> masks = pruning.masks(scores, 0.5, channels(graph.groups))
-      >>> masks['a'].tolist(), masks['b'].tolist(), masks['c'].sum(axis=1).tolist()
-      ([[False, True]], [False, True], [0, 3])
+    any allocation, and in `prune_by_schedule`. Each of the `groups` of `core.trace(...)` is a row
+    and keeps `at_least` channels whatever the sparsity: one that loses all cuts the network in two.
+    `reduce` and `normalize` are as for `group_scores`, `multiple` as for `keep_channels`.
     """
     if isinstance(groups, core.Graph):
         raise ValueError("groups must be the groups of a graph, graph.groups, got the graph")
@@ -81,28 +69,15 @@ GRANULARITIES["channels"] = lambda graph: channels(graph.groups)
 def group_scores(
     scores: Any, groups: Sequence[Any], reduce: str = "sum", normalize: str = "mean"
 ) -> dict[str, jax.Array]:
-    """Scores each channel by all the weights that leave with it.
+    """Scores each channel, {group name: (n,)}, by all the weights that leave with it.
 
-    For a unit of a coupled group these are, in every member, the entries at its indices on the
-    member's axis: the filters that make it, the normalization that scales it, the weights that
-    read it. Members without scores (biases, say) do not count. The group's scores are divided by
-    their mean, so that groups of different fan-in and size compare under global allocation. G.
-    Fang et al., DepGraph: Towards Any Structural Pruning (arXiv 2301.12900).
+    In every member of a group these are the entries at the unit's indices: the filters that make
+    it, the normalization that scales it, the weights that read it. Members without scores (biases,
+    say) do not count. Divided by the group's mean, scores of groups of different fan-in and size
+    compare. G. Fang et al., DepGraph: Towards Any Structural Pruning (arXiv 2301.12900).
 
-    Args:
-      scores: Pytree of scores that a criterion gives.
-      groups: The coupled groups, `core.trace(...).groups`.
-      reduce: 'sum', 'mean', 'max' or 'l2' over the entries of a unit.
-      normalize: 'mean' or 'max' of the group's n scores to divide by, or 'none'.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {'a': jnp.ones((1, 2)), 'b': jnp.array([[1.0], [5.0]])}
-      >>> index = np.array([[0], [1]])
-      >>> members = core.Member('a', 1, index, (1, 2)), core.Member('b', 0, index, (2, 1))
-      >>> hidden = core.Group('a', 2, members)
-      >>> group_scores(params, [hidden])  # (1 + 1, 1 + 5) / 4
-      {'a': Array([0.5, 1.5], dtype=float32)}
+    `reduce` is 'sum', 'mean', 'max' or 'l2' over the entries of a unit, `normalize` 'mean' or 'max'
+    of the group's n scores to divide by, or 'none'.
     """
     _check_scoring(groups, reduce, normalize)
     if not core.is_traced(scores):
@@ -122,23 +97,15 @@ def keep_channels(
     multiple: int = 1,
     exempt: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
-    """Chooses the channels to keep, with exact counts.
+    """Chooses the channels to keep of each group, {name: (n,) bool}, with exact counts.
 
-    The choice that `masks` makes with `channels`, from scores of groups made by other means. With
-    `uniform()` a group of n channels loses floor(sparsity · n + ½), with `global_()` all groups
-    together lose that of all their channels. The highest scores stay; of equal scores the lower
-    index, and the group first by name. Widths are whole multiples of `multiple`, or n itself; a
-    group is kept or removed in such steps, best channels first, to the nearest count (half a step
-    up), and always keeps its first step. Uniform widths depend on no score: experts cut by
-    different criteria have equal shapes, and stack.
-
-    Args:
-      scores: {group name: (n,) scores}, of `group_scores`.
-      sparsity: () fraction of channels removed, in [0, 1], maybe traced.
-      allocation: `uniform()` (default) or `global_()`.
-      multiple: Step of the widths, from 1.
-      exempt: Regular expressions on whole group names; those groups keep every channel, and do
-        not count.
+    The choice that `masks` makes with `channels`, from `scores` {group name: (n,)} made by other
+    means. With `uniform()` a group of n channels loses floor(sparsity · n + ½), with `global_()`
+    all together lose that of all their channels. Widths are whole multiples of `multiple`, or n
+    itself: a group is kept in such steps, best channels first, to the nearest count (half a step
+    up), and always keeps its first. Of equal scores the lower index stays, and the group first by
+    name. Uniform widths depend on no score: experts cut by different criteria stack. Groups whose
+    whole name matches one of `exempt` keep every channel, and do not count.
 
     Example:
       >>> import jax.numpy as jnp

@@ -30,16 +30,11 @@ class Granularity:
     """A pytree of scores seen as rows of units, and back. Rows have a name, or share one.
 
     `leaves` are {path: scores, or `optax.MaskedNode()`}, arrays of NumPy where they are known.
-
-    Attributes:
-      name: How errors call it.
-      paths: `paths(leaves) -> {name: path}` of all there is to prune: the leaves, each with its own
-        path for a name, or the groups of channels by theirs, with the paths of their kernels.
-      split: `split(leaves, names) -> {name: (rows, n) scores of units}`.
-      merge: `merge({name: (rows, n) bool}, leaves) -> {path: mask}`.
-      max_sparsity: The largest fraction that every single row may lose.
-      at_least: How many units a row keeps whatever the sparsity; all, if it has not so many.
-      multiple: Rows are kept in whole steps of so many units.
+    `paths(leaves) -> {name: path}` are of all there is to prune: the leaves, each with its own path
+    for a name, or the groups of channels by theirs, with the paths of their kernels. `split(leaves,
+    names) -> {name: (rows, n) scores of units}` and `merge({name: (rows, n) bool}, leaves) ->
+    {path: mask}`. A row loses `max_sparsity` at most, keeps `at_least` units, and in whole steps of
+    `multiple`.
     """
 
     name: str
@@ -52,16 +47,7 @@ class Granularity:
 
 
 def unstructured(at_least: int = 0) -> Granularity:
-    """Every weight is a unit of its own; each leaf keeps `at_least`, whatever the sparsity.
-
-    With 1 no layer dies where `global_` or a high sparsity would take all of it.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax.pruning import masks
-      >>> masks({'w': jnp.array([[4.0, 1.0], [3.0, 2.0]])}, 0.5, unstructured())['w'].tolist()
-      [[True, False], [True, False]]
-    """
+    """Every weight is a unit of its own; each leaf keeps `at_least`, whatever the sparsity."""
     return within_leaves(
         "unstructured",
         lambda path, leaf: leaf.reshape(1, -1, 1),
@@ -84,10 +70,7 @@ def within_leaves(
     at_least: int = 0,
     **attributes: Any,
 ) -> Granularity:
-    """The granularity whose units are parts of one leaf.
-
-    `arrange(path, leaf)` is (rows, n, weights of a unit), and `restore(path, it, shape)` the leaf.
-    """
+    """Units of a leaf: arrange(path, leaf) is (rows, n, a unit); restore(path, it, shape)."""
     core.check_choice("reduce", reduce, REDUCTIONS)
     core.check_integer("at_least", at_least, 0)
 

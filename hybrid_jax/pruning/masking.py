@@ -24,26 +24,18 @@ def masks(
 ) -> Any:
     """Marks which weights are kept, with exact counts.
 
-    The units of lowest score leave; of equal scores the lower index is kept, so that equal scores
-    throughout keep the first ones. Compiled and eager masks are the same. `sparsity` may be
-    traced, so that one compilation serves a sweep, or under `jax.vmap` a stack of experts.
-
-    Args:
-      scores: Pytree of floating scores with `optax.MaskedNode()` where nothing is pruned: what a
-        criterion gives. Traced scores cannot be checked: NaN and −∞ rank lowest, ∞ highest, and
-        counts stay exact.
-      sparsity: () fraction of the units removed, in [0, 1]; None for the largest that
-        `granularity` allows.
-      granularity: `unstructured()` (default) or `channels(groups)`; with it all the parameters
-        that leave with a channel are masked, biases too.
-      allocation: `uniform()` (default), `erk(kernels)` or `global_()`.
-      exempt: Regular expressions on whole paths of leaves to leave alone, on whole names of groups
-        with `channels`. What is exempt does not count.
-      previous: Masks made before: a unit that they remove ranks below all others.
+    The units of lowest score leave; of equal scores the lower index is kept. Compiled and eager
+    masks are the same. `scores` are floats, with `optax.MaskedNode()` where nothing is pruned; of
+    traced ones NaN and −∞ rank lowest, ∞ highest. `sparsity`, () the fraction of the units removed,
+    may be traced, so that one compilation serves a sweep or, under `jax.vmap`, a stack of experts;
+    None is the most that the granularity allows. `granularity` is `unstructured()`, or
+    `channels(groups)`, which masks all that leaves with a channel, biases too; `allocation` is
+    `uniform()`, `erk(kernels)` or `global_()`. What matches one of `exempt`, regular expressions on
+    whole paths of leaves, or names of groups with `channels`, is left alone and does not count. A
+    unit that `previous` masks remove ranks below all others.
 
     Returns:
-      Pytree of bool like the parameters, True where kept; `optax.MaskedNode()` where nothing is
-      pruned.
+      Pytree of bool like the parameters, True where kept, with `MaskedNode` as in `scores`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,26 +76,14 @@ def masks(
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
-    """Sets to exactly zero what the masks remove.
-
-    What is NaN or infinite under the mask is zero too. `params` may be anything shaped like the
-    parameters (averages, moments).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> apply_masks({'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([True, False])})
-      {'w': Array([1., 0.], dtype=float32)}
-    """
+    """Sets what the masks remove to zero, NaN too, of parameters or anything shaped like them."""
     core.check_masks(params, masks)
     xp = core.namespace(params, masks)
 
-    def apply(path, mask, leaf):
-        del path
-        if core.is_masked_node(mask):
-            return leaf
+    def apply(mask, leaf):
         return core.on_device(xp.where(mask, leaf, xp.zeros_like(leaf)))
 
-    return core.map_with_path(apply, masks, params)
+    return core.map_masked(apply, masks, params)
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:

@@ -38,13 +38,10 @@ def obs(
     """Scores a weight by the loss that its removal leaves after the others have answered it.
 
     Removed alone that is w² / (2 [H⁻¹]_ii). Greedily it is the rise of the loss at the weight's
-    turn, when from each output channel the cheapest weight leaves, the rest move and H⁻¹ shrinks,
-    until none is left; a weight is never scored below one that left before it, so that masks take
-    them in that order and, over the whole layer, as Optimal Brain Compression does. Greedy costs
-    n³ for each output channel, the other n³ for each feature group.
-
-    `grams` are what `core.input_grams` gives, of which what has none has no score either, and
-    `damping` is λ of `core.damped_gram`.
+    turn, when from each output channel the cheapest weight leaves, the rest move and H⁻¹ shrinks; a
+    weight is never scored below one that left before it, so that masks take them in that order, as
+    Optimal Brain Compression does. Greedy costs n³ for each output channel, the other n³ for each
+    feature group. `grams` are of `core.input_grams`; `damping` is λ of `core.damped_gram`.
 
     Example:
       >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[1.0], [2.0]])}
@@ -77,15 +74,7 @@ def compensate(
     which is where the one-by-one updates of OBS lead, whatever their order. Damping draws ŵ to w,
     not to zero. Costs n³/3 for each output channel.
 
-    An output channel that loses nothing, and a leaf without a mask, are as they were. `damping` is
-    λ of `core.damped_gram`.
-
-    Example:
-      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[2.0], [3.0]])}
-      >>> grams = core.input_grams(fn, params, [(jnp.array([[1.0, 2.0], [1.0, 0.0]]),)])
-      >>> kept = {'w': jnp.array([[True], [False]])}  # H = [[2, 2], [2, 4]]: 2 + 2/2 · 3
-      >>> compensate(params, kept, grams, damping=1e-6)['w'].round(3).tolist()
-      [[5.0], [0.0]]
+    `damping` is λ of `core.damped_gram`.
     """
     core.check_positive("damping", damping)
     core.check_masks(params, masks)

@@ -9,67 +9,54 @@ import optax
 
 from hybrid_jax import core
 from hybrid_jax.pruning import renewal
-from hybrid_jax.pruning.criteria import batchnorm_scale
+from hybrid_jax.pruning.criteria.filters import batchnorm_scale
 
 
 def group_lasso(params: Any, groups: Sequence[core.Group]) -> jax.Array:
     """Σ_g √m_g Σ_k ‖θ_g[k]‖₂: the norms of all that leaves with each channel.
 
-    θ_g[k] are the m_g parameters that leave with unit k of group g, in whichever layers: filters,
-    biases, scales of a normalization, the weights that read the channel. The norm, not its
-    square, pulls whole units to zero. The gradient of a unit that is zero is zero. M. Yuan and Y.
-    Lin, Model selection and estimation in regression with grouped variables (2006); W. Wen et
-    al., Learning Structured Sparsity in Deep Neural Networks (arXiv 1608.03665).
-
-    `params` have the paths of `groups`, in Linen {'params': …}; what is not in it, and Linen's
-    'batch_stats', is not penalized. The result is to be scaled and added to the loss, or the
-    function handed to `add_penalty`.
-
-    Example:
-      >>> import numpy as np
-      >>> params = {'a': jnp.array([[1.0, 0.0]] * 2), 'b': jnp.array([[1.0, 1.0], [3.0, 4.0]])}
-      >>> index = np.array([[0], [1]])
-      >>> members = core.Member('a', 1, index, (2, 2)), core.Member('b', 0, index, (2, 2))
-      >>> hidden = core.Group('a', 2, members)
-      >>> float(group_lasso(params, [hidden]))  # √4 (√(1² + 1² + 1² + 1²) + √(3² + 4²))
-      14.0
+    θ_g[k] are the m_g parameters that leave with unit k of group g: filters, biases, scales of a
+    normalization, the weights that read the channel. The norm, not its square, pulls whole units to
+    zero; its gradient at zero is zero. M. Yuan and Y. Lin, Model selection and estimation in
+    regression with grouped variables (2006); W. Wen et al., Learning Structured Sparsity in Deep
+    Neural Networks (arXiv 1608.03665). What `params` do not hold of the groups, and Linen's
+    'batch_stats', is not penalized.
     """
+    if not groups:
+        raise ValueError("groups must hold a coupled group to penalize, got none")
+    flat = {
+        path: leaf
+        for path, leaf in core.flatten_paths(params).items()
+        if not path.startswith("batch_stats/") and not core.is_masked_node(leaf)
+    }
 
-    def of_group(squares, count):
+    def of_group(group):
+        members = [member for member in group.members if member.path in flat]
+        if not members:
+            raise ValueError(
+                f"params must hold a member of group {group.name!r}, got none of: "
+                f"{', '.join(member.path for member in group.members)}"
+            )
+        squares, count = 0.0, 0
+        for member in members:
+            leaf = flat[member.path].astype(jnp.float32)
+            others = tuple(axis for axis in range(leaf.ndim) if axis != member.axis)
+            # Summed before it is indexed: the gradient scatters a vector, not a kernel.
+            along = jnp.sum(jnp.square(leaf), axis=others)
+            squares += jnp.sum(along[member.index], axis=1)
+            count += member.index.shape[1] * leaf.size // leaf.shape[member.axis]
         positive = squares > 0
         norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
         return jnp.sqrt(jnp.float32(count)) * jnp.sum(norms)
 
-    return sum(of_group(*unit) for unit in _units(params, groups))
-
-
-def group_shrinkage(params: Any, groups: Sequence[core.Group], alpha: float = 4.0) -> jax.Array:
-    """Σ_g Σ_k γ_g,k ‖θ_g[k]‖₂²: weight decay that is stronger the smaller the channel.
-
-    γ_g,k = 2^(α (I_max − I_g,k) / (I_max − I_min)) with I_g,k = ‖θ_g[k]‖₂² lies in [1, 2^α], is 1
-    where a group's units are all alike, and counts as a constant in the gradient. After G. Fang
-    et al., DepGraph: Towards Any Structural Pruning (arXiv 2301.12900).
-    """
-    if alpha != 0:
-        core.check_positive("alpha", alpha)
-
-    def of_group(squares, count):
-        del count
-        importance = jax.lax.stop_gradient(squares)
-        most, least = jnp.max(importance), jnp.min(importance)
-        span = jnp.where(most > least, most - least, 1.0)
-        return jnp.sum(jnp.exp2(alpha * (most - importance) / span) * squares)
-
-    return sum(of_group(*unit) for unit in _units(params, groups))
+    return sum(map(of_group, groups))
 
 
 def batchnorm_l1(params: Any, pattern: str = r"(.*/)?scale") -> jax.Array:
     """Σ |γ| over the scales of the normalizations, with gradient 0 at 0: network slimming.
 
     Z. Liu et al., Learning Efficient Convolutional Networks through Network Slimming (arXiv
-    1708.06519); `batchnorm_scale` is the criterion that goes with it.
-
-    `pattern` matches the whole path of each scale.
+    1708.06519). `pattern` matches the whole path of each scale.
     """
     scales = jax.tree.leaves(batchnorm_scale(params, pattern))
     # The gradient of `abs` at 0 is 1; that of a scale which is zero has to be 0.
@@ -98,33 +85,3 @@ def add_penalty(
         return jax.tree.map(lambda u, g: u + g.astype(u.dtype), updates, gradients)
 
     return optax.stateless(update)
-
-
-def _units(params: Any, groups: Sequence[core.Group]) -> list[tuple[jax.Array, int]]:
-    """For each group ‖θ_g[k]‖₂² of its units as (n,) float32, and m_g, the parameters of a unit."""
-    if not groups:
-        raise ValueError("groups must hold a coupled group to penalize, got none")
-    flat = {
-        path: leaf
-        for path, leaf in core.flatten_paths(params).items()
-        if not path.startswith("batch_stats/") and not core.is_masked_node(leaf)
-    }
-
-    def units(group):
-        members = [member for member in group.members if member.path in flat]
-        if not members:
-            raise ValueError(
-                f"params must hold a member of group {group.name!r}, got none of: "
-                f"{', '.join(member.path for member in group.members)}"
-            )
-        squares, count = 0.0, 0
-        for member in members:
-            leaf = flat[member.path].astype(jnp.float32)
-            others = tuple(axis for axis in range(leaf.ndim) if axis != member.axis)
-            # Summed before it is indexed: the gradient scatters a vector, not a kernel.
-            along = jnp.sum(jnp.square(leaf), axis=others)
-            squares += jnp.sum(along[member.index], axis=1)
-            count += member.index.shape[1] * leaf.size // leaf.shape[member.axis]
-        return squares, count
-
-    return [units(group) for group in groups]

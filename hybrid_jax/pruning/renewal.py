@@ -34,13 +34,10 @@ def onto_masks(updates: Any, masks: Any, params: Any) -> Any:
     """Replaces the updates of removed weights by −w, in the dtype of w so that w − w is exact."""
     check_params(params)
 
-    def land(path, mask, update, param):
-        del path
-        if core.is_masked_node(mask):
-            return update
+    def land(mask, update, param):
         return jnp.where(mask, update.astype(param.dtype), -param)
 
-    return core.map_with_path(land, masks, updates, params)
+    return core.map_masked(land, masks, updates, params)
 
 
 def renew(
@@ -55,11 +52,9 @@ def renew(
     """Changes the masks if `due`, and lands on them, with all parameters that `inner` holds.
 
     A weight that comes back starts at exactly zero, and its entries in the state of `inner`, like
-    those of a weight that leaves, at what `inner.init` gives them. If not due, the step costs the
-    landing alone, except under `jax.vmap`, which runs both branches of a condition.
-
-    `new_masks(candidate) -> masks` are of the parameters that the `updates`, made by `inner`, lead
-    to on the old masks. Returns updates that land on the masks, the masks, the state of `inner`.
+    those of a weight that leaves, at what `inner.init` gives them. `new_masks(candidate) -> masks`
+    are of the parameters that the `updates`, made by `inner`, lead to on the old masks. Returns
+    updates that land on the masks, the masks, the state of `inner`.
     """
 
     def renewed():
@@ -78,10 +73,7 @@ def split_copies(
 ) -> tuple[Any, Any]:
     """Puts on the masks what a state holds of the parameters themselves (averages, slow weights).
 
-    What schedule-free optimizers are evaluated at is made of such an entry, and of the parameters.
-
-    Beside the state are its leaves as they were, `optax.MaskedNode()` for those that stay; () if
-    all do.
+    Beside it are its leaves as they were, `MaskedNode` for those that stay; () if all do.
     """
     copies = _copies(inner, params)
     if not any(copies):
@@ -116,10 +108,7 @@ def _copies(inner: optax.GradientTransformation, params: Any) -> list[bool]:
 
 
 def _masks_in(inner: optax.GradientTransformation, state: Any, masks: Any) -> Any:
-    """Like the state, the mask of each entry that has the shape of a masked parameter, or False.
-
-    Entries without a shape like their parameter's (factored moments) are not masked.
-    """
+    """Like the state, the mask of each entry of the shape of a masked parameter, or False."""
 
     def own(entry, mask):
         if core.is_masked_node(entry):

@@ -29,32 +29,19 @@ def prune_in_rounds(
     choose: Callable[[Scores, float], Mapping[str, Any]] = keep_channels,
     cut: Callable[[Any, Mapping[str, Any]], Any] = core.slice_tree,
 ) -> tuple[list[Callable[..., Any]], Any, dict[str, np.ndarray]]:
-    """Alternates score → remove → train, once for each of `sparsities`.
+    """Alternates score → remove → train, once for each of `sparsities`: (small_fns, tree, keep).
 
-    A removal narrows the functions and slices everything in `tree` together, so that training goes
-    on at once: parameters, BatchNorm's statistics, moments, averages, held masks. Sparsities are
-    fractions of the first widths, and the counts after a round are those of its sparsity, exactly,
-    however many rounds came before. A schedule gives them: `[float(cubic(0.5, 0, n)(r)) for r in
-    range(1, n + 1)]`.
+    A removal narrows `fns`, fn(params, *inputs) for inference and for training, and slices
+    everything in `tree` (the parameters, or a train state), so that training goes on at once.
+    Sparsities, not falling, are fractions of the first widths, and met exactly; a schedule gives
+    them: `[float(cubic(0.5, 0, n)(r)) for r in range(1, n + 1)]`. `keep` are channels of the first
+    widths.
 
-    Args:
-      fns: Functions fn(params, *inputs) of the parameters, for inference and for training.
-      params: The parameters that `graph` was traced with (in Linen the whole variables dict), or
-        their shapes.
-      tree: Pytree of all that training goes on with: the parameters, or a train state.
-      graph: Of the first of `fns`, before any removal.
-      sparsities: The sparsity of each round, not falling.
-      score: score(fns, tree, graph) -> {group name: (n,) scores} of the network as it is now, whose
-        kernels and groups `graph` has, such as `group_scores` of a criterion.
-      train: train(fns, tree) -> tree. It compiles anew: shapes have changed.
-      choose: choose(scores, sparsity) -> {group name: (n,) bool}, with scores at the first widths,
-        lowest where removed. `keep_channels` with other arguments; or with `to_target`, and
-        targets in the place of sparsities.
-      cut: cut(tree, kept) -> tree: `core.slice_tree` of what has the parameters' paths, and
-        `core.slice_state` of an optimizer's state.
-
-    Returns:
-      (small_fns, tree, keep): what the last round left, and the channels kept of the first widths.
+    `graph` is of the first of `fns` and of `params`, or their shapes. score(fns, tree, graph) ->
+    {group name: (n,) scores} is of the network as it is now; train(fns, tree) -> tree;
+    choose(scores, sparsity) -> {group name: (n,) bool}, with scores at the first widths, lowest
+    where removed; cut(tree, kept) is `core.slice_tree` of what has the parameters' paths, and
+    `core.slice_state` of an optimizer's state.
 
     Example:
       >>> import jax

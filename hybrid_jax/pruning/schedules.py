@@ -17,13 +17,7 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 
 def one_shot(sparsity: float | jax.Array, step: int = 0) -> Schedule:
-    """Nothing is removed before `step`, all of `sparsity` from it on.
-
-    Example:
-      >>> schedule = one_shot(0.5, step=10)
-      >>> [float(schedule(step)) for step in (0, 9, 10)]
-      [0.0, 0.0, 0.5]
-    """
+    """Nothing is removed before `step`, all of `sparsity` from it on."""
     check_sparsity(sparsity)
     core.check_integer("step", step, 0)
     return lambda now: jnp.where(jnp.asarray(now) < step, 0.0, jnp.asarray(sparsity, jnp.float32))
@@ -57,15 +51,9 @@ def cubic(
 def exponential(sparsity: float | jax.Array, begin: int, end: int) -> Schedule:
     """Every step removes the same fraction of what remains, from `begin` to `end`.
 
-    s_t = 1 − (1 − s_f)^((t − t_0) / (t_1 − t_0)), so the density falls exponentially to 1 − s_f;
-    a sparsity of 1 is reached at the first step. H. Tanaka, D. Kunin, D. Yamins, S. Ganguli,
-    Pruning neural networks without any data by iteratively conserving synaptic flow (arXiv
-    2006.05467), who prune so in 100 steps before training.
-
-    Example:
-      >>> schedule = exponential(0.99, begin=0, end=100)
-      >>> [round(float(schedule(step)), 3) for step in (0, 50, 100)]  # 1 − 0.01^0.5 = 0.9
-      [0.0, 0.9, 0.99]
+    s_t = 1 − (1 − s_f)^((t − t_0) / (t_1 − t_0)); a sparsity of 1 is reached at the first step. H.
+    Tanaka, D. Kunin, D. Yamins, S. Ganguli, Pruning neural networks without any data by iteratively
+    conserving synaptic flow (arXiv 2006.05467), who prune so in 100 steps before training.
     """
     check_sparsity(sparsity)
     _check_span(begin, end)
@@ -85,11 +73,6 @@ def iterative(fraction: float | jax.Array, every: int, rounds: int) -> Schedule:
 
     s_k = 1 − (1 − p)^k after k rounds, as lottery tickets are found: J. Frankle and M. Carbin, The
     Lottery Ticket Hypothesis (arXiv 1803.03635).
-
-    Example:
-      >>> schedule = iterative(0.2, every=10, rounds=3)
-      >>> [round(float(schedule(step)), 3) for step in (0, 10, 20, 30, 40)]
-      [0.0, 0.2, 0.36, 0.488, 0.488]
     """
     check_sparsity(fraction, "fraction")
     core.check_integer("every", every, 1)
@@ -105,16 +88,10 @@ def iterative(fraction: float | jax.Array, every: int, rounds: int) -> Schedule:
 def cyclic(schedule: Schedule, period: int, cycles: int) -> Schedule:
     """Repeats `schedule` from its step 0, `cycles` times; the last cycle goes on for good.
 
-    In `prune_by_schedule` the weights that a falling sparsity lets back in start at zero. Two
-    methods are this:
-
-    AC/DC, phases that train all weights in turn with phases that train the largest, the last one
-    compressed: `cyclic(one_shot(0.9, dense_steps), dense_steps + sparse_steps, cycles)`. A. Peste
-    et al., AC/DC: Alternating Compressed/DeCompressed Training (arXiv 2106.12379).
-
-    Cyclical pruning, gradual pruning done anew several times so that weights which were wrongly
-    removed recover: `cyclic(cubic(0.9, 0, end), period, cycles)`. S. Srinivas et al., Cyclical
-    Pruning for Sparse Neural Networks (arXiv 2202.01290).
+    In `prune_by_schedule` weights that a falling sparsity lets back in start at zero. Of `one_shot`
+    it is AC/DC, `cyclic(one_shot(0.9, dense_steps), dense_steps + sparse_steps, cycles)`: A. Peste
+    et al., Alternating Compressed/DeCompressed Training (arXiv 2106.12379). Of `cubic` it is S.
+    Srinivas et al., Cyclical Pruning for Sparse Neural Networks (arXiv 2202.01290).
     """
     core.check_integer("period", period, 1)
     core.check_integer("cycles", cycles, 1)

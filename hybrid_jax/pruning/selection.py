@@ -33,11 +33,7 @@ def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> int | jax.
     Sparsity is read to six decimals, which float32 holds, and the rest is integer arithmetic: a
     Python 0.9 and a traced float32 0.9 mean the same count, compiled or not, however large `n`.
 
-    `n` is below 2³¹. The result is a Python integer, or () int32 if an argument is traced.
-
-    Example:
-      >>> [removed_count(0.9, n) for n in (4, 5, 25_000_000)]
-      [4, 5, 22500000]
+    `n` is below 2³¹; the result is () int32 if an argument is traced.
     """
     if core.is_traced((sparsity, n)):
         return _traced_count(sparsity, n)
@@ -57,16 +53,7 @@ def _traced_count(sparsity, n):
 
 
 def keep_best(scores: jax.Array, kept: int | jax.Array) -> jax.Array:
-    """Marks the `kept` highest of the last axis; of equal scores the lower index is kept.
-
-    `scores` are (..., n), `kept` integers in [0, n], maybe traced: one, or (..., 1) for each row.
-    The result is NumPy's of NumPy's scores.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> keep_best(jnp.array([1.0, 2.0, 1.0, 0.0]), 2)
-      Array([ True,  True, False, False], dtype=bool)
-    """
+    """Marks the `kept`, one or (..., 1), highest of the last axis; of equals the lower index."""
     return (_keep_known if isinstance(scores, np.ndarray) else _keep_traced)(scores, kept)
 
 
@@ -114,15 +101,7 @@ def _compiled_unless_known(f: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled_unless_known
 def in_steps(scores: jax.Array, multiple: int) -> jax.Array:
-    """Gives each unit of (rows, n) the mean score of its step of `multiple`, best units first.
-
-    The last step may be smaller.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> in_steps(jnp.array([[1.0, 5.0, 4.0, 2.0, 7.0]]), 2)  # 7 and 5, 4 and 2, 1
-      Array([[1., 6., 3., 3., 6.]], dtype=float32)
-    """
+    """Gives each unit of (rows, n) the mean score of its step of `multiple`, best units first."""
     xp, n = scores.__array_namespace__(), scores.shape[-1]
     order = xp.argsort(-scores, axis=-1, stable=True)
     falling = xp.take_along_axis(scores, order, axis=-1)

@@ -1,13 +1,11 @@
 """Sensitivity: the loss with one layer, or one group of channels, pruned and all others whole."""
 
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from hybrid_jax import core
@@ -31,26 +29,17 @@ def sensitivity(
 ) -> dict[str, jax.Array]:
     """Loss for each leaf, or each group of channels, pruned alone to each of S sparsities.
 
-    With `channels(groups)` the channels of a group are masked in all the parameters they touch: the
-    network computes what the shrunk one would. Compiled once, for all names and sparsities, and not
-    again for other sparsities or parameters as long as `loss_fn` and `granularity` are the same
-    objects. H. Li et al., Pruning Filters for Efficient ConvNets (arXiv 1608.08710), section 3.2.
+    With `channels(groups)` a group's channels are masked in all they touch: what the shrunk network
+    computes. Compiled once, for all names and sparsities, and not again as long as `loss_fn` and
+    `granularity` are the same objects. H. Li et al., Pruning Filters for Efficient ConvNets (arXiv
+    1608.08710), section 3.2.
 
-    Args:
-      loss_fn: loss_fn(params, *args) -> (), a loss or any other measure, the same for all examples
-        in `args`.
-      params: Pytree of parameters, with all that the groups touch (in Linen, the whole variables
-        dict).
-      scores: Pytree of scores like `params` with `optax.MaskedNode()` where nothing is pruned.
-      sparsities: (S,) fractions removed, in [0, 1], maybe traced.
-      *args: Handed to `loss_fn`: images and labels, say.
-      granularity: As for `masks`.
-      batch_size: How many evaluations run at once, under `vmap`, each with its own parameters and
-        activations. One at a time is fastest on a CPU, where a vmapped convolution is slow.
+    loss_fn(params, *args) -> () is a loss or any other measure; `scores` and `granularity` are as
+    for `masks`. `batch_size` evaluations run at once, under `vmap`; one at a time is fastest on a
+    CPU.
 
     Returns:
-      {path of a leaf: (S,) losses}, in tree order; with `channels` {group name: (S,) losses}, by
-      name.
+      {path of a leaf, or name of a group: (S,) losses}.
 
     Example:
       >>> from hybrid_jax.pruning import channels, magnitude
@@ -59,9 +48,6 @@ def sensitivity(
       >>> loss, x = lambda params, x: jnp.sum(fn(params, x)), jnp.ones((1, 1))
       >>> graph = core.trace(fn, params, x)
       >>> scores = magnitude(graph.kernels, params)
-      >>> losses = sensitivity(loss, params, scores, [0.0, 0.5, 1.0], x)
-      >>> {path: own.tolist() for path, own in losses.items()}
-      {'a': [11.0, 8.0, 0.0], 'b': [11.0, 8.0, 0.0]}
       >>> hidden = channels(graph.groups)
       >>> sensitivity(loss, params, scores, [0.5], x, granularity=hidden)
       {'a': Array([8.], dtype=float32)}
@@ -93,24 +79,6 @@ def sensitivity(
     if not core.is_traced(losses):
         core.check_finite("losses", found)
     return found
-
-
-def sensitive(losses: Mapping[str, Any], limit: float) -> tuple[str, ...]:
-    r"""Names of the layers, or groups, that go beyond a loss of `limit`, as patterns for `exempt`.
-
-    `losses` are those of `sensitivity`, `limit` the most that one may be, at every sparsity.
-
-    Example:
-      >>> sensitive({'conv#2': jnp.array([1.0, 3.0]), 'head': jnp.array([1.0, 1.5])}, limit=2.0)
-      ('conv\\#2',)
-    """
-    if not losses:
-        raise ValueError("losses must hold those of a layer, got none")
-    beyond = tuple(re.escape(name) for name, own in losses.items() if np.max(own) > limit)
-    if len(beyond) == len(losses):
-        least = min(float(np.max(own)) for own in losses.values())
-        raise ValueError(f"limit must leave a layer to prune: at least {least:g}, got {limit}")
-    return beyond
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "granularity", "names"))

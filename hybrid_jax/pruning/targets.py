@@ -1,6 +1,7 @@
 """The sparsity that meets a target: MACs, parameters, bytes, or a latency that was measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,35 +29,12 @@ def to_target(
 ) -> Reached:
     """Finds the choice with the largest cost that is not above `target`.
 
-    Where the cost does not rise with the sparsity this is the least sparsity that meets the
-    target, found exactly by about 20 bisections. Counted costs behave so: MACs, parameters, and
-    packed bytes of channels that `keep_channels` keeps, or of `uniform` and `global_` masks.
-
-    A latency does not: a narrower network may be slower. What bisection returns still meets the
-    target, but another sparsity may come closer to it. Either `paying_widths` makes it fall again,
-    or `sparsities` names those to try, and each one is measured.
-
-    Args:
-      choose: `choose(sparsity) -> choice`, such as `keep_channels` or `masks` of given scores.
-      cost: `cost(choice) -> number`, such as the MACs of `cost.count`.
-      target: The most that the choice may cost, in the units of `cost`.
-      most: Largest sparsity to look at, in [0, 1]; what the granularity allows.
-      sparsities: Sparsities to try, each of them, instead of the bisection.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from hybrid_jax import core, cost
-      >>> from hybrid_jax.pruning import group_scores, keep_channels, magnitude
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> params = {'a': jnp.arange(24.0).reshape(3, 8), 'b': jnp.ones((8, 2))}
-      >>> graph = core.trace(fn, params, jnp.ones((1, 3)))  # 5 MACs for each of 8 hidden units
-      >>> scores = group_scores(magnitude(graph.kernels, params), graph.groups)
-      >>> found = to_target(
-      ...     lambda sparsity: keep_channels(scores, sparsity),
-      ...     lambda keep: cost.count(core.narrow_graph(graph, keep)).macs,
-      ...     target=29)
-      >>> found.cost, int(found.choice['a'].sum())
-      (25, 5)
+    Where the cost does not rise with the sparsity this is the least sparsity that meets the target,
+    found exactly by about 20 bisections: MACs, parameters, and bytes behave so. A latency does not;
+    then another sparsity may come closer. Either `paying_widths` makes it fall again, or each of
+    `sparsities` is tried. `choose(sparsity) -> choice` is such as `keep_channels` of given scores,
+    `cost(choice) -> number` such as the MACs of `cost.count`, `most` the largest sparsity to look
+    at.
     """
     target = _finite("target", target)
     check_sparsity(most, "most")
@@ -90,18 +68,17 @@ def to_target(
     return best
 
 
-def _bisect(look: Callable[[float], Reached], target: float, high: int) -> Iterator[Reached]:
+def _bisect(look: Callable[[float], Reached], target: float, high: int) -> list[Reached]:
     """Looks at `high` steps, and from there on for the fewest that meet the target."""
-    found = look(high / _STEPS)
-    yield found
-    if found.cost > target:
-        return
-    low = 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = look(middle / _STEPS)
-        yield found
-        low, high = (low, middle) if found.cost <= target else (middle, high)
+    seen = []
+
+    def meets(steps):
+        seen.append(look(steps / _STEPS))
+        return seen[-1].cost <= target
+
+    if meets(high):
+        bisect.bisect_left(range(high), True, 1, key=meets)
+    return seen
 
 
 def _finite(name: str, value: float) -> float:

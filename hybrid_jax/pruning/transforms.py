@@ -1,10 +1,9 @@
 """Pruning in an optax transformation: plain `optax.apply_updates` lands on the mask.
 
-Such a transformation wraps the optimizer: `inner` sees the gradients of kept weights alone, and
-what it holds of the parameters itself, as a schedule-free optimizer does, is held on the mask too.
-Nothing may follow it in a chain: a link after it would move what it set to zero, and no
-transformation can see what follows it. Around it may be what calls it or does not, as
-`optax.MultiSteps`, `optax.apply_if_finite`, `optax.partition`, `optax.inject_hyperparams`.
+It wraps the optimizer: `inner` sees the gradients of kept weights alone, and what it holds of the
+parameters itself is held on the mask too. Nothing may follow it in a chain: a link after it would
+move what it set to zero. Around it may be what calls it or does not, as `optax.MultiSteps`,
+`optax.apply_if_finite`, `optax.partition`, `optax.inject_hyperparams`.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,15 +30,7 @@ class HoldMasksState(NamedTuple):
 
 
 class PruneState(NamedTuple):
-    """State of `prune_by_schedule`.
-
-    Attributes:
-      step: () int32, updates so far.
-      sparsity: () float32, the scheduled sparsity that `masks` were made for.
-      masks: Pytree of bool like the parameters, `optax.MaskedNode()` where nothing is pruned.
-      accumulated: What `accumulate` gave last, or ().
-      inner: State of the inner optimizer.
-    """
+    """State of `prune_by_schedule`: `sparsity` is what `masks` were made for, at `step` updates."""
 
     step: jax.Array
     sparsity: jax.Array
@@ -54,10 +45,8 @@ def hold_masks(
     """Keeps what `masks` remove at exactly zero, in any optimizer.
 
     The update is −w where a weight is removed, so that `optax.apply_updates` gives 0.0 there
-    whatever `inner` did (momentum, decoupled weight decay, averaging); elsewhere updates pass
-    unchanged. So does what `inner` holds of the parameters: what
-    `optax.contrib.schedule_free_eval_params` makes of it is on the masks. Parameters that were
-    never masked land on the mask with the first update.
+    whatever `inner` did; elsewhere updates pass unchanged. What `inner` holds of the parameters,
+    as averages, is on the masks too.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -105,39 +94,17 @@ def prune_by_schedule(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training, along a schedule, and holds what is pruned at exactly zero.
 
-    At every `every`-th step at which the schedule asks for another sparsity, the parameters that
-    the update leads to are scored and masked anew; what was removed before stays removed as long
-    as the schedule does not fall. Where it falls, weights come back at zero. M. Zhu and S. Gupta,
-    To prune, or not to prune (arXiv 1710.01878); with a schedule made by `cyclic` this is AC/DC or
-    cyclical pruning.
+    At every `every`-th step at which `schedule(step)`, from 0, asks for another sparsity, the
+    parameters that the update leads to are scored and masked anew; what was removed before stays
+    removed as long as the schedule does not fall. Where it falls, weights come back at zero, with
+    the state that `inner.init` gives them. M. Zhu and S. Gupta, To prune, or not to prune (arXiv
+    1710.01878). `granularity`, `allocation` and `exempt` are as for `masks`.
 
-    A weight that comes back has the state that `inner.init` gives it.
-
-    Args:
-      inner: As for `hold_masks`.
-      criterion: `criterion(params) -> scores`, such as `functools.partial(magnitude, kernels)`, or
-        with `needs` `criterion(params, *needed) -> scores`, such as `partial(taylor, kernels)`.
-      schedule: `schedule(step) -> sparsity`, from step 0 at the first update.
-      granularity: As for `masks`.
-      allocation: As for `masks`.
-      every: Steps between new masks, from 1.
-      exempt: As for `masks`.
-      needs: What to hand to `criterion`, by name: 'gradients' are those that `update` is called
-        with, 'accumulated' is what `accumulate` keeps, any other is a keyword argument of `update`,
-        shaped like the parameters.
-      accumulate: `accumulate(accumulated, params, gradients) -> accumulated`, called at every
-        step, from zeros shaped like the parameters (float32 where these are floating).
-
-    Example:
-      >>> import functools, jax.numpy as jnp, optax
-      >>> from hybrid_jax.pruning import magnitude, one_shot
-      >>> params = {'w': jnp.array([[1.0, 2.0, 3.0, 4.0]])}
-      >>> graph = core.trace(lambda params, x: x @ params['w'], params, jnp.ones((1, 1)))
-      >>> score = functools.partial(magnitude, graph.kernels)
-      >>> tx = prune_by_schedule(optax.sgd(0.5), score, one_shot(0.5))
-      >>> updates, _ = tx.update({'w': jnp.ones((1, 4))}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)
-      {'w': Array([[0. , 0. , 2.5, 3.5]], dtype=float32)}
+    `criterion(params, *needed) -> scores` is such as `functools.partial(magnitude, kernels)`, or
+    with `needs` `partial(taylor, kernels)`. Of what it `needs`, 'gradients' are those that `update`
+    is called with, 'accumulated' is what `accumulate(accumulated, params, gradients) ->
+    accumulated` keeps, called at every step from zeros shaped like the parameters (float32 where
+    these are floating); any other is a keyword argument of `update`, shaped like the parameters.
     """
     inner = renewal.check_inner(inner)
     scoring = Scoring(

@@ -15,12 +15,8 @@ def paying_widths(
     """The widths of each group that are faster than every larger one.
 
     A kernel of 60 channels may take longer than one of 64: then 60 costs accuracy and buys
-    nothing. Among the widths that are left latency rises with the width.
-
-    Args:
-      table: {group name: {width: latency}}, in any one unit; `deploy.width_latencies` measures it.
-      margin: Fraction by which a width must be faster than the fastest larger one, in [0, 1]; the
-        spread of the measurement.
+    nothing. `table` is {group name: {width: latency}}, as `deploy.width_latencies` measures it; a
+    width must be faster than the fastest larger one by the fraction `margin`.
 
     Example:
       >>> paying_widths({'conv': {64: 1.0, 60: 1.1, 48: 0.9, 32: 0.6, 30: 0.6}})
@@ -52,17 +48,8 @@ def to_widths(
 ) -> dict[str, jax.Array]:
     """Moves each group to the nearest width that is allowed, of two as near to the wider one.
 
-    Args:
-      keep: {group name: (n,) bool}, what `keep_channels` chose; maybe traced.
-      scores: {group name: (n,) scores} that it chose by: the best channels stay.
-      widths: {group name: widths that are allowed}; groups left out stay as they are.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> scores = {'a': jnp.arange(8.0)}
-      >>> keep = {'a': jnp.arange(8) > 2}  # 5 channels
-      >>> to_widths(keep, scores, {'a': (2, 4, 8)})['a'].tolist()
-      [False, False, False, False, True, True, True, True]
+    `keep` is {group name: (n,) bool}, what `keep_channels` chose by `scores`, maybe traced; the
+    best channels stay. Groups that `widths` leaves out stay as they are.
     """
     xp, moved = core.namespace(keep, scores), dict(keep)
     for name, allowed in widths.items():

@@ -24,26 +24,17 @@ def reestimate_batchnorm(
     *,
     statistics: Mapping[str, str | None] | None = None,
 ) -> Any:
-    """Replaces running statistics by those of the population of `batches`.
+    """Replaces running statistics by those of the population of `batches`, in float32.
 
-    mean = E[mean_B], var = E[var_B + mean_B²] - E[mean_B]², each batch weighed by its size. So they
-    are the moments of all images together, as a layer sees them when the layers before it normalize
-    by their batch. A running average has seen old weights and forgets early batches; this has not.
+    mean = E[mean_B], var = E[var_B + mean_B²] - E[mean_B]², each batch weighed by its size. A
+    batch's own are read off one update new = m old + (1 - m) statistic, whatever the momentum m of
+    the model. Source: Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
 
-    A batch's own statistics are read off one update new = m old + (1 - m) statistic, whatever the
-    momentum m of the model.
-
-    Source: Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 3.
-
-    `forward`, (params, state, images, key) -> (outputs, new_state), is in training mode; for a
-    stack of experts map it over the leading axis E first. Batches are images (B, H, W, C),
-    normalized and augmented as `forward` expects, which is compiled for each B. Each gets a key of
-    its own from `key`, for what draws in training mode, such as dropout. `statistics` says which
-    leaves of `state` these are, {path: None of a mean, the path of its mean of a variance}; None
-    finds it by `running_statistics`, of any names.
-
-    Returns:
-      `state`, with new statistics, which are summed in float32 whatever their dtype.
+    `forward`, (params, state, images, key) -> (outputs, new_state), is in training mode, and
+    compiled for each B; for a stack of experts map it over the leading axis E first. Batches are
+    images (B, H, W, C); each gets a key of its own from `key`. `statistics` says which leaves of
+    `state` these are, {path: None of a mean, the path of its mean of a variance}; None asks
+    `running_statistics`.
 
     Example:
       >>> def forward(params, state, x, key):

@@ -18,11 +18,9 @@ Tree = TypeVar("Tree")
 class Checkpoints:
     """The checkpoints of one run, in one directory.
 
-    On disk a checkpoint is {path: array}, whatever classes the pytree is made of, so that it can
-    be read without them. A checkpoint appears under its step only when it is complete: a process
-    killed while it writes leaves the ones before as they were.
-
-    `directory` is made by the first `save`; the newest `keep` are kept.
+    On disk a checkpoint is {path: array}, whatever classes the pytree is made of. It appears under
+    its step only when it is complete: a process killed while it writes leaves the ones before as
+    they were. `directory` is made by the first `save`; the newest `keep` are kept.
 
     Example:
       >>> import tempfile
@@ -50,10 +48,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes `tree`, then drops the oldest beyond `keep`.
-
-        The step must be later than the latest. Typed keys are stored as their data.
-        """
+        """Writes `tree`, then drops the oldest beyond `keep`; the step is later than the latest."""
         step = core.check_integer("step", step, 0)
         latest = self.latest()
         if latest is not None and step <= latest:
@@ -67,14 +62,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, like: Tree) -> Tree:
-        """Reads a checkpoint into the structure of `like`.
-
-        `like` holds arrays or ShapeDtypeStructs: paths, shapes, dtypes and (where an array was
-        placed on devices by hand) shardings to restore to. The error names the first that differs.
-
-        Raises:
-          FileNotFoundError: If there is no complete checkpoint of this step.
-        """
+        """Reads a checkpoint into the structure, and placed as, `like`, arrays or their shapes."""
         steps = self._manager.all_steps() if self.directory.is_dir() else []
         if step not in steps:
             raise FileNotFoundError(

@@ -1,7 +1,7 @@
 """Evaluation over arrays of any length, in batches that hold nothing but what is evaluated."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -32,26 +32,14 @@ def evaluate(
     objective: Objective | None = None,
     weight: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Mean score and loss over all examples, summed in float64.
+    """Mean score and loss over all examples, summed in float64: {objective.metric: …, 'loss': …}.
 
     The last batch is as small as what is left: filled up, it would take part wherever examples see
-    each other, as they do in an expert's capacity. So up to two shapes are compiled. Hand in the
-    same function object each time: a new one compiles again.
-
-    `predict` is (params, images (B, H, W, C)) -> outputs (B, …); `arrays` have `images` (n, H, W,
-    C) and `labels` (n, …) as `objective` takes both, by default `classification()`. With a `name`
-    progress is shown. `weight` (n,) is that of the means; examples of weight 0 do not run.
-
-    Returns:
-      {objective.metric: mean score, 'loss': mean loss}; of a classification the accuracy in [0, 1]
-      and nats. An example with NaN among its logits is not right, and makes the loss NaN.
-
-    Example:
-      >>> from hybrid_jax.data import Arrays
-      >>> arrays = Arrays(np.eye(3).reshape(3, 1, 1, 3), np.array([0, 1, 1]))
-      >>> predict = lambda params, images: 100 * images[:, 0, 0, :]
-      >>> round(evaluate(predict, None, arrays, batch_size=2)['accuracy'], 4)
-      0.6667
+    each other. Hand in the same function object each time: a new one compiles again. `predict` is
+    (params, images (B, H, W, C)) -> outputs (B, …); `arrays` have `images` (n, H, W, C) and
+    `labels` (n, …) as `objective` takes both, by default `classification()`. With a `name` progress
+    is shown. `weight` (n,) is that of the means; examples of weight 0 do not run. An example with
+    NaN among its logits is not right, and makes the loss NaN.
     """
     objective = objective or classification()
     count = _count(arrays)
@@ -101,15 +89,7 @@ def _apply(predict: Predict, params: Any, images: jax.Array) -> jax.Array:
     return core.fast_convolutions(predict)(params, images)
 
 
-def _outputs(
-    predict: Predict,
-    params: Any,
-    arrays: Labelled,
-    examples: np.ndarray,
-    batch_size: int,
-    name: str | None,
-    fill: bool = False,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _outputs(predict, params, arrays, examples, batch_size, name, fill=False):
     """The indices (B,) and the outputs (B, …) of each batch of these examples."""
     core.check_integer("batch_size", batch_size, 1)
     starts = range(0, len(examples), batch_size)

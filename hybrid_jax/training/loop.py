@@ -32,23 +32,14 @@ def fit(
 
     Resuming is bit-equal to never having stopped, since everything random depends on the step
     alone. Stopped at any moment, it leaves complete checkpoints of finite values, and whole lines.
+    A loss, or a parameter to be saved, that is not finite is a FloatingPointError with its step.
 
-    Args:
-      step: Of `make_step` or `make_stacked_step`.
-      state: Where to start; also the structure that a checkpoint is restored into. It stays usable.
-      batches: (first step) -> iterator over the batches from that step on, such as
-        `lambda first: data.batches(arrays, 128, seed=0, start_step=first)`.
-      steps: Step to end at, counted from the beginning of training.
-      name: Of this training, in the progress bar, the records and errors.
-      checkpoint: Where to save and resume from.
-      records: File to append records to: {'name', 'step', 'loss', …}, each metric the mean since
-        the record before; a list over experts for a stack.
-      evaluate: (state) -> dict of numbers or (E,) arrays, added to the record.
-      every: Steps between evaluations and between checkpoints; None does both at the end only.
-      record_every: Steps between records, which is when the loss is looked at.
-
-    Raises:
-      FloatingPointError: If a loss, or a parameter to be saved, is NaN or infinite. Names the step.
+    `step` is of `make_step` or `make_stacked_step`; `state` is where to start, and stays usable;
+    batches(first step) iterates from that step on, as `data.batches` does. `records` is the file of
+    {'name', 'step', 'loss', …}, each metric the mean since the record before, a list over experts
+    for a stack, every `record_every` steps, when the loss is looked at. evaluate(state) -> dict of
+    numbers or (E,) arrays is added to it, `every` so many steps, as checkpoints are made; None is
+    the end only.
 
     Example:
       >>> import jax.numpy as jnp, optax

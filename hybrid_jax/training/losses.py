@@ -13,10 +13,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     `logits` are (B, …, N), -inf for a class that is ruled out; `labels` (B, …) integers in [0, N),
     of which a traced one outside makes the loss NaN. `smoothing` is the probability that the target
     spreads evenly over all classes.
-
-    Example:
-      >>> cross_entropy(jnp.zeros((1, 8, 8, 2)), jnp.zeros((1, 8, 8), int)).round(3)  # log 2
-      Array([0.693], dtype=float32)
     """
     core.check_fraction("smoothing", smoothing)
     check_labelled(logits, labels)
@@ -31,16 +27,9 @@ def distillation_loss(
 ) -> jax.Array:
     """T² KL(teacher at T || student at T), (B,), of logits (B, …, N), float32 or wider.
 
-    T² keeps the size of the soft target's gradient when the temperature T, above 0, changes. No
-    gradient reaches the teacher, whose logits are -inf where it rules a class out.
-
-    Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network,
-    arXiv 1503.02531, section 2.
-
-    Example:
-      >>> logits = jnp.array([[2.0, 0.0, 1.0]])
-      >>> distillation_loss(logits, logits, temperature=2.0).item()
-      0.0
+    No gradient reaches the teacher, whose logits are -inf where it rules a class out. Source:
+    Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531,
+    section 2.
     """
     core.check_positive("temperature", temperature)
     student, teacher = (
@@ -52,12 +41,7 @@ def distillation_loss(
 
 
 def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean squared error (B,) of outputs (B, …), float32 or wider; labels have as many values.
-
-    Example:
-      >>> squared_error(jnp.array([[1.0], [2.0]]), jnp.array([1.0, 4.0]))
-      Array([0., 4.], dtype=float32)
-    """
+    """Mean squared error (B,) of outputs (B, …), float32 or wider; labels have as many values."""
     outputs, labels = (core.widen(x).reshape(len(x), -1) for x in (outputs, labels))
     if outputs.shape != labels.shape:
         raise ValueError(

@@ -24,12 +24,8 @@ OfLabels = Callable[[jax.Array, jax.Array], jax.Array]
 class Objective(NamedTuple):
     """Functions of a batch of outputs, each of which gives one number for each example, (B,).
 
-    Attributes:
-      loss: (outputs, labels) -> what is minimized.
-      distillation: (outputs, a teacher's outputs) -> how far they are from it.
-      score: (outputs, labels) -> how good they are, higher is better.
-      confidence: (outputs,) -> how sure they are, in [0, 1]; None where nothing says so.
-      metric: The name of the score.
+    `loss` is of (outputs, labels), `distillation` of (outputs, a teacher's), `score` of (outputs,
+    labels), higher is better, and named `metric`; `confidence` of outputs is in [0, 1], or None.
     """
 
     loss: OfLabels
@@ -92,18 +88,6 @@ def objective(
 
     `metric` is the score, named after the function. All are as of `Objective`, and are refused
     where they return anything else than one number for each example.
-
-    Example:
-      >>> def absolute(outputs, labels):
-      ...     return jnp.abs(outputs - labels).mean(-1)
-      >>> own = objective('regression', loss=absolute)
-      >>> own.loss(jnp.array([[1.0, 3.0]]), jnp.array([[1.0, 0.0]])).tolist(), own.metric
-      ([1.5], 'negative_squared_error')
-      >>> own = objective('regression', loss=lambda outputs, labels: jnp.sum(outputs))
-      >>> own.loss(jnp.zeros((2, 1)), jnp.ones((2, 1)))
-      Traceback (most recent call last):
-      ...
-      ValueError: loss must return a number for each of 2 examples, shape (2,), got shape ()
     """
     known = OBJECTIVES[core.check_choice("objective", name, OBJECTIVES)](**options)
     given = {"loss": loss, "metric": metric, "distillation": distillation, "confidence": confidence}
@@ -115,13 +99,7 @@ def objective(
 
 
 def check_objective(objective: Objective, outputs: Any, labels: Any) -> None:
-    """Raises unless the objective's functions can be had of such outputs and labels.
-
-    Both are arrays or their shapes, of at least one example; nothing is computed.
-
-    Raises:
-      ValueError: It says which of loss, metric, distillation and confidence is wrong, and how.
-    """
+    """Raises unless the objective's functions take such outputs and labels, or their shapes."""
     taken = {
         "loss": (objective.loss, labels),
         "metric": (objective.score, labels),
@@ -145,10 +123,7 @@ def check_objective(objective: Objective, outputs: Any, labels: Any) -> None:
 def example_loss(
     objective: Objective, outputs: jax.Array, batch: Batch, alpha: float = 0.0
 ) -> jax.Array:
-    """(1 - alpha) loss + alpha distillation, (B,): by batch['label'] and batch['teacher'].
-
-    The teacher's outputs are needed where its share, `alpha` in [0, 1], is above 0.
-    """
+    """(1 - alpha) loss + alpha distillation, (B,): by batch['label'] and batch['teacher']."""
     loss = objective.loss(outputs, batch["label"])
     if not alpha:
         return loss
@@ -164,17 +139,9 @@ def loss_of(forward: Forward, objective: Objective, alpha: float = 0.0) -> LossF
     `alpha` above 0 the batch needs 'teacher' outputs, which `make_step(…, teacher=…)` provides.
 
     Returns:
-      loss_fn(params, state, batch, key) -> (loss, (new_state, {objective.metric})). Both are means
-      weighted by batch['weight'] (B,), if there is one. `forward` then sees the examples that count
-      in place of those of weight 0, which have no part in BatchNorm's statistics either; where none
-      counts, both are 0.
-
-    Example:
-      In Linen, with params {'params': …} and state {'batch_stats': …}:
-
-      >>> def forward(params, state, images, key):
-      ...     return model.apply(params | state, images, train=True, mutable=['batch_stats'])
-      >>> loss_fn = loss_of(forward, classification(temperature=4.0), alpha=0.9)
+      loss_fn(params, state, batch, key) -> (loss, (new_state, {objective.metric})), means weighted
+      by batch['weight'] (B,), if there is one. `forward` then sees the examples that count in place
+      of those of weight 0; where none counts, both are 0.
     """
     core.check_fraction("alpha", alpha)
 

@@ -13,24 +13,9 @@ def compute_in(forward: Forward, dtype: Any = jnp.bfloat16) -> Forward:
     """Makes `forward` compute in `dtype`, with float32 master weights.
 
     Parameters and images are rounded where they enter, so that gradients arrive in float32 and an
-    update that is too small for `dtype` still adds up. The state (running statistics) is neither
-    rounded going in nor coming out.
-
-    Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740. bfloat16 has the range
-    of float32: losses need no scaling.
-
-    The logits and the state have the dtypes that those of `forward` have. An accelerator is faster
-    by it, and so is a CPU with matrix units of bfloat16 (AMX) under jax 0.12; other CPUs are
-    slower.
-
-    Example:
-      >>> forward = lambda params, state, images, key: (images @ params['w'], state)
-      >>> half = compute_in(forward)
-      >>> params = {'w': jnp.array([[1.0], [2**-10]])}
-      >>> half(params, {}, jnp.array([[1.0, 1.0]]), None)[0].tolist()  # 1 + 2^-10 has 11 bits
-      [[1.0]]
-      >>> jax.grad(lambda p: half(p, {}, jnp.ones((1, 2)), None)[0].sum())(params)['w'].dtype
-      dtype('float32')
+    update that is too small for `dtype` still adds up. Logits and state, which is not rounded, keep
+    their dtypes. An accelerator is faster by it, and a CPU with AMX under jax 0.12. Source:
+    Micikevicius et al., Mixed Precision Training, arXiv 1710.03740.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one, got {dtype}")

@@ -15,18 +15,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def progress(name: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
-    """Shows on stderr how far a long step is.
-
-    On a terminal it is a bar. Elsewhere it is a line when the step ends, and before that at most
-    one each ten seconds, without escape codes.
+    """Shows on stderr how far a long step is: a bar, or at most a line each ten seconds.
 
     It yields show(done, note=''), to be called after each unit of `total`, of which `start` were
     done before; `note` is shown behind the bar.
-
-    Example:
-      >>> with progress('parent', total=2) as show:
-      ...     for done in (1, 2):
-      ...         show(done, note='loss 0.5')
     """
     console = rich.console.Console(file=sys.stderr)
     live = console.is_terminal and not console.is_dumb_terminal

@@ -11,15 +11,7 @@ Path = str | os.PathLike[str]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Appends one record and flushes it.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as directory:
-      ...     write_record(f'{directory}/records.jsonl', {'name': 'parent', 'step': 1})
-      ...     read_records(f'{directory}/records.jsonl')
-      [{'name': 'parent', 'step': 1}]
-    """
+    """Appends one record and flushes it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -27,10 +19,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """Reads the records of the run `name`, or of all; [] if there is no file.
-
-    A last line that a killed process left unfinished is passed over.
-    """
+    """The records of the run `name`, or of all, but for an unfinished line; [] without a file."""
     path = pathlib.Path(path)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -31,17 +31,10 @@ def shard_batch(
 ) -> dict[str, jax.Array]:
     """Divides a batch among the devices: a jitted step on it is then data parallel.
 
-    The step needs no change: means over the batch, those of BatchNorm included, are over all
-    devices.
-
-    The batch has arrays (B, …), and (E, B, …) under the names in `per_expert`, which are divided by
-    expert as the stack. `mesh` is of `data_mesh`, or of `experts.expert_mesh` for a stack that is
-    divided too; B is a multiple of its devices along 'batch'.
-
-    Example:
-      >>> mesh = data_mesh(jax.devices()[:1])
-      >>> shard_batch({'image': np.ones((8, 2))}, mesh)['image'].sharding.is_fully_addressable
-      True
+    Means over the batch, those of BatchNorm included, are over all devices. The batch has arrays
+    (B, …), and (E, B, …) under the names in `per_expert`, which are divided by expert as the stack.
+    `mesh` is of `data_mesh`, or of `experts.expert_mesh`; B is a multiple of its devices along
+    'batch'.
     """
     by_expert = "expert" if "expert" in mesh.axis_names else None
 

@@ -17,14 +17,10 @@ Tree = TypeVar("Tree")
 class TrainState:
     """All that a step reads and writes. A stack of experts has a leading axis E on every leaf.
 
-    Attributes:
-      step: () int32, updates done.
-      params: What the gradient moves: a pytree of float arrays. In Linen {'params': …}, so that
-        `params | state` is the variables dict and every path is the one `core` speaks of.
-      state: What it does not move: BatchNorm's running statistics, bits, masks of the model. Any
-        pytree of arrays; in Linen {'batch_stats': …}.
-      key: () typed key that all randomness of training comes from. It never changes: step t draws
-        from `fold_in(key, t)`, so that a resumed run draws what an unbroken one draws.
+    The gradient moves `params`, floats, in Linen {'params': …}, and not `state`: running
+    statistics, bits, masks; in Linen {'batch_stats': …}, so that `params | state` is the variables
+    dict. `step` counts updates. The typed `key` never changes: step t draws from `fold_in(key, t)`,
+    so that a resumed run draws what an unbroken one draws.
     """
 
     step: jax.Array
@@ -38,16 +34,7 @@ class TrainState:
 def create_state(
     params: Any, state: Any, tx: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """Makes the state before the first step. It owns its memory: steps may donate it.
-
-    `state` are arrays that the gradient does not move, {} if there are none; `tx.init(params)` is
-    called here; `key` is a typed one, of `jax.random.key`.
-
-    Example:
-      >>> state = create_state({'w': jnp.ones(3)}, {}, optax.sgd(0.1), jax.random.key(0))
-      >>> int(state.step), state.params['w'].shape
-      (0, (3,))
-    """
+    """Makes the state before the first step. It owns its memory: steps may donate it."""
     for path, leaf in core.flatten_paths(params).items():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
@@ -61,27 +48,14 @@ def create_state(
 
 
 def stack_states(states: Sequence[TrainState]) -> TrainState:
-    """Stacks the states of E experts of equal shapes; the optimizer is the first one's.
-
-    What differs between experts must therefore live in the leaves (`params`, `state`,
-    `opt_state`), as `pruning.hold_masks` keeps its masks, and not in the closure of `tx`.
-    """
+    """Stacks states of E experts of equal shapes, which share the optimizer of the first."""
     if not states:
         raise ValueError("states must hold at least one TrainState, got none")
     return experts.stack([state.replace(tx=states[0].tx) for state in states])
 
 
-def expert_state(states: TrainState, index: int) -> TrainState:
-    """Takes expert `index` out of a stack: the inverse of `stack_states`."""
-    return jax.tree.map(lambda leaf: leaf[index], states)
-
-
 def copy(tree: Tree) -> Tree:
-    """Copies every leaf to an array of its own, with the dtype and sharding it has.
-
-    Two leaves that share a buffer cannot both be donated, and a donated buffer is gone for
-    whoever else holds it.
-    """
+    """Copies every leaf to an array of its own, to donate, with the dtype and sharding it has."""
     leaves, structure = jax.tree.flatten(tree)
     # One program for all that are free to move; one for each shape would take longer to compile.
     free = [core.is_traced(leaf) or getattr(leaf, "committed", None) is False for leaf in leaves]

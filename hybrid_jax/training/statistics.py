@@ -42,24 +42,10 @@ def running_statistics(
     """Finds the running means and variances in `state`, and which belong together.
 
     `forward`, (params, state, images, key) -> (outputs, new_state), is in training mode and blends
-    new = momentum · old + (1 - momentum) · the batch's own. Of params, state and images
-    (B, H, W, C) only shapes are needed.
-
-    Returns:
-      {path: None of a mean, the path of its layer's mean of a variance}, as `reestimate_batchnorm`
-      takes it.
-
-    Raises:
-      ValueError: If the images change no leaf, or one that is not shown to be either, as where
-        experts are run one by one and then stacked: there those of one expert are those of all.
-
-    Example:
-      >>> def forward(params, state, x, key):
-      ...     m, v = x.mean((0, 1, 2)), x.var((0, 1, 2))
-      ...     return x, {'a': 0.9 * state['a'] + 0.1 * v, 'b': 0.9 * state['b'] + 0.1 * m}
-      >>> state = {'a': jnp.ones(3), 'b': jnp.zeros(3)}
-      >>> running_statistics(forward, {}, state, jnp.zeros((2, 4, 4, 3)))
-      {'a': 'b', 'b': None}
+    new = momentum · old + (1 - momentum) · the batch's own. Of params, state and images (B, H, W,
+    C) only shapes are needed. {path: None of a mean, the path of its mean of a variance} is what
+    `reestimate_batchnorm` takes. A leaf that the images change and that is not shown to be either
+    is an error, as where experts are run one by one and then stacked.
     """
     changed = _changed(forward, params, state, images, key)
     if not changed:

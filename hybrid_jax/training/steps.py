@@ -34,29 +34,13 @@ def make_step(
     *,
     choices: core.Choices | None = None,
 ) -> Step:
-    """Makes the jitted step of one model, its convolutions in their fastest forms.
+    """Makes the jitted step of one model: step(state, batch) -> (state, metrics with 'loss').
 
-    Args:
-      loss_fn: (params, state, batch, key) -> (loss (), (new_state, metrics)).
-      augment: (images (B, H, W, C), key) -> images as `loss_fn` takes them.
-      teacher: (images (B, H, W, C), augmented) -> outputs (B, …), put into batch['teacher'].
-      choices: Where the forms are kept, see `core.fast_convolutions`; a run that is to be resumed
-        bit by bit has its own.
-
-    Returns:
-      step(state, batch) -> (state, metrics with 'loss'). The state handed in is donated: use the
-      one that comes back. On a sharded batch and a replicated state it is data parallel.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax.training import create_state
-      >>> def loss_fn(params, state, batch, key):
-      ...     return jnp.mean((batch['image'] @ params['w'] - batch['label']) ** 2), (state, {})
-      >>> state = create_state({'w': jnp.zeros(2)}, {}, optax.sgd(0.5), jax.random.key(0))
-      >>> batch = {'image': jnp.eye(2), 'label': jnp.ones(2)}
-      >>> state, metrics = make_step(loss_fn)(state, batch)
-      >>> float(metrics['loss']), state.params['w'].tolist()
-      (1.0, [0.5, 0.5])
+    `loss_fn` is (params, state, batch, key) -> (loss (), (new_state, metrics)); `augment`, (images
+    (B, H, W, C), key) -> images; `teacher`, of these -> outputs (B, …), put into batch['teacher'].
+    Convolutions have their fastest forms, kept in `choices`, of which a run that is to be resumed
+    bit by bit has its own. The state handed in is donated. On a sharded batch and a replicated
+    state the step is data parallel.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -79,27 +63,10 @@ def make_stacked_step(
     """Makes the jitted step of E experts: equal to E separate steps on the same batch.
 
     The images are augmented, and seen by the teacher, once for all experts (drawn from the first
-    expert's key); `loss_fn` draws from each expert's own key.
-
-    Arguments are as of `make_step`, with `loss_fn` of one expert and `method` of
-    `experts.map_experts`. `per_expert` names the entries of the batch that have a leading axis E,
-    such as 'weight' (E, B). All others are shared.
-
-    Returns:
-      step(states, batch) -> (states, metrics), with a leading axis E on every leaf of both. The
-      states handed in are donated.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax.training import create_state, stack_states
-      >>> def loss_fn(params, state, batch, key):
-      ...     return jnp.mean(batch['weight'] * (params['w'] - batch['label']) ** 2), (state, {})
-      >>> one = create_state({'w': jnp.zeros(())}, {}, optax.sgd(0.5), jax.random.key(0))
-      >>> step = make_stacked_step(loss_fn, per_expert=['weight'])
-      >>> batch = {'label': jnp.ones(2), 'weight': jnp.array([[1.0, 1.0], [0.0, 1.0]])}
-      >>> states, metrics = step(stack_states([one, one]), batch)
-      >>> states.params['w'].tolist(), metrics['loss'].tolist()
-      ([1.0, 0.5], [1.0, 0.5])
+    expert's key); `loss_fn`, of one expert, draws from each one's own. `method` is that of
+    `experts.map_experts`; `per_expert` names the entries of the batch that have a leading axis E,
+    such as 'weight' (E, B). States and metrics have that axis on every leaf; states handed in are
+    donated.
     """
 
     def update(state: TrainState, own: Batch, shared: Batch) -> tuple[TrainState, Metrics]:

@@ -93,18 +93,6 @@ def test_one_at_a_time_is_the_mixture(name, key):
         close(by_x, gradients[2])
 
 
-def test_identical_experts_are_one_expert(case, key):
-    same = jnp.tile(STACK[:1], (4, 1, 1))
-    (_, (logits, aux, _)), gradients = compiled(case.routing, True)(same, GATE, X, key)
-    sums = aux.weights.sum(1, keepdims=True)
-    assert case.sums != "one" or np.allclose(sums, 1)
-    np.testing.assert_allclose(logits, sums * (X @ STACK[0]), atol=1e-5)
-    # The gradient of the one expert is shared out among its copies.
-    # d sum (s x w - t)^2 / d w = 2 s x^T (s x w - t).
-    alone = 2 * (sums * X).T @ (sums * (X @ STACK[0]) - TARGET)
-    np.testing.assert_allclose(gradients[0].sum(0), alone, atol=1e-4)
-
-
 @pytest.mark.parametrize("method", ["vmap", "map", "unroll"])
 def test_a_one_hot_gate_is_that_convolution_to_the_bit(method, key):
     net = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, lambda x: x.mean((1, 2)), nn.Dense(3)])
@@ -211,13 +199,6 @@ def test_fewer_inputs_than_experts(batch):
     got, _, dropped = jax.jit(gathered)(STACK, GATE, x)
     np.testing.assert_array_equal(dropped, 0)
     close((got, jax.jit(edge)(list(STACK), GATE, x)), (want, want))
-
-
-def test_one_expert_is_that_expert():
-    moe = jax.jit(contrib.gathered(linear, given, capacity_factor=1.0))
-    logits, aux, _ = moe(STACK[:1], jnp.zeros((6, 1)), X)
-    np.testing.assert_allclose(logits, X @ STACK[0], rtol=1e-5)
-    np.testing.assert_array_equal(aux.weights, 1)
 
 
 def test_no_second_compilation():

@@ -71,31 +71,6 @@ def test_seeds_are_one_vmap():
     assert (stacked[0].trained["w"][0] != stacked[0].trained["w"][1]).any()
 
 
-def test_interpolate_keeps_zeros_and_what_does_not_float():
-    one = {"w": jnp.array([0.0, 2.0]), "count": jnp.array(3)}
-    other = {"w": jnp.array([0.0, 4.0]), "count": jnp.array(5)}
-    got = jax.jit(contrib.interpolate)(one, other, 0.25)
-    assert got["w"].tolist() == [0.0, 2.5]
-    assert got["count"] == 3
-    jax.tree.map(np.testing.assert_array_equal, contrib.interpolate(one, other, 0.0), one)
-
-
-def test_the_barrier_of_a_double_well():
-    # f(w) = (w² − 1)²: minima at −1 and 1, and 1 at the middle of the line between them.
-    def error(params):
-        return jnp.sum((params["w"] ** 2 - 1) ** 2)
-
-    left, right = {"w": jnp.array([-1.0])}, {"w": jnp.array([1.0])}
-    errors = contrib.errors_between(error, left, right, points=5)
-    # At −1, −½, 0, ½, 1: (¼ − 1)² = 0.5625.
-    np.testing.assert_allclose(errors, [0.0, 0.5625, 1.0, 0.5625, 0.0])
-    assert contrib.barrier(errors) == 1.0
-    assert contrib.barrier(jnp.array([[0.25, 0.5, 0.75], [0.5, 0.0, 0.25]])).tolist() == [
-        0.25,
-        0.125,
-    ]
-
-
 def test_instability_is_of_two_trainings_of_one_ticket():
     def train(params, masks, key):
         """Falls into one of two wells by chance."""
@@ -131,6 +106,4 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"the result of train must have .* at 'w', got no leaf"):
         contrib.lottery_tickets(lambda params, masks, key: {}, params, magnitude, KEY, 1)
     with pytest.raises(ValueError, match="points must be an integer of at least 2, got 1"):
-        contrib.errors_between(lambda p: jnp.float32(0), params, params, 1)
-    with pytest.raises(ValueError, match="other must have"):
-        contrib.errors_between(lambda p: jnp.float32(0), params, {"w": jnp.ones(3)})
+        contrib.instability(train, lambda p: jnp.float32(0), params, {"w": params["w"] > 0}, KEY, 1)

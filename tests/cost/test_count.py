@@ -65,25 +65,6 @@ def test_no_masks_in_any_form_is_dense():
         assert cost.count(GRAPH, masks) == dense
 
 
-def test_masked_channels_cost_what_the_shrunk_network_does():
-    params = {"a": jnp.ones((6, 8)), "b": jnp.ones((8, 3))}
-
-    def fn(params, x):
-        return jax.nn.relu(x @ params["a"]) @ params["b"]
-
-    x = jnp.ones((2, 6))
-    graph = core.trace(fn, params, x)
-    (group,) = graph.groups
-    masks = core.expand({group.name: np.arange(8) < 5}, graph.groups, params)
-    masked = cost.count(graph, masks)
-    small_fn, small_params, _ = core.shrink(fn, params, masks, x)
-    shrunk = cost.count(core.trace(small_fn, small_params, x))
-    # 5 of 8 hidden units: 6·5 + 5·3.
-    assert masked.macs == shrunk.macs == 45
-    assert masked.nonzero == shrunk.parameters == 45
-    assert shrunk.bytes == 180 <= masked.bytes
-
-
 def test_a_kernel_of_two_sites_is_stored_once_at_its_largest_width():
     graph = core.trace(
         lambda p, x: (x @ p["w"]) @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((1, 4))

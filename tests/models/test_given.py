@@ -191,8 +191,6 @@ def test_a_pair_of_functions_is_not_trained():
     network = models.take((predict, params | {"count": jnp.zeros((), jnp.int32)}), X)
     assert network.train is None
     assert models.statistics(network, X) == {"count"}
-    with pytest.raises(ValueError, match="network must have a training function for finetune, got"):
-        models.trainable(network, "finetune")
 
 
 PREDICT, TRAIN, PARAMS = strangers.functions()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_jax import core, models, pruning
+from hybrid_jax import core, pruning
 
 
 def two_layers(params, x):
@@ -167,13 +167,6 @@ def test_known_scores_keep_the_channels_of_traced_ones(values, percent, allocati
     jax.tree.map(np.testing.assert_array_equal, known, traced)
 
 
-def test_global_widths_move_in_steps():
-    scores = {"a": jnp.arange(8.0), "b": 10 + jnp.arange(8.0)}
-    keep = pruning.keep_channels(scores, 0.25, GLOBAL, multiple=4)
-    assert {name: int(k.sum()) for name, k in keep.items()} == {"a": 4, "b": 8}
-    assert keep["a"].tolist() == [False] * 4 + [True] * 4
-
-
 def test_uniform_experts_stack_whatever_their_criterion(groups, key):
     chosen = [
         pruning.keep_channels(pruning.group_scores(criterion(GRAPH.kernels, PARAMS), groups), 0.4)
@@ -184,16 +177,6 @@ def test_uniform_experts_stack_whatever_their_criterion(groups, key):
         )
     ]
     assert [int(keep["first"].sum()) for keep in chosen] == [2, 2, 2]
-
-
-def test_sparsity_may_be_traced():
-    scores = {"a": jnp.array([1.0, 3.0, 2.0, 4.0]), "b": jnp.array([9.0, 8.0])}
-    for allocation in (UNIFORM, GLOBAL):
-        compiled = jax.jit(lambda s, a=allocation: pruning.keep_channels(scores, s, a))
-        for sparsity in (0.0, 0.5, 1.0):
-            eager = pruning.keep_channels(scores, sparsity, allocation)
-            jax.tree.map(np.testing.assert_array_equal, compiled(sparsity), eager)
-        assert compiled._cache_size() == 1
 
 
 def test_exempt_groups_keep_all():
@@ -341,20 +324,6 @@ def test_channels_name_what_is_wrong():
         pruning.masks(dict.fromkeys(DEEP, optax.MaskedNode()), 0.5, granularity)
 
 
-def test_masked_equals_shrunk(groups, key):
-    x = jax.random.normal(key, (4, 2))
-    keep = pruning.keep_channels(
-        pruning.group_scores(pruning.magnitude(GRAPH.kernels, PARAMS), groups), 0.3
-    )
-    masks = pruning.expand(keep, groups, PARAMS)
-    small_fn, small, certificate = pruning.shrink(two_layers, PARAMS, masks, x)
-    # floor(0.3 · 3 + ½) = 1 channel leaves, the last: its column sums to the least.
-    assert small["first"].tolist() == [[1.0, -2.0], [3.0, 0.0]]
-    assert certificate.difference <= 1e-5
-    masked = two_layers(pruning.apply_masks(PARAMS, masks), x)
-    np.testing.assert_allclose(small_fn(small, x), masked, atol=1e-5)
-
-
 def test_equal_scores_fall_alike_compiled_and_eager():
     scores = {"b": jnp.ones(3), "a": jnp.ones(3)}
     eager = pruning.keep_channels(scores, 0.5, GLOBAL)
@@ -364,40 +333,3 @@ def test_equal_scores_fall_alike_compiled_and_eager():
         "b": [True, False, False],
     }
     jax.tree.map(np.testing.assert_array_equal, eager, compiled)
-
-
-@pytest.fixture(scope="module")
-def residual():
-    model = models.ResNet(5, blocks=(1, 1), widths=(4, 8))
-    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), x)
-    # Statistics and scales away from their initial 0 and 1, as after training.
-    variables = jax.tree.map(
-        lambda leaf: leaf + jnp.linspace(0.1, 0.6, leaf.size) if leaf.ndim == 1 else leaf, variables
-    )
-    graph = core.trace(model.apply, variables, x)
-    return model.apply, variables, x, graph
-
-
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        pruning.magnitude,
-        lambda k, v: pruning.taylor(k, v, jax.tree.map(jnp.cos, v)),
-        lambda k, v: pruning.fisher(k, v, jax.tree.map(jnp.square, v)),
-        lambda k, v: pruning.batchnorm_scale(v),
-        pruning.geometric_median,
-    ],
-    ids=["magnitude", "taylor", "fisher", "batchnorm_scale", "geometric_median"],
-)
-def test_masked_equals_shrunk_in_a_residual_network(residual, criterion):
-    apply, variables, x, graph = residual
-    groups = graph.groups
-    scores = criterion(graph.kernels, variables)
-    keep = pruning.keep_channels(pruning.group_scores(scores, groups), 0.5)
-    masks = pruning.expand(keep, groups, variables)
-    small_fn, small, certificate = pruning.shrink(apply, variables, masks, x)
-    assert certificate.difference <= 1e-5
-    assert small["params"]["stage1_block0"]["conv0"]["norm"]["scale"].shape == (4,)
-    masked = apply(pruning.apply_masks(variables, masks), x)
-    np.testing.assert_allclose(small_fn(small, x), masked, atol=1e-5)

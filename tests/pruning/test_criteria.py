@@ -90,21 +90,6 @@ def test_grasp():
     assert (scores["a"].item(), scores["b"].item()) == (24.0, 36.0)
 
 
-def test_grasp_keeps_what_carries_gradient_flow():
-    # ½ (w − t)² with w = 1: g = 1 − t, H = 1. Without the first weight |g| rises from 2 to 3,
-    # without the second it falls from 4 to 3: the first one leaves.
-    params, target = {"w": jnp.ones((1, 2))}, jnp.array([[3.0, -3.0]])
-
-    def loss(params):
-        return 0.5 * jnp.sum((params["w"] - target) ** 2)
-
-    scores = pruning.grasp(
-        flax_kernels(params), params, pruning.hessian_gradient(flax_kernels(params), loss, params)
-    )
-    np.testing.assert_array_equal(scores["w"], [[-2.0, 4.0]])
-    assert pruning.masks(scores, 0.5)["w"].tolist() == [[False, True]]
-
-
 def test_the_gradients_of_biases_are_no_flow():
     # ½ (w + c)²: H is all ones, g = (4, 4), and over the kernel alone H g = 4.
     params = {"w": jnp.full((1, 1), 1.0), "bias": jnp.full((1,), 3.0)}
@@ -141,20 +126,6 @@ def test_movement_accumulates_in_the_precision_given():
     assert moved["w"].tolist() == [[255.0, 255.0]]
     assert moved["w"].dtype == jnp.float32
     assert moved["step"] == optax.MaskedNode()
-
-
-def test_movement_grows_where_weights_do(key):
-    target = jax.random.normal(key, (4, 5))
-    params = {"w": jnp.full((4, 5), 0.5)}
-    moved = jax.tree.map(jnp.zeros_like, params)
-    for _ in range(50):
-        gradients = {"w": params["w"] - target}
-        moved = pruning.accumulate_movement(moved, params, gradients)
-        params = {"w": params["w"] - 0.01 * gradients["w"]}
-    # The sum of −2 η w g is what w² grew by, but for the second order in η.
-    grown = params["w"] ** 2 - 0.25
-    np.testing.assert_allclose(0.02 * moved["w"], grown, atol=0.02)
-    assert np.array_equal(moved["w"] > 0, grown > 0)
 
 
 def test_fisher_is_half_of_the_mean_square_per_example():
@@ -211,14 +182,6 @@ def test_batchnorm_scale_names_a_wrong_pattern():
         pruning.batchnorm_scale({"scale": jnp.ones(2)}, pattern="gamma")
     with pytest.raises(ValueError, match=r"floating vectors only, got float32\[2, 2\] at 'kernel'"):
         pruning.batchnorm_scale({"kernel": SECOND}, pattern="kernel")
-
-
-def test_random_is_its_key():
-    a, b = (pruning.random(NET_KERNELS, NET, jax.random.key(seed)) for seed in (1, 2))
-    again = pruning.random(NET_KERNELS, NET, jax.random.key(1))
-    kernel = "Dense_0"
-    np.testing.assert_array_equal(a[kernel]["kernel"], again[kernel]["kernel"])
-    assert not np.any(a[kernel]["kernel"] == b[kernel]["kernel"])
 
 
 @pytest.mark.parametrize("criterion", ALL.values(), ids=ALL)

@@ -163,27 +163,6 @@ def test_erk_stays_within_one_of_its_share_on_a_large_net():
         np.testing.assert_allclose(counts, expected, atol=3)
 
 
-@pytest.mark.parametrize("allocation", [pruning.uniform, pruning.erk, pruning.global_])
-def test_a_sweep_over_sparsity_compiles_once_and_equals_eager(allocation, key):
-    scores = {"a": jax.random.uniform(key, (3, 3, 4, 8)), "b": jnp.ones((8, 6))}
-
-    @jax.jit
-    def compiled(scores, sparsity):
-        return pruning.masks(scores, sparsity, allocation=made(allocation, scores))
-
-    sparsities = [0.0, 0.123, 0.5, 0.77, 0.9, 1.0]
-    eager = [pruning.masks(scores, s, allocation=made(allocation, scores)) for s in sparsities]
-    for sparsity, expected in zip(sparsities, eager, strict=True):
-        got = compiled(scores, jnp.float32(sparsity))
-        jax.tree.map(np.testing.assert_array_equal, got, expected)
-    assert compiled._cache_size() == 1
-    stacked = jax.vmap(lambda s: pruning.masks(scores, s, allocation=made(allocation, scores)))(
-        jnp.array(sparsities)
-    )
-    for i, expected in enumerate(eager):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), stacked, expected)
-
-
 def test_exempt_leaves_are_left_alone():
     scores = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2)), "bias": optax.MaskedNode()}
     kept = pruning.masks(scores, 0.5, exempt=["a"])

@@ -42,20 +42,6 @@ def test_group_lasso_by_hand(groups):
         np.testing.assert_allclose(gradient[name], 5**0.5 * value, rtol=1e-6, atol=1e-7)
 
 
-def test_group_shrinkage_by_hand(groups):
-    # I = 16, 25, 0: γ = 2^(4·9/25), 2⁰, 2⁴.
-    strength = 2 ** (4 * 9 / 25)
-    value, gradient = jax.value_and_grad(pruning.group_shrinkage)(PARAMS, groups)
-    np.testing.assert_allclose(value, strength * 16 + 25, rtol=1e-6)
-    # γ is a constant: the gradient is 2 γ θ.
-    np.testing.assert_allclose(gradient["first"][:, 0], 2 * strength * np.array([1, 3]), rtol=1e-6)
-    np.testing.assert_allclose(gradient["second"][1], [6, 8], rtol=1e-6)
-    # Without a scale it is the plain sum of squares; so it is where all units are alike.
-    np.testing.assert_allclose(pruning.group_shrinkage(PARAMS, groups, 0.0), 41, rtol=1e-6)
-    alike = jax.tree.map(jnp.ones_like, PARAMS)
-    np.testing.assert_allclose(pruning.group_shrinkage(alike, groups), 15, rtol=1e-6)
-
-
 def test_units_of_several_indices():
     # A flattened (2 positions, 2 channels): channel 0 owns rows 0 and 2, two weights each.
     group = core.Group("w", 2, (core.Member("w", 0, np.array([[0, 2], [1, 3]]), (4, 2)),))
@@ -102,20 +88,6 @@ def test_a_link_of_the_chain_does_what_the_loss_does(groups):
     halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     updates, _ = tx.update(halves, tx.init(halves), halves)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_strength_is_traced_and_experts_are_vmapped(groups):
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), PARAMS)
-
-    @jax.jit
-    def penalties(stack, strength):
-        return strength * jax.vmap(lambda p: pruning.group_lasso(p, groups))(stack)
-
-    for strength in (0.5, 2.0):
-        np.testing.assert_allclose(
-            penalties(stack, strength), strength * 5**0.5 * np.array([9, 18]), rtol=1e-6
-        )
-    assert penalties._cache_size() == 1
 
 
 def perceptron(params, x):
@@ -184,16 +156,11 @@ def test_a_network_trained_with_group_lasso_loses_less_at_removal(digits):
 
 
 def test_bad_input_is_named(groups):
-    for penalty in (pruning.group_lasso, pruning.group_shrinkage):
-        with pytest.raises(ValueError, match="groups must hold a coupled group to penalize"):
-            penalty(PARAMS, [])
-        # A tree without the prefix that the traced one has.
-        with pytest.raises(
-            ValueError, match=r"params must hold a member of group 'first', got none"
-        ):
-            penalty({"params": PARAMS}, groups)
-    with pytest.raises(ValueError, match="alpha must be a finite number above 0, got -1"):
-        pruning.group_shrinkage(PARAMS, groups, -1)
+    with pytest.raises(ValueError, match="groups must hold a coupled group to penalize"):
+        pruning.group_lasso(PARAMS, [])
+    # A tree without the prefix that the traced one has.
+    with pytest.raises(ValueError, match=r"params must hold a member of group 'first', got none"):
+        pruning.group_lasso({"params": PARAMS}, groups)
     with pytest.raises(ValueError, match="must match at least one path"):
         pruning.batchnorm_l1(PARAMS)
     tx = pruning.add_penalty(pruning.batchnorm_l1, 0.1)

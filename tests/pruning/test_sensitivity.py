@@ -150,20 +150,6 @@ def test_under_jit_with_traced_sparsities_and_blocks():
     assert sweep(jnp.array([0.0, 0.25, 0.5]))["a"].tolist() == [10.0, 9.0, 7.0]
 
 
-def test_what_is_sensitive_is_exempt():
-    losses = {"a": np.array([0.1, 3.0]), "b#2": np.array([0.1, 0.2]), "c": np.array([2.5, 0.1])}
-    assert pruning.sensitive(losses, 2.0) == ("a", "c")
-    scores = {name: jnp.arange(4.0) for name in losses}
-    keep = pruning.keep_channels(scores, 0.5, exempt=pruning.sensitive(losses, 2.0))
-    assert [int(k.sum()) for k in keep.values()] == [4, 2, 4]
-    exempt = pruning.sensitive({"b#2": np.array([9.0]), "a": np.array([0.0])}, 2.0)
-    assert not pruning.keep_channels(scores, 0.5, exempt=exempt)["a"].all()
-    with pytest.raises(ValueError, match=r"limit must leave a layer .* at least 0.2, got 0.1"):
-        pruning.sensitive(losses, 0.1)
-    with pytest.raises(ValueError, match="losses must hold those of a layer, got none"):
-        pruning.sensitive({}, 0.1)
-
-
 def test_bad_input_is_named():
     scores = pruning.magnitude(GRAPH.kernels, PARAMS)
 

@@ -226,23 +226,6 @@ def test_groups_move_to_the_nearest_width():
     assert int(compiled(0.9)["conv"].sum()) == 16
 
 
-def test_a_latency_target_with_a_table():
-    scores = {"conv": jnp.arange(64.0)}
-    table = {"conv": TABLE["conv"]}
-    widths = pruning.paying_widths(table)
-
-    def choose(sparsity):
-        return pruning.to_widths(pruning.keep_channels(scores, sparsity), scores, widths)
-
-    def cost_of(keep):
-        return table["conv"][int(keep["conv"].sum())]
-
-    found = pruning.to_target(choose, cost_of, 0.6)
-    assert (int(found.choice["conv"].sum()), found.cost) == (40, 0.5)
-    with pytest.raises(ValueError, match=r"target must be at least 0\.49"):
-        pruning.to_target(choose, cost_of, 0.4)
-
-
 def test_bad_tables_and_widths_are_named():
     with pytest.raises(ValueError, match="table must hold the latencies of a group, got none"):
         pruning.paying_widths({})

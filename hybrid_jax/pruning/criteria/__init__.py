@@ -28,22 +28,4 @@ Scores that compare across layers go with `global_` allocation, the others with 
 | obs              | `core.input_grams` of batches              | no                             |
 """
 
-from hybrid_jax.pruning.criteria.activations import activation_norms as activation_norms
-from hybrid_jax.pruning.criteria.activations import channel_independence as channel_independence
-from hybrid_jax.pruning.criteria.activations import chip as chip
-from hybrid_jax.pruning.criteria.activations import wanda as wanda
-from hybrid_jax.pruning.criteria.filters import batchnorm_scale as batchnorm_scale
-from hybrid_jax.pruning.criteria.filters import geometric_median as geometric_median
-from hybrid_jax.pruning.criteria.gradients import accumulate_movement as accumulate_movement
-from hybrid_jax.pruning.criteria.gradients import fisher as fisher
-from hybrid_jax.pruning.criteria.gradients import grasp as grasp
-from hybrid_jax.pruning.criteria.gradients import hessian_gradient as hessian_gradient
-from hybrid_jax.pruning.criteria.gradients import mean_squared_gradients as mean_squared_gradients
-from hybrid_jax.pruning.criteria.gradients import movement as movement
-from hybrid_jax.pruning.criteria.gradients import snip as snip
-from hybrid_jax.pruning.criteria.gradients import taylor as taylor
-from hybrid_jax.pruning.criteria.leaves import CRITERIA as CRITERIA
-from hybrid_jax.pruning.criteria.leaves import Given as Given
-from hybrid_jax.pruning.criteria.weights import lamp as lamp
-from hybrid_jax.pruning.criteria.weights import magnitude as magnitude
-from hybrid_jax.pruning.criteria.weights import random as random
+from hybrid_jax.pruning.criteria import activations, filters, gradients, weights

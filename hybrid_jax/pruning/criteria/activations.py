@@ -24,14 +24,11 @@ Batches = Iterable[tuple[Any, ...]]
 def wanda(kernels: Kernels, params: Any, norms: Any) -> Any:
     """Scores a weight by |w| · ‖x‖₂, with x all that it is ever multiplied by.
 
-    A small weight on a large input counts as much as a large weight on a small one. M. Sun et al.,
-    A Simple and Effective Pruning Approach for Large Language Models (arXiv 2306.11695). The
-    paper lets the inputs of one output compete with each other, and not the outputs: `uniform` with
-    `contrib.n_m` of n in all C inputs does that, in smaller blocks it is the N:M form, and
-    `unstructured` compares the whole layer. It prunes a layer at a time, each seeing what the
-    pruned ones before it compute; for that, work out `norms` anew with the masked parameters.
-
-    `norms` are ‖x‖₂ for each weight, what `activation_norms` gives.
+    M. Sun et al., A Simple and Effective Pruning Approach for Large Language Models (arXiv
+    2306.11695). There the inputs of one output compete with each other: `uniform` with
+    `contrib.n_m` of n in all C inputs. It prunes a layer at a time, each seeing what the pruned
+    ones before it compute; for that, work out `norms`, what `activation_norms` gives, anew with the
+    masked parameters.
     """
     check_statistics("norms", params, norms)
     return score(lambda kernel, w, norm: abs(w) * norm, kernels, params, norms)
@@ -41,18 +38,10 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
     """‖x‖₂ for each weight: the root of the sum of squares of all that it is multiplied by.
 
     The sum runs over all batches, positions and uses of the weight; each tap of a convolution has
-    a norm of its own, padding counts as zero. Batches are not kept.
+    a norm of its own, padding counts as zero.
 
-    `fn(params, *inputs) -> outputs` is in evaluation mode. What is no site's kernel has no norm;
-    a site in a `while` loop, or in a function with a derivative rule of its own, out of which
-    nothing is carried back, is an error. What is of less precision is taken to float32.
-
-    Example:
-      >>> fn = lambda params, x: x @ params['w']
-      >>> x = jnp.array([[3.0, 1.0], [4.0, 0.0]])  # columns of norms 5 and 1
-      >>> activation_norms(fn, {'w': jnp.ones((2, 1))}, [(x,)])
-      {'w': Array([[5.],
-             [1.]], dtype=float32)}
+    `fn(params, *inputs) -> outputs` is in evaluation mode. A site in a `while` loop, or in a
+    function with a derivative rule of its own, out of which nothing is carried back, is an error.
     """
 
     def squares(site, x, kernel, apply):
@@ -66,11 +55,9 @@ def activation_norms(fn: Callable[..., Any], params: Any, batches: Batches) -> A
 def chip(kernels: Kernels, params: Any, independence: Any) -> Any:
     """Scores a filter by the independence of its feature map from the layer's other ones (CHIP).
 
-    A feature map that the others nearly span carries little of its own, however large it is. Y.
-    Sui et al., CHIP: CHannel Independence-based Pruning for Compact Neural Networks (arXiv
-    2110.13981). The scores of a filter's weights add up to its independence: reduced with `sum`
-    over a coupled group, the filters that make a channel count, and those that read it add the
-    same to all channels. `independence` is what `channel_independence` gives.
+    Y. Sui et al., CHIP: CHannel Independence-based Pruning for Compact Neural Networks (arXiv
+    2110.13981). The scores of a filter's weights add up to its independence, of
+    `channel_independence`: summed over a coupled group, the filters that make a channel count.
     """
     check_statistics("independence", params, independence)
     return score(lambda kernel, w, shares: shares, kernels, params, independence)
@@ -79,20 +66,11 @@ def chip(kernels: Kernels, params: Any, independence: Any) -> Any:
 def channel_independence(fn: Callable[..., Any], params: Any, batches: Batches) -> Any:
     """‖A‖_* − ‖A without row o‖_*, averaged over images, for the output A (O, H·W) of each site.
 
-    ‖·‖_* is the nuclear norm, the sum of the singular values. A is what the convolution itself
-    computes, before any normalization (the authors take the map after the activation). A layer
-    without positions has one column. Costs O singular value decompositions of (O, min(O, H·W))
-    for each image and site, one image in memory at a time; a few hundred images are enough.
-
-    The independence of a filter is spread evenly over its weights, and summed over the sites where
-    a kernel is used again. `fn` and its errors are as of `activation_norms`.
-
-    Example:
-      >>> fn = lambda params, x: x @ params['w']
-      >>> x = jnp.array([[3.0, 4.0]])
-      >>> channel_independence(fn, {'w': jnp.eye(2)}, [(x,)])
-      {'w': Array([[0.5, 1. ],
-             [0.5, 1. ]], dtype=float32)}
+    ‖·‖_* is the nuclear norm. A is what the convolution itself computes (the authors take the map
+    after the activation). Costs O singular value decompositions of (O, min(O, H·W)) for each image
+    and site; a few hundred images are enough. The independence of a filter is spread evenly over
+    its weights, and summed over the sites where a kernel is used again. `fn` is as of
+    `activation_norms`.
     """
 
     def shares(site, x, kernel, apply):

@@ -18,12 +18,6 @@ def geometric_median(kernels: Kernels, params: Any) -> Any:
     score of filter o, d_o = Σ_o' ‖w_o − w_o'‖₂, is handed to its weights by their part in it,
     (w_oi − w_o'i)² / ‖w_o − w_o'‖₂ summed over o', so that summing over a filter gives exactly
     d_o. Y. He et al., Filter Pruning via Geometric Median (arXiv 1811.00250).
-
-    Example:
-      >>> params = {'w': jnp.array([[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]])}  # (O, C)
-      >>> kernels = core.trace(lambda p, x: x @ p['w'].T, params, jnp.ones((1, 2))).kernels
-      >>> geometric_median(kernels, params)['w'].sum(1)
-      Array([8., 9., 7.], dtype=float32)
     """
 
     def shares(kernel, w):
@@ -37,13 +31,8 @@ def geometric_median(kernels: Kernels, params: Any) -> Any:
 def batchnorm_scale(params: Any, pattern: str = r"(.*/)?scale") -> Any:
     """Scores a channel by |γ|, the scale of the normalization that follows it.
 
-    `pattern` matches the whole path of each scale; all else has no score. Reduced over a coupled
-    group with `group_scores` it ranks the channels of that group. Z. Liu et al., Learning Efficient
-    Convolutional Networks through Network Slimming (arXiv 1708.06519).
-
-    Example:
-      >>> batchnorm_scale({'bn': {'scale': jnp.array([-2.0, 1.0]), 'bias': jnp.zeros(2)}})
-      {'bn': {'bias': MaskedNode(), 'scale': Array([2., 1.], dtype=float32)}}
+    `pattern` matches the whole path of each scale; all else has no score. Z. Liu et al., Learning
+    Efficient Convolutional Networks through Network Slimming (arXiv 1708.06519).
     """
     chosen = core.match_rules([(pattern, True)], core.flatten_paths(params), default=False)
 

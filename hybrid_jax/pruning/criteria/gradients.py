@@ -25,12 +25,6 @@ def taylor(kernels: Kernels, params: Any, gradients: Any) -> Any:
     """Scores a weight by |w · g|, the first-order change of the loss when it is set to zero.
 
     P. Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.10771).
-
-    Example:
-      >>> params = {'w': jnp.array([[1.0, -2.0]])}
-      >>> kernels = core.trace(lambda p, x: x @ p['w'], params, jnp.ones((1, 1))).kernels
-      >>> taylor(kernels, params, {'w': jnp.array([[3.0, 0.5]])})
-      {'w': Array([[3., 1.]], dtype=float32)}
     """
     check_statistics("gradients", params, gradients)
     return score(lambda kernel, w, g: abs(w * g), kernels, params, gradients)
@@ -39,11 +33,10 @@ def taylor(kernels: Kernels, params: Any, gradients: Any) -> Any:
 def snip(kernels: Kernels, params: Any, gradients: Any) -> Any:
     """Scores a weight by |w · g| / Σ |w · g|, its share of the network's connection sensitivity.
 
-    The sum runs over all kernels, so that the scores add up to 1 (to 0 where every |w · g| is 0).
-    In one network they rank as those of `taylor`; they differ in that shares compare, and average,
-    between batches, seeds and losses of another size. Meant for the parameters at initialization.
-    N. Lee, T. Ajanthan, P. Torr, SNIP: Single-shot Network Pruning based on Connection Sensitivity
-    (arXiv 1810.02340).
+    The scores of all kernels add up to 1, so that they compare and average between batches, seeds
+    and losses; in one network they rank as those of `taylor`. Meant for the parameters at
+    initialization. N. Lee, T. Ajanthan, P. Torr, SNIP: Single-shot Network Pruning based on
+    Connection Sensitivity (arXiv 1810.02340).
     """
     sensitivity = taylor(kernels, params, gradients)
     xp = core.namespace(sensitivity)
@@ -56,12 +49,10 @@ def snip(kernels: Kernels, params: Any, gradients: Any) -> Any:
 def grasp(kernels: Kernels, params: Any, hessian_gradient: Any) -> Any:
     """Scores a weight by w · (H g): how much of the gradient's norm removing it would cost.
 
-    To set w to zero changes gᵀg by −2 w (H g) in the first order. A weight with w · (H g) > 0
-    carries gradient flow and stays; one with w · (H g) < 0 holds it up and leaves first. This is
-    what C. Wang, G. Zhang, R. Grosse, Picking Winning Tickets Before Training by Preserving
-    Gradient Flow (GraSP, arXiv 2002.07376) write as removing the largest −θ ⊙ H g. Meant for the
-    parameters at initialization. Scores have signs: over a coupled group reduce them by 'sum' or
-    'mean' and without normalization. `hessian_gradient` is what the function of this name gives.
+    To set w to zero changes gᵀg by −2 w (H g) in the first order. This is what C. Wang, G. Zhang,
+    R. Grosse, Picking Winning Tickets Before Training by Preserving Gradient Flow (GraSP, arXiv
+    2002.07376) write as removing the largest −θ ⊙ H g. Meant for the parameters at initialization.
+    Scores have signs: over a coupled group reduce them by 'sum' or 'mean' and do not normalize.
     """
     check_statistics("hessian_gradient", params, hessian_gradient)
     return score(lambda kernel, w, hg: w * hg, kernels, params, hessian_gradient)
@@ -70,12 +61,10 @@ def grasp(kernels: Kernels, params: Any, hessian_gradient: Any) -> Any:
 def hessian_gradient(
     kernels: Kernels, loss_fn: Callable[..., jax.Array], params: Any, *inputs: Any
 ) -> Any:
-    """H g: the loss's Hessian times its gradient, both over the kernels only, for `grasp`.
+    """H g: the Hessian of `loss_fn(params, *inputs) -> ()` times its gradient, over kernels only.
 
     Costs about two gradients; the Hessian is never formed. The authors divide the logits by a
-    temperature of 200 before the loss, which `loss_fn` may do.
-
-    `loss_fn(params, *inputs) -> ()`. What is of less precision is taken to float32.
+    temperature of 200 before the loss.
     """
     params, inputs = in_float32((params, inputs))
     floats, join = floating(params)
@@ -95,24 +84,13 @@ def fisher(kernels: Kernels, params: Any, squared_gradients: Any) -> Any:
     The second-order change of the loss, the Hessian of Y. LeCun, J. Denker, S. Solla, Optimal
     Brain Damage (1990), replaced by the Fisher information as in L. Theis et al., Faster gaze
     prediction with dense networks and Fisher pruning (arXiv 1801.05787).
-    `squared_gradients` are F, what `mean_squared_gradients` gives.
     """
     check_statistics("squared_gradients", params, squared_gradients)
     return score(lambda kernel, w, f: 0.5 * f * (w * w), kernels, params, squared_gradients)
 
 
 def mean_squared_gradients(loss_fn: Callable[..., jax.Array], params: Any, examples: Any) -> Any:
-    """Mean over examples of each example's squared gradient, one example in memory at a time.
-
-    `loss_fn(params, example) -> ()` is the loss of one example without a batch axis, `examples` are
-    a pytree of arrays with a leading axis B. What is of less precision is taken to float32.
-
-    Example:
-      >>> loss = lambda params, x: jnp.sum(params['w'] * x)
-      >>> x = jnp.array([[[1.0, 2.0]], [[3.0, 0.0]]])  # B = 2
-      >>> mean_squared_gradients(loss, {'w': jnp.ones((1, 2))}, x)
-      {'w': Array([[5., 2.]], dtype=float32)}
-    """
+    """Mean over `examples` (B, …), one at a time, of squared gradients of loss_fn(params, one)."""
     params, examples = in_float32((params, examples))
     count = jax.tree.leaves(examples)[0].shape[0]
     if not count:
@@ -134,23 +112,14 @@ def movement(kernels: Kernels, params: Any, accumulated: Any) -> Any:
     A gradient step changes w² by −2 η w g in the first order, so that what grows stays, however
     small it is, and what shrinks leaves. V. Sanh, T. Wolf, A. Rush, Movement Pruning: Adaptive
     Sparsity by Fine-Tuning (arXiv 2005.07683). Scores have signs: over a coupled group reduce them
-    by 'sum' or 'mean' and without normalization. `accumulate_movement` adds the sum up.
+    by 'sum' or 'mean' and do not normalize. `accumulate_movement` adds the sum up.
     """
     check_statistics("accumulated", params, accumulated)
     return score(lambda kernel, w, moved: moved, kernels, params, accumulated)
 
 
 def accumulate_movement(accumulated: Any, params: Any, gradients: Any) -> Any:
-    """Adds −w · g of one step, for `movement`.
-
-    The sum so far is shaped like `params`, at first zeros, and keeps its dtypes; it may hold
-    `optax.MaskedNode()` where nothing is pruned. What is not floating is returned as it was.
-
-    Example:
-      >>> params, gradients = {'w': jnp.array([[1.0, -2.0]])}, {'w': jnp.array([[3.0, 0.5]])}
-      >>> accumulate_movement({'w': jnp.zeros((1, 2))}, params, gradients)
-      {'w': Array([[-3.,  1.]], dtype=float32)}
-    """
+    """Adds −w · g of a step, for `movement`, at first to zeros like `params`; keeps dtypes."""
     check_statistics("accumulated", params, accumulated)
     check_statistics("gradients", params, gradients)
 

@@ -19,20 +19,8 @@ Kernels = Mapping[str, core.Kernel]
 class Given:
     """What a criterion by name works its scores out from; it asks for what it needs.
 
-    Attributes:
-      kernels: `core.trace(fn, params, ...).kernels`.
-      params: Pytree of parameters.
-      fn: fn(params, *batch) -> outputs, in evaluation mode.
-      loss: loss(params, *batch) -> (), a mean over the batch.
-      batches: Tuples of arrays with a leading axis B.
-      key: A key of `jax.random.key`, for what is random.
-
-    Example:
-      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[1.0], [-2.0]])}
-      >>> x = jnp.array([[3.0, 0.5]])
-      >>> graph = core.trace(fn, params, x)
-      >>> CRITERIA['wanda'](Given(graph.kernels, params, fn, batches=[(x,)]))['w'].tolist()
-      [[3.0], [1.0]]
+    `fn(params, *batch) -> outputs` is in evaluation mode, `loss(params, *batch) -> ()` a mean over
+    the batch, and `batches` are tuples of arrays with a leading axis B.
     """
 
     kernels: Kernels
@@ -54,7 +42,7 @@ class Given:
         return sum(loss(params, *batch) for batch in batches) / len(batches)
 
     def gradients(self) -> Any:
-        """Those of the mean loss."""
+        """The gradients of the mean loss."""
         return jax.jit(core.fast_convolutions(gradient(self.mean_loss)))(self.params)
 
 

@@ -17,12 +17,6 @@ def magnitude(kernels: Kernels, params: Any, p: int = 1) -> Any:
     Summed over a channel these are its L1 norm and its squared L2 norm. S. Han, J. Pool, J. Tran,
     W. Dally, Learning both Weights and Connections (arXiv 1506.02626); for filters H. Li et al.,
     Pruning Filters for Efficient ConvNets (arXiv 1608.08710).
-
-    Example:
-      >>> params = {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([5.0, 5.0])}
-      >>> fn = lambda params, x: x @ params['kernel'] + params['bias'][None]
-      >>> magnitude(core.trace(fn, params, jnp.ones((1, 1))).kernels, params)
-      {'bias': MaskedNode(), 'kernel': Array([[1., 2.]], dtype=float32)}
     """
     core.check_integer("p", p, 1, 2)
     return score(lambda kernel, w: abs(w) if p == 1 else w * w, kernels, params)
