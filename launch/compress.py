@@ -1,12 +1,18 @@
-"""Runs the whole method: from a dense CNN to a deployed mixture of compressed experts.
+r"""Compresses a trained network, writes it for devices, and runs every file on the test images.
 
-    python -m launch.compress --config=configs/digits.py --workdir=/tmp/digits
-    python -m launch.compress --config=configs/digits.py --workdir=/tmp/k3 --config.experts.count=3
+    python -m launch.compress --config=own --workdir=run --config.model.make=my_model.py:make \
+        --config.data.name=folder --config.data.dir=photos --config.deploy.targets=onnx,tflite
+    python -m launch.compress --config=digits --workdir=/tmp/digits
 
-The work directory gets the checkpoints, the report with its plots and the deployed model. The same
-command resumes a run that was stopped; on a finished run it only writes the report again. From a
-notebook call `main(config, workdir)`. `--dry_run` prints what would be done: sites, groups of
-channels, what is frozen and why, and what the network costs beside the budget.
+`--config` is a file, or one of ours by its name: `own` is for your network and images, of effort
+ptq; `digits` is the whole method, from a dense network to a mixture, on images that are here.
+`make` is a function without arguments that returns (module, variables), an NNX module, a Keras
+model, or (predict, train, params); the network gets (pixel / 255 - data.mean) / data.std.
+
+The work directory gets the report with its plots, the files in deploy/, and the checkpoints. The
+same command resumes a run that was stopped; on a finished run it writes files and report again.
+From a notebook call `main(config, workdir)` or `hybrid_jax.compress`. `--dry_run` prints what
+would be done: sites, groups of channels, what is frozen and why, and costs beside the budget.
 
 What is compiled is kept for later runs in ~/.cache/hybrid_jax, which may be deleted at any time;
 `--compilation_cache=/scratch/mine` keeps it elsewhere, and `--compilation_cache=` not at all.

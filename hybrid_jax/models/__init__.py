@@ -10,7 +10,7 @@ from hybrid_jax.models.densenet import DenseNet
 from hybrid_jax.models.efficientnet import EfficientNetLite
 from hybrid_jax.models.given import take
 from hybrid_jax.models.mobilenet import MobileNetV2
-from hybrid_jax.models.network import Network, statistics
+from hybrid_jax.models.network import Network, statistics, trainable
 from hybrid_jax.models.reference import make
 from hybrid_jax.models.registry import create, names
 from hybrid_jax.models.resnet import ResNet

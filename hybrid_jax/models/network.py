@@ -24,6 +24,16 @@ class Network(NamedTuple):
     params: Any
 
 
+def trainable(network: Network, stage: str = "training") -> Callable[..., tuple[Any, Any]]:
+    """The training function of a network; without one the ValueError says what `stage` needs."""
+    if network.train is None:
+        raise ValueError(
+            f"network must have a training function for {stage}, got None: "
+            "give (predict, train, params), with train(params, x, key) -> (out, new params)"
+        )
+    return network.train
+
+
 def statistics(network: Network, x: Any) -> frozenset[str]:
     """Paths of what no gradient moves: the leaves that `train` returns changed, and no floats.
 

@@ -7,11 +7,28 @@ from typing import Any
 import jax
 import jax.extend
 
-from hybrid_jax import core, models
+from hybrid_jax import core, data, models
 from hybrid_jax.recipes import budget
 from hybrid_jax.recipes.prune import channel_scores
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.training import cross_entropy
+
+
+def outputs(made: Any, splits: data.Splits) -> None:
+    """Raises ValueError unless a network's outputs, by their shapes, are one array for all classes.
+
+    `made` is what it makes of a batch, as `jax.eval_shape` has it.
+    """
+    if not isinstance(made, jax.ShapeDtypeStruct):
+        shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(made))
+        raise ValueError(
+            f"network must return one array, got {type(made).__name__} of shapes {shapes}"
+        )
+    if splits.num_classes and made.shape[-1] < splits.num_classes:
+        raise ValueError(
+            f"network must have an output for each of {splits.num_classes} classes, "
+            f"got {made.shape[-1]}"
+        )
 
 
 def training(task: Task, effort: str) -> None:

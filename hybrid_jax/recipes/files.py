@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hybrid_jax import core, data, deploy
+from hybrid_jax import program as p
 from hybrid_jax.recipes.rows import Shipped
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.report import File, Row
@@ -64,6 +67,25 @@ def write(
             except (ValueError, ImportError, RuntimeError) as error:
                 files[name][target] = File(artifact, error=" ".join(str(error).split()))
     return [dataclasses.replace(row, files=files[row.name]) for row in rows]
+
+
+def lacking(targets: Sequence[str]) -> list[str]:
+    """Returns what each target says that could not run a file here, where an extra is missing.
+
+    It is asked with the smallest of networks, before hours of training go by.
+    """
+    one = np.ones((1, 1), np.float32)
+    program = p.lower(lambda params, x: x @ params, one, one)
+    found = []
+    for target in targets:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "one" + deploy.TARGETS[target].suffix)
+            try:
+                deploy.export_to(target, path, program)
+                deploy.TARGETS[target].session(path, 1, 1)
+            except ImportError as error:
+                found.append(f"{target}: {error}")
+    return found
 
 
 def preprocessing(task: Task) -> dict[str, Any]:

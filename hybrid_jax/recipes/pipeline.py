@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hybrid_jax import core, data, models, report, training
-from hybrid_jax.recipes import files, gate, rows, schema, state, within, workdir
+from hybrid_jax.recipes import demands, files, gate, rows, schema, state, within, workdir
 from hybrid_jax.recipes.budget import Budget
 from hybrid_jax.recipes.describe import describe
 from hybrid_jax.recipes.efforts import EFFORTS
@@ -64,7 +64,7 @@ class Run(NamedTuple):
         limits = within.limits(self.start.parent, self.config)
         targets = self.config.deploy.targets
         plan = describe(self.start.parent, self.stages, limits, targets)
-        return f"{self._normalization()}\n{plan}"
+        return f"{self._notes()}\n{plan}"
 
     def __call__(self) -> Result:
         """Runs what is not done yet, writes the files, and reports.
@@ -73,7 +73,7 @@ class Run(NamedTuple):
           FloatingPointError: If a loss is not finite.
         """
         self.claim()
-        print(self._normalization(), file=sys.stderr, flush=True)
+        print(self._notes(), file=sys.stderr, flush=True)
 
         def source(name: str) -> models.Network:
             return gate.source(self.task, self.config.experts.count, self.config.gate)
@@ -81,14 +81,14 @@ class Run(NamedTuple):
         made = state.run(self.stages, self.start, self.task.workdir, source)
         return _result(self.task, made, self.config, self.command)
 
-    def _normalization(self) -> str:
-        """What a network that was trained elsewhere must agree with."""
+    def _notes(self) -> str:
+        """What a network that was trained elsewhere must agree with, and what cannot be run."""
         splits, told = self.task.splits, self.config.data
         mean, std = (" ".join(f"{x:.4g}" for x in own) for own in (splits.mean, splits.std))
         text = f"the network takes (pixel / 255 - mean) / std, with mean {mean} and std {std}"
-        if told.mean and told.std:
-            return text
-        return f"{text} of the training images; data.mean and data.std give others"
+        if not (told.mean and told.std):
+            text += " of the training images; data.mean and data.std give others"
+        return "\n".join([text, *files.lacking(self.config.deploy.targets)])
 
 
 def compress(
@@ -135,7 +135,7 @@ def compress(
         config, effort = schema.default_config(), effort or "ptq"
     config = _config(config, budget, effort, targets)
     stages = effort if callable(effort) else EFFORTS[config.effort]
-    images = _taken(images, config.data)
+    images = _taken_images(images, config.data)
     return prepare(
         network, images, config, workdir, stages, loss=loss, metric=metric, mode=training_mode
     )()
@@ -183,7 +183,7 @@ def prepare(
     Arguments are as of `compress`.
     """
     few = jax.ShapeDtypeStruct((2, *splits.image_shape), np.float32)
-    taken = models.take(network, few, mode, config.seed)
+    taken = _taken_network(network, few, mode, config.seed)
     labelled = splits.label_kind is not None
     if not labelled:
         splits = _labelled(taken, splits)
@@ -200,6 +200,7 @@ def prepare(
         labelled=labelled,
     )
     outputs = jax.eval_shape(taken.predict, taken.params, few)
+    demands.outputs(outputs, splits)
     training.check_objective(task.objective, outputs, splits.test.labels[:2])
     stages = [state.named(stage) for stage in effort(task, config)]
     return Run(task, config, stages, State(task.parent), command)
@@ -217,7 +218,7 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
     return run(schema.read({**results.config, **changed}), path, results.command)
 
 
-def _taken(images: Any, settings: Any) -> data.Splits:
+def _taken_images(images: Any, settings: Any) -> data.Splits:
     """The images that a call gave, as config.data says to take them; splits are taken already."""
     if isinstance(images, data.Splits):
         return images
@@ -226,6 +227,17 @@ def _taken(images: Any, settings: Any) -> data.Splits:
         names += ["test", "validation"]  # of which none was given
     given = {name: getattr(settings, name) for name in names}
     return data.take(images, **{k: value for k, value in given.items() if value not in ((), 0)})
+
+
+def _taken_network(network: Any, few: Any, mode: str | None, seed: int) -> models.Network:
+    """The network that a call gave; what is wrong with it names the argument, and the images."""
+    try:
+        return models.take(network, few, mode, seed)
+    except (TypeError, ValueError) as error:
+        what, _, rest = str(error).partition(" ")
+        known = {"given": "network", "training": "training_mode"}
+        said = f"{known.get(what, what)} {rest} (for images of shape {few.shape[1:]})"
+        raise ValueError(said) from error
 
 
 def _load(settings: Any) -> data.Splits:
@@ -248,11 +260,16 @@ def _load(settings: Any) -> data.Splits:
 def _network(settings: Any, splits: data.Splits) -> Any:
     """The network that config.model says, as `models.take` takes it."""
     table = None
+    overrides = {"widths": settings.widths, "shortcut": settings.shortcut}
+    overrides = {key: value for key, value in overrides.items() if value}
     if settings.make:
+        for key, value in overrides.items():
+            raise ValueError(
+                f"config.model.{key} must not be given beside model.make, which makes the network "
+                f"as it is, got {value!r}"
+            )
         given = models.make(settings.make)
     else:
-        overrides = {"widths": settings.widths, "shortcut": settings.shortcut}
-        overrides = {key: value for key, value in overrides.items() if value}
         table = settings.name if settings.name in models.tables.names() else None
         try:
             given = models.create(settings.name, splits.num_classes, **overrides)
@@ -307,6 +324,10 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
 
 def _config(config, budget, effort, targets) -> Config:
     """The configuration with what the call says, checked."""
+    if not (budget is None or isinstance(budget, Budget)):
+        raise ValueError(f"budget must be a Budget, got {budget!r}")
+    if isinstance(targets, str):
+        raise ValueError(f"targets must be a sequence of names, got {targets!r}")
     config = schema.default_config() if config is None else config
     values = schema.flatten(config)
     if budget is not None:
@@ -325,6 +346,7 @@ def _objective(loss, metric, splits, temperature) -> training.Objective:
         loss if isinstance(loss, str) else "classification" if splits.num_classes else "regression"
     )
     options = {"temperature": temperature} if name == "classification" else {}
+    core.check_choice("loss", name, training.OBJECTIVES)
     own = loss if callable(loss) else None
     return training.objective(name, loss=own, metric=metric, **options)
 

@@ -11,6 +11,8 @@ from hybrid_jax.recipes.task import Task
 from hybrid_jax.recipes.train import in_training
 
 BATCH = 64
+EQUALIZED = 16
+"""Images on which every pair of layers is tried."""
 
 
 def batches(task: Task, images: int) -> list[tuple[jax.Array]]:
@@ -43,7 +45,7 @@ def quantized(task: Task, dense: Model, bits: Any, facts: Any = None) -> Model:
 
 def equalize(task: Task, model: Model) -> Model:
     """Returns the network with channels scaled between layers, see `quantization.equalize`."""
-    program, left_out = quantization.equalize(model.cut.program, model.cut.images)
+    program, left_out = quantization.equalize(model.cut.program, model.cut.images[:EQUALIZED])
     weights = jax.tree.map(jnp.asarray, dict(program.params))
     return model._replace(weights=weights, facts={**model.facts, "not equalized": left_out})
 

@@ -40,6 +40,7 @@ BAD = {
     "data.mean=0.1,0.2": "config.data: mean must be 1 values from 0 to 1, ",
     "model.name=resnet9": "config.model.name must be one of ",
     "model.name=vgg16_bn": "config.model: override of vgg16_bn must be one of ",
+    "model.widths=4,8 --config.model.make=x.py:make": "config.model.widths must not be ",
     "model.weights=/nowhere": "config.model.weights: ",
 }
 
@@ -47,7 +48,7 @@ BAD = {
 @pytest.mark.parametrize("override", BAD)
 def test_bad_value(override, tmp_path, capsys):
     workdir = tmp_path / "run"
-    line = fails(capsys, DIGITS, f"--workdir={workdir}", f"--config.{override}")
+    line = fails(capsys, DIGITS, f"--workdir={workdir}", *f"--config.{override}".split())
     assert line.startswith(BAD[override])
     assert not workdir.exists()
 

@@ -219,6 +219,10 @@ def test_a_stage_of_ones_own_is_put_in_the_list(tmp_path):
     [
         ({"loss": lambda outputs, labels: 0.0}, "loss must return a number for each of 2 examples"),
         ({"metric": lambda outputs, labels: "good"}, "metric must return a number for each of 2"),
+        ({"loss": "mse"}, "loss must be one of classification, regression, got 'mse'"),
+        ({"targets": "onnx"}, "targets must be a sequence of names, got 'onnx'"),
+        ({"budget": {"bytes": 9}}, "budget must be a Budget, got {'bytes': 9}"),
+        ({"training_mode": "train"}, "training_mode must be None where functions are given"),
         ({"targets": ["onx"]}, "config.deploy.targets.* must be one of .*'onx'"),
     ],
 )

@@ -1,11 +1,13 @@
 """What a run could not do is told before anything is trained or written, in one line."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 
 from hybrid_jax import data, models, recipes, report
-from hybrid_jax.recipes import within
+from hybrid_jax.recipes import files, within
 from tests.recipes import strangers
 from tests.recipes.test_compress import settings
 
@@ -24,6 +26,14 @@ def values(images):
     return images, np.zeros((len(images), 10), np.float32)
 
 
+def of_others(params, x):
+    return PREDICT(params, x)[:, :9]
+
+
+def both(params, x):
+    return PREDICT(params, x), x
+
+
 FUNCTIONS, FROZEN = (PREDICT, TRAIN, PARAMS), (PREDICT, PARAMS)
 CASES = {
     "no training function": (
@@ -32,6 +42,21 @@ CASES = {
         "network must have a training function",
     ),
     "no training function, mixture": (FROZEN, {"effort": "mixture"}, "for effort 'mixture'"),
+    "two outputs": (
+        (both, PARAMS),
+        {},
+        r"network must return one array, got tuple of shapes \(2, 10\), \(2, 8, 8, 1\)",
+    ),
+    "too few outputs": (
+        (of_others, PARAMS),
+        {},
+        "network must have an output for each of 10 classes, got 9",
+    ),
+    "weights of another": (
+        (PREDICT, {**PARAMS, "stem": PARAMS["body"]}),
+        {},
+        r"network must run as predict\(params, x\), got .*\(for images of shape \(8, 8, 1\)\)",
+    ),
     "no statistics": (
         FUNCTIONS,
         {"ptq.reestimate_batchnorm": True},
@@ -115,14 +140,22 @@ def test_images_that_do_not_do_are_refused_at_the_start(images, changes, message
     assert not (tmp_path / "run").exists()
 
 
+def test_a_target_that_is_not_installed_is_told(monkeypatch):
+    assert files.lacking(["onnx", "tflite", "packed", "stablehlo", "c"]) == []
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert files.lacking(["packed", "onnx"]) == [
+        "onnx: onnxruntime is not installed; `pip install 'hybrid_jax[onnx]'` brings it"
+    ]
+
+
 def test_a_file_above_the_budget_is_told():
     config = recipes.read(settings("ptq", **{"budget.bytes": 100}))
     network = models.Network(PREDICT, TRAIN, PARAMS)
     parent = recipes.Task(network, data.take(strangers.digits()), None, None).parent
-    files = {
+    made = {
         "onnx": report.File("net.onnx", bytes=101),
         "c": report.File("net.c", bytes=500, flash=100),
     }
-    assert within.above(parent, config, files) == [
+    assert within.above(parent, config, made) == [
         "onnx: 101 bytes, above the budget of 100: the run was made for other targets"
     ]
