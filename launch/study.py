@@ -6,8 +6,9 @@
 A study is a module with STUDY, {name: changes of the configuration}, and SEEDS. Each run lies in
 `--workdir`/NAME/SEED and goes on where it was stopped; when it is done, its record, a line of JSON,
 is added to configs/results/STUDY.jsonl, and the tables of STUDY.md are written from all records.
-`--only=NAME,NAME` and `--seeds=0,1` run a part. A record is never removed: one that misses its goal
-stays.
+`--only=NAME,NAME` and `--seeds=0,1` run a part. Validation images judge a run, until `--test` has
+those of test read, which its record says: once, at the end. A record is never removed: one that
+misses its goal stays.
 """
 
 import json
@@ -24,6 +25,7 @@ import configs
 from hybrid_jax import recipes
 from launch import command
 
+RESULTS = pathlib.Path(configs.__file__).parent / "results"
 FIELDS = ("accuracy", "macs", "bops", "parameters_total")
 
 
@@ -34,6 +36,7 @@ def main(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     results: str | pathlib.Path | None = None,
+    test: bool = False,
 ) -> pathlib.Path:
     """Runs what has no record yet, and writes the tables.
 
@@ -44,6 +47,7 @@ def main(
       only: Names of runs; () for all.
       seeds: () for those of the study.
       results: Folder of records and tables; None for configs/results.
+      test: Whether test images judge the runs, and not those of validation.
 
     Returns:
       The path of the tables.
@@ -55,22 +59,26 @@ def main(
     for run in only:
         if run not in module["STUDY"]:
             raise ValueError(f"--only must be of {', '.join(module['STUDY'])}, got {run!r}")
-    folder = pathlib.Path(results or pathlib.Path(configs.__file__).parent / "results")
+    folder = pathlib.Path(results or RESULTS)
     records = folder / f"{name}.jsonl"
+    part = "test" if test else "validation"
     for seed in seeds or module["SEEDS"]:
         for run in only or module["STUDY"]:
-            if (run, seed) in [(own["run"], own["seed"]) for own in read(records)]:
+            if (run, seed, part) in [
+                (own["run"], own["seed"], own["part"]) for own in read(records)
+            ]:
                 continue
-            config = module["get_config"]()
-            recipes.override(config, {**module["STUDY"][run], **(changes or {}), "seed": seed})
+            config, own = module["get_config"](), module["STUDY"][run]
+            fixed = {"seed": seed, "evaluation.part": part}
+            recipes.override(config, {**own, **(changes or {}), **fixed})
             made = recipes.run(config, pathlib.Path(workdir) / run.replace(" ", "_") / str(seed))
-            _append(records, record(run, seed, made.results))
+            _append(records, record(run, seed, part, made.results))
     path = folder / f"{name}.md"
     path.write_text(tables(read(records)))
     return path
 
 
-def record(run: str, seed: int, results: Any) -> dict[str, Any]:
+def record(run: str, seed: int, part: str, results: Any) -> dict[str, Any]:
     """Returns what is kept of a run: its rows without the answers to single images."""
     rows = []
     for row in results.rows:
@@ -82,8 +90,9 @@ def record(run: str, seed: int, results: Any) -> dict[str, Any]:
     return {
         "run": run,
         "seed": seed,
+        "part": part,
         "rows": rows,
-        "images": results.dataset["sizes"]["test"],
+        "images": results.dataset["sizes"][part],
         "seconds": round(sum(results.seconds.values())),
         "date": results.environment["date"],
         "machine": results.environment["machine"],
@@ -103,7 +112,7 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
     Example:
       >>> row = {'name': 'parent', 'role': 'parent', 'accuracy': 0.9, 'macs': 4e6, 'bops': 4e9}
       >>> row |= {'parameters_total': 1e5, 'files': {'onnx': {'bytes': 4e5, 'accuracy': 0.9}}}
-      >>> own = {'run': 'a', 'seconds': 60, 'images': 10, 'rows': [row]}
+      >>> own = {'run': 'a', 'part': 'test', 'seconds': 60, 'images': 10, 'rows': [row]}
       >>> print(tables([own | {'seed': 0}, own | {'seed': 1}]))
       ## a
       <BLANKLINE>
@@ -114,18 +123,18 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
       | parent | 90.00 ± 0.00 | 0.00 ± 0.00 | 1.00 | 1.00 | 1.00 |
       <BLANKLINE>
     """
-    runs: dict[str, list[Mapping[str, Any]]] = {}
+    runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for own in records:
-        runs.setdefault(own["run"], []).append(own)
-    return "\n".join(_table(name, own) for name, own in runs.items())
+        runs.setdefault((own["run"], own["part"]), []).append(own)
+    return "\n".join(_table(*key, own) for key, own in runs.items())
 
 
-def _table(name, records):
+def _table(name, part, records):
     seeds = ", ".join(str(own["seed"]) for own in records)
     minutes = round(np.mean([own["seconds"] for own in records]) / 60)
     lines = [
         f"## {name}\n",
-        f"Seeds {seeds}; {records[0]['images']:,} test images; {minutes} min a run.\n",
+        f"Seeds {seeds}; {records[0]['images']:,} {part} images; {minutes} min a run.\n",
         "| model | accuracy | Δ | ÷ MACs | ÷ BOPs | ÷ bytes |",
         "|:--|--:|--:|--:|--:|--:|",
     ]
@@ -194,6 +203,7 @@ def _define(values):
     flags.DEFINE_string("workdir", "", "Directory of the runs.", flag_values=values)
     flags.DEFINE_list("only", [], "Runs, by name.", flag_values=values)
     flags.DEFINE_list("seeds", [], "Seeds in place of the study's.", flag_values=values)
+    flags.DEFINE_bool("test", False, "Test images judge the runs.", flag_values=values)
     flags.DEFINE_bool("tables", False, "Write the tables alone.", flag_values=values)
     command.define_cache(values)
 
@@ -204,15 +214,15 @@ def _study(argv):
     command.required(values, "config", *(() if values.tables else ("workdir",)))
     if values.tables:
         _, name = _module(values.config)
-        folder = pathlib.Path(configs.__file__).parent / "results"
-        (folder / f"{name}.md").write_text(tables(read(folder / f"{name}.jsonl")))
+        (RESULTS / f"{name}.md").write_text(tables(read(RESULTS / f"{name}.jsonl")))
         return
     from launch import compilation
 
     compilation.set_up(values.compilation_cache)
     seeds = [int(seed) for seed in values.seeds]
     changes = recipes.flag_values(overrides)
-    print("tables:", main(values.config, values.workdir, changes, values.only, seeds))
+    path = main(values.config, values.workdir, changes, values.only, seeds, test=values.test)
+    print("tables:", path)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def write(
     pairs of calls. Beside the files lies input.json: what they take, and the names of the classes.
     All files of a target are run on the same images: the first ones where all would take too long.
     """
-    test = task.splits.test.images
+    test = task.judged.images
     most = min(len(test), max(1, MEMORY // (4 * math.prod(test.shape[1:]))))
     loops = int(
         LOOPS // max(row.macs_worst or row.macs or 1 for row in rows if row.name in shipped)
@@ -101,7 +101,7 @@ def preprocessing(task: Task) -> dict[str, Any]:
 
 def _file(task: Task, artifact: str, manifest: Mapping[str, Any], checked: deploy.Check) -> File:
     times = checked.latencies[1]
-    test = data.Arrays(*(part[: checked.count] for part in task.splits.test))
+    test = data.Arrays(*(part[: checked.count] for part in task.judged))
     return File(
         artifact,
         bytes=checked.bytes,

@@ -196,6 +196,7 @@ def prepare(
         config.seed,
         config.checkpoint_every,
         config.evaluation.batch_size,
+        config.evaluation.part,
         given=not isinstance(network, nn.Module),
         labelled=labelled,
     )

@@ -37,7 +37,7 @@ def evaluate(task: Task, state: State, k: int = 2) -> Evaluated:
     """Returns the rows of everything that a run has made; `k` is that of the top-k mixture."""
     found = _Rows(task)
     dense = state.parent
-    outputs = task.outputs(dense.cut.network.predict, dense.cut.variables, task.splits.test)
+    outputs = task.outputs(dense.cut.network.predict, dense.cut.variables, task.judged)
     found.add("parent", "parent", outputs, cost_of(dense), program=dense.cut.program)
     if not _is_int8(state):
         int8 = int8_parent(task, state)
@@ -73,7 +73,7 @@ class _Rows:
 
     def add(self, name, role, outputs, price, program=None, **more):
         """Adds a row of outputs on the test images, and of what it costs."""
-        test = self.task.splits.test
+        test = self.task.judged
         score = self.task.score(outputs, test)
         costs = price if isinstance(price, dict) else _price(price)
         whole = self.task.objective.metric == "accuracy" and score.dtype == bool
@@ -88,13 +88,13 @@ class _Rows:
 
     def add_model(self, name, role, model, **more):
         """Adds a row of a deployed model."""
-        outputs = self.task.outputs(model.fn, model.params, self.task.splits.test)
+        outputs = self.task.outputs(model.fn, model.params, self.task.judged)
         self.add(name, role, outputs, cost_of(model), model.encoded(), **more)
 
 
 def _mixture(found: _Rows, task: Task, state: State, k: int) -> None:
     """Adds the experts, what chooses among them, and the controls that take no training."""
-    test, made = task.splits.test, state.experts
+    test, made = task.judged, state.experts
     outputs = np.stack([task.outputs(model.fn, model.params, test) for model in made])
     prices, programs = [cost_of(model) for model in made], [model.encoded() for model in made]
     best, source = best_expert(task, state)
@@ -210,7 +210,7 @@ def _confusion(outputs: np.ndarray, labels: np.ndarray) -> list[list[int]]:
 
 def _gate_use(task: Task, gate_logits: jax.Array) -> dict[str, Any]:
     """How the top-1 mixture uses its experts, by class and in all, and whether it has collapsed."""
-    chosen, test = experts.top_k(1)(gate_logits).weights, task.splits.test
+    chosen, test = experts.top_k(1)(gate_logits).weights, task.judged
     share = experts.usage(chosen)
     use = {"share": share.tolist(), "entropy": float(experts.usage_entropy(share))}
     use |= {"collapsed": bool(experts.collapsed(share))}

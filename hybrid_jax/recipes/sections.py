@@ -301,8 +301,13 @@ class Deploy:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How the test images are evaluated, and latencies taken."""
+    """How what was made is evaluated, and latencies taken."""
 
+    part: Annotated[
+        str,
+        Choice(("test", "validation")),
+        "The images that judge it; those of test are to be read once, at the end.",
+    ] = "test"
     batch_size: Annotated[Batch, "Images in each batch."] = 256
     latency_calls: Annotated[int, Integer(1, 100_000), "Pairs of calls for each latency."] = 50
 

@@ -32,6 +32,7 @@ class Task:
       seed: Of everything that is drawn.
       checkpoint_every: Steps that a run that is stopped loses at most.
       batch_size: Of evaluation.
+      judged_on: The part of `splits` that judges what was made.
       given: Whether the network came with its weights.
       labelled: Whether labels came with the images, and are not what the network says of them.
     """
@@ -44,8 +45,14 @@ class Task:
     seed: int = 0
     checkpoint_every: int = 500
     batch_size: int = 256
+    judged_on: str = "test"
     given: bool = True
     labelled: bool = True
+
+    @property
+    def judged(self) -> data.Arrays:
+        """The images that everything which was made is judged by: those of `judged_on`."""
+        return getattr(self.splits, self.judged_on)
 
     def key(self, name: str) -> jax.Array:
         """Returns the random key of the stage `name`."""
