@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hybrid_jax import core, pruning
+from hybrid_jax import contrib, core, pruning
 
 TINY = 1e-6
 
@@ -99,6 +99,24 @@ def test_greedy_is_exhaustive_search_at_each_step(seed):
             last = max(last, tried[i] - loss)
             kept[i], loss = False, tried[i]
             np.testing.assert_allclose(scores[i, o], last, rtol=1e-3, atol=1e-5)
+
+
+def test_compensation_helps_every_layer(digits, digits_grams, layer_errors):
+    kernels = core.trace(digits.fn, digits.params, digits.images[:1]).kernels
+    plain_scores = pruning.magnitude(kernels, digits.params)
+    for granularity in (pruning.unstructured(), None):
+        if granularity is None:  # 2:4 where C is a multiple of 4
+            granularity, exempt = contrib.n_m(kernels, 2, 4), [".*(stem|depthwise).*"]
+        else:
+            exempt = []
+        masks = pruning.masks(plain_scores, 0.5, granularity, exempt=exempt)
+        moved = pruning.compensate(digits.params, masks, digits_grams)
+        before = layer_errors(pruning.apply_masks(digits.params, masks))
+        after = layer_errors(moved)
+        for path, mask in core.flatten_paths(masks).items():
+            if not core.is_masked_node(mask):
+                assert after[path] < 0.95 * before[path], path
+                assert not np.any(np.asarray(core.flatten_paths(moved)[path])[~np.asarray(mask)])
 
 
 def test_full_obs_is_better_than_compensated_magnitude(digits, digits_grams, layer_errors):

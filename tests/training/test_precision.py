@@ -1,10 +1,11 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import models, training
+from hybrid_jax import models, pruning, training
 
 IMAGES = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
 BATCH = {"image": IMAGES, "label": jnp.arange(8, dtype=jnp.int32) % 4}
@@ -63,3 +64,29 @@ def test_integers_are_not_touched_and_other_dtypes_refused(network):
     assert logits.tolist() == [[1, 1]]
     with pytest.raises(ValueError, match=r"dtype must be a floating one, got .*int8"):
         training.compute_in(forward, jnp.int8)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """`optax.MultiSteps` around held masks: two halves of a batch move the weights as all of it."""
+    module = nn.Dense(3)
+    images = jax.random.normal(jax.random.key(0), (8, 5))
+    params = module.init(jax.random.key(1), images)
+    masks = pruning.masks(params, 0.5)
+    params = pruning.apply_masks(params, masks)
+    labels = jnp.arange(8, dtype=jnp.int32) % 3
+    loss = training.loss_of(lambda p, s, x, key: (module.apply(p, x), s), training.classification())
+    tx = pruning.hold_masks(optax.adam(0.1), masks)
+
+    def trained(tx, batches):
+        state = training.create_state(params, {}, tx, jax.random.key(0))
+        step = training.make_step(loss)
+        for part in batches:
+            state, _ = step(state, {"image": images[part], "label": labels[part]})
+        return state.params
+
+    want = trained(tx, [slice(0, 8)] * 3)
+    halves = [slice(0, 4), slice(4, 8)] * 3
+    got = trained(optax.MultiSteps(tx, every_k_schedule=2), halves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    kept = got["params"]["kernel"] != 0
+    np.testing.assert_array_equal(kept, masks["params"]["kernel"])
