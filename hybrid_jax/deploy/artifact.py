@@ -10,8 +10,6 @@ from typing import Any
 
 from hybrid_jax import core
 
-MANIFEST_SUFFIX = ".json"
-
 
 def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes `data` to `path` and its manifest to `path` + '.json'; returns the manifest.
@@ -26,23 +24,7 @@ def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[s
 
 
 def read(path: str | os.PathLike, kind: str | None = None) -> tuple[bytes, dict[str, Any]]:
-    """Reads what `write` wrote, checked against its manifest: the contents and the manifest.
-
-    Raises:
-      FileNotFoundError: If the file or its manifest is missing.
-      ValueError: If the manifest is no manifest or of another kind than the one that is wanted, or
-        size or checksum differ from it.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = write(f'{folder}/model', b'abc', {})
-      ...     _ = pathlib.Path(f'{folder}/model').write_bytes(b'abd')
-      ...     read(f'{folder}/model')  # doctest: +ELLIPSIS
-      Traceback (most recent call last):
-      ...
-      ValueError: ...model must have sha256 ba7816bf..., got a52d159f...; it was changed ...
-    """
+    """Reads what `write` wrote, checked against its manifest: the contents and the manifest."""
     path = pathlib.Path(path)
     beside = manifest_path(path)
     data, text = path.read_bytes(), beside.read_bytes()
@@ -90,5 +72,4 @@ def end_names(
 
 def manifest_path(path: str | os.PathLike) -> pathlib.Path:
     """Where the manifest of `path` lies: beside it, with '.json' behind its name."""
-    path = pathlib.Path(path)
-    return path.with_name(path.name + MANIFEST_SUFFIX)
+    return pathlib.Path(f"{os.fspath(path)}.json")

@@ -24,21 +24,10 @@ def export_c(
     name: str = "model",
     pack: bool = True,
 ) -> dict[str, Any]:
-    """Writes `to_c(program, name, pack)` to a file with a manifest beside it.
+    """Writes `to_c(program, name, pack)` to a file, usually '….c'; returns the manifest beside it.
 
-    Args:
-      path: Target, usually '….c'.
-      program: As for `to_c`.
-      name: As for `to_c`.
-      pack: As for `to_c`.
-
-    Returns:
-      The manifest; `flash` and `ram` are the bytes that the file needs on a 32-bit microcontroller,
-      as `to_c` counts them, `kernel_bits` the bits in which its kernels lie there.
-
-    Raises:
-      ValueError: As `to_c`.
-      OSError: If it cannot be written; what was there before stays.
+    `flash` and `ram` are the bytes that the file needs on a 32-bit microcontroller, as `to_c`
+    counts them, `kernel_bits` the bits in which its kernels lie there.
     """
     code = _write(program, name, pack)
     facts = {
@@ -64,16 +53,10 @@ def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) 
     and `<NAME>_RAM`. Compiled with `<NAME>_MAIN` defined it is a program that maps inputs on its
     standard input to outputs on its standard output, and prints what it needs.
 
-    Args:
-      program: In floats, in integers or mixed. The parts of a choice run one after another in the
-        same memory.
-      name: A C identifier that starts with a letter.
-      pack: Whether the integer weights of a layer of up to 4 bits lie two to a byte; they are
-        unpacked one kernel at a time, which takes the RAM of one, and a tenth to a quarter of the
-        time more where a layer has few positions (8×8 images).
-
-    Raises:
-      ValueError: If the name is none, or an operation is not one that a device has.
+    The parts of a choice run one after another in the same memory. With `pack` the integer weights
+    of a layer of up to 4 bits lie two to a byte; they are unpacked one kernel at a time, which
+    takes the RAM of one, and a tenth to a quarter of the time more where a layer has few positions
+    (8×8 images).
 
     Example:
       >>> import numpy as np
@@ -122,24 +105,27 @@ def _write(program, name, pack):
     statements = "".join([*(body.text for body in bodies), choice])
     kernels = _called(statements)
     ram = -(-max(body.ram for body in bodies) // 4) * 4  # it is aligned to floats
-    text = (
-        _environment()
-        .get_template("model.c.jinja")
-        .render(
-            name=name,
-            upper=name.upper(),
-            inputs=inputs,
-            outputs=outputs,
-            signature=_signature(inputs, outputs),
-            signatures=[_signature(*pair) for pair in ends],
-            choice=choice,
-            flash=constants.flash,
-            ram=ram,
-            math=re.search(_MATH, "".join([statements, *kernels])),
-            kernels=kernels,
-            constants=[text for _, text in constants.declarations.values()],
-            bodies=[body.text for body in bodies],
-        )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hybrid_jax.deploy", ""),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = environment.get_template("model.c.jinja").render(
+        name=name,
+        upper=name.upper(),
+        inputs=inputs,
+        outputs=outputs,
+        signature=_signature(inputs, outputs),
+        signatures=[_signature(*pair) for pair in ends],
+        choice=choice,
+        flash=constants.flash,
+        ram=ram,
+        math=re.search(_MATH, "".join([statements, *kernels])),
+        kernels=kernels,
+        constants=[text for _, text in constants.declarations.values()],
+        bodies=[body.text for body in bodies],
     )
     bits = sorted(set().union(*(body.kernel_bits for body in bodies)))
     return _Code(text, constants.flash, ram, bits, inputs, outputs)
@@ -163,7 +149,6 @@ def _mixture(program):
 
 
 def _cascade(program):
-    """One part after the other, until one is sure."""
     last = len(program.stages) - 1
     ask = "part_{}(input, output, &unsure);\nif (!unsure) {{\n    return;\n}}"
     asked = [ask.format(i) for i in range(last)]
@@ -183,16 +168,6 @@ def _signature(inputs, outputs):
             *(f"const {argument.type} *{argument.name}" for argument in inputs),
             *(f"{argument.type} *{argument.name}" for argument in outputs),
         ]
-    )
-
-
-def _environment():
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("hybrid_jax.deploy", ""),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
     )
 
 

@@ -9,19 +9,12 @@ from hybrid_jax.deploy import artifact, c_text
 
 
 class Argument(NamedTuple):
-    """An array of one example, row by row.
+    """An array of one example, row by row."""
 
-    Attributes:
-      name: In C: 'input' or 'output', of several with the name of the edge behind it.
-      dtype: Of its entries.
-      shape: Without the batch.
-      order: Where the channels of an image are, as a remark; empty of what is none.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    order: str = ""
+    name: str  # in C: 'input' or 'output', of several with the name of the edge behind it
+    dtype: str  # of its entries
+    shape: tuple[int, ...]  # without the batch
+    order: str = ""  # where the channels of an image are, as a remark; empty of what is none
 
     @property
     def type(self) -> str:
@@ -42,15 +35,11 @@ class Argument(NamedTuple):
 
 def inputs(program: p.Program) -> list[Argument]:
     """One for each input: uint8 where the traced function takes that, else float32."""
-    names, _ = _names(program)
+    (names, _), tensors = _names(program), program.tensors
+    dtypes = ["uint8" if tensors[edge].dtype == "uint8" else "float32" for edge in program.inputs]
     return [
-        Argument(
-            name,
-            "uint8" if program.tensors[edge].dtype == "uint8" else "float32",
-            program.tensors[edge].shape,
-            _order(program, edge),
-        )
-        for name, edge in zip(names, program.inputs, strict=True)
+        Argument(name, dtype, tensors[edge].shape, _order(program, edge))
+        for name, edge, dtype in zip(names, program.inputs, dtypes, strict=True)
     ]
 
 
@@ -65,7 +54,6 @@ def outputs(program: p.Program) -> list[Argument]:
 
 
 def _names(program):
-    """Those of the inputs, and of the outputs."""
     alone, several = ("input", "output"), ("input_", "output_")
     return artifact.end_names(program.inputs, program.outputs, alone, several)
 

@@ -14,21 +14,13 @@ _MOST = np.finfo(np.float32).max
 
 
 class Context(NamedTuple):
-    """A program on its way to C.
+    """A program on its way to C."""
 
-    Attributes:
-      program: As `stored` makes it.
-      inputs: What the function takes, in the program's order.
-      outputs: What it fills, alike.
-      constants: Takes up what statements refer to.
-      plan: Where its tensors lie.
-    """
-
-    program: p.Program
-    inputs: list[c_arguments.Argument]
-    outputs: list[c_arguments.Argument]
-    constants: c_text.Constants
-    plan: memory.Plan
+    program: p.Program  # as `stored` makes it
+    inputs: list[c_arguments.Argument]  # what the function takes, in the program's order
+    outputs: list[c_arguments.Argument]  # what it fills, alike
+    constants: c_text.Constants  # takes up what statements refer to
+    plan: memory.Plan  # where its tensors lie
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an edge, without the batch."""

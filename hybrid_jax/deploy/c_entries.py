@@ -26,7 +26,6 @@ EQUAL = "{y} = {x}"
 
 
 def two(op: p.Add | p.Multiply | p.Maximum, context: Context) -> str:
-    """Two tensors, lengths of 1 broadcast."""
     names = dict(zip("ab", op.inputs, strict=True))
     shape, operands = context.shape(op.output), {"y": context.operand(op.output)}
     for letter, name in names.items():
@@ -54,7 +53,6 @@ def _of_two(op, context):
 
 
 def clip(op: p.Clip, context: Context) -> str:
-    """Between bounds."""
     encoding, output = context.encoding(op.inputs[0]), context.encoding(op.output)
     bounds = op.low, op.high
     if output is None:
@@ -68,7 +66,6 @@ def clip(op: p.Clip, context: Context) -> str:
 
 
 def convert(op: p.Convert, context: Context) -> str:
-    """In another encoding; nothing where it is the same, as the result lies where the input is."""
     if memory.is_view(context.program, op):
         return ""
     value = converted("{x}", context.encoding(op.inputs[0]), context.encoding(op.output))
@@ -76,7 +73,6 @@ def convert(op: p.Convert, context: Context) -> str:
 
 
 def concatenate(op: p.Concatenate, context: Context) -> str:
-    """One after the other."""
     y, texts, start = context.operand(op.output), [], 0
     for name in op.inputs:
         shape, x = context.shape(name), context.operand(name)
@@ -88,25 +84,21 @@ def concatenate(op: p.Concatenate, context: Context) -> str:
 
 
 def transpose(op: p.Transpose, context: Context) -> str:
-    """Axes in another order."""
     return _moved(op, context, x=context.operand(op.inputs[0]).axes(op.permutation))
 
 
 def broadcast(op: p.Broadcast, context: Context) -> str:
-    """Lengths of 1 repeated."""
     (name,) = op.inputs
     return _moved(op, context, x=context.operand(name).repeated(context.shape(name)))
 
 
 def slices(op: p.Slice, context: Context) -> str:
-    """Every so many entries."""
     x = context.operand(op.inputs[0]).shifted(op.starts)
     strides = (s * step for s, step in zip(x.strides, op.strides, strict=True))
     return _moved(op, context, x=x._replace(strides=tuple(strides)))
 
 
 def gather(op: p.Gather, context: Context) -> str:
-    """Entries of some indices; they are constants where they are not evenly apart."""
     x, y = context.pair(op).values()
     axis, indices, step = op.axis, op.indices, x.strides[op.axis]
     apart = {after - before for before, after in itertools.pairwise(indices)}
@@ -128,7 +120,6 @@ def gather(op: p.Gather, context: Context) -> str:
 
 
 def pad(op: p.Pad, context: Context) -> str:
-    """A value around the values; negative padding cuts off."""
     x, y = context.pair(op).values()
     fill = c_text.literal(op.fill(context.encoding(op.output)))
     whole = c_text.each(context.shape(op.output), {"y": y}, f"{{y}} = {fill}")
@@ -148,7 +139,6 @@ def _moved(op, context, statement=EQUAL, x=None):
 
 
 def mean(op: p.Mean, context: Context) -> str:
-    """The mean over axes."""
     (name,) = op.inputs
     encoding, output = context.encoding(name), context.encoding(op.output)
     count = op.count(context.shape(name))
@@ -160,7 +150,6 @@ def mean(op: p.Mean, context: Context) -> str:
 
 
 def largest(op: p.Largest, context: Context) -> str:
-    """The largest over axes."""
     if context.in_floats(op):
         start, pick = "float most = {x}", "most = larger({x}, most)"
     else:
@@ -194,7 +183,6 @@ def _over(there, whole, shape, axes):
 
 
 def softmax(op: p.Softmax, context: Context) -> str:
-    """exp(x − most), divided by its sum."""
     axis = op.axis % len(context.shape(op.output))
     lines = (
         "float most = {x};",
@@ -207,7 +195,6 @@ def softmax(op: p.Softmax, context: Context) -> str:
 
 
 def normalize(op: p.Normalize, context: Context) -> str:
-    """Centred, and divided by the deviation."""
     count = math.prod(context.shape(op.output)[axis] for axis in op.axes)
     epsilon = c_text.literal(np.float32(op.epsilon))
     lines = (
@@ -242,7 +229,6 @@ def _along(op, context, axes, lines):
 
 
 def matmul(op: p.MatMul, context: Context) -> str:
-    """(…, M, K) by (…, K, N)."""
     a, b, y = (context.operand(name) for name in (*op.inputs, op.output))
     encodings = [context.encoding(name) for name in op.inputs]
     output, inner = context.encoding(op.output), context.shape(op.inputs[0])[-1]

@@ -90,8 +90,6 @@ def _number(value):
 
 
 def _dtypes(op):
-    """Of inputs, constants and steps."""
-
     def every(*inputs):
         made = [*inputs, *map(jnp.asarray, op.constants)]
         for step in op.steps:

@@ -22,15 +22,9 @@ class Body(NamedTuple):
 
 
 def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
-    """The statements that compute the outputs of a program from its inputs.
+    """The statements that compute the outputs of a program from its inputs, with their `constants`.
 
-    Args:
-      program: In floats, in integers or mixed.
-      constants: Takes up what the statements refer to.
-      pack: Whether integer weights of up to 4 bits lie two to a byte.
-
-    Raises:
-      ValueError: If an operation is not one of the device, or its edges are stored in part.
+    With `pack` integer weights of up to 4 bits lie two to a byte.
     """
     inputs, outputs = c_arguments.inputs(program), c_arguments.outputs(program)
     program = c_context.stored(program)

@@ -21,15 +21,11 @@ TYPES = {
 
 @dataclasses.dataclass
 class Constants:
-    """What lies in flash: arrays, equal ones once, and the fields of descriptors.
+    """What lies in flash: arrays, equal ones once, and the fields of descriptors."""
 
-    Attributes:
-      declarations: {(type, contents): (name, declaration)}.
-      flash: Bytes, with words of 32 bits.
-    """
-
+    # {(type, contents): (name, declaration)}
     declarations: dict[tuple[str, bytes], tuple[str, str]] = dataclasses.field(default_factory=dict)
-    flash: int = 0
+    flash: int = 0  # bytes, with words of 32 bits
 
     def array(self, kind: str, values: np.ndarray) -> str:
         """The name of a constant array."""
@@ -55,28 +51,16 @@ class Constants:
 
 
 class Operand(NamedTuple):
-    """Entry (i, j, …) is array[offset + i · strides[0] + j · strides[1] + …].
+    """Entry (i, j, …) is array[offset + i · strides[0] + j · strides[1] + …]."""
 
-    Attributes:
-      array: A C expression.
-      offset: In entries.
-      strides: One for each axis.
-      terms: What the indices of loops around add to the offset.
-    """
-
-    array: str
-    offset: int
-    strides: tuple[int, ...]
-    terms: tuple[str, ...] = ()
+    array: str  # A C expression
+    offset: int  # in entries
+    strides: tuple[int, ...]  # one for each axis
+    terms: tuple[str, ...] = ()  # what the indices of loops around add to the offset
 
     @classmethod
     def whole(cls, array: str, offset: int, shape: Sequence[int]) -> "Operand":
-        """A tensor that lies row by row.
-
-        Example:
-          >>> Operand.whole('arena', 5, (2, 3, 4)).strides
-          (12, 4, 1)
-        """
+        """A tensor that lies row by row."""
         strides = (math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return cls(array, offset, tuple(strides))
 
@@ -119,12 +103,9 @@ def each(
 ) -> str:
     """Loops over every index of `shape`, axes that step alike made one.
 
-    Args:
-      shape: How far each index goes.
-      operands: {letter: tensor}.
-      body: A statement with '{letter}' for the entry at the index, without semicolon; or what makes
-        statements of {letter: the operand there, without axes}.
-      index: Letter of the indices, another one inside of other loops.
+    `operands` are {letter: tensor}, `body` a statement with '{letter}' for the entry at the index,
+    without semicolon, or what makes statements of {letter: the operand there, without axes}.
+    `index` is the letter of the indices, another one inside of other loops.
 
     Example:
       >>> x, y = Operand('in', 3, (8, 1)), Operand.whole('out', 0, (2, 4))
@@ -164,12 +145,7 @@ def block(*lines: str) -> str:
 
 
 def comment(text: str) -> str:
-    """Text that is printable and cannot end its comment.
-
-    Example:
-      >>> comment('stem */ größe')
-      '/* stem .. gr..e */'
-    """
+    """Text that is printable and cannot end its comment."""
     return f"/* {re.sub(r'[^ -~]|[*/]', '.', text)} */"
 
 

@@ -16,7 +16,6 @@ _ONE = p.Encoding(1.0)
 
 
 def weighted(op: p.Conv | p.Dense, context: Context) -> str:
-    """A convolution or dense layer."""
     if context.in_floats(op):
         return _weighted_floats(op, context)
     (x,), y, weights = op.inputs, op.output, op.weights
@@ -66,7 +65,6 @@ def _pack(rows):
 
 
 def max_pool(op: p.MaxPool, context: Context) -> str:
-    """The largest of each window."""
     if context.in_floats(op):
         return _windows(op, context, "-INFINITY", "value = larger({x}, value)", "value")
     return c_text.block(
@@ -76,7 +74,6 @@ def max_pool(op: p.MaxPool, context: Context) -> str:
 
 
 def average_pool(op: p.AveragePool, context: Context) -> str:
-    """The mean of each window."""
     (x,), (height, width) = op.inputs, op.window
     count = height * width if op.count_padding else 0
     if context.in_floats(op):

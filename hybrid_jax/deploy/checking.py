@@ -14,27 +14,17 @@ from hybrid_jax.deploy.timing import Latency, latency
 
 
 class Check(NamedTuple):
-    """How an exported file compares with its model, and with the dense one in the same runtime.
+    """How an exported file compares with its model, and with the dense one in the same runtime."""
 
-    Attributes:
-      target: Of `TARGETS`.
-      bytes: Of the file; of C what its constants take, as the file is text.
-      dense_bytes: Of the dense model's, alike.
-      max_difference: Largest absolute difference of an output from those expected.
-      agreement: Share of inputs with the same top-1 class, in [0, 1]; NaN names no class.
-      count: Number of inputs compared.
-      latencies: {batch size: times, in seconds, and their ratio to the dense model's}.
-      outputs: (n, …), those of the file.
-    """
-
-    target: str
-    bytes: int
-    dense_bytes: int
-    max_difference: float
-    agreement: float
-    count: int
+    target: str  # of `TARGETS`
+    bytes: int  # of the file; of C what its constants take, as the file is text
+    dense_bytes: int  # of the dense model's, alike
+    max_difference: float  # largest absolute difference of an output from those expected
+    agreement: float  # share of inputs with the same top-1 class, in [0, 1]; NaN names no class
+    count: int  # number of inputs compared
+    # {batch size: times, in seconds, and their ratio to the dense model's}
     latencies: Mapping[int, Latency]
-    outputs: np.ndarray
+    outputs: np.ndarray  # (n, …), those of the file
 
     @property
     def larger(self) -> bool:
@@ -58,16 +48,6 @@ def export_to(
     Raises:
       ValueError: If the target cannot express the program.
       ImportError: If what the target needs is not installed; names the extra.
-
-    Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax import program as p
-      >>> program = p.lower(lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     manifest = export_to('stablehlo', f'{folder}/model.stablehlo', program)
-      >>> manifest['inputs']
-      [{'shape': ['b', 2], 'dtype': 'float32'}]
     """
     core.check_choice("target", target, TARGETS)
     if not isinstance(program, p.Program | p.Choice):
@@ -92,17 +72,10 @@ def check(
     """Runs an exported file in its target's runtime, beside the dense float model's.
 
     It is opened as a user opens it: no option is set that the file does not carry, but for the
-    number of threads where times are taken.
-
-    Args:
-      target: Of `TARGETS`.
-      path: What `export_to` wrote.
-      dense_path: What it wrote of the dense float model, for the same target.
-      x: (n, …), real inputs, as the program takes them.
-      expected: (n, …), the outputs of the model that was exported.
-      batches: Batch sizes to time; each at most n.
-      threads: That the runtime may use while it is timed. XLA's are those of the process.
-      pairs: How many pairs are timed at each batch size.
+    number of `threads` where times are taken (XLA's are those of the process). `path` and
+    `dense_path` are what `export_to` wrote of the model and of the dense float one, `x` (n, …) real
+    inputs and `expected` (n, …) the outputs of the model for them. `pairs` are timed at each of the
+    batch sizes.
     """
     core.check_choice("target", target, TARGETS)
     x, expected = np.asarray(x), np.asarray(expected)

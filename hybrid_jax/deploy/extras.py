@@ -5,17 +5,7 @@ from typing import Any
 
 
 def require(name: str, extra: str) -> Any:
-    """Imports an optional module.
-
-    Raises:
-      ImportError: If it is not there, with the extra that it comes with.
-
-    Example:
-      >>> require('no_such_module', 'onnx')
-      Traceback (most recent call last):
-      ...
-      ImportError: no_such_module is not installed; `pip install 'hybrid_jax[onnx]'` brings it
-    """
+    """Imports an optional module, or raises ImportError with the extra that it comes with."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -43,23 +43,12 @@ _PROGRAM, _GATE, _EXPERT, _STAGE = "serving_default", "gate", "expert_{}", "stag
 def to_litert(program: p.Program | p.Choice) -> bytes:
     """A flatbuffer of the program, for one image or, once its inputs are resized, for any number.
 
-    Its signature is 'serving_default', from 'x' to 'y'; several inputs or outputs are named as the
-    edges are, with '_' for what stands in no name. A choice has a signature for each part: who runs
-    a mixture calls 'gate', and then of 'expert_0', 'expert_1', … that of its largest output; who
-    runs a cascade calls 'stage_0', and the next one where its second output is true. (Inside a
-    branch of one graph LiteRT would not use XNNPACK.)
-
-    Args:
-      program: In floats, in integers or mixed.
-
-    Returns:
-      The contents of a .tflite file, float32 (1, …) to float32 (1, …), or of the dtypes of the
-      program's ends.
-
-    Raises:
-      ImportError: If the extra `litert` is not installed.
-      ValueError: If LiteRT has not an operation, which is named; or if an accumulator may leave
-        int32.
+    It is float32 (1, …) to float32 (1, …), or of the dtypes of the program's ends. Its signature is
+    'serving_default', from 'x' to 'y'; several inputs or outputs are named as the edges are, with
+    '_' for what stands in no name. A choice has a signature for each part: who runs a mixture calls
+    'gate', and then of 'expert_0', 'expert_1', … that of its largest output; who runs a cascade
+    calls 'stage_0', and the next one where its second output is true. (Inside a branch of one graph
+    LiteRT would not use XNNPACK.)
 
     Example:
       >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
@@ -81,15 +70,10 @@ def to_litert(program: p.Program | p.Choice) -> bytes:
 
 
 def export_litert(path: str | os.PathLike, program: p.Program | p.Choice) -> dict[str, Any]:
-    """Writes `to_litert(program)` to `path` and a manifest to `path` + '.json'.
+    """Writes `to_litert(program)` to `path` and a manifest to `path` + '.json', which is returned.
 
-    Returns:
-      The manifest: kind, litert_converter (its version), signatures, inputs and outputs (lists of
-      shape and dtype, a batch that can be resized written 'b'), kernel_bits, bytes and sha256.
-
-    Raises:
-      ImportError, ValueError: As `to_litert`.
-      OSError: If it cannot be written; what was there stays.
+    It has litert_converter (its version), signatures, inputs and outputs (lists of shape and dtype,
+    a batch that can be resized written 'b') and kernel_bits.
     """
     data = to_litert(program)
     batch = "b" if isinstance(program, p.Program) else 1
@@ -117,20 +101,10 @@ def litert_session(
 ) -> Callable[..., Any]:
     """A flatbuffer as a function, run by LiteRT's interpreter on its XNNPACK kernels.
 
-    Args:
-      file: What `to_litert` returned, or the path of what `export_litert` wrote.
-      batch: Images of one call of the interpreter; 1 for a choice.
-      threads: That the interpreter may use; None leaves it to the runtime.
-
-    Returns:
-      fn(*inputs) -> outputs, as `program.run` returns them, (n · batch, …) to (n · batch, …). A NaN
-      in the output of a gate makes the result of its image NaN.
-
-    Raises:
-      ImportError: If the extra `litert` is not installed.
-      FileNotFoundError: If the file or its manifest is missing.
-      ValueError: If the file is damaged or of another kind, or the batch or the shape of x does
-        not fit.
+    `file` is what `to_litert` returned, or the path of what `export_litert` wrote; a call of the
+    interpreter takes `batch` images, of a choice one, and `threads` are its own choice if None. It
+    is fn(*inputs) -> outputs, as `program.run` returns them, (n · batch, …) to (n · batch, …). A
+    NaN in the output of a gate makes the result of its image NaN.
     """
     core.check_integer("batch", batch, 1)
     interpreter = interpret(file, threads)
@@ -210,7 +184,6 @@ def interpret(file: str | os.PathLike | bytes, threads: int | None = None) -> An
 
 
 def _parts(program):
-    """{signature: program}."""
     if isinstance(program, p.Program):
         return {_PROGRAM: program}
     if isinstance(program, p.Cascade):

@@ -18,19 +18,12 @@ from hybrid_jax.deploy.litert_marks import MARK
 
 
 class Signature(NamedTuple):
-    """A function of a file.
+    """A function of a file."""
 
-    Attributes:
-      function: Marked, fn(*inputs) -> outputs.
-      inputs: {name: dtype and shape of an example}.
-      outputs: Names.
-      longest: The largest number in a shape of an example.
-    """
-
-    function: Callable[..., Any]
-    inputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    function: Callable[..., Any]  # marked, fn(*inputs) -> outputs
+    inputs: Mapping[str, tuple[str, tuple[int, ...]]]  # {name: dtype and shape of an example}
     outputs: Sequence[str]
-    longest: int
+    longest: int  # the largest number in a shape of an example
 
 
 class RefusalError(Exception):
@@ -38,11 +31,7 @@ class RefusalError(Exception):
 
 
 def to_flatbuffer(signatures: Mapping[str, Signature]) -> bytes:
-    """The file of these functions.
-
-    Raises:
-      RefusalError: If the converter takes one of them not.
-    """
+    """The file of these functions, or a RefusalError if the converter takes one of them not."""
     ir, passes, api = (
         require(f"litert_converter.{name}", "litert")
         for name in ("mlir.ir", "mlir.passmanager", "converter_api_ext")
@@ -97,7 +86,6 @@ def _stablehlo(signature):
 
 
 def _all(ir, module):
-    """Its operations."""
     found = []
 
     def visit(operation):
@@ -195,7 +183,6 @@ class _Opening:
         return (np.array(lengths) > 0) & (np.array(lengths) % self.batch == 0)
 
     def _vector(self, operation, values):
-        """A constant, int32."""
         ir = self.ir
         value = ir.DenseElementsAttr.get(np.ascontiguousarray(values, np.int32))
         return self._create(operation, "arith.constant", value.type, [], {"value": value})

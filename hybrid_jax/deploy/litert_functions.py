@@ -16,11 +16,7 @@ from hybrid_jax.program.functions import FIXED, FUNCTIONS
 
 
 def in_floats(op: p.Function, values: Sequence[jax.Array]) -> jax.Array:
-    """The expression of float32 tensors, in steps that the converter takes.
-
-    Raises:
-      ValueError: If LiteRT has no such step.
-    """
+    """The expression of float32 tensors, in steps that the converter takes."""
     last = values[0].ndim - 1
     constants = [c.reshape((1,) * last + c.shape) if c.ndim else c for c in op.constants]
     made = [*values, *constants]
@@ -83,20 +79,6 @@ def _of_bools(name):
     return step
 
 
-def _cbrt(x):
-    return jnp.sign(x) * jnp.power(jnp.abs(x), np.float32(1 / 3))
-
-
-def _atan(x):
-    # With one for each example, which no constant is.
-    return lax.atan2(x, 1 + jnp.minimum(jnp.abs(x), 0))
-
-
-def _rem(x, y):
-    # LiteRT's remainder has the sign of the divisor, C's that of the dividend.
-    return jnp.sign(x) * lax.rem(jnp.abs(x), jnp.abs(y))
-
-
 def _convert(x, new_dtype):
     dtype = np.dtype(new_dtype)
     if dtype.kind not in "iu" or dtype.itemsize > 2 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -109,9 +91,11 @@ def _convert(x, new_dtype):
 STEPS: dict[str, Any] = {
     **{name: functools.partial(function, jnp) for name, function in FUNCTIONS.items()},
     **{name: _of_bools(name) for name in ("and", "or", "xor", "not")},
-    "atan": _atan,
-    "cbrt": _cbrt,
-    "rem": _rem,
+    # With one for each example, which no constant is.
+    "atan": lambda x: lax.atan2(x, 1 + jnp.minimum(jnp.abs(x), 0)),
+    "cbrt": lambda x: jnp.sign(x) * jnp.power(jnp.abs(x), np.float32(1 / 3)),
+    # LiteRT's remainder has the sign of the divisor, C's that of the dividend.
+    "rem": lambda x, y: jnp.sign(x) * lax.rem(jnp.abs(x), jnp.abs(y)),
     "convert_element_type": _convert,
 }
 """{step: how it is written in JAX so that the converter takes it}."""

@@ -23,9 +23,7 @@ Evaluate = Callable[..., jax.Array]
 def marked(program: p.Program, evaluate: Evaluate) -> Callable[..., tuple[jax.Array, ...]]:
     """The program in floats with marks: fn(*inputs) -> outputs, (B, …), for lowering only.
 
-    Args:
-      program: The program.
-      evaluate: evaluate(program, op, values) -> marked value, of each operation.
+    `evaluate(program, op, values)` makes the marked value of each operation.
     """
 
     def fn(*inputs):

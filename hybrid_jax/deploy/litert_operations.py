@@ -36,11 +36,7 @@ class Place(NamedTuple):
 
 
 def evaluate(program: p.Program, op: p.Operation, values: list[jax.Array]) -> jax.Array:
-    """An operation of the program in floats, with a mark on what it makes if that is encoded.
-
-    Raises:
-      ValueError: If LiteRT has no such operation.
-    """
+    """An operation of the program in floats, with a mark on what it makes if that is encoded."""
     made = program.tensors[op.output]
     encodings = [program.encoding(name) for name in op.inputs]
     number = program.operations.index(op)
@@ -159,7 +155,6 @@ def _convert(at, x):
 
 
 def _alike(at, values):
-    """The inputs in the encoding of the result."""
     return [
         mark(_requantized(at, x, encoding), at.output)
         for x, encoding in zip(values, at.encodings, strict=True)

@@ -10,13 +10,7 @@ from hybrid_jax.deploy.onnx_operations import written
 
 
 def of_an_image(onnx: Any, choice: p.Choice, options: dict[str, Any]) -> Any:
-    """The graph of what a choice makes of 'image', without a batch.
-
-    Args:
-      onnx: The module.
-      choice: The choice.
-      options: Of `onnx_graph.Graph`.
-    """
+    """The graph of what a choice makes of 'image', without a batch; `options` are of `Graph`."""
     first = choice.parts[0]
     image, result = first.tensors[first.input], _answer(choice)
     made = CHOICES[type(choice)](onnx, choice, options)

@@ -17,11 +17,7 @@ FLOAT, INT, BOOL = (np.dtype(kind) for kind in ("float32", "int32", "bool"))
 
 
 def expression(graph: Graph, op: p.Function) -> str:
-    """The value of an expression of floats, in floats.
-
-    Raises:
-      ValueError: If ONNX has no form of a step; it is named.
-    """
+    """The value of an expression of floats, in floats; ValueError if ONNX has no form of a step."""
     rank = len(graph.shape(op.output))
     values: list[Typed] = [(graph.floats(name), FLOAT) for name in op.inputs]
     for constant in op.constants:
@@ -57,7 +53,6 @@ def _refusal(step, operands):
 
 
 def _held(dtype):
-    """The dtype that holds another in the file."""
     return {"b": BOOL, "i": INT, "u": INT}.get(np.dtype(dtype).kind, FLOAT)
 
 
@@ -70,16 +65,16 @@ def _wrapped(graph, value, dtype):
     return graph.node("Add", [above, np.int32(limits.min)])
 
 
-def _as(kind: str) -> Callable[..., Typed]:
-    """The rule of a step that is a node, whose result is of its operands' dtype."""
-    return _of(lambda node, *operands: node(kind, *operands))
+def _as(kind: str, result: np.dtype | None = None) -> Callable[..., Typed]:
+    """The rule of a step that is a node; see `_of`."""
+    return _of(lambda node, *operands: node(kind, *operands), result)
 
 
-def _of(write: Callable[..., str]) -> Callable[..., Typed]:
-    """The rule of a step that is nodes, whose result is of its operands' dtype."""
+def _of(write: Callable[..., str], result: np.dtype | None = None) -> Callable[..., Typed]:
+    """The rule of a step that is nodes, whose result is of that dtype or of its operands'."""
 
     def rule(graph, operands, **options):
-        dtype = operands[0][1]
+        dtype = result or operands[0][1]
         names = [name for name, _ in operands]
         made = write(
             lambda kind, *inputs, **more: graph.node(kind, inputs, **more), *names, **options
@@ -87,22 +82,6 @@ def _of(write: Callable[..., str]) -> Callable[..., Typed]:
         return _wrapped(graph, made, dtype), dtype
 
     return rule
-
-
-def _comparison(kind: str) -> Callable[..., Typed]:
-    def rule(graph, operands):
-        return graph.node(kind, [name for name, _ in operands]), BOOL
-
-    return rule
-
-
-def _ne(graph, operands):
-    return graph.node("Not", [graph.node("Equal", [name for name, _ in operands])]), BOOL
-
-
-def _is_finite(graph, operands):
-    ((x, _),) = operands
-    return graph.node("Less", [graph.node("Abs", [x]), np.float32(np.inf)]), BOOL
 
 
 def _log1p(node, x):
@@ -120,10 +99,6 @@ def _expm1(node, x):
     near = node("Div", node("Add", half, half), node("Sub", np.float32(1), half))
     is_near = node("Less", node("Abs", x), np.float32(1))
     return node("Where", is_near, near, node("Sub", node("Exp", x), np.float32(1)))
-
-
-def _cbrt(node, x):
-    return node("Mul", node("Sign", x), node("Pow", node("Abs", x), np.float32(1 / 3)))
 
 
 def _round(node, x, rounding_method):
@@ -200,9 +175,9 @@ _NODES = {
 }
 _STEPS: dict[str, Callable[..., Typed]] = {
     **{name: _as(kind) for name, kind in (_NODES | _LOGIC).items()},
-    **{name: _comparison(kind) for name, kind in _COMPARISONS.items()},
-    "ne": _ne,
-    "is_finite": _is_finite,
+    **{name: _as(kind, BOOL) for name, kind in _COMPARISONS.items()},
+    "ne": _of(lambda node, x, y: node("Not", node("Equal", x, y)), BOOL),
+    "is_finite": _of(lambda node, x: node("Less", node("Abs", x), np.float32(np.inf)), BOOL),
     "rsqrt": _of(lambda node, x: node("Reciprocal", node("Sqrt", x))),
     "square": _of(lambda node, x: node("Mul", x, x)),
     "exp2": _of(lambda node, x: node("Pow", np.float32(2), x)),
@@ -211,7 +186,9 @@ _STEPS: dict[str, Callable[..., Typed]] = {
     "clamp": _of(lambda node, low, x, high: node("Min", node("Max", x, low), high)),
     "log1p": _of(_log1p),
     "expm1": _of(_expm1),
-    "cbrt": _of(_cbrt),
+    "cbrt": _of(
+        lambda node, x: node("Mul", node("Sign", x), node("Pow", node("Abs", x), np.float32(1 / 3)))
+    ),
     "round": _of(_round),
     "integer_pow": _integer_pow,
     "select_n": _select,

@@ -17,22 +17,17 @@ class Graph:
     """The nodes and constants that make a program's tensors.
 
     A tensor is stored as uint8 where it is encoded, and channels first where it has three axes.
-    Values are named by numbers, as names of words are half of a small network's file, and equal
-    constants are one, as are equal nodes; those of layers are named after their sites.
-
-    Args:
-      onnx: The module.
-      program: The program.
-      inputs: Names of the values that are its inputs, (N, …) in the program's order of axes.
-      prefix: Of every name that is made.
-      vnni: Whether all kernels of integers are int8.
-      opset: Version of ONNX's operations.
+    Values are named by numbers behind `prefix`, as names of words are half of a small network's
+    file, and equal constants are one, as are equal nodes; those of layers are named after their
+    sites.
 
     Attributes:
-      stored: {tensor: name of the value that holds it}.
+      stored: {tensor: name of the value that holds it}; at first `inputs`, (N, …) in the program's
+        order of axes.
       bytes: {input: its value} of what comes as uint8.
       single: Tensors that have a batch of one, as they are of constants alone.
-      vnni, opset: As given.
+      vnni: Whether all kernels of integers are int8.
+      opset: Version of ONNX's operations.
     """
 
     def __init__(
@@ -102,13 +97,7 @@ class Graph:
         return self.node("QuantizeLinear", [value, *_parameters(encoding)])
 
     def store(self, value: str, op: p.Operation, within: tuple[Any, Any] = WHOLE) -> str:
-        """Floats as the operation's output is stored, clipped.
-
-        Args:
-          value: The floats.
-          op: The operation.
-          within: The bounds that integers behind a QuantizeLinear are taken to keep.
-        """
+        """Floats as the operation's output is stored, clipped; see `clip` for `within`."""
         return self.stored_within(value, op, getattr(op, "clip", UNBOUNDED), within)
 
     def stored_within(self, value, op, clip, within=WHOLE) -> str:
@@ -219,53 +208,28 @@ class Graph:
 
 
 def file_dtype(dtype: str) -> np.dtype:
-    """The dtype in a file of what the traced function has: floats are float32.
-
-    Example:
-      >>> file_dtype('float16'), file_dtype('uint8')
-      (dtype('float32'), dtype('uint8'))
-    """
+    """The dtype in a file of what the traced function has: floats are float32."""
     made = np.dtype(dtype)
     return made if made.kind in "biu" else np.dtype(np.float32)
 
 
 def axis_order(rank: int) -> tuple[int, ...]:
-    """Which axis of an example of that rank stands at each place in ONNX.
-
-    Example:
-      >>> axis_order(3), axis_order(1)
-      ((2, 0, 1), (0,))
-    """
+    """Which axis of an example of that rank stands at each place in ONNX."""
     return (2, 0, 1) if rank == 3 else tuple(range(rank))
 
 
 def arranged(entries: Sequence[Any]) -> list[Any]:
-    """One entry for each axis of an example, in ONNX's order.
-
-    Example:
-      >>> arranged('hwc')
-      ['c', 'h', 'w']
-    """
+    """One entry for each axis of an example, in ONNX's order."""
     return [entries[axis] for axis in axis_order(len(entries))]
 
 
 def along(vector: np.ndarray, rank: int) -> np.ndarray:
-    """A number as it is, a vector along the channels of a value of that rank.
-
-    Example:
-      >>> along(np.arange(4), 3).shape
-      (4, 1, 1)
-    """
+    """A number as it is, a vector along the channels of a value of that rank."""
     return vector[:, None, None] if np.ndim(vector) and rank == 3 else vector
 
 
 def pads(padding: Sequence[tuple[int, int]]) -> list[int]:
-    """(before, after) along each axis as ONNX has them: all befores, then all afters.
-
-    Example:
-      >>> pads([(1, 2), (3, 4)])
-      [1, 3, 2, 4]
-    """
+    """(before, after) along each axis as ONNX has them: all befores, then all afters."""
     return [width for ends in zip(*padding) for width in ends]
 
 

@@ -37,16 +37,8 @@ def written(
 ) -> tuple[list, list]:
     """The nodes and constants that make a program's outputs of its inputs.
 
-    Args:
-      onnx: The module.
-      program: The program.
-      inputs: Names of the values that are its inputs.
-      outputs: Names of those that will be its outputs.
-      prefix: Of every other name.
-      **options: Of `Graph`.
-
-    Raises:
-      ValueError: If an operation has no rule, or its rule refuses it.
+    `inputs` and `outputs` are names of values, `prefix` begins every other name, and `options` are
+    those of `Graph`.
     """
     graph = Graph(onnx, program, inputs, prefix, **options)
     for op in program.operations:
@@ -128,10 +120,6 @@ def _of_floats(kind):
     return rule
 
 
-def _add(graph, op):
-    return _of_floats("Sub" if op.minus else "Add")(graph, op)
-
-
 def _matmul(graph, op):
     rank = len(graph.shape(op.output))
     turned = [graph.last_channels(graph.stored[name], rank) for name in op.inputs]
@@ -200,10 +188,6 @@ def _parted(op, rank):
     return gone, [axis for axis in range(rank) if axis not in gone]
 
 
-def _clip(graph, op):
-    return _reencoded(graph, op, (op.low, op.high))
-
-
 def _convert(graph, op):
     if op.inputs[0] in graph.bytes and graph.encoding(op.output) == p.Encoding(1.0):
         return graph.bytes[op.inputs[0]]
@@ -261,7 +245,6 @@ def _pad(graph, op):
 
 
 def _entry(value, encoding):
-    """A stored number."""
     return np.float32(value) if encoding is None else np.uint8(value)
 
 
@@ -331,11 +314,11 @@ RULES = {
     p.Conv: _conv,
     p.Dense: _dense,
     p.MatMul: _matmul,
-    p.Add: _add,
+    p.Add: lambda graph, op: _of_floats("Sub" if op.minus else "Add")(graph, op),
     p.Multiply: _of_floats("Mul"),
     p.Maximum: _of_floats("Max"),
     p.Minimum: _of_floats("Min"),
-    p.Clip: _clip,
+    p.Clip: lambda graph, op: _reencoded(graph, op, (op.low, op.high)),
     p.Function: _function,
     p.Mean: _mean,
     p.Largest: _largest,

@@ -13,31 +13,10 @@ from hybrid_jax.deploy.onnx_writer import KIND
 
 
 def onnx_session(file: str | os.PathLike | bytes, threads: int | None = None) -> Callable[..., Any]:
-    """A file run by ONNX Runtime, in a session without options.
+    """A file run by ONNX Runtime, in a session without options but for `threads`, if given.
 
-    Args:
-      file: The path of what `export_onnx` wrote, or the contents of such a file.
-      threads: That it may use, the one option that is set; None leaves it to the runtime.
-
-    Returns:
-      fn(*inputs) -> outputs, arrays (n, …) of the file's dtypes, n >= 1; a single one alone.
-
-    Raises:
-      ImportError: If the extra `onnx` is not installed.
-      FileNotFoundError: If the file or its manifest is missing.
-      ValueError: If the file was changed or damaged, is of another kind, or is none that this
-        ONNX Runtime takes, as one of a newer opset; `fn` if an input does not fit.
-
-    Example:
-      >>> from hybrid_jax.deploy.onnx_writer import to_onnx
-      >>> from hybrid_jax import program as p
-      >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
-      >>> tensors = {'x': p.Tensor((2,)), 'q': p.Tensor((2,), p.Encoding(0.25, 128))}
-      >>> tensors['y'] = p.Tensor((1,))
-      >>> steps = (p.Convert(('x',), 'q'), p.Dense(('q',), 'y', 'dense', weights))
-      >>> model = to_onnx(p.Program('x', 'y', tensors, steps))
-      >>> onnx_session(model.SerializeToString())(np.float32([[1.0, 2.1]]))
-      array([[5.]], dtype=float32)
+    `file` is the path of what `export_onnx` wrote, or the contents of such a file. It is
+    fn(*inputs) -> outputs, arrays (n, …) of the file's dtypes, n >= 1; a single one alone.
     """
     runtime, data = require("onnxruntime", "onnx"), _contents(file)
     options = runtime.SessionOptions()
@@ -64,9 +43,6 @@ def openvino_session(
     What is not in integers computes in float32, or in bfloat16 where the processor multiplies
     that: such is OpenVINO's default, unless `precision` is 'f32'. Its package tells its makers of
     its use, unless the variable CI is 'true' or its command `opt_in_out --opt_out` was given.
-
-    Raises:
-      ImportError: If the extra `openvino` is not installed.
     """
     openvino, data = require("openvino", "openvino"), _contents(file)
     options = {}

@@ -39,21 +39,11 @@ _BATCH = "N"
 def to_onnx(program: p.Program | p.Choice, *, opset: int = 21, vnni: bool = False) -> Any:
     """An ONNX model of the program, for any number of examples.
 
-    A choice is a loop over the images (`Scan`), which runs for each what that needs.
-
-    Args:
-      program: In floats, in integers or mixed.
-      opset: Version of ONNX's operations, from 13 to the newest that the installed `onnx` knows.
-      vnni: Whether kernels of 8 bits, too, are int8: on x86 faster, and right with VNNI alone.
-
-    Returns:
-      An `onnx.ModelProto`, checked: input 'x' (N, …) to output 'y' (N, …); of several the names
-      are those of the edges, with '_' for what is no letter. Floats are float32, bytes uint8.
-
-    Raises:
-      ImportError: If the extra `onnx` is not installed.
-      ValueError: If the opset is none of these, ONNX has no form of an operation of the program
-        (which is named, with what to change), or an accumulator may leave int32.
+    It is an `onnx.ModelProto`, checked: input 'x' (N, …) to output 'y' (N, …); of several the names
+    are those of the edges, with '_' for what is no letter. Floats are float32, bytes uint8. A
+    choice is a loop over the images (`Scan`), which runs for each what that needs. `opset` is from
+    13 to the newest that the installed `onnx` knows; with `vnni` kernels of 8 bits are int8, too:
+    on x86 faster, and right with VNNI alone.
 
     Example:
       >>> import numpy as np
@@ -93,15 +83,10 @@ def to_onnx(program: p.Program | p.Choice, *, opset: int = 21, vnni: bool = Fals
 def export_onnx(
     path: str | os.PathLike, program: p.Program | p.Choice, *, opset: int = 21, vnni: bool = False
 ) -> dict[str, Any]:
-    """Writes `to_onnx` of the program to `path` and a manifest to `path` + '.json'.
+    """Writes `to_onnx` of the program to `path` and a manifest, returned, to `path` + '.json'.
 
-    Returns:
-      The manifest: kind, onnx (its version), opset, vnni, inputs and outputs (lists of shape and
-      dtype, the open batch written 'N'), kernel_bits, bytes and sha256.
-
-    Raises:
-      ImportError, ValueError: As `to_onnx`.
-      OSError: If it cannot be written; what was there stays.
+    It has onnx (its version), opset, vnni, inputs and outputs (lists of shape and dtype, the open
+    batch written 'N') and kernel_bits.
     """
     onnx, model = require("onnx", "onnx"), to_onnx(program, opset=opset, vnni=vnni)
     bits = {

@@ -47,8 +47,7 @@ _DIGEST = re.compile(f'"{FORMAT}":"([0-9a-f]{{64}})"'.encode())
 def save_program(path: str | os.PathLike, program: p.Program | p.Choice) -> dict[str, Any]:
     """Writes a program to a packed file, from which `load_program` gives back the exact arrays.
 
-    Returns:
-      The manifest, which lies beside it in `path` + '.json': kind, kernel_bits, bytes and sha256.
+    Returned is the manifest beside it, with kind, kernel_bits, bytes and sha256.
     """
     pools = {"float32": [np.zeros(0, np.float32)], "bits": [np.zeros(0, np.uint8)]}
     text = json.dumps(_plain(program, _classes(), pools), separators=(",", ":")).encode()
@@ -96,8 +95,8 @@ def load_program(path: str | os.PathLike) -> p.Program | p.Choice:
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """The lowest `bits` of integers (…, n) without gaps, the lowest bit of the first value first.
 
-    Returns:
-      uint8 (…, ⌈n · bits / 8⌉): each row starts in a byte of its own; zero bits fill its last byte.
+    It is uint8 (…, ⌈n · bits / 8⌉): each row starts in a byte of its own; zero bits fill its last
+    byte.
 
     Example:
       >>> pack_bits(np.int8([[1, -2, 3]]), 4).tolist()  # 1 is the low half, −2 = 14 the high one
@@ -127,7 +126,6 @@ def _classes() -> dict[str, type]:
 
 
 def _types(hints):
-    """The types in some hints, however deep."""
     for hint in hints:
         yield from _types(typing.get_args(hint)) if typing.get_args(hint) else [hint]
 

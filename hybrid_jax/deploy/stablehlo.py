@@ -37,15 +37,10 @@ def export(
 ) -> dict[str, Any]:
     """Writes `fn` with `params` as constants to a StableHLO file and a manifest beside it.
 
-    Args:
-      path: Target file; the manifest is `path` + '.json'. On any failure what was there stays.
-      fn: Pure function `fn(params, *inputs)` -> array(s).
-      params: Pytree of arrays. Integers stay integers (NumPy leaves are made JAX arrays first:
-        closed-over NumPy int8 would be folded to float32).
-      *inputs: Arrays or `jax.ShapeDtypeStruct` with a leading batch axis.
-      platforms: Of 'cpu', 'cuda', 'rocm', 'tpu'; one file serves all of them.
-      symbolic_batch: Whether the leading axis of all inputs is left open (any size of at least 1);
-        otherwise the size given is fixed.
+    `fn(params, *inputs)` makes array(s), of arrays or `jax.ShapeDtypeStruct`s with a leading batch
+    axis, which is left open (any size of at least 1) if `symbolic_batch`. Integers of `params` stay
+    integers. One file serves all `platforms`, of 'cpu', 'cuda', 'rocm' and 'tpu'. On any failure
+    what was there stays.
 
     Returns:
       The manifest: kind, jax version, calling_convention_version, platforms, inputs and outputs
@@ -105,15 +100,6 @@ def export_program(
     A choice runs for each image what that needs. Without `symbolic_batch` the file takes
     one image; `forms` are for `run`; `simulated` computes in floats what `simulate` does. The
     manifest has kernel_bits too.
-
-    Example:
-      >>> import tempfile
-      >>> from hybrid_jax import deploy
-      >>> program = p.lower(lambda w, x: x @ w, jnp.eye(2), jnp.ones((1, 2)))
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = export_program(f'{folder}/f', program)
-      ...     load(f'{folder}/f')(jnp.float32([[2, 3]]))
-      Array([[2., 3.]], dtype=float32)
     """
     fn = (p.simulate if simulated else p.run)(program, forms)
     first = program.parts[0]
@@ -124,13 +110,12 @@ def export_program(
 
 
 def load(path: str | os.PathLike) -> Callable[..., Any]:
-    """Reads an exported file, checked against its manifest, as a jitted function of the inputs.
-
-    Raises:
-      FileNotFoundError: If the file or its manifest is missing.
-      ValueError: If it was changed or damaged, is no StableHLO file, or was made by a newer jax.
-    """
-    data, _ = _read(path)
+    """An exported file, checked against its manifest, as a jitted function of the inputs."""
+    data, manifest = artifact.read(path, KIND)
+    if _version(manifest["jax"]) > _version(jax.__version__):
+        raise ValueError(
+            f"{path} must be made by jax {jax.__version__} or older, got {manifest['jax']}"
+        )
     return _function(data)
 
 
@@ -138,15 +123,6 @@ def load(path: str | os.PathLike) -> Callable[..., Any]:
 def _function(data):
     """Kept, so that a file that is opened again is not compiled again."""
     return jax.jit(jax.export.deserialize(bytearray(data)).call)
-
-
-def _read(path):
-    data, manifest = artifact.read(path, KIND)
-    if _version(manifest["jax"]) > _version(jax.__version__):
-        raise ValueError(
-            f"{path} must be made by jax {jax.__version__} or older, got {manifest['jax']}"
-        )
-    return data, manifest
 
 
 def _version(text):

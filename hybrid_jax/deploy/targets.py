@@ -12,27 +12,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybrid_jax.deploy import artifact, c, packed, stablehlo
+from hybrid_jax.deploy import artifact, c, litert, packed, stablehlo
+from hybrid_jax.deploy.onnx_sessions import onnx_session, openvino_session
+from hybrid_jax.deploy.onnx_writer import export_onnx
 from hybrid_jax.program import fastest, run
 
 Session = Callable[[np.ndarray], np.ndarray]
 
 
 class Target(NamedTuple):
-    """A runtime of devices.
+    """A runtime of devices."""
 
-    Attributes:
-      suffix: Of its files.
-      export: export(path, program, **options) -> manifest. Its 'kernel_bits' are those in which the
-        file holds kernels, [4, 8] where some take 4; what a runtime only computes in integers from
-        more bits is stored in more.
-      session: session(path, batch, threads) -> fn(*inputs (batch, …)) -> outputs, one array or a
-        tuple, of the dtypes that the file takes and makes. The file is opened as its user opens it,
-        with no option but the number of threads, and not even that where `threads` is None.
-    """
-
-    suffix: str
+    suffix: str  # of its files
+    # export(path, program, **options) -> manifest. Its 'kernel_bits' are those in which the file
+    # holds kernels, [4, 8] where some take 4; what a runtime only computes in integers from more
+    # bits is stored in more
     export: Callable[..., dict[str, Any]]
+    # session(path, batch, threads) -> fn(*inputs (batch, …)) -> outputs, one array or a tuple, of
+    # the dtypes that the file takes and makes. The file is opened as its user opens it, with no
+    # option but the number of threads, and not even that where `threads` is None
     session: Callable[..., Session]
 
 
@@ -47,36 +45,18 @@ def _stablehlo_session(path, batch, threads):
     return lambda *inputs: jax.tree.map(np.asarray, fn(*inputs))
 
 
-def _onnx_export(path, program, **options):
-    from hybrid_jax.deploy.onnx_writer import export_onnx
-
-    return export_onnx(path, program, **options)
-
-
 def _onnx_session(path, batch, threads):
-    from hybrid_jax.deploy.onnx_sessions import onnx_session
-
     return onnx_session(path, threads)
 
 
 def _openvino_session(path, batch, threads):
-    from hybrid_jax.deploy.onnx_sessions import openvino_session
-
     return openvino_session(path, threads)
 
 
-def _tflite_export(path, program, **options):
-    from hybrid_jax.deploy.litert import export_litert
-
-    return export_litert(path, program, **options)
-
-
 def _tflite_session(path, batch, threads):
-    from hybrid_jax.deploy.litert import litert_session
-
     _, manifest = artifact.read(path)
     fixed = manifest["inputs"][0]["shape"][0] == 1
-    return litert_session(path, 1 if fixed else batch, threads)
+    return litert.litert_session(path, 1 if fixed else batch, threads)
 
 
 def _packed_session(path, batch, threads):
@@ -113,9 +93,9 @@ def _c_session(path, batch, threads):
 
 TARGETS = {
     "stablehlo": Target(".stablehlo", _stablehlo_export, _stablehlo_session),
-    "onnx": Target(".onnx", _onnx_export, _onnx_session),
-    "openvino": Target(".openvino.onnx", _onnx_export, _openvino_session),
-    "tflite": Target(".tflite", _tflite_export, _tflite_session),
+    "onnx": Target(".onnx", export_onnx, _onnx_session),
+    "openvino": Target(".openvino.onnx", export_onnx, _openvino_session),
+    "tflite": Target(".tflite", litert.export_litert, _tflite_session),
     "packed": Target(".safetensors", packed.save_program, _packed_session),
     "c": Target(".c", c.export_c, _c_session),
 }

@@ -11,25 +11,15 @@ from hybrid_jax import core
 
 
 class Latency(NamedTuple):
-    """Times in seconds of one call, and how they compare.
+    """Times in seconds of one call, and how they compare."""
 
-    Attributes:
-      p50: Median of the function.
-      p95: 95th percentile of the function.
-      reference_p50: Median of the reference.
-      reference_p95: 95th percentile of the reference.
-      ratio: Median over the pairs of function time / reference time; below 1 is faster.
-      spread: Quartiles (25 %, 75 %) of that ratio over the pairs.
-      quartiles: Those of the function's time.
-    """
-
-    p50: float
-    p95: float
-    reference_p50: float
-    reference_p95: float
-    ratio: float
-    spread: tuple[float, float]
-    quartiles: tuple[float, float] | None = None
+    p50: float  # median of the function
+    p95: float  # 95th percentile of the function
+    reference_p50: float  # median of the reference
+    reference_p95: float  # 95th percentile of the reference
+    ratio: float  # median over the pairs of function time / reference time; below 1 is faster
+    spread: tuple[float, float]  # quartiles (25 %, 75 %) of that ratio over the pairs
+    quartiles: tuple[float, float] | None = None  # those of the function's time
 
 
 def latency(
@@ -80,20 +70,10 @@ def width_latencies(
     """Measures what each width of each group of channels does for the latency of the network.
 
     The network is really shrunk, one group at a time, compiled, and timed against the whole one in
-    the same pairs. `pruning.paying_widths` reads off the widths that make it faster.
-
-    `fn` is not jitted. `widths` is {name of a coupled group: widths to try}, the multiples of 8,
-    say; each takes a compilation. The rest is for `latency`.
-
-    Returns:
-      {group name: {width: time / time of the whole network}}, the whole width n with 1.0 included.
-
-    Example:
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> params = {'a': np.ones((4, 8), np.float32), 'b': np.ones((8, 2), np.float32)}
-      >>> table = width_latencies(fn, params, {'a': [4]}, np.ones((1, 4), np.float32), pairs=2)
-      >>> list(table['a']), table['a'][8]
-      ([8, 4], 1.0)
+    the same pairs. `pruning.paying_widths` reads off the widths that make it faster. `fn` is not
+    jitted. `widths` is {name of a coupled group: widths to try}, the multiples of 8, say; each
+    takes a compilation. The rest is for `latency`. The result is {group name: {width: time / time
+    of the whole network}}, the whole width n with 1.0 included.
     """
     graph = core.trace(fn, params, *inputs)
     sizes = {group.name: group.size for group in graph.groups}

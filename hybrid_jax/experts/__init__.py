@@ -18,7 +18,6 @@ from hybrid_jax.experts.cascade import cascade_cost as cascade_cost
 from hybrid_jax.experts.cascade import cascade_edge as cascade_edge
 from hybrid_jax.experts.cascade import margin as margin
 from hybrid_jax.experts.cascade import max_probability as max_probability
-from hybrid_jax.experts.competition import expected_loss as expected_loss
 from hybrid_jax.experts.diagnostics import collapsed as collapsed
 from hybrid_jax.experts.diagnostics import disagreement as disagreement
 from hybrid_jax.experts.diagnostics import unused as unused
@@ -28,14 +27,13 @@ from hybrid_jax.experts.diagnostics import usage_per_class as usage_per_class
 from hybrid_jax.experts.fingerprint import check_fitted as check_fitted
 from hybrid_jax.experts.fingerprint import fingerprint as fingerprint
 from hybrid_jax.experts.gates import gate_cnn as gate_cnn
-from hybrid_jax.experts.gates import gate_linear as gate_linear
 from hybrid_jax.experts.gates import linear_probe as linear_probe
 from hybrid_jax.experts.gates import ridge as ridge
 from hybrid_jax.experts.gates import shared_stem as shared_stem
 from hybrid_jax.experts.losses import entropy as entropy
+from hybrid_jax.experts.losses import expected_loss as expected_loss
 from hybrid_jax.experts.losses import importance as importance
 from hybrid_jax.experts.losses import load as load
-from hybrid_jax.experts.losses import switch_balance as switch_balance
 from hybrid_jax.experts.losses import z_loss as z_loss
 from hybrid_jax.experts.mapping import alike as alike
 from hybrid_jax.experts.mapping import fastest as fastest

@@ -30,10 +30,6 @@ def expected_cost(
     `logits` are `(B, E)`, of `cost_aware` the `Routed.scores`; `costs` `(E,)`, as MACs or BOPs of
     each expert, in any unit; `weight` `(B,)` that of each input in the mean, and one of weight 0
     may hold anything.
-
-    Example:
-      >>> expected_cost(jnp.zeros((5, 2)), jnp.array([1.0, 3.0]))
-      Array(2., dtype=float32)
     """
     probabilities = jax.nn.softmax(core.selected(core.widen(logits), weight))
     costs = check_costs(costs, logits.shape[-1]).astype(probabilities.dtype)
@@ -84,17 +80,14 @@ def budget_update(
     Two ways to pay the price, not to be joined: `cost_aware(routing, costs, state.multiplier)`,
     which needs no training, or a loss term `state.multiplier * (expected_cost(logits, costs) -
     budget)`, from which the gate learns (differentiate by its parameters alone). While the mean
-    cost is not at the budget the price moves, so that where the steps settle the budget is kept. A
-    `budget` below the cheapest expert's cost cannot be kept: the price grows without end. A cost of
-    NaN makes the price NaN. Source: gradient descent-ascent on the Lagrangian, as Gallego-Posada et
-    al., Controlled Sparsity via Constrained Optimization, arXiv 2208.04425.
+    cost is not at the budget the price moves, so that where the steps settle the budget is kept;
+    too large a `rate`, the price swings. A `budget` below the cheapest expert's cost cannot be
+    kept: the price grows without end. `cost`, float (), is the mean of a batch: `expected_cost`, or
+    with one-hot weights what the routing really takes, `(weights @ costs).mean()`; NaN makes the
+    price NaN.
 
-    Args:
-      state: The price so far.
-      cost: float (), the mean cost of a batch: `expected_cost`, or with one-hot weights what the
-        routing really takes, `(weights @ costs).mean()`.
-      budget: float (), in the same unit; may be traced.
-      rate: Step in price per unit of cost above the budget; too large, the price swings.
+    Source: gradient descent-ascent on the Lagrangian, as Gallego-Posada et al., Controlled Sparsity
+    via Constrained Optimization, arXiv 2208.04425.
 
     Example:
       >>> state = budget_update(budget_init(), cost=2.0, budget=1.5, rate=0.5)

@@ -22,16 +22,12 @@ Threshold = float | Sequence[float] | jax.Array
 
 
 class Cascaded(NamedTuple):
-    """What a cascade answers, and how far each input went.
+    """What a cascade answers, and how far each input went."""
 
-    Attributes:
-      logits: float `(B, N)`, of the expert that answered.
-      stage: int32 `(B,)`, its index: the last of the experts 0, 1, ... that the input needed.
-      went_on: int32 `(E - 1,)`, how many inputs that count each expert but the last handed on.
-    """
-
-    logits: jax.Array
+    logits: jax.Array  # float `(B, N)`, of the expert that answered
+    # int32 `(B,)`, its index: the last of the experts 0, 1, ... that the input needed
     stage: jax.Array
+    # int32 `(E - 1,)`, how many inputs that count each expert but the last handed on
     went_on: jax.Array
 
 
@@ -56,14 +52,11 @@ def cascade(
 ) -> Cascaded:
     """The answers of a cascade on a batch, from the logits of all experts: to set the thresholds.
 
-    An expert whose logits are NaN does not hand on: NaN is the answer.
-
-    Args:
-      expert_logits: float `(E, B, N)`, the cheapest expert first.
-      threshold: In [0, 1], one or one for each expert but the last: it hands on what it is less
-        confident of. 0: never; 1: unless it is certain. May be traced.
-      confidence: `max_probability` or `margin`.
-      weight: `(B,)`; inputs of weight 0, as padding has, are not counted. None counts all.
+    `expert_logits` are `(E, B, N)`, the cheapest expert first. An expert hands on what its
+    `confidence`, `max_probability` or `margin`, is below the threshold for: one in [0, 1], or one
+    for each expert but the last; 0 never hands on, 1 always but where it is certain. It may be
+    traced. An expert whose logits are NaN does not hand on: NaN is the answer. Inputs of `weight`
+    0, as padding has, are not counted.
 
     Example:
       >>> logits = jnp.array([[[3.0, 0.0], [0.0, 0.1]], [[0.0, 2.0], [2.0, 0.0]]])
@@ -90,19 +83,8 @@ def cascade_edge(
     """Makes the cascade for the edge, which runs for each image only the experts that it needs.
 
     The experts' shapes may differ. A batch goes through image by image; `jax.vmap` of this would
-    run every expert.
-
-    `edge(params_list, x)` has one params pytree for each of the `expert_fns`, the cheapest first;
-    each makes logits `(B, N)`. `threshold` and `confidence` are as for `cascade`.
-
-    Example:
-      >>> edge = cascade_edge([lambda w, x: x * w, lambda w, x: x + w], threshold=0.9)
-      >>> answer = edge([1.0, 5.0], jnp.array([[3.0, 0.0], [0.0, 0.1]]))
-      >>> answer.logits
-      Array([[3. , 0. ],
-             [5. , 5.1]], dtype=float32)
-      >>> answer.stage.tolist()
-      [0, 1]
+    run every expert. `edge(params_list, x)` has one params pytree for each of the `expert_fns`, the
+    cheapest first; each makes logits `(B, N)`. `threshold` and `confidence` are as for `cascade`.
     """
     expert_fns = listed(expert_fns)
     last = len(expert_fns) - 1
@@ -134,12 +116,6 @@ def cascade_cost(
 
     `costs` `(E,)` are as MACs or BOPs of each expert, in any unit; `weight` `(B,)` is that of each
     input in the mean.
-
-    Example:
-      >>> stage = jnp.array([0, 0, 0, 1])
-      >>> one_went_on = Cascaded(jnp.zeros((4, 2)), stage, went_on=jnp.array([1]))
-      >>> cascade_cost(one_went_on, costs=[1.0, 4.0])  # 1 + 4 * 1/4
-      Array(2., dtype=float32)
     """
     costs = check_costs(costs, len(cascaded.went_on) + 1)
     return core.weighted_mean(jnp.cumsum(costs)[cascaded.stage], weight)

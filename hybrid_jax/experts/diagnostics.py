@@ -46,12 +46,7 @@ def usage_entropy(usage: jax.Array) -> jax.Array:
 
 
 def unused(usage: jax.Array, share: float = 0.1) -> jax.Array:
-    """Which experts get less than `share` of an even share 1/E of the usage `(E,)`, bool `(E,)`.
-
-    Example:
-      >>> unused(jnp.array([0.6, 0.39, 0.01]))
-      Array([False, False,  True], dtype=bool)
-    """
+    """Which experts get less than `share` of an even share 1/E of the usage `(E,)`, bool `(E,)`."""
     core.check_fraction("share", share)
     return usage < share / usage.shape[0]
 
@@ -66,11 +61,6 @@ def disagreement(expert_logits: jax.Array, *, weight: jax.Array | None = None) -
     """The share of inputs, or positions, on which two experts name different classes, `(E, E)`.
 
     Of `expert_logits` `(E, B, ..., N)`. NaN logits name no class, which differs from every class.
-
-    Example:
-      >>> disagreement(jnp.array([[[2.0, 1.0], [0.0, 1.0]], [[2.0, 1.0], [1.0, 0.0]]]))
-      Array([[0. , 0.5],
-             [0.5, 0. ]], dtype=float32)
     """
     top = jnp.moveaxis(core.top_class(expert_logits), 1, 0)  # (B, E, ...)
     differ = core.widen(top[:, :, None] != top[:, None])

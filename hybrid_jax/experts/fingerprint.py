@@ -10,12 +10,7 @@ from hybrid_jax import core
 
 
 def fingerprint(experts: Any) -> str:
-    """Twelve hexadecimal digits that change with any bit of the experts; to be kept with a gate.
-
-    Example:
-      >>> fingerprint({'w': np.zeros((2, 3), np.float32)})
-      '16bff1756c96'
-    """
+    """Twelve hexadecimal digits that change with any bit of the experts; to be kept with a gate."""
     digest = hashlib.sha256()
     for path, leaf in sorted(core.flatten_paths(jax.device_get(experts)).items()):
         leaf = np.ascontiguousarray(leaf)

@@ -1,8 +1,8 @@
 """Tiny gates from images, or features of images, `(B, H, W, C)` to gate logits `(B, E)`.
 
 Any pure function `gate_fn(gate_params, x)` is a gate, whatever wrote it, and is counted, pruned and
-quantized as any model. The two Linen modules here see the image averaged down to about `size`
-pixels a side, so that they cost little beside an expert; `gate.apply` is their `gate_fn`. With
+quantized as any model. `gate_cnn`, a Linen module, sees the image averaged down to about `size`
+pixels a side, so that it costs little beside an expert; `gate.apply` is its `gate_fn`. With
 `shared_stem` a gate sees the features that the experts go on from. `linear_probe` is fit in closed
 form by `ridge`.
 """
@@ -31,25 +31,12 @@ class _CNNGate(nn.Module):
         return nn.Dense(self.num_experts)(x.mean((1, 2)))
 
 
-class _LinearGate(nn.Module):
-    num_experts: int
-    size: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = _shrink(x, self.size)
-        return nn.Dense(self.num_experts)(x.reshape(x.shape[0], -1))
-
-
 def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8) -> nn.Module:
     """A gate of 3x3 convolutions on the down-scaled image, the first at stride 1, the others at 2.
 
-    Args:
-      num_experts: E, at least 1.
-      features: Output channels of each convolution; `()` leaves a dense layer on the mean of each
-        channel, the head for the features of a `shared_stem`.
-      size: Side in pixels that the image is averaged down to (the least above it that is a whole
-        division); a smaller image is left as it is.
+    `features` are the output channels of each; `()` leaves a dense layer on the mean of each
+    channel, the head for the features of a `shared_stem`. The image is averaged down to `size`
+    pixels a side (the least above it that is a whole division); a smaller one is left as it is.
 
     Example:
       >>> gate = gate_cnn(num_experts=4)
@@ -57,24 +44,12 @@ def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8)
       >>> variables = gate.init(jax.random.key(0), images)
       >>> gate.apply(variables, images).shape
       (2, 4)
-      >>> sum(leaf.size for leaf in jax.tree.leaves(variables))  # 27*8+8 + 72*16+16 + 16*4+4
-      1460
     """
     core.check_integer("num_experts", num_experts, 1)
     core.check_integer("size", size, 1)
     for channels in features:
         core.check_integer("features", channels, 1)
     return _CNNGate(num_experts, tuple(features), size)
-
-
-def gate_linear(num_experts: int, size: int = 8) -> nn.Module:
-    """A gate of one dense layer on the pixels of the down-scaled image.
-
-    `size` is as for `gate_cnn`.
-    """
-    core.check_integer("num_experts", num_experts, 1)
-    core.check_integer("size", size, 1)
-    return _LinearGate(num_experts, size)
 
 
 def shared_stem(stem_fn: Callable[..., jax.Array], moe: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,21 +109,16 @@ def ridge(
 ) -> dict[str, jax.Array]:
     """Fits a linear layer in closed form: the least squares with a penalty on the kernel.
 
-    It minimizes ‖features · W + b − targets‖² / B + λ·‖W‖², where λ is `penalty` times the mean
-    variance of a feature, so that it means the same at any scale; raised by `core.damped_gram` if
-    float32 cannot solve with it. Source: Hoerl and Kennard, Ridge Regression: Biased Estimation for
-    Nonorthogonal Problems (1970).
+    It minimizes ‖features · W + b − targets‖² / B + λ·‖W‖², where λ is `penalty`, above 0, times
+    the mean variance of a feature, so that it means the same at any scale; raised by
+    `core.damped_gram` if float32 cannot solve with it. Source: Hoerl and Kennard, Ridge Regression:
+    Biased Estimation for Nonorthogonal Problems (1970).
 
-    Args:
-      features: float `(B, ...)`, flattened to `(B, F)`.
-      targets: float `(B, E)`, larger for a better expert: the log-probability that each gives to
-        the label, or a one-hot row for each input's cluster.
-      penalty: Above 0; may be traced.
-      weight: `(B,)`, of each input in all means; one of weight 0 may hold anything.
-
-    Returns:
-      {'kernel': `(F, E)`, 'bias': `(E,)`}, in float32 or wider. A feature that is constant gets
-      weight 0. NaN in the features or targets makes it NaN.
+    `features` `(B, ...)` are flattened to `(B, F)`; `targets` `(B, E)` are larger for a better
+    expert: the log-probability that each gives to the label, or a one-hot row for each input's
+    cluster. `weight` `(B,)` is that of each input in all means; one of weight 0 may hold anything.
+    The result is {'kernel': `(F, E)`, 'bias': `(E,)`}, in float32 or wider, with kernel 0 for a
+    constant feature; NaN in the features or targets makes it NaN.
 
     Example:
       >>> head = ridge(jnp.array([[0.0], [1.0], [2.0]]), jnp.array([[1.0], [3.0], [5.0]]), 1e-6)

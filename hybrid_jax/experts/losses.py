@@ -19,10 +19,6 @@ def importance(weights: jax.Array, *, weight: jax.Array | None = None) -> jax.Ar
     """Squared coefficient of variation of each expert's total weight; 0 when all are equal.
 
     So it is where no expert has any. Source: Shazeer et al., arXiv 1701.06538, eq. 6-7.
-
-    Example:
-      >>> importance(jnp.array([[1.0, 0.0], [1.0, 0.0]]))
-      Array(1., dtype=float32)
     """
     return _squared_variation(core.weighted_mean(weights, weight))
 
@@ -57,22 +53,6 @@ def load(
     return _squared_variation(core.weighted_mean(chance, weight))
 
 
-def switch_balance(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
-    """E times the dot product of shares of inputs and mean probabilities; 1 when balanced, up to E.
-
-    Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4-6 (without its factor alpha).
-
-    Example:
-      >>> switch_balance(jnp.array([[30.0, 0.0], [0.0, 30.0]]))
-      Array(1., dtype=float32)
-    """
-    logits = core.selected(core.widen(logits), weight)
-    num_experts = logits.shape[-1]
-    first = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts, dtype=logits.dtype)
-    shares, probabilities = (core.weighted_mean(x, weight) for x in (first, jax.nn.softmax(logits)))
-    return num_experts * (shares * probabilities).sum()
-
-
 def entropy(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """Mean entropy of the gate's choice for one input, in nats; 0 when it is sure, at most log E.
 
@@ -89,6 +69,36 @@ def z_loss(logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:
     """
     logits = core.selected(core.widen(logits), weight)
     return core.weighted_mean(jnp.square(jax.nn.logsumexp(logits, -1)), weight)
+
+
+def expected_loss(
+    weights: jax.Array, losses: jax.Array, *, weight: jax.Array | None = None
+) -> jax.Array:
+    """Mean over inputs of the loss of one expert drawn with the weights of the routing.
+
+    Of a mixture of which one expert runs: experts compete, they do not add up. The loss of the
+    combined logits makes experts cancel each other's errors, and tells the gate how to mix them.
+    This one tells the gate which expert to choose: with p the softmax of its logits, the gradient
+    for logit e of an input is p_e (loss_e - sum_i p_i loss_i) / B, from `soft` and from
+    `straight_through(top_k(1))` alike. An expert learns in proportion to its weight.
+
+    Source: Jacobs, Jordan, Nowlan and Hinton, Adaptive Mixtures of Local Experts, Neural
+    Computation 3 (1991), eq. 1.2.
+
+    `weights` `(B, E)` are of any routing whose weights sum to one, `losses` `(E, B)` each expert's
+    own on each input. `weight` `(B,)` is that of each input in the mean; one of weight 0 may hold
+    anything.
+
+    Example:
+      >>> losses = jnp.array([[1.0], [3.0]])
+      >>> loss = lambda logits: expected_loss(jax.nn.softmax(logits), losses)
+      >>> jax.value_and_grad(loss)(jnp.zeros((1, 2)))  # 1/2 (1 - 2) and 1/2 (3 - 2)
+      (Array(2., dtype=float32), Array([[-0.5,  0.5]], dtype=float32))
+    """
+    if losses.shape != weights.shape[::-1]:
+        raise ValueError(f"losses must have shape {weights.shape[::-1]}, got {losses.shape}")
+    weights, losses = (core.selected(core.widen(x), weight) for x in (weights, losses.T))
+    return core.weighted_mean((weights * losses).sum(-1), weight)
 
 
 def _squared_variation(x):

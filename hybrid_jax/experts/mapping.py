@@ -28,19 +28,14 @@ def map_experts(
 ) -> Callable[..., Any]:
     """Applies `fn` to each expert: `jax.vmap(fn, in_axes)` by the fastest of three methods.
 
-    Args:
-      fn: Function of one expert. May be differentiated, or itself hold `jax.grad`. With 'auto' it
-        must not close over traced values (hand them in with axis None) and should be one object
-        kept between calls, for which the choice is made once.
-      method: 'vmap'; 'map' (one expert after the other in a loop, compiled once); 'unroll' (one
-        after the other, each compiled); or 'auto', see `fastest`. The methods agree up to rounding.
-      in_axes: For each argument 0 (a pytree with leading axis E) or None (shared by all experts).
-        Default: 0 for all.
-      choices: Where what is measured is kept: a run that is to be bit-equal has its own.
-
-    Returns:
-      Function of the same arguments whose outputs have a leading axis E. Where a stack lies on an
-      `expert_mesh`, each device maps over its own experts.
+    'vmap'; 'map' (one expert after the other in a loop, compiled once); 'unroll' (one after the
+    other, each compiled); or 'auto', see `fastest`, of a function that does not close over traced
+    values (hand them in with axis None) and is one object kept between calls, for which the choice
+    is made once. The methods agree up to rounding, and `fn` may be differentiated, or itself hold
+    `jax.grad`. `in_axes` are for each argument 0 (a pytree with leading axis E) or None (shared by
+    all experts), by default 0; outputs have a leading axis E. Where a stack lies on an
+    `expert_mesh`, each device maps over its own experts. What is measured is kept in `choices`: a
+    run that is to be bit-equal has its own.
 
     Example:
       >>> dot = map_experts(lambda w, x: x @ w, 'unroll', in_axes=(0, None))
@@ -68,19 +63,9 @@ def map_each(
 ) -> Callable[..., Any]:
     """Applies each of E functions to its own parameters; those of one function as one stack.
 
-    Args:
-      fns: fn(params, *shared) -> outputs, all of one structure and shape. Experts of one program
-        have one function, see `alike`.
-      method: How the experts of one function are mapped, as for `map_experts`.
-      choices: As for `map_experts`.
-
-    Returns:
-      mapped(params_list, *shared) -> outputs with a leading axis E, in the order of `fns`.
-
-    Example:
-      >>> double, negate = lambda w, x: 2 * w * x, lambda w, x: -w * x
-      >>> map_each([double, negate, double], 'map')([1.0, 2.0, 3.0], jnp.ones(2))[:, 0].tolist()
-      [2.0, -2.0, 6.0]
+    mapped(params_list, *shared) -> outputs with a leading axis E, in the order of `fns`, each of
+    which is fn(params, *shared) -> outputs of one structure and shape. Experts of one program have
+    one function, see `alike`; those are mapped by `method`, as for `map_experts`.
     """
     groups: dict[Callable[..., Any], list[int]] = {}
     for e, fn in enumerate(fns):
@@ -105,13 +90,8 @@ def alike(
 ) -> list[Callable[..., Any]]:
     """One function for all that are the same program of parameters of the same shapes.
 
-    Args:
-      fns: fn(params, *shared) -> outputs; what they close over must be known.
-      params_list: Parameters of each.
-      *shared: Arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      E functions, of which those of one program are the first of them.
+    Of `fns`, each fn(params, *shared) -> outputs, those of one program become the first of them;
+    what they close over must be known. `shared` are arrays or `jax.ShapeDtypeStruct`s.
 
     Example:
       >>> fns = [lambda w, x: w * x, lambda w, x: w * x, lambda w, x: w + x]
@@ -136,25 +116,13 @@ def fastest(
     in_axes: Sequence[int | None] | None = None,
     choices: core.Choices | None = None,
 ) -> str:
-    """Which of 'vmap' and 'map' runs `fn` faster on the default backend.
+    """Which of 'vmap' and 'map' runs `fn` of one expert faster on the default backend.
 
-    Both are compiled once, however many experts there are ('unroll' must be named). On a CPU it is
-    'map' without a measurement: a step of 4 stacked ResNet-20 takes 0.95 to 1.0 times as long as 4
-    separate ones, by 'vmap' 1.25, by 'unroll', which compiles 4 copies, 1.07.
-    Only the arguments' shapes and dtypes are read, so it works in the midst of tracing.
-
-    Args:
-      fn: Function of one expert.
-      *args: Arrays, tracers or `jax.ShapeDtypeStruct`, as for `map_experts(fn)`.
-      in_axes: As for `map_experts`.
-      choices: As for `map_experts`.
-
-    Returns:
-      'vmap' or 'map'; for a single expert 'unroll', without a measurement.
-
-    Example:
-      >>> fastest(lambda w: w * 2, jnp.ones((2, 3))) in ('vmap', 'map')
-      True
+    Both are compiled once, however many experts there are ('unroll' must be named; a single expert
+    is 'unroll', without a measurement). On a CPU it is 'map' without a measurement: a step of 4
+    stacked ResNet-20 takes 0.95 to 1.0 times as long as 4 separate ones, by 'vmap' 1.25, by
+    'unroll', which compiles 4 copies, 1.07. Arguments are as for `map_experts(fn)`; only their
+    shapes and dtypes are read, so it works in the midst of tracing.
     """
     axes = _axes(in_axes, args)
     leaves, structure = jax.tree.flatten(args)
@@ -193,9 +161,7 @@ def _axes(in_axes, args):
 
 
 def _size(axes, args):
-    """E, the one size of every leading expert axis."""
-    mapped = [arg if axis == 0 else None for axis, arg in zip(axes, args, strict=True)]
-    return count(mapped)
+    return count([arg if axis == 0 else None for axis, arg in zip(axes, args, strict=True)])
 
 
 def _vmap(fn, axes, choices):
@@ -206,15 +172,11 @@ def _map(fn, axes, choices):
     fn = core.fast_convolutions(fn, loop=True, choices=choices)
 
     def mapped(*args):
-        stacked = [arg for axis, arg in zip(axes, args, strict=True) if axis == 0]
+        def body(stacked):
+            own = iter(stacked)
+            return fn(*_replaced(axes, args, lambda _: next(own)))
 
-        def body(expert):
-            rest = iter(expert)
-            return fn(
-                *(next(rest) if axis == 0 else arg for axis, arg in zip(axes, args, strict=True))
-            )
-
-        return jax.lax.map(body, stacked)
+        return jax.lax.map(body, [arg for axis, arg in zip(axes, args, strict=True) if axis == 0])
 
     return mapped
 
@@ -224,15 +186,17 @@ def _unroll(fn, axes, choices):
 
     def mapped(*args):
         def at(e):
-            return [
-                jax.tree.map(operator.itemgetter(e), arg) if axis == 0 else arg
-                for axis, arg in zip(axes, args, strict=True)
-            ]
+            return functools.partial(jax.tree.map, operator.itemgetter(e))
 
-        outputs = [fn(*at(e)) for e in range(_size(axes, args))]
+        outputs = [fn(*_replaced(axes, args, at(e))) for e in range(_size(axes, args))]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     return mapped
+
+
+def _replaced(axes, args, own):
+    """The arguments with own(argument) for those that have an expert axis."""
+    return [own(arg) if axis == 0 else arg for axis, arg in zip(axes, args, strict=True)]
 
 
 _METHODS = {"vmap": _vmap, "map": _map, "unroll": _unroll}

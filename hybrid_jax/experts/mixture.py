@@ -18,22 +18,15 @@ class Aux(NamedTuple):
     """What a mixture computed on the way, for losses and reports.
 
     The counts are of inputs whose weight is not 0.
-
-    Attributes:
-      gate_logits: float `(B, E)`.
-      scores: float `(B, E)`, the logits that the routing went by (with their noise, if any).
-      weights: float `(B, E)`, those that the outputs were weighed by.
-      expert_logits: float `(E, B, ...)`.
-      unrouted: int32 (), inputs without any weight, whose output is zero.
-      nan_gates: int32 (), inputs with NaN among their gate logits, whose output is NaN.
     """
 
-    gate_logits: jax.Array
+    gate_logits: jax.Array  # float `(B, E)`
+    # float `(B, E)`, the logits that the routing went by (with their noise, if any)
     scores: jax.Array
-    weights: jax.Array
-    expert_logits: jax.Array
-    unrouted: jax.Array
-    nan_gates: jax.Array
+    weights: jax.Array  # float `(B, E)`, those that the outputs were weighed by
+    expert_logits: jax.Array  # float `(E, B, ...)`
+    unrouted: jax.Array  # int32 (), inputs without any weight, whose output is zero
+    nan_gates: jax.Array  # int32 (), inputs with NaN among their gate logits, whose output is NaN
 
 
 def mixture(
@@ -45,14 +38,11 @@ def mixture(
 ) -> Callable[..., tuple[jax.Array, Aux]]:
     """Makes the mixture that runs all experts on every input and weighs their logits.
 
-    Args:
-      expert_fn: `expert_fn(params, x)` -> logits `(B, N)`, or maps of any rank `(B, ...)`, of one
-        expert; or one function for each expert, whose parameters then are a list.
-      gate_fn: `gate_fn(gate_params, x)` -> gate logits `(B, E)`.
-      routing: From `soft`, `top_k`, `noisy_top_k`, ...; default `top_k(1)`, whose outputs are those
-        of `one_of`. A mixture of one expert is that expert.
-      method: How the experts are run, as for `map_experts`.
-      choices: As for `map_experts`.
+    `expert_fn(params, x)` makes logits `(B, N)`, or maps of any rank `(B, ...)`, of one expert, or
+    is one function for each expert, whose parameters then are a list. `gate_fn(gate_params, x)`
+    makes gate logits `(B, E)`. The routing is `soft`, `top_k`, `noisy_top_k`, ..., by default
+    `top_k(1)`, whose outputs are those of `one_of`. Experts are run by `method` with `choices`, as
+    by `map_experts`.
 
     Returns:
       `moe(stack, gate_params, x, key=None, *, weight=None)` -> (logits `(B, ...)`, `Aux`), with
@@ -94,10 +84,6 @@ def combine(expert_logits: jax.Array, weights: jax.Array) -> jax.Array:
     average. All experts count: a non-finite output of one with weight 0 is not hidden.
 
     `expert_logits` are `(E, B, ...)` of any rank, `weights` `(B, E)`, the sum is `(B, ...)`.
-
-    Example:
-      >>> combine(jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]]), jnp.array([[0.5, 0.5]]))
-      Array([[2., 3.]], dtype=float32)
     """
     if expert_logits.shape[:2] != weights.shape[::-1]:
         raise ValueError(

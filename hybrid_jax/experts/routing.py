@@ -19,15 +19,10 @@ from hybrid_jax import core
 
 
 class Routed(NamedTuple):
-    """What a routing decided.
+    """What a routing decided."""
 
-    Attributes:
-      weights: float `(B, E)`, zero where an expert was not chosen.
-      scores: float `(B, E)`, the logits that it went by (with their noise, if any).
-    """
-
-    weights: jax.Array
-    scores: jax.Array
+    weights: jax.Array  # float `(B, E)`, zero where an expert was not chosen
+    scores: jax.Array  # float `(B, E)`, the logits that it went by (with their noise, if any)
 
 
 Routing = Callable[[jax.Array, jax.Array | None, jax.Array | None], Routed]
@@ -93,12 +88,10 @@ def switch() -> Routing:
 
 
 def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routing:
-    """`top_k` of the logits plus Gaussian noise, so that every expert is tried.
+    """`top_k` of the logits plus noise of that deviation, so that every expert is tried.
 
-    Source: Shazeer et al., arXiv 1701.06538, eq. 4, with the constant deviation of Riquelme et al.,
-    arXiv 2106.05974. Without a key (at inference) there is no noise.
-
-    `noise` is the deviation in units of logits.
+    Without a key (at inference) there is none. Source: Shazeer et al., arXiv 1701.06538, eq. 4,
+    with the constant deviation of Riquelme et al., arXiv 2106.05974.
     """
     core.check_positive("noise", noise)
     chosen = top_k(k, normalize=normalize)

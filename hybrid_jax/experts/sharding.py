@@ -22,14 +22,7 @@ _EXPERT, _BATCH = "expert", "batch"
 
 
 def expert_mesh(experts: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the axes 'expert' and 'batch', of sizes `experts` and D / `experts`.
-
-    Of all devices, if `devices` is None.
-
-    Example:
-      >>> dict(expert_mesh(1, jax.devices()[:1]).shape)
-      {'expert': 1, 'batch': 1}
-    """
+    """A mesh of axes 'expert' and 'batch': `experts` by D / `experts`, of D devices or all."""
     devices = jax.devices() if devices is None else devices
     core.check_integer("experts", experts, 1)
     if len(devices) % experts:
@@ -43,12 +36,6 @@ def shard_stack(stack: Tree, mesh: Mesh) -> Tree:
     """Divides a stack among the devices by expert; the copies made are the result's own to donate.
 
     `stack` has leaves (E, …): parameters, or the states of `training.stack_states`.
-
-    Example:
-      >>> mesh = expert_mesh(1, jax.devices()[:1])
-      >>> placed = shard_stack({'w': jax.numpy.ones((2, 3))}, mesh)
-      >>> placed['w'].sharding.spec[0]
-      'expert'
     """
     if _EXPERT not in mesh.axis_names:
         raise ValueError(f"mesh must have an axis 'expert', got {mesh.axis_names}")

@@ -15,10 +15,6 @@ def stack(experts: Sequence[Any]) -> Any:
     """Stacks the parameters of E experts along a new leading axis.
 
     They have the same structure, shapes and dtypes; each leaf of the stack is `(E, ...)`.
-
-    Example:
-      >>> stack([{'w': jnp.zeros(3)}, {'w': jnp.ones(3)}])['w'].shape
-      (2, 3)
     """
     if not experts:
         raise ValueError("experts must hold at least 1 pytree, got 0")

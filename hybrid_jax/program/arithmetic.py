@@ -27,12 +27,7 @@ _ADD_BITS = 20
 
 
 def multiplier(*scales: float | np.ndarray, output: Encoding, count: int = 1) -> np.ndarray:
-    """float32 product of the scales, divided by that of the output and by `count`.
-
-    Example:
-      >>> multiplier(0.5, np.float32([0.5, 0.25]), output=Encoding(0.125))
-      array([2., 1.], dtype=float32)
-    """
+    """float32 product of the scales, divided by that of the output and by `count`."""
     product = np.float32(1)
     for scale in scales:
         product = product * np.float32(scale)
@@ -40,16 +35,7 @@ def multiplier(*scales: float | np.ndarray, output: Encoding, count: int = 1) ->
 
 
 def integer_bias(weights: Weights, x: Encoding) -> np.ndarray:
-    """The bias in steps of the accumulator, int32 (O,): round(bias / (s_x · s_w)).
-
-    Raises:
-      ValueError: If a sum of the kernel's products with this bias may leave int32.
-
-    Example:
-      >>> weights = Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
-      >>> integer_bias(weights, Encoding(0.25))
-      array([8], dtype=int32)
-    """
+    """The bias in steps of the accumulator, int32 (O,): round(bias / (s_x · s_w))."""
     step = np.float32(x.scale) * weights.scale
     bias = np.rint(weights.bias.astype(np.float64) / step)
     axes = tuple(range(weights.values.ndim - 1))
@@ -102,24 +88,14 @@ class Sum(NamedTuple):
 
 
 def addition(a: Encoding, b: Encoding, output: Encoding) -> Sum:
-    """The constants of `a + b`.
-
-    Example:
-      >>> addition(Encoding(0.5), Encoding(0.25), Encoding(1.0))
-      Sum(first=1048576, second=524288, multiplier=np.float32(4.7683716e-07))
-    """
+    """The constants of `a + b`."""
     most = max(a.scale, b.scale)
     first, second = (round(e.scale / most * 2**_ADD_BITS) for e in (a, b))
     return Sum(first, second, np.float32(most / 2**_ADD_BITS / output.scale))
 
 
 def bounds(encoding: Encoding, clip: tuple[float, float]) -> tuple[int, int]:
-    """The least and the greatest integer of a result clipped to values in `clip`.
-
-    Example:
-      >>> bounds(Encoding(0.5, zero_point=10), (0.0, 6.0))
-      (10, 22)
-    """
+    """The least and the greatest integer of a result clipped to values in `clip`."""
     low, high = (
         float(np.clip(np.rint(end / encoding.scale) + encoding.zero_point, *ends))
         for end, ends in zip(clip, [(encoding.low, encoding.high)] * 2, strict=True)
@@ -132,11 +108,8 @@ def table(
 ) -> np.ndarray:
     """The integer that each of 256 integers becomes under an expression, uint8 (256,) or (256, C).
 
-    Args:
-      steps: Of the expression, of one input.
-      constants: Scalars, or (C,) where each channel has its own.
-      x: Encoding of the input.
-      y: Encoding of the result. What is NaN becomes its zero point.
+    `steps` are of one input with encoding `x`, `constants` scalars or (C,) where each channel has
+    its own. What is NaN becomes the zero point of the result's encoding `y`.
 
     Example:
       >>> table([functions.Step('tanh', (0,))], [], Encoding(0.1, 128), Encoding(1 / 128, 128))[

@@ -47,7 +47,7 @@ class Choice:
     @property
     def answering(self) -> tuple[Program, ...]:
         """Those of its parts whose outputs are answers."""
-        raise NotImplementedError
+        return self.parts
 
     @property
     def written(self) -> tuple[Program, ...]:
@@ -73,18 +73,11 @@ class Choice:
 class Mixture(Choice):
     """A gate, and experts of which one runs for each image: that of the gate's largest output.
 
-    A NaN among the gate's outputs makes the answer NaN.
-
-    Attributes:
-      gate: Its outputs are (E,); ties go to the lowest index.
-      experts: E programs of one input shape and one output shape.
-
-    Raises:
-      ValueError: If the shapes do not fit, inputs have several dtypes, or outputs are no floats.
+    A NaN among the gate's outputs makes the answer NaN; ties go to the lowest index.
     """
 
-    gate: Program
-    experts: tuple[Program, ...]
+    gate: Program  # its outputs are (E,)
+    experts: tuple[Program, ...]  # E, of one input shape and one output shape
 
     def __post_init__(self):
         count = self.gate.output_shape
@@ -94,12 +87,10 @@ class Mixture(Choice):
 
     @property
     def parts(self):
-        """The gate, then the experts."""
         return (self.gate, *self.experts)
 
     @property
     def answering(self):
-        """The experts."""
         return self.experts
 
     def answer(self, fns, image):
@@ -117,18 +108,11 @@ class Cascade(Choice):
     A stage is sure where the largest softmax probability of its output reaches its threshold, as in
     `experts.cascade`, whose thresholds these are; `below` computes it. An output with a NaN is an
     answer.
-
-    Attributes:
-      stages: The cheapest first; programs of one input shape, whose outputs are (N,).
-      thresholds: In [0, 1], of each stage but the last; one number for all of them. 0 never hands
-        on, 1 always but where the stage is certain.
-
-    Raises:
-      ValueError: If there are too few or too many of them, shapes do not fit, inputs have several
-        dtypes, or outputs are no floats.
     """
 
-    stages: tuple[Program, ...]
+    stages: tuple[Program, ...]  # the cheapest first; of one input shape, whose outputs are (N,)
+    # In [0, 1], of each stage but the last; one number for all of them. 0 never hands on, 1 always
+    # but where the stage is certain.
     thresholds: tuple[float, ...]
 
     def __post_init__(self):
@@ -148,12 +132,6 @@ class Cascade(Choice):
 
     @property
     def parts(self):
-        """The stages."""
-        return self.stages
-
-    @property
-    def answering(self):
-        """The stages."""
         return self.stages
 
     @property
@@ -184,13 +162,6 @@ def below(program: Program, threshold: float) -> Program:
     in operations of which each is rounded alike on every device: exp is a power by squaring, and
     integers that add up to at most 2^24 have one sum in float32, in whatever order. It is right to
     some 1e-4, for hundreds of classes and more to N / 2^(s + 1), with s = 24 − ⌈log2 N⌉.
-
-    Example:
-      >>> from hybrid_jax.program import run
-      >>> asked = below(Program('x', 'x', {'x': Tensor((2,))}, ()), 0.75)
-      >>> y, unsure = run(asked)(jnp.array([[0.0, 1.0], [0.0, 1.2]]))  # 0.731 and 0.769
-      >>> unsure.tolist()
-      [True, False]
     """
     (count,) = program.output_shape
     places = (count - 1).bit_length()
@@ -232,14 +203,6 @@ def _powers() -> Iterator[Step]:
 
 
 def kernel_bits(program: Program | Choice) -> list[int]:
-    """Bits of the kernels as `Weights.values` has them, for files that hold them as they are.
-
-    Example:
-      >>> from hybrid_jax.program import Dense, Weights
-      >>> weights = Weights(np.int8([[16]]), np.float32([0.5]), np.float32([1.0]), bits=4)
-      >>> tensors = {'x': Tensor((1,)), 'y': Tensor((1,))}
-      >>> kernel_bits(Program('x', 'y', tensors, (Dense(('x',), 'y', 'dense', weights),)))
-      [8]
-    """
+    """Bits of the kernels as `Weights.values` has them, for files that hold them as they are."""
     kernels = (op.weights.values for part in program.parts for op in part.weighted)
     return sorted({8 * values.itemsize for values in kernels})

@@ -26,13 +26,7 @@ Rule = Callable[..., jax.Array]
 def edges(program: Program, inputs: Sequence[jax.Array], rule: Rule = compute) -> dict[str, Any]:
     """Every edge of a program by name, (B, …): uint8 where encoded, else float32.
 
-    Args:
-      program: The program.
-      inputs: One array (B, …) for each of its inputs.
-      rule: What computes an operation: rule(op, values, encodings, output), as `compute` does.
-
-    Raises:
-      ValueError: If the inputs are not of the program's number, shapes and dtypes.
+    An operation is computed by rule(op, values, encodings, encoding of the result).
     """
     values = {}
     for name, x in zip(program.inputs, check_inputs(program, inputs), strict=True):
@@ -46,11 +40,7 @@ def edges(program: Program, inputs: Sequence[jax.Array], rule: Rule = compute) -
 
 
 def check_inputs(program: Program, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Returns the inputs if they are those of the program.
-
-    Raises:
-      ValueError: If not.
-    """
+    """Returns the inputs if they are those of the program: how many, their shapes and dtypes."""
     if len(inputs) != len(program.inputs):
         raise ValueError(f"inputs must be {len(program.inputs)} arrays, got {len(inputs)}")
     for name, x in zip(program.inputs, inputs, strict=True):
@@ -91,16 +81,9 @@ def apply(program: Program, params: Params, *inputs: jax.Array) -> Any:
 def run(program: Program | Choice, forms: Forms | None = None) -> Callable[..., Any]:
     """The function that a program stands for, in integers to the last bit what a device computes.
 
-    Args:
-      program: In floats, in integers or mixed. A choice runs for each image what that needs.
-      forms: {name of a convolution: 'conv' or 'matmul'}, as `fastest` measures them; of a choice
-        for each part. What is not named is a 'conv'.
-
-    Returns:
-      fn(*inputs) -> outputs, float32 (B, …), pure. A NaN that is quantized becomes the zero point.
-
-    Raises:
-      ValueError: If `forms` name what is no convolution or an unknown form, or are too few.
+    It is fn(*inputs) -> outputs, float32 (B, …), and pure; a choice runs for each image what that
+    needs. A NaN that is quantized becomes the zero point. `forms` are {name of a convolution:
+    'conv' or 'matmul'}, as `fastest` measures them, of a choice for each part; else it is a 'conv'.
 
     Example:
       >>> from hybrid_jax.program import Convert, Dense, Encoding, Program, Tensor, Weights
@@ -120,20 +103,6 @@ def simulate(program: Program | Choice, forms: Forms | None = None) -> Callable[
     that their integers stand for, and biases are rounded to steps of the sums. For targets without
     integer kernels, and to see what integer sums change: a value next to half a step may fall on
     the other side.
-
-    Args:
-      program: As for `run`.
-      forms: As for `run`.
-
-    Returns:
-      fn(*inputs) -> outputs, as `run` returns.
-
-    Example:
-      >>> from hybrid_jax.program import Convert, Encoding, Program, Tensor
-      >>> tensors = {'x': Tensor((2,)), 'q': Tensor((2,), Encoding(0.25, 128)), 'y': Tensor((2,))}
-      >>> steps = (Convert(('x',), 'q'), Convert(('q',), 'y'))
-      >>> simulate(Program('x', 'y', tensors, steps))(jnp.array([[0.3, 99.0]]))
-      Array([[ 0.25, 31.75]], dtype=float32)
     """
     return _function(program, forms, in_floats)
 
@@ -156,7 +125,10 @@ def _function(program, given, rule):
         fns = [_function(*pair, rule) for pair in zip(program.written, given, strict=True)]
         return lambda x: core.one_by_one(functools.partial(program.answer, fns), x)
     given = {} if given is None else given
-    _check_forms(given, program)
+    names = [op.name for op in program.weighted if isinstance(op, Conv)]
+    for name, form in given.items():
+        core.check_choice("operation of forms", name, names)
+        core.check_choice(f"form of {name!r}", form, forms.FORMS)
 
     def formed(op, *rest):
         options = {"form": given[op.name]} if getattr(op, "name", None) in given else {}
@@ -177,27 +149,9 @@ def fastest(
 ) -> dict[str, str] | list[dict[str, str]]:
     """Measures which form of each convolution is the fastest on the default backend.
 
-    Each shape is compiled in both forms and timed by turns, once on each machine.
-
-    Args:
-      program: In floats, in integers or mixed.
-      batch: Images for each call. A choice runs its parts with one image at a time.
-      choices: Where what is measured is kept; None for `core.CHOICES`.
-
-    Returns:
-      {name of the convolution: 'conv' or 'matmul'}, as `run(program, forms)` takes it; of a choice
-      a list, one for each part.
-
-    Raises:
-      ValueError: If `batch` is not an integer of at least 1.
-
-    Example:
-      >>> from hybrid_jax.program import Conv, Program, Tensor, Weights
-      >>> weights = Weights(np.ones((3, 3, 1, 2), np.float32), None, np.zeros(2, np.float32))
-      >>> tensors = {'x': Tensor((4, 4, 1)), 'y': Tensor((2, 2, 2))}
-      >>> program = Program('x', 'y', tensors, (Conv(('x',), 'y', 'stem', weights),))
-      >>> fastest(program)['stem'] in forms.FORMS
-      True
+    Each shape is compiled in both forms and timed by turns, once on each machine, with `batch`
+    images for each call; a choice runs its parts with one. What is measured is kept in `choices`,
+    by default in `core.CHOICES`. The result is as `run` takes it.
     """
     core.check_integer("batch", batch, 1)
     if isinstance(program, Choice):
@@ -222,11 +176,3 @@ def _measured(choices, batch, program, op):
     asked = f"deployed convolution: {np.dtype(dtype)} {shape} by {kernel.shape}, "
     asked += f"{op.strides}, {op.padding}, {op.dilation}, {op.groups}"
     return choices.choose(asked, ways, jax.ShapeDtypeStruct(shape, dtype))
-
-
-def _check_forms(asked, program):
-    """Raises ValueError if a name is no convolution of the program, or its form is unknown."""
-    names = [op.name for op in program.weighted if isinstance(op, Conv)]
-    for name, form in asked.items():
-        core.check_choice("operation of forms", name, names)
-        core.check_choice(f"form of {name!r}", form, forms.FORMS)

@@ -18,14 +18,9 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 def convolve(
     op: Any, x: jax.Array, kernel: jax.Array, zero: int = 0, form: str = "conv"
 ) -> jax.Array:
-    """A convolution without bias, summed in float32, or of int8 in int32.
+    """A convolution without bias, summed in float32, or of int8 in int32; its padding holds `zero`.
 
-    Args:
-      op: A `Conv`: strides, padding, dilation and groups.
-      x: (B, H, W, C), float32 or int8.
-      kernel: (kh, kw, C / groups, O) of that dtype.
-      zero: What the padding holds.
-      form: 'conv' or 'matmul'.
+    `op` is a `Conv`, `x` (B, H, W, C) and `kernel` (kh, kw, C / groups, O) of float32 or int8.
     """
     dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     x = pad(x, [*op.padding, (0, 0)], zero)

@@ -5,6 +5,7 @@ GELU, hard-swish, a leaky ReLU, a square root after an addition. It is kept as i
 nothing has to be recognized. Of integers it is a table.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,30 +16,20 @@ import scipy.special
 
 
 class Step(NamedTuple):
-    """One step of an expression.
+    """One step of an expression."""
 
-    Attributes:
-      name: Of a row of `FUNCTIONS`.
-      operands: Places of its operands among the inputs, the constants and the steps before it.
-      options: (name, value) pairs that the row takes beside them.
-    """
-
-    name: str
+    name: str  # of a row of `FUNCTIONS`
+    # Places of its operands among the inputs, the constants and the steps before it
     operands: tuple[int, ...]
+    # (name, value) pairs that the row takes beside them
     options: tuple[tuple[str, int | str], ...] = ()
 
 
 def evaluate(steps: Sequence[Step], values: Sequence[Any]) -> Any:
-    """The result of the last step.
+    """The result of the last step, or without any the first value.
 
-    Args:
-      steps: The steps; without any the result is the first value.
-      values: Inputs and constants; of NumPy, then all is computed there, or of JAX. They broadcast.
-
-    Example:
-      >>> halved = [Step('exp', (0,)), Step('mul', (2, 1))]
-      >>> print(evaluate(halved, [np.float64(0.0), np.float64(0.5)]))
-      0.5
+    `values` are inputs and constants, which broadcast: of NumPy, then all is computed there, or of
+    JAX.
     """
     made = list(values)
     for step in steps:
@@ -58,6 +49,10 @@ def _special(name):
 
 def _plain(name):
     return lambda library, *operands: getattr(library, name)(*operands)
+
+
+def _operator(name):
+    return lambda library, *operands: getattr(operator, name)(*operands)
 
 
 def _logistic(library, x):
@@ -106,35 +101,27 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         )
     },
     **{name: _plain(f"arc{name[1:]}") for name in ("asin", "acos", "atan", "asinh", "acosh")},
+    **{
+        name: _operator(name)
+        for name in ("add", "sub", "mul", "neg", "eq", "ne", "lt", "le", "gt", "ge")
+    },
+    **{"and": _operator("and_"), "or": _operator("or_"), "xor": _operator("xor")},
+    "not": _operator("invert"),
     "atanh": _plain("arctanh"),
     "atan2": _plain("arctan2"),
     "rsqrt": lambda library, x: 1 / library.sqrt(x),
-    "neg": lambda library, x: -x,
     "logistic": _logistic,
     "erf": _special("erf"),
     "erfc": _special("erfc"),
     "is_finite": _plain("isfinite"),
     "round": _round,
     "integer_pow": lambda library, x, y: x**y,
-    "pow": lambda library, x, y: library.power(x, y),
-    "add": lambda library, x, y: x + y,
-    "sub": lambda library, x, y: x - y,
-    "mul": lambda library, x, y: x * y,
+    "pow": _plain("power"),
     "div": _div,
     "rem": _plain("fmod"),
     "max": _plain("maximum"),
     "min": _plain("minimum"),
     "clamp": lambda library, low, x, high: library.minimum(library.maximum(x, low), high),
-    "eq": lambda library, x, y: x == y,
-    "ne": lambda library, x, y: x != y,
-    "lt": lambda library, x, y: x < y,
-    "le": lambda library, x, y: x <= y,
-    "gt": lambda library, x, y: x > y,
-    "ge": lambda library, x, y: x >= y,
-    "and": lambda library, x, y: x & y,
-    "or": lambda library, x, y: x | y,
-    "xor": lambda library, x, y: x ^ y,
-    "not": lambda library, x: ~x,
     "select_n": _select,
     "convert_element_type": _convert,
 }

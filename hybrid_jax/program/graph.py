@@ -20,24 +20,18 @@ Params = Mapping[str, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """How the kernel of an operation comes from that of the traced function.
+    """How the kernel of an operation comes from that of the traced function."""
 
-    Attributes:
-      site: The site's name; None of a kernel without parameters.
-      order: The transposition of the traced kernel that ends in (…, inputs, outputs).
-      sizes: Lengths of the traced kernel.
-      before: (scale, shift) of its input that the kernel has taken in; None without.
-      copies: How often its outputs stand in the kernel, one after the other: once for each phase
-        of a transposed convolution.
-      scale: float32 (O,), by which what follows the site multiplies.
-    """
-
-    site: str | None
+    site: str | None  # the site's name; None of a kernel without parameters
+    # The transposition of the traced kernel that ends in (…, inputs, outputs)
     order: tuple[int, ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # lengths of the traced kernel
+    # (scale, shift) of its input that the kernel has taken in; None without
     before: tuple[Any, Any] | None = None
+    # How often its outputs stand in the kernel, one after the other: once for each phase of a
+    # transposed convolution
     copies: int = 1
-    scale: Any = None
+    scale: Any = None  # float32 (O,), by which what follows the site multiplies
 
     def outputs(self, entries: Any) -> np.ndarray:
         """What broadcasts to the traced kernel, for each output of the kernel here: (O,)."""
@@ -60,20 +54,15 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """An inference graph.
+    """An inference graph."""
 
-    Attributes:
-      inputs: Names of the edges that it is given; a single name stands for a tuple of one.
-      outputs: Names of the edges that it returns, float32 unless one is returned as it is stored.
-      tensors: {name: shape, encoding and dtype} of the edges.
-      operations: In an order in which they can run.
-      sources: {output of a convolution or dense layer: how its kernel comes from the traced one}.
-    """
-
+    # Names of the edges that it is given; a single name stands for a tuple of one
     inputs: tuple[str, ...]
+    # Names of the edges that it returns, float32 unless one is returned as it is stored
     outputs: tuple[str, ...]
-    tensors: dict[str, Tensor]
-    operations: tuple[Operation, ...]
+    tensors: dict[str, Tensor]  # {name: shape, encoding and dtype} of the edges
+    operations: tuple[Operation, ...]  # in an order in which they can run
+    # {output of a convolution or dense layer: how its kernel comes from the traced one}
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -138,11 +127,7 @@ class Program:
         return {name: own for name, own in found.items() if own}
 
     def replace(self, params: Params) -> "Program":
-        """The same graph with other weights, which may be traced.
-
-        Raises:
-          ValueError: If they are not of the operations that `params` has.
-        """
+        """The same graph with other weights, which may be traced."""
         own = self.params
         for name in [*own, *params]:
             if (name in own) != (name in params):

@@ -18,14 +18,7 @@ _FLOAT = 4  # bytes
 
 
 class Buffer(NamedTuple):
-    """Bytes that are needed from one step to another, both included.
-
-    Attributes:
-      size: How many.
-      first: The first step.
-      last: The last one.
-      align: What the place of the first byte must be a multiple of.
-    """
+    """`size` bytes, from step `first` to `last`, both included, at a multiple of `align`."""
 
     size: int
     first: int
@@ -34,34 +27,24 @@ class Buffer(NamedTuple):
 
 
 class Lifetimes(NamedTuple):
-    """What is live when.
+    """What is live when."""
 
-    Attributes:
-      buffers: Bytes of the block by the name of the edge that is first in them; (name of an
-        operation's output,) for what the operation needs for itself.
-      homes: {edge: the first edge of the bytes in which it lies}.
-      ends: {that edge: the input, output or constant in whose own memory it lies}.
-    """
-
+    # Bytes of the block by the name of the edge that is first in them; (name of an operation's
+    # output,) for what the operation needs for itself
     buffers: dict[Hashable, Buffer]
-    homes: dict[str, str]
-    ends: dict[str, str]
+    homes: dict[str, str]  # {edge: the first edge of the bytes in which it lies}
+    ends: dict[str, str]  # {that edge: the input, output or constant in whose own memory it lies}
 
 
 class Plan(NamedTuple):
-    """Places in a block of `size` bytes.
+    """Places in a block of `size` bytes."""
 
-    Attributes:
-      offsets: {edge: its first byte} of those in the block.
-      ends: {edge: the input, output or constant in whose own memory it lies} of the others.
-      scratch: {name of an operation's output: the first byte of what it needs for itself}.
-      size: Bytes of the block.
-    """
-
-    offsets: dict[str, int]
+    offsets: dict[str, int]  # {edge: its first byte} of those in the block
+    # {edge: the input, output or constant in whose own memory it lies} of the others
     ends: dict[str, str]
+    # {name of an operation's output: the first byte of what it needs for itself}
     scratch: dict[str, int]
-    size: int
+    size: int  # bytes of the block
 
 
 def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
@@ -71,21 +54,7 @@ def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
     memory of whoever calls. An edge lives from the operation that makes it to the last that reads
     it, an output to the end. A reshape lies where its input lies; an element-wise result takes the
     place of an operand of its size that is not read again. Floats lie on multiples of four bytes.
-
-    Args:
-      program: In floats, in integers or mixed.
-      scratch: {name of an operation's output: bytes that it needs for itself while it runs}.
-
-    Example:
-      >>> from hybrid_jax.program.encoding import Encoding, Tensor
-      >>> from hybrid_jax.program.operations import Mean
-      >>> e = Encoding(1.0)
-      >>> tensors = {'x': Tensor((6,)), 'q': Tensor((6,), e), 'h': Tensor((6,), Encoding(2.0))}
-      >>> tensors |= {'t': Tensor((1, 2, 3), Encoding(2.0)), 'm': Tensor((3,), e)}
-      >>> steps = (Convert(('x',), 'q'), Convert(('q',), 'h'), Reshape(('h',), 't', (1, 2, 3)))
-      >>> made = plan(Program('x', 'm', tensors, (*steps, Mean(('t',), 'm'))))
-      >>> made.offsets, made.ends, made.size
-      ({'q': 0, 'h': 0, 't': 0, 'm': 6}, {'x': 'x'}, 9)
+    `scratch` are {name of an operation's output: bytes that it needs for itself while it runs}.
     """
     buffers, homes, ends = lifetimes(program, scratch)
     placed = place(buffers)
@@ -139,12 +108,7 @@ def size(buffers: Mapping[_Key, Buffer], placed: Mapping[_Key, int]) -> int:
 
 
 def place(buffers: Mapping[_Key, Buffer]) -> dict[_Key, int]:
-    """The first byte of each buffer, so that no two that live at one time overlap.
-
-    Example:
-      >>> place({'a': Buffer(4, 0, 1), 'b': Buffer(8, 1, 2), 'c': Buffer(2, 2, 3)})
-      {'b': 0, 'a': 8, 'c': 8}
-    """
+    """The first byte of each buffer, so that no two that live at one time overlap."""
     placed: dict[_Key, int] = {}
     for name in sorted(buffers, key=lambda name: -buffers[name].size):
         size, first, last, align = buffers[name]
@@ -163,21 +127,13 @@ def place(buffers: Mapping[_Key, Buffer]) -> dict[_Key, int]:
 
 
 def is_view(program: Program, op: Operation) -> bool:
-    """Whether an operation leaves the stored bytes as they are.
-
-    Example:
-      >>> from hybrid_jax.program.encoding import Encoding, Tensor
-      >>> tensors = {'a': Tensor((4,), Encoding(1.0)), 'b': Tensor((2, 2), Encoding(1.0))}
-      >>> is_view(Program('a', 'b', tensors, ()), Reshape(('a',), 'b', (2, 2)))
-      True
-    """
+    """Whether an operation leaves the stored bytes as they are."""
     if isinstance(op, Convert):
         return program.encoding(op.inputs[0]) == program.encoding(op.output)
     return isinstance(op, Reshape)
 
 
 def _in_place(program, op):
-    """The inputs whose bytes the output may take."""
     name = op.output
     return [
         own

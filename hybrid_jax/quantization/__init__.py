@@ -1,14 +1,12 @@
 """Ranges and observers, integer grids, and fake-quantization of a model's weights and activations.
 
-The way through it:
-
     spec = quantization.spec(graph, weight_bits=4)
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
 Ranges are a pytree of floats to be trained along with the parameters, bits are data. What a device
-computes is the inference graph, with every edge stored once and BatchNorm in the kernels; the last
-steps of training belong there, and what recovers accuracy without training:
+computes is the inference graph, with every edge stored once; the last steps of training belong
+there, and what recovers accuracy without training:
 
     program, left_out = quantization.equalize(hj.lower(fn, params, x), x)
     planned = quantization.plan(program, spec)
@@ -18,7 +16,7 @@ steps of training belong there, and what recovers accuracy without training:
     q_fn = quantization.as_deployed(planned)          # q_fn(weights, ranges, *inputs)
     integers = quantization.encode(planned.replace(weights), ranges, x)
 
-Each site its own bits, within budgets (with `widths`, how many channels each group keeps, too):
+Each site its own bits (and widths) within budgets:
 
     damage = quantization.sensitivity(fn, params, batches, spec, {2: ranges, 4: ranges, 8: ranges})
     formula = cost.formula(graph, scales=quantization.scale_counts(graph, spec))
@@ -50,14 +48,11 @@ from hybrid_jax.quantization.grids import Grid as Grid
 from hybrid_jax.quantization.grids import Range as Range
 from hybrid_jax.quantization.grids import dequantize as dequantize
 from hybrid_jax.quantization.grids import extent as extent
-from hybrid_jax.quantization.grids import integer_step as integer_step
 from hybrid_jax.quantization.grids import nearest as nearest
 from hybrid_jax.quantization.grids import quantize as quantize
 from hybrid_jax.quantization.grids import spread as spread
 from hybrid_jax.quantization.lookup import range_at as range_at
-from hybrid_jax.quantization.model import Integers as Integers
 from hybrid_jax.quantization.model import fake_quantized as fake_quantized
-from hybrid_jax.quantization.model import integer_kernels as integer_kernels
 from hybrid_jax.quantization.model import scale_counts as scale_counts
 from hybrid_jax.quantization.observers import Observer as Observer
 from hybrid_jax.quantization.observers import entropy as entropy

@@ -14,20 +14,14 @@ from hybrid_jax.quantization.specs import ROLES
 
 
 class Allocation(NamedTuple):
-    """What `allocate_bits` chose.
+    """What `allocate_bits` chose."""
 
-    Attributes:
-      bits: {site name: {'weight': int, 'activation': int}} of every site: data for the `bits` of
-        `fake_quantized`, and what `with_bits` takes.
-      widths: {group name: channels kept} of the groups that had a choice.
-      damage: The sum of the damages chosen.
-      costs: {name: what the formula counts}.
-    """
-
+    # {site name: {'weight': int, 'activation': int}} of every site: data for the `bits` of
+    # `fake_quantized`, and what `with_bits` takes
     bits: dict[str, dict[str, int]]
-    widths: dict[str, int]
-    damage: float
-    costs: dict[str, int]
+    widths: dict[str, int]  # {group name: channels kept} of the groups that had a choice
+    damage: float  # the sum of the damages chosen
+    costs: dict[str, int]  # {name: what the formula counts}
 
 
 def allocate_bits(
@@ -42,23 +36,18 @@ def allocate_bits(
     """Chooses bits, and widths of coupled channels with them, at the least total damage.
 
     The damages of all choices are added, as in HAWQ-V2 (Dong et al., arXiv 1911.03852), and
-    minimized by an integer program, exactly (see `program.solve`). Budgets are kept to the byte.
-    A site that `sensitivity` leaves out keeps its bits in `spec`, and so does a role.
+    minimized by an integer program, exactly (see `program.solve`). Budgets, {'bytes', 'bops',
+    'macs', of a program's formula 'memory': the most it may be}, are kept to the byte.
 
-    Args:
-      sensitivity: {site name: {'weight', 'activation' or both: {bits: damage}}}; the bits listed
-        are the choices. The damages of sites that share a kernel are added, they get the same bits.
-      formula: `cost.formula(graph, scales=scale_counts(graph, spec))`: how the costs depend on what
-        is chosen. Without `scales` every kernel below 32 bits is counted with one scale for each
-        output channel, which is right for the quantizers that `spec` has by default only. With that
-        of `cost.of_program` operations take the place of sites, see `stored.of_operations`.
-      spec: How each site is quantized; its bits are those of what is not chosen.
-      budgets: {name of a cost in the formula: the most it may be}: 'bytes', 'bops', 'macs', and
-        of a program's formula 'memory'.
-      rules: (pattern on the site's name, {role: bits}) pairs, the bits one number or several; they
-        take the place of the site's choices, and the first match wins. One number needs no damage.
-      widths: {group name: {channels kept: damage}}; groups left out keep all channels. Weight and
-        width damages are in one unit, as when both are measured as the loss.
+    `sensitivity` is {site name: {role: {bits: damage}}}; the bits listed are the choices. Damages
+    of sites that share a kernel are added, they get the same bits; a site or role left out keeps
+    its bits in `spec`. `formula` is `cost.formula(graph, scales=scale_counts(graph, spec))`;
+    without `scales` every kernel below 32 bits is counted with one scale for each output channel,
+    which is right for the default quantizers only. With that of `cost.of_program` operations take
+    the place of sites, see `stored.of_operations`. `rules` are (pattern on the site's name, {role:
+    bits}) pairs, the bits one number, which needs no damage, or several; they take the place of the
+    site's choices, and the first match wins. `widths` are {group name: {channels kept: damage}}, in
+    the unit of the bits' damages; groups left out keep all channels.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -30,18 +30,16 @@ def calibrate(
     """Finds the ranges of kernels and activations by running the float model.
 
     The model, in evaluation mode, is compiled once for each shape of batch, and batches are not
-    kept. `method` is a name in `observers.METHODS` ('minmax', 'ema', 'percentile', 'mse',
-    'entropy', 'mean_abs', 'ternary') or an `Observer`, for tensors whose quantizer states none;
-    `bits`, as `Spec.bits` gives them, take the place of the spec's, which only 'mse' and 'entropy'
-    mind. Of `stacked` parameters (and bits) every leaf has a leading axis E: all experts see each
-    batch, and the ranges have the axis too.
+    kept. `method` is a name in `observers.METHODS` or an `Observer`, for tensors whose quantizer
+    states none; `bits`, as `Spec.bits` gives them, take the place of the spec's, which only 'mse'
+    and 'entropy' mind. Of `stacked` parameters (and bits) every leaf has a leading axis E: all
+    experts see each batch, and the ranges have the axis too.
 
-    Returns:
-      Ranges, float32 and trainable: {site name: {'weight': Range, 'activation': Range}}, without
-      those that are 'dynamic'. A kernel's have the kernel's rank, with 1 (or the number of groups)
-      for the axes that are summed over, or are () per tensor; an activation's are (). A site in a
-      `scan` has one for all of its iterations. What is constantly 0 (a dead channel) has the range
-      [0, 0], of the least scale.
+    They are float32 and trainable, {site name: {'weight': Range, 'activation': Range}} without
+    those that are 'dynamic'. A kernel's have the kernel's rank, with 1 (or the number of groups)
+    for the axes that are summed over, or are () per tensor; an activation's are (). A site in a
+    `scan` has one for all of its iterations. What is constantly 0 (a dead channel) has the range
+    [0, 0].
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,24 +76,10 @@ def calibrate_edges(
     batches: Iterable[tuple[Any, ...]],
     method: str | Observer = "minmax",
 ) -> dict[str, dict[str, grids.Range]]:
-    """Finds the ranges of a plan's edges and kernels by running its program in floats.
+    """The ranges of a plan's edges and kernels, by running its program in floats; as `calibrate`.
 
-    Arguments are as of `calibrate`.
-
-    Returns:
-      {name of a slot: {'activation': Range}}, whose ends are (), and {output of a convolution or
-      dense layer: {'weight': Range}}, of the kernel's rank; a name may have both.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax import program as p
-      >>> from hybrid_jax import quantization
-      >>> fn = lambda params, x: jax.nn.relu(x @ params['a']) @ params['b']
-      >>> params, x = {'a': jnp.ones((2, 2)), 'b': jnp.ones((2, 1))}, jnp.array([[-1.0, 3.0]])
-      >>> spec = quantization.spec(core.trace(fn, params, x))
-      >>> ranges = calibrate_edges(quantization.plan(p.lower(fn, params, x), spec), [(x,)])
-      >>> {name: float(own['activation'].high) for name, own in ranges.items() if name != 'b'}
-      {'a': 2.0, 'x': 3.0}
+    They are {name of a slot: {'activation': Range}}, whose ends are (), and {output of a
+    convolution or dense layer: {'weight': Range}}, of the kernel's rank; a name may have both.
     """
     watched = _watching(method)
     quantizers: dict[str, dict[str, specs.Quantizer]] = {}
@@ -111,7 +95,7 @@ def calibrate_edges(
         for op in program.weighted:
             if op.output in planned.ranged:
                 quantizer, kernel = planned.kernels[op.output], op.weights.values
-                shape = kernel_range_shape(kernel.shape, quantizer)
+                shape = specs.kernel_range_shape(kernel.shape, quantizer)
                 seen[op.output] = {"weight": watched(quantizer, kernel, shape)}
         values, together = evaluate.edges(program, inputs), collections.defaultdict(list)
         for op in program.operations:
@@ -127,11 +111,6 @@ def calibrate_edges(
     return _streamed(see, planned.program.params, batches, quantizers)
 
 
-def kernel_range_shape(shape: tuple[int, ...], quantizer: specs.Quantizer) -> tuple[int, ...]:
-    """The shape of the range of a program's kernel (…, O)."""
-    return (*(1 for _ in shape[1:]), shape[-1]) if quantizer.per_channel else ()
-
-
 def _watching(method):
     """(quantizer, tensor, shape of its range) -> what its observer sees."""
     # One observer of each name, so that equal trees hold equal ones.
@@ -145,8 +124,6 @@ def _watching(method):
 
 
 def _streamed(see, params, batches, quantizers, bits=None, stacked=False):
-    """The ranges of what `see` sees in all batches."""
-
     def later(old, new):
         return jax.tree.map(lambda a, b: a.merge(b.state), old, new, is_leaf=_is_observed)
 

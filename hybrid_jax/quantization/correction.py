@@ -28,30 +28,12 @@ def correct_biases(
     for each output channel, before it is clipped and stored; the means are taken over examples and
     positions. The program runs on all batches once for each operation, and is compiled twice.
 
-    Args:
-      planned: With the weights of the float model.
-      ranges: Of its edges and kernels, as `calibrate_edges` returns them.
-      batches: Tuples of inputs, all of the same shapes.
-      params: Weights to correct, such as what `adaround` returns; None for those of the plan.
-
-    Returns:
-      `params` with other biases.
+    `planned` has the weights of the float model, `ranges` are as `calibrate_edges` returns them,
+    and batches of one shape. Corrected are `params`, such as `adaround` returns, by default the
+    plan's.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     arXiv 1906.04721, section 4.2 and appendix D (empirical bias correction).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax import quantization
-      >>> fn, x = lambda params, x: x @ params['w'], jnp.ones((2, 1))
-      >>> params = {'w': jnp.full((1, 1), 1.3)}
-      >>> spec = quantization.spec(core.trace(fn, params, x), [('w', {'weight': 4})])
-      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
-      >>> ranges = quantization.calibrate_edges(planned, [(x,)])
-      >>> ranges['w'] = {'weight': grids.Range(jnp.float32(-7.0), jnp.float32(7.0))}
-      >>> new = correct_biases(planned, ranges, [(x,)])
-      >>> print(f"{new['w']['bias'][0]:.3f}")  # 1.3 becomes 1
-      0.300
     """
     batches = list(core.check_batches(batches, alike=True))
     for name in planned.stored:

@@ -13,7 +13,6 @@ from hybrid_jax import program as p
 from hybrid_jax.program import evaluate
 from hybrid_jax.program.operations import rounded
 from hybrid_jax.quantization import grids, specs, surrogate
-from hybrid_jax.quantization.calibration import kernel_range_shape
 from hybrid_jax.quantization.lookup import range_at
 from hybrid_jax.quantization.planning import Plan, site_of
 
@@ -32,18 +31,6 @@ def as_deployed(planned: Plan) -> Callable[..., Any]:
       `bits` {name: {role: int32 ()}}, traced, take the place of the plan's. Differentiable in
       `params` and `ranges`. Zeros of a kernel are rounded to zero, unless it is binary; what keeps
       them through training is `pruning.hold_masks`.
-
-    Example:
-      >>> from hybrid_jax import quantization
-      >>> fn = lambda params, x: x @ params['w'] + 0.3
-      >>> params, x = {'w': jnp.array([[0.9], [-3.0]])}, jnp.array([[1.0, 2.55]])
-      >>> rules = [('w', {'weight': 3})]
-      >>> spec = quantization.spec(core.trace(fn, params, x), rules)
-      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
-      >>> ranges = quantization.calibrate_edges(planned, [(x,)])
-      >>> y = as_deployed(planned)(planned.program.params, ranges, x)
-      >>> print(f'{y.item():.3f}')  # steps of 1: 0.9 becomes 1
-      -6.350
     """
 
     def q_fn(params, ranges, *inputs, bits: Mapping[str, Mapping[str, Any]] | None = None):
@@ -91,10 +78,7 @@ def edges(
         if op.output not in planned.ranged:
             if quantizer.bits == grids.OFF:
                 return op.weights
-            # A 1×1 depthwise kernel, of one weight for each channel: the integer is ±127.
-            size = jnp.abs(kernel).reshape(-1) / 127
-            size = jnp.where(size == 0, jnp.where(size.max() == 0, 1 / 127, size.max()), size)
-            return p.Weights(kernel, None, in_steps(op.weights.bias, size, op))
+            return p.Weights(kernel, None, in_steps(op.weights.bias, sign_scale(kernel), op))
         width = bits_of(op.output, "weight", quantizer)
         span = range_at(ranges, op.output, "weight", kernel.shape)
         shape = np.shape(span.low)
@@ -102,7 +86,7 @@ def edges(
         stored = specs.apply(kernel, quantizer, span, width, shape, count)
         bias = op.weights.bias + program.sources[op.output].moved(stored - kernel)
         # Signs are half a grid's step from zero.
-        parts = grids.integer_step(width) * (2 if quantizer.scheme == "binary" else 1)
+        parts = p.integer_step(width) * (2 if quantizer.scheme == "binary" else 1)
         size = quantizer.grid(span, width).scale.reshape(-1) / jnp.asarray(parts, jnp.float32)
         return p.Weights(stored, None, in_steps(bias, size, op))
 
@@ -124,22 +108,19 @@ def edges(
     return evaluate.edges(program, inputs, rule)
 
 
+def sign_scale(kernel: Any) -> jax.Array:
+    """The scales (C,) of a 1×1 depthwise kernel, of one weight a channel: its integer is ±127."""
+    size = jnp.abs(kernel).reshape(-1)
+    return jnp.where(size == 0, jnp.where(size.max() == 0, 1, size.max()), size) / 127
+
+
 def edge_ranges(planned: Plan, ranges: Ranges, *inputs: Any) -> dict[str, dict[str, grids.Range]]:
     """The ranges of a plan's edges and kernels, from those of the function's sites.
 
     An edge has the range of the site that takes it; the others have the one that they take for the
-    inputs, with all that is known as it is stored. What is folded into a kernel scales its range.
-
-    Args:
-      planned: Of the function that was calibrated or trained.
-      ranges: {site: {'weight': Range, 'activation': Range}}, as `calibrate` or training left them.
-      *inputs: (B, …), real ones, as the program takes them.
-
-    Returns:
-      As `calibrate_edges` returns them.
-
-    Raises:
-      ValueError: If `ranges` lack a site, or inputs are not finite or not those of the program.
+    inputs, real ones (B, …), with all that is known as it is stored. What is folded into a kernel
+    scales its range. `ranges` are as `calibrate` or training left them, the result is as
+    `calibrate_edges` returns it.
     """
     core.check_known("edge_ranges", ranges=ranges, inputs=inputs)
     evaluate.check_inputs(planned.program, inputs)
@@ -182,7 +163,8 @@ def _span_of_kernel(planned, ranges, op):
     uneven = source.before is not None and np.ndim(source.before[0]) > 0
     if site is None or uneven:
         quantizer = planned.kernels[op.output]
-        return quantizer.range_of(jnp.asarray(kernel), kernel_range_shape(kernel.shape, quantizer))
+        shape = specs.kernel_range_shape(kernel.shape, quantizer)
+        return quantizer.range_of(jnp.asarray(kernel), shape)
     span = range_at(ranges, site.name, "weight", None)
     factor = np.abs(source.scale)
     if source.before is not None:

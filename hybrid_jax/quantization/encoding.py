@@ -14,6 +14,7 @@ from hybrid_jax.core import versions
 from hybrid_jax.program import evaluate
 from hybrid_jax.program.operations import dequantize, steps_from_zero
 from hybrid_jax.quantization import grids
+from hybrid_jax.quantization.deployed import sign_scale
 from hybrid_jax.quantization.lookup import range_at
 from hybrid_jax.quantization.planning import Plan, check_signs
 from hybrid_jax.quantization.specs import Quantizer
@@ -27,26 +28,9 @@ def encode(
 ) -> p.Program:
     """The program in integers: what `as_deployed` computes in floats, to the rounding of a sum.
 
-    Args:
-      planned: A program with the weights to be stored, and how they are.
-      ranges: Of its edges and kernels, as `edge_ranges`, `calibrate_edges` or training left them.
-      *inputs: (B, …), real ones, as the program takes them, to compare with.
-      check: Whether every operation is compared with its fake-quantized twin on the inputs: given
-        the same integers they differ by one step at most, on one entry in 10⁴.
-
-    Raises:
-      ValueError: If they differ by more, `ranges` lack an edge, or a binary kernel has a zero.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax import quantization
-      >>> fn = lambda params, x: x @ params['w']
-      >>> params, x = {'w': jnp.array([[1.0], [0.5]])}, jnp.array([[1.0, 2.0]])
-      >>> spec = quantization.spec(core.trace(fn, params, x))
-      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
-      >>> made = encode(planned, quantization.calibrate_edges(planned, [(x,)]), x)
-      >>> [(type(op).__name__, made.encoding(op.output) is None) for op in made.operations]
-      [('Convert', False), ('Dense', True)]
+    `ranges` are as `edge_ranges`, `calibrate_edges` or training left them. With `check` every
+    operation is compared with its fake-quantized twin on the inputs, real ones (B, …): given the
+    same integers they differ by one step at most, on one entry in 10⁴, or it is a ValueError.
     """
     core.check_known("encode", params=planned.program.params, ranges=ranges, inputs=inputs)
     evaluate.check_inputs(planned.program, inputs)
@@ -177,9 +161,7 @@ def _within_reach(weights: p.Weights, x: p.Encoding | None) -> p.Weights:
 
 def _signs(weights: p.Weights) -> p.Weights:
     """A 1×1 depthwise kernel in integers: its size is all in the scale of the channel."""
-    signs = np.sign(weights.values).astype(np.int8)
-    size = np.abs(weights.values.reshape(-1))
-    scale = (np.where(size == 0, size.max() or 1, size) / 127).astype(np.float32)
+    signs, scale = np.sign(weights.values).astype(np.int8), np.asarray(sign_scale(weights.values))
     return p.Weights(127 * signs, scale, weights.bias, 8)
 
 

@@ -23,8 +23,8 @@ def fractional(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
 
         x̂ = (1 − f) · Q_⌊b⌋(x) + f · Q_⌊b⌋+1(x)        ∂x̂/∂b = Q_⌊b⌋+1(x) − Q_⌊b⌋(x)
 
-    and ∂x̂/∂x and the gradients of ranges are those of Q_k, mixed alike. At an integer b, x̂ is what
-    `fake_quantized` computes. b = 8 counts as 7 + 1. Both grids span the same range.
+    and ∂x̂/∂x and the gradients of ranges are those of Q_k, mixed alike. At an integer b, x̂ is
+    what `fake_quantized` computes. b = 8 counts as 7 + 1. Both grids span the same range.
 
     q_fn(params, ranges, bits, *inputs) -> outputs takes `ranges` as `calibrate` returns them, and
     `bits` {site name: {'weight': float32 (), 'activation': float32 ()}} in [2, 8], where they have
@@ -71,12 +71,6 @@ def bit_operations(graph: core.Graph, bits: Mapping[str, Mapping[str, Any]]) -> 
     `bits` is {site name: {'weight': (), 'activation': ()}} of every site. At integers the result,
     float32 () and differentiable in the bits, is
     `cost.count(graph, None, weight_bits, activation_bits).bops`.
-
-    Example:
-      >>> fn = lambda params, x: x @ params['w']
-      >>> graph = core.trace(fn, {'w': jnp.ones((3, 5))}, jnp.ones((1, 3)))
-      >>> print(bit_operations(graph, {'w': {'weight': 2.5, 'activation': 4.0}}))  # 15 · 2.5 · 4
-      150.0
     """
     between = graph.macs - sum(site.macs for site in graph.sites)
     total = jnp.float32(between * 32**2)

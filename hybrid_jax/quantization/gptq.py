@@ -39,19 +39,15 @@ def gptq(
         params = gptq(params, grams, spec, ranges, masks)
 
     Weights that are not zero yet it prunes itself, with SparseGPT's update, which is cheaper than
-    `compensate` and not exact. The Gram matrices are those of the float model, not of layers before
-    that are already quantized.
+    `compensate` and not exact.
 
-    `grams` have every kernel that `spec` quantizes. `masks` are bool like `params`, True where
-    kept, with `optax.MaskedNode()` where nothing is pruned; masked weights come out exactly zero.
-    `bits`, as `Spec.bits` gives them, may be traced. A kernel used at several sites has one range.
-    `damping` is λ of `core.damped_gram`; the `order` 'activation' rounds the inputs with the
-    largest second moments first, 'natural' goes through them as the kernel has them.
-
-    Returns:
-      Pytree like `params`. Its kernels lie on their grids: `fake_quantized`, compiled, with the
-      same spec, ranges and bits, does not change them, to the bit, and `integer_kernels` gives
-      their integers. A kernel of 32 bits is only pruned, and left alone where it has no mask.
+    `grams`, of the float model, have every kernel that `spec` quantizes. `masks` are bool like
+    `params`, True where kept, with `optax.MaskedNode()` where nothing is pruned; masked weights
+    come out exactly zero. `bits`, as `Spec.bits` gives them, may be traced. A kernel used at
+    several sites has one range. `damping` is λ of `core.damped_gram`; the `order` 'activation'
+    rounds the inputs with the largest second moments first, 'natural' goes through them as the
+    kernel has them. Kernels come out on their grids: `fake_quantized`, compiled, with the same
+    spec, ranges and bits, does not change them, to the bit. One of 32 bits is only pruned.
 
     Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, arXiv 2210.17323; jointly with masks E. Frantar, D. Alistarh, SparseGPT, arXiv
@@ -104,29 +100,10 @@ def gptq_planned(
     damping: float = 0.01,
     order: str = "activation",
 ) -> p.Params:
-    """`gptq` of the kernels of a plan, by what its program takes in floats.
+    """The plan's weights with every quantized kernel on its grid: `gptq` of the program in floats.
 
-    A weight that is exactly 0 (pruned) stays 0.
-
-    Args:
-      planned: With the weights of the float model.
-      ranges: Of its edges and kernels, as `calibrate_edges` returns them.
-      batches: Tuples of inputs.
-      damping: As of `gptq`.
-      order: As of `gptq`.
-
-    Returns:
-      The plan's weights, with every quantized kernel on its grid.
-
-    Example:
-      >>> from hybrid_jax import quantization
-      >>> fn, params = lambda params, x: x @ params['w'], {'w': jnp.array([[3.0], [1.45], [1.45]])}
-      >>> x = jnp.array([[0.0, 1.0, 1.0]])
-      >>> spec = specs.spec(core.trace(fn, params, x), weight_bits=3, first_last_bits=3)
-      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
-      >>> ranges = quantization.calibrate_edges(planned, [(x,)])
-      >>> gptq_planned(planned, ranges, [(x,)])['w']['kernel'].ravel().tolist()
-      [3.0, 1.0, 2.0]
+    The plan has the weights of the float model, of which one that is exactly 0 (pruned) stays 0;
+    `ranges` are as `calibrate_edges` returns them.
     """
     params, off = planned.program.params, specs.Quantizer(grids.OFF, "affine")
     # The program is a function like any other, whose sites are called after the kernels.
@@ -164,7 +141,6 @@ def _is_off(width):
 
 
 def _span(gram, spec, ranges):
-    """The one range that a kernel has at all of its sites."""
     first, *others = [lookup.range_of(spec, ranges, site, "weight") for site in gram.sites]
     if first is None:
         raise ValueError(

@@ -6,8 +6,8 @@ The three functions compute the same values, with n and p the ends of the grid i
 
 and differ in their derivative. Here round(v) is what `grids.nearest` returns: for integers the
 nearest one, for signs −½ or ½, for 8-bit floats the nearest of these; with a random key the number
-drawn, of the two around v, such that the mean of x̂ is x within the grid's ends. All work in float32
-and return the dtype of `x`.
+drawn, of the two around v, such that the mean of x̂ is x within the grid's ends. All work in
+float32 and return the dtype of `x`.
 """
 
 import jax

@@ -38,39 +38,16 @@ class Range(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The values scale · (q − zero_point), for the numbers q of a code in [low, high].
+    """The values scale · (q − zero_point), for the numbers q of a code in [low, high]."""
 
-    Attributes:
-      scale: float32, at least `LEAST_SCALE`; of the shape of a `Range`.
-      zero_point: Of scale's shape, the q that stands for zero: int32 in [low, high] for integers,
-        float32 for another code, and ½ for signs, which have no zero.
-      low: The smallest number, (). Its dtype says what the numbers are: int32, bool for signs,
-        float8_e4m3fn or float8_e5m2.
-      high: The largest number, of the same dtype.
-    """
-
-    scale: jax.Array
+    scale: jax.Array  # float32, at least `LEAST_SCALE`; of the shape of a `Range`
+    # Of scale's shape, the q that stands for zero: int32 in [low, high] for integers, float32 for
+    # another code, and ½ for signs, which have no zero
     zero_point: jax.Array
+    # The smallest number, (). Its dtype says what the numbers are: int32, bool for signs,
+    # float8_e4m3fn or float8_e5m2
     low: jax.Array
-    high: jax.Array
-
-
-def integer_step(bits: jax.Array | int) -> Any:
-    """What the stored integers of a symmetric or binary kernel of that many bits are multiples of.
-
-    2^(7 − bits) below 8 bits, so that all but kernels of 8 bits lie in [−63, 63]: two products with
-    a uint8 then add up in an int16, as they must on an x86 without VNNI (see
-    `deploy.arithmetic.saturates`). The scale is as many times smaller than that of the grid, so the
-    kernel is the same, and the bias is rounded to steps that are as many times finer. Signs, of 1
-    bit, are −32 and 32: those of 2 bits without a zero. `bits` may be traced.
-
-    Example:
-      >>> [integer_step(bits) for bits in (8, 4, 2, 1)]
-      [1, 8, 32, 32]
-    """
-    if isinstance(bits, int):
-        return 2 ** (7 - min(max(bits, 2), 7))
-    return 2 ** (7 - jnp.clip(bits, 2, 7))
+    high: jax.Array  # the largest number, of the same dtype
 
 
 def check_bits(name: str, bits: Any, supported: Sequence[int] = range(2, 9)) -> Any:
@@ -100,10 +77,6 @@ def spread(tree: Any, shape: tuple[int, ...]) -> Any:
     """Repeats the entries of a range or grid over their blocks: what broadcasts stays as it is.
 
     `shape` is the tensor's.
-
-    Example:
-      >>> print(spread(jnp.array([[1.0], [2.0]]), (4, 3))[:, 0])
-      [1. 1. 2. 2.]
     """
 
     def leaf(value):
@@ -116,16 +89,7 @@ def spread(tree: Any, shape: tuple[int, ...]) -> Any:
 
 
 def blocks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`x` as one row for each entry of a range of that shape, of the values that share the entry.
-
-    Example:
-      >>> x = jnp.arange(8).reshape(4, 2)
-      >>> print(blocks(x, (2, 2)))  # two groups of two along the first axis, for each column
-      [[0 2]
-       [1 3]
-       [4 6]
-       [5 7]]
-    """
+    """`x` as one row for each entry of a range of that shape, of the values that share it."""
     shape = shape or (1,) * x.ndim
     cut = x.reshape([size for m, n in zip(shape, x.shape, strict=True) for size in (m, n // m)])
     entries_first = jnp.moveaxis(cut, range(0, cut.ndim, 2), range(x.ndim))
@@ -181,14 +145,7 @@ def quantize(x: jax.Array, grid: Grid) -> jax.Array:
 
 
 def dequantize(q: jax.Array, grid: Grid) -> jax.Array:
-    """The values of stored numbers `q`: scale · (q − zero_point), float32.
-
-    Example:
-      >>> from hybrid_jax.quantization.schemes import affine
-      >>> grid = affine(Range(jnp.float32(-2.5), jnp.float32(5.0)), bits=4)
-      >>> print(dequantize(jnp.array([0, 5, 15]), grid))
-      [-2.5  0.   5. ]
-    """
+    """The values of stored numbers `q`: scale · (q − zero_point), float32."""
     grid = spread(grid, q.shape)
     return (q.astype(grid.zero_point.dtype) - grid.zero_point).astype(jnp.float32) * grid.scale
 

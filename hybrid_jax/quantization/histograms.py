@@ -15,20 +15,13 @@ class Histogram(NamedTuple):
     """Counts in `BINS` equal bins over [−2^exponent, 2^exponent), two of which meet at zero.
 
     The radius is a power of two, so that widening merges whole bins and loses nothing.
-
-    Attributes:
-      low: float32 (), the least value.
-      high: float32 (), the greatest value.
-      counts: float32 (BINS,), without exact zeros: these are on every grid.
-      exponent: int32 ().
-      total: float32 (), how many values, exact zeros included.
     """
 
-    low: jax.Array
-    high: jax.Array
-    counts: jax.Array
-    exponent: jax.Array
-    total: jax.Array
+    low: jax.Array  # float32 (), the least value
+    high: jax.Array  # float32 (), the greatest value
+    counts: jax.Array  # float32 (BINS,), without exact zeros: these are on every grid
+    exponent: jax.Array  # int32 ()
+    total: jax.Array  # float32 (), how many values, exact zeros included
 
 
 def histogram(x: jax.Array) -> Histogram:

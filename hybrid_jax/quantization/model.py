@@ -1,52 +1,36 @@
-"""Quantizing a whole model at its sites: as floats to train with, and as integers to store."""
+"""Quantizing a whole model at its sites, in floats to train with."""
 
 import collections
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.quantization import grids, specs
 from hybrid_jax.quantization.lookup import entry, range_of
-from hybrid_jax.quantization.schemes import SCHEMES
-
-
-class Integers(NamedTuple):
-    """A quantized kernel: `grids.dequantize(values, grid)` is what fake-quantization computes with.
-
-    Attributes:
-      values: Of the kernel's shape as its operation takes it, one byte each: int8 (symmetric),
-        uint8 (affine; 0 and 1 if binary), or the 8-bit floats.
-      grid: Its grid.
-    """
-
-    values: jax.Array
-    grid: grids.Grid
 
 
 def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., Any]:
     """The same model with the kernel and the input of every site quantized.
 
-    `fn` is in training or evaluation mode; `spec` has all of its sites. The spec is static; ranges
-    and bits are data. What a device stores between sites, and biases, stay in floats: the last part
-    of training is on the program, see `as_deployed`.
+    `fn` is in training or evaluation mode; `spec`, static, has all of its sites. What a device
+    stores between sites, and biases, stay in floats: the last part of training is on the program,
+    see `as_deployed`.
 
-    Returns:
-      q_fn(params, ranges, *inputs, bits=None, key=None) -> outputs, of the structure that `fn`
-      returns. `ranges` is as `calibrate` returns it. `bits` is as `Spec.bits` returns it, traced:
-      one compilation serves all bit-widths, and under `vmap` each expert has its own; None takes
-      the spec's, and sites whose bits there are 32 are then not touched. With a random `key` every
-      kernel and activation is rounded stochastically, by a key of its own (the iterations of a scan
-      share theirs). q_fn is differentiable in `params` and `ranges`; pruned weights stay exactly
-      zero, but at a site that is 'binary'. A site in a custom derivative keeps the gradient that
-      the rule states, in which its ranges are not: they cannot be trained, and to train the others
-      `lax.stop_gradient` must be applied to them before they are given; if it is not, JAX raises.
+    q_fn(params, ranges, *inputs, bits=None, key=None) -> outputs takes `ranges` as `calibrate`
+    returns them, and `bits` as `Spec.bits` returns them, traced: one compilation serves all
+    bit-widths, and under `vmap` each expert has its own; None takes the spec's, and sites whose
+    bits there are 32 are then not touched. With a random `key` every kernel and activation is
+    rounded stochastically, by a key of its own (the iterations of a scan share theirs). q_fn is
+    differentiable in `params` and `ranges`; pruned weights stay exactly zero, but at a site that is
+    'binary'. A site in a custom derivative keeps the gradient that the rule states, in which its
+    ranges are not: to train the others `lax.stop_gradient` must be applied to them before they are
+    given; if it is not, JAX raises.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from hybrid_jax.quantization import calibration
       >>> fn = lambda params, x: x @ params['w']
       >>> params, x = {'w': jnp.array([[0.9], [-3.0]])}, jnp.array([[1.0, 7.0]])
@@ -76,54 +60,6 @@ def fake_quantized(fn: Callable[..., Any], spec: specs.Spec) -> Callable[..., An
         return core.at_sites(fn, rule)(params, *inputs)[0]
 
     return q_fn
-
-
-def integer_kernels(
-    fn: Callable[..., Any],
-    spec: specs.Spec,
-    params: Any,
-    ranges: Any,
-    *inputs: Any,
-    bits: Any = None,
-) -> dict[str, Integers]:
-    """The integers that the kernels of a fake-quantized model stand for, to be packed or exported.
-
-    `fn` and `spec` are as given to `fake_quantized`, `params` on their masks where pruned (a
-    'binary' kernel must hold no zero: signs cannot store it). Of `inputs` only the shapes matter;
-    `bits` take the place of the spec's. Sites whose kernel has 32 bits are left out.
-
-    Example:
-      >>> fn = lambda params, x: x @ params['w']
-      >>> params, x = {'w': jnp.array([[0.9], [-3.0]])}, jnp.ones((1, 2))
-      >>> spec = specs.spec(core.trace(fn, params, x), weight_bits=3, first_last_bits=3)
-      >>> spans = {'w': {'weight': grids.Range(jnp.full((1, 1), -3.0), jnp.full((1, 1), 3.0)),
-      ...                'activation': grids.Range(jnp.float32(0.0), jnp.float32(1.0))}}
-      >>> integer_kernels(fn, spec, params, spans, x)['w'].values.tolist()
-      [[1], [-3]]
-    """
-    widths = bits or {
-        site.name: {"weight": site.weight.bits, "activation": site.activation.bits}
-        for site in spec.sites
-    }
-
-    def rule(site, x, kernel, apply):
-        weight, _ = _choose(spec, ranges, widths, site)
-        quantizer, span, width = weight
-        if span is None:
-            span = quantizer.range_of(kernel, specs.range_shape(site, quantizer), width)
-        grid = quantizer.grid(span, width)
-        values = grids.quantize(kernel, grid).astype(SCHEMES[quantizer.scheme].dtype)
-        return apply(x, kernel), (Integers(values, grid), jnp.any(kernel == 0))
-
-    # Under jit the forward pass, of which nothing is returned, is not computed.
-    kernels = jax.jit(lambda params, *inputs: core.at_sites(fn, rule)(params, *inputs)[1])
-    found, integers = kernels(params, *inputs), {}
-    for name in (site.name for site in spec.sites):
-        if int(widths[name]["weight"]) != grids.OFF:
-            integers[name], has_zero = found[name]
-            if spec[name].weight.scheme == "binary" and np.any(has_zero):
-                raise ValueError(f"the binary kernel {name!r} must have no zero, got some")
-    return integers
 
 
 def scale_counts(graph: core.Graph, spec: specs.Spec) -> dict[str, int]:

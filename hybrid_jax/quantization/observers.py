@@ -22,17 +22,14 @@ _CLIPS = 100
 
 
 class Observer(NamedTuple):
-    """How a tensor's range is found.
+    """How a tensor's range is found."""
 
-    Attributes:
-      init: x (any shape) -> state of what one batch shows: a NamedTuple with at least `low` and
-        `high`, the least and greatest value, float32 (); its last field counts what was seen.
-      merge: (state, state) -> state; the second is the later one. A state of zeros is neutral.
-      value: (state, scheme, bits) -> `Range`, each end (); scheme is such as `schemes.affine`.
-    """
-
+    # x (any shape) -> state of what one batch shows: a NamedTuple with at least `low` and `high`,
+    # the least and greatest value, float32 (); its last field counts what was seen
     init: Callable[[jax.Array], Any]
+    # (state, state) -> state; the second is the later one. A state of zeros is neutral
     merge: Callable[[Any, Any], Any]
+    # (state, scheme, bits) -> `Range`, each end (); scheme is such as `schemes.affine`
     value: Callable[[Any, Callable[..., Grid], Any], Range]
 
 
@@ -54,24 +51,13 @@ class Magnitude(NamedTuple):
 
 
 def minmax() -> Observer:
-    """All values ever seen: nothing is clipped.
-
-    Example:
-      >>> observer = minmax()
-      >>> state = observer.init(jnp.array([1.0, 2.0]))
-      >>> state = observer.merge(state, observer.init(jnp.array([-1.0])))
-      >>> low, high = observer.value(state, None, 8)
-      >>> print(low, high)
-      -1.0 2.0
-    """
+    """All values ever seen: nothing is clipped."""
 
     def merge(old, new):
         low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
         return Seen(low, high, old.total + new.total)
 
-    return Observer(
-        _seen, _neutral(merge), lambda state, scheme, bits: Range(state.low, state.high)
-    )
+    return Observer(_seen, _neutral(merge), _ends)
 
 
 def moving_average(momentum: float = 0.9) -> Observer:
@@ -88,9 +74,7 @@ def moving_average(momentum: float = 0.9) -> Observer:
         low, high = (before * a + (1 - before) * b for a, b in zip(old[:2], new[:2]))
         return Seen(low, high, old.total)
 
-    return Observer(
-        _seen, _neutral(merge), lambda state, scheme, bits: Range(state.low, state.high)
-    )
+    return Observer(_seen, _neutral(merge), _ends)
 
 
 def percentile(percent: float = 99.99) -> Observer:
@@ -171,12 +155,6 @@ def ternary() -> Observer:
     to it: 0.61 and 0.56 standard deviations of a normal distribution.
 
     Source: Li et al., Ternary Weight Networks, arXiv 1605.04711, section 2.
-
-    Example:
-      >>> observer = ternary()  # mean |x| = 1.5, Δ = 1.05: a = (2 + 3) / 2
-      >>> x = jnp.array([-2.0, 3.0, 0.5, 0.5])
-      >>> print(round(float(observer.value(observer.init(x), None, 2).high), 2))
-      2.5
     """
 
     def value(state, scheme, bits):
@@ -224,6 +202,10 @@ def conclude(
 
 def _seen(x):
     return Seen(*extent(x), jnp.float32(x.size))
+
+
+def _ends(state, scheme, bits):
+    return Range(state.low, state.high)
 
 
 def _neutral(merge):

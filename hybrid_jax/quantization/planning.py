@@ -27,36 +27,24 @@ _CHEAP = (
 
 
 class Slot(NamedTuple):
-    """What edges of one encoding share.
+    """What edges of one encoding share."""
 
-    Attributes:
-      name: Of the first of them.
-      quantizer: How they are stored.
-      site: The site whose input's range is that of all of them; None without one.
-      fixed: An encoding that does not depend on a range; None for one that does.
-    """
-
-    name: str
-    quantizer: Quantizer
-    site: str | None = None
+    name: str  # of the first of them
+    quantizer: Quantizer  # how they are stored
+    site: str | None = None  # the site whose input's range is that of all of them; None without one
+    # An encoding that does not depend on a range; None for one that does
     fixed: p.Encoding | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """A program with the conversions that a specification asks for, and how its edges are stored.
+    """A program with the conversions that a spec asks for, and how its edges are stored."""
 
-    Attributes:
-      program: In floats; `Convert` stands where an encoding changes.
-      slots: {edge: slot}, or None of an edge in floats.
-      kernels: {output of a convolution or dense layer: quantizer of its kernel}.
-      spec: How the sites of the traced function are quantized.
-    """
-
-    program: p.Program
-    slots: dict[str, Slot | None]
+    program: p.Program  # in floats; `Convert` stands where an encoding changes
+    slots: dict[str, Slot | None]  # {edge: slot}, or None of an edge in floats
+    # {output of a convolution or dense layer: quantizer of its kernel}
     kernels: dict[str, Quantizer]
-    spec: Spec
+    spec: Spec  # how the sites of the traced function are quantized
 
     @property
     def stored(self) -> dict[str, Slot]:
@@ -83,15 +71,10 @@ class Plan:
 
 
 def plan(program: p.Program, spec: Spec) -> Plan:
-    """Plans how a program is stored.
+    """Plans how a program in floats is stored, each site as `spec` says.
 
-    Args:
-      program: In floats.
-      spec: How each site is quantized. What is no site has kernels of 8 bits.
-
-    Raises:
-      ValueError: If a quantizer has no integers: of groups, 8-bit floats, dynamic ranges, or signs
-        of a kernel with zeros; if `spec` lacks a site of the program.
+    What is no site has kernels of 8 bits. What has no integers is refused: groups, 8-bit floats,
+    dynamic ranges, and signs of a kernel with zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -115,9 +98,8 @@ def plan(program: p.Program, spec: Spec) -> Plan:
 def check_signs(planned: Plan) -> Plan:
     """Returns the plan if no binary kernel has a zero, but for channels that are zero throughout.
 
-    Raises:
-      ValueError: If one has: it is pruned, or that of a transposed convolution, of which each phase
-        has the entries that the others have not.
+    One has if it is pruned, or of a transposed convolution, each phase of which has the entries
+    that the others have not.
     """
     for op in planned.program.weighted:
         if op.output in planned.ranged and planned.kernels[op.output].scheme == "binary":

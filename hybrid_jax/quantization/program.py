@@ -59,21 +59,8 @@ def solve(
 
     Limits are kept exactly: what the solver finds within its tolerance is counted in integers, and
     excluded if it does not fit. The damage is the least to 1e-10 of the largest entry of a table.
-
-    Raises:
-      CannotBeMet: If no choice keeps every limit; names the first limit that cannot be kept along
-        with those before it, and the least that can be had.
-
-    Example:
-      >>> bits = {'a': (2, 4), 'b': (2, 4)}
-      >>> damage = [Table(('a',), np.array([5.0, 0.0])), Table(('b',), np.array([1.0, 0.0]))]
-      >>> size = Sum((Table(('a',), np.array([2, 4])), Table(('b',), np.array([2, 4]))))
-      >>> solve(bits, damage, [Limit('bytes', 6, ((size,),))])
-      {'a': 1, 'b': 0}
-      >>> solve(bits, damage, [Limit('bytes', 3, ((size,),))])
-      Traceback (most recent call last):
-      ...
-      hybrid_jax.quantization.program.CannotBeMet: budget of bytes must be at least 4, got 3
+    Where no choice keeps every limit, CannotBeMet names the first that cannot be kept along with
+    those before it, and the least that can be had.
     """
     best = _best(options, limits, damage)
     if best is not None:

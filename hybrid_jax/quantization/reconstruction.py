@@ -40,14 +40,10 @@ class _Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Block:
-    """A slice of a plan, from some kernels up to the edges that operations after it take.
+    """A slice of a plan, from some kernels up to the edges that operations after it take."""
 
-    Attributes:
-      planned: Of the slice alone.
-      sources: {output of a convolution or dense layer whose rounding is learned: its source}.
-    """
-
-    planned: Plan
+    planned: Plan  # of the slice alone
+    # {output of a convolution or dense layer whose rounding is learned: its source}
     sources: dict[str, p.Source]
 
     def __call__(self, inputs, spans, kernels, ups):
@@ -93,25 +89,15 @@ def adaround(
     A block keeps the nearest rounding if the learned one is no better on `batches`.
 
     By default each kernel is a block of its own: AdaRound. Several kernels at once, such as those
-    of a residual block, are BRECQ's block reconstruction, with all errors weighted alike.
+    of a residual block, are BRECQ's block reconstruction: `blocks` are patterns on outputs of
+    convolutions and dense layers, of which the first match counts, and those of one pattern are one
+    block. What a block takes and is to give is held in memory for all batches, which are of one
+    shape.
 
-    What one block takes and is to give is held in memory for all batches at once. A block is
-    compiled unless an earlier one was the same program on the same shapes.
-
-    Args:
-      planned: With the weights of the float model. One that is exactly 0 (pruned) stays 0.
-      ranges: Of its edges and kernels, as `calibrate_edges` returns them.
-      batches: Tuples of inputs, all of the same shapes.
-      key: For the order of the batches.
-      blocks: Patterns on outputs of convolutions and dense layers, of which the first match counts:
-        those of one pattern are one block, and one that none matches is one of its own.
-      steps: Of Adam for v in each block, each on one batch.
-      learning_rate: Of Adam.
-      regularization: λ.
-
-    Returns:
-      The plan's weights, with every quantized kernel on the points of its grid that were chosen: as
-      stored with the same ranges it is rounded to itself.
+    `planned` has the weights of the float model, of which one that is exactly 0 (pruned) stays 0,
+    and `ranges` are as `calibrate_edges` returns them. Each block takes so many `steps` of Adam on
+    v, a batch each, in an order drawn with `key`; `regularization` is λ. Returned are the plan's
+    weights, with every quantized kernel on the points of its grid that were chosen.
 
     Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, arXiv
     2004.10568, section 3; Li et al., BRECQ, arXiv 2102.05426.
@@ -239,12 +225,10 @@ def _up(v):
 
 
 def _logit(up):
-    """The v of an h in [0, 1]."""
     return jax.scipy.special.logit((up - _LOW) / (_HIGH - _LOW))
 
 
 def _kernels(planned, ranges) -> dict[str, _Kernel]:
-    """{output of an operation whose kernel is quantized: kernel}."""
     found = {}
     for name in planned.ranged:
         own, quantizer = planned.program.params[name], planned.kernels[name]
@@ -259,7 +243,6 @@ def _kernels(planned, ranges) -> dict[str, _Kernel]:
 
 
 def _groups(names, patterns) -> list[list[str]]:
-    """The names of each block, in the order in which they run."""
     rules = [(pattern, index) for index, pattern in enumerate(patterns)]
     groups: dict[Any, list[str]] = {}
     for name, label in core.match_rules(rules, names, default=None).items():
@@ -268,7 +251,6 @@ def _groups(names, patterns) -> list[list[str]]:
 
 
 def _block(planned, names) -> _Block:
-    """The slice of a plan from some kernels on."""
     program = planned.program
     made: set[str] = set()
     beyond: set[str] = set()

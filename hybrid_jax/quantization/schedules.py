@@ -11,22 +11,17 @@ from hybrid_jax.quantization import grids
 
 
 def annealing(bits: Any, stages: Sequence[tuple[int, int]]) -> Callable[[int | jax.Array], Any]:
-    """Lowers the bit-widths of a model stage by stage, from the widest to those wanted.
+    """Lowers the bit-widths of a model stage by stage: step -> bits for a q_fn of `fake_quantized`.
 
-    A single stage of 32 bits is a delay: the float model trains first. What has more bits than a
-    stage keeps them, so sites of different bits, and those that are off, share one schedule.
+    `bits` is a pytree of int32 arrays, such as `Spec.bits()` gives, maybe one row for each expert;
+    `stages` are (until, least) pairs of rising steps: before step `until`, nothing has fewer bits
+    than `least`, and after the last the bits are as given. A single stage of 32 bits is a delay:
+    the float model trains first. What has more bits than a stage keeps them, so sites of different
+    bits, and those that are off, share one schedule, and no stage recompiles.
 
     While a site is off its range does not learn: where weights move much before they are quantized,
     calibrate when the delay ends. LSQ at 8 bits wants steps a tenth of those at 4 (section 3 of its
     paper): an optimizer that divides by the size of the gradient, such as Adam, serves all stages.
-
-    Args:
-      bits: A pytree of int32 arrays, such as `Spec.bits()` gives; maybe one row for each expert.
-      stages: (until, least) pairs: before step `until`, nothing has fewer bits than `least`. Steps
-        rise. After the last, the bits are as given.
-
-    Returns:
-      step -> bits, for `bits` of a q_fn of `fake_quantized`. No stage recompiles it.
 
     Example:
       >>> schedule = annealing(jnp.int32([4, 8, 32]), [(100, 32), (200, 8)])

@@ -5,7 +5,7 @@ every bit-width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +67,6 @@ def binary(span: grids.Range, bits: jax.Array | int = 1) -> grids.Grid:
 
     Source: Rastegari et al., XNOR-Net: ImageNet Classification Using Binary Convolutional Neural
     Networks, arXiv 1603.05279, section 3.1.
-
-    Example:
-      >>> grid = binary(grids.Range(jnp.float32(-0.5), jnp.float32(0.5)))
-      >>> print(grids.dequantize(grids.quantize(jnp.array([-3.0, 0.0, 0.1]), grid), grid))
-      [-0.5  0.5  0.5]
     """
     scale = _floored(2.0 * _reach(span))
     half = jnp.full(jnp.shape(scale), 0.5, jnp.float32)
@@ -118,11 +113,6 @@ def power_of_two(grid: grids.Grid) -> grids.Grid:
     """The same grid with its scale rounded up to a power of two, so that it clips nothing more.
 
     The zero point stays, and the derivative is that of the scale before rounding.
-
-    Example:
-      >>> grid = symmetric(grids.Range(jnp.float32(-0.5), jnp.float32(1.4)), bits=4)  # scale 0.2
-      >>> print(power_of_two(grid).scale)
-      0.25
     """
     mantissa, exponent = jnp.frexp(grid.scale)  # scale = mantissa · 2^exponent, ½ ≤ mantissa < 1
     rounded_up = jnp.ldexp(jnp.float32(1.0), jnp.where(mantissa == 0.5, exponent - 1, exponent))
@@ -130,25 +120,18 @@ def power_of_two(grid: grids.Grid) -> grids.Grid:
 
 
 class Scheme(NamedTuple):
-    """A scheme with what it supports.
+    """A scheme with what it supports."""
 
-    Attributes:
-      grid: (range, bits) -> Grid.
-      bits: The bit-widths that it has, beside 32 for off.
-      dtype: That of the numbers in storage, one byte each.
-    """
-
-    grid: Callable[..., grids.Grid]
-    bits: Sequence[int]
-    dtype: Any
+    grid: Callable[..., grids.Grid]  # (range, bits) -> Grid
+    bits: Sequence[int]  # the bit-widths that it has, beside 32 for off
 
 
 SCHEMES = {
-    "symmetric": Scheme(symmetric, range(2, 9), jnp.int8),
-    "affine": Scheme(affine, range(1, 9), jnp.uint8),
-    "binary": Scheme(binary, range(1, 2), jnp.uint8),
-    "e4m3": Scheme(e4m3, range(8, 9), jnp.float8_e4m3fn),
-    "e5m2": Scheme(e5m2, range(8, 9), jnp.float8_e5m2),
+    "symmetric": Scheme(symmetric, range(2, 9)),
+    "affine": Scheme(affine, range(1, 9)),
+    "binary": Scheme(binary, range(1, 2)),
+    "e4m3": Scheme(e4m3, range(8, 9)),
+    "e5m2": Scheme(e5m2, range(8, 9)),
 }
 
 

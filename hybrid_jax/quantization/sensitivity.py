@@ -54,23 +54,14 @@ def sensitivity(
 ) -> Sensitivity:
     """Measures the damage of one tensor's bits, for each tensor and each of several bit-widths.
 
-    The other tensors keep the bits of `around`, which are 32 at first. Measured once more around a
-    first allocation, damages are those of a step from it. It is one compilation, for bits and
+    `fn(params, *inputs)` is in evaluation mode; or it returns a loss, with labels among the inputs,
+    for `damage=increase`. `damage(outputs, outputs of the float model)` is float32 (), and the mean
+    over batches, each weighed by how many examples it holds, is taken. `ranges` {bits: ranges at
+    these bits} are the bits to try; those that do not depend on bits ('minmax') are given several
+    times: `dict.fromkeys((2, 4, 8), ranges)`. The other tensors keep the bits of `around`, {site
+    name: {role: bits}} of all sites as `allocate_bits` returns it, or 32: measured once more around
+    a first allocation, damages are those of a step from it. It is one compilation, for bits and
     ranges are data.
-
-    Args:
-      fn: fn(params, *inputs) -> outputs in evaluation mode; or -> loss, with labels among the
-        inputs, for `damage=increase`.
-      params: Its parameters.
-      batches: Yields tuples of inputs; the damage is the mean over batches, each weighed by how
-        many examples it holds.
-      spec: How each site is quantized.
-      ranges: {bits: ranges at these bits}, the bits to try. Ranges that do not depend on bits
-        ('minmax') are given several times: `dict.fromkeys((2, 4, 8), ranges)`.
-      damage: (outputs, outputs of the float model) -> float32 ().
-      around: {site name: {role: bits}} of all sites, 32 or bits that have ranges; as
-        `allocate_bits` returns it.
-      roles: 'weight', 'activation' or both.
 
     Example:
       >>> from hybrid_jax.quantization import calibration
@@ -124,19 +115,12 @@ def plan_sensitivity(
 ) -> Sensitivity:
     """Measures, on the function that is deployed, what fewer bits of one kernel or input do.
 
-    The other operations have the most bits of `choices`, and the damage of that is none. Those that
-    take one edge in fewer bits share the damage equally.
-
-    Args:
-      planned: With what is stored in fewer bits for one operation alone: of the fewest bits.
-      batches: Yields tuples of inputs (B, …).
-      ranges: {bits: ranges at these bits}, of the plan's edges and kernels; all bits of `choices`.
-      operations: Outputs of those whose bits are chosen, as `chosen_operations` finds them.
-      choices: {role: bits}, of both roles; one alone is no choice.
-      damage: As for `sensitivity`.
-
-    Returns:
-      {output of an operation: {role: {bits: damage}}}, of the roles with a choice.
+    The other operations have the most bits of `choices`, {role: bits}, and the damage of that is
+    none. Those that take one edge in fewer bits share the damage equally. `planned` has what is
+    stored in fewer bits for one operation alone, of the fewest bits; `ranges` are {bits: ranges of
+    its edges and kernels} for all of the choices, `operations` as `chosen_operations` finds them.
+    The result is {output of an operation: {role: {bits: damage}}}, of the roles with more than one
+    choice.
     """
     makers, operations = planned.program.makers, list(operations)
     edges = {name: planned.slots[makers[name].inputs[0]].name for name in operations}
@@ -261,15 +245,6 @@ def hessian_sensitivity(
 
     Source: Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks,
     arXiv 1911.03852.
-
-    Example:
-      >>> fn = lambda params, x: x @ params['w']
-      >>> params, x = {'w': jnp.array([[1.0, -0.4]])}, jnp.ones((1, 1))
-      >>> spec = specs.spec(core.trace(fn, params, x), [('w', {'weight': specs.Quantizer(2)})])
-      >>> spans = {'w': {'weight': grids.Range(jnp.float32(-1.0), jnp.float32(1.0))}}
-      >>> omega = hessian_sensitivity(fn, params, (x,), spec, {2: spans}, {'w': jnp.float32(6.0)})
-      >>> round(omega['w']['weight'][2], 4)  # 6 / 2 · 0.4²
-      0.48
     """
     if not ranges:
         raise ValueError("ranges must hold the bits to try, got none")

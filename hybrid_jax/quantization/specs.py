@@ -38,10 +38,6 @@ class Quantizer:
     'pact', whose gradient is that of clipping at the range's own ends, needs 'affine' and no
     rounded scale; 'lsq' gives no gradient beyond the ends, which for 'binary' are its values; a
     `group` is one of a channel.
-
-    Example:
-      >>> Quantizer(bits=4, scheme='affine', learning='pact').per_channel
-      False
     """
 
     bits: int = 8
@@ -98,7 +94,6 @@ class Quantizer:
 class SiteSpec:
     """How the kernel and the input activation of one site are quantized.
 
-    Attributes:
     An activation is never per channel: the sum over input channels is an integer sum only if they
     have one scale. Nor is it binary: padding needs a zero.
     """
@@ -140,10 +135,7 @@ class Spec:
     def bits(self) -> dict[str, dict[str, jax.Array]]:
         """The bit-widths as data: {site name: {'weight': int32 (), 'activation': int32 ()}}."""
         return {
-            site.name: {
-                "weight": jnp.int32(site.weight.bits),
-                "activation": jnp.int32(site.activation.bits),
-            }
+            site.name: {role: jnp.int32(getattr(site, role).bits) for role in ROLES}
             for site in self.sites
         }
 
@@ -159,16 +151,10 @@ def spec(
     """Says for every site of `graph` how it is quantized.
 
     Unless a rule says otherwise, kernels are symmetric per output channel and activations affine
-    per tensor (which is plain unsigned where nothing is negative), with LSQ ranges. A kernel used
-    at several sites has one quantizer, and a range at each.
-
-    Args:
-      graph: The traced model.
-      rules: (pattern on the site's name, what differs) pairs; the first match wins. What differs is
-        a dictionary with 'weight', 'activation' or both: bits, or a whole `Quantizer`.
-      weight_bits: Bits of kernels.
-      activation_bits: Bits of the inputs of sites.
-      first_last_bits: The least bits of the first and of the last site, where no rule matches.
+    per tensor (which is plain unsigned where nothing is negative), with LSQ ranges; the first and
+    the last site have at least `first_last_bits`. A kernel used at several sites has one quantizer,
+    and a range at each. `rules` are (pattern on the site's name, what differs) pairs, of which the
+    first match counts: {'weight', 'activation' or both: bits, or a whole `Quantizer`}.
 
     Example:
       >>> def mlp(params, x):
@@ -237,6 +223,11 @@ def range_shape(site: core.Site, quantizer: Quantizer) -> tuple[int, ...]:
             f"got {quantizer.group}"
         )
     return tuple(shape)
+
+
+def kernel_range_shape(shape: tuple[int, ...], quantizer: Quantizer) -> tuple[int, ...]:
+    """The shape of the range of a program's kernel (…, O)."""
+    return (*(1 for _ in shape[1:]), shape[-1]) if quantizer.per_channel else ()
 
 
 def apply(

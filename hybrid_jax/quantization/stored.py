@@ -16,16 +16,6 @@ def encodings(planned: Plan) -> dict[str, p.Encoding | None]:
     """{edge: None of floats, else an encoding}, equal where edges are stored alike.
 
     Their scales say nothing, for ranges are not known: what is stored where depends on none.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from hybrid_jax import core, quantization
-      >>> fn = lambda params, x: x @ params['w']
-      >>> params, x = {'w': jnp.ones((2, 2))}, jnp.ones((1, 2))
-      >>> spec = quantization.spec(core.trace(fn, params, x))
-      >>> planned = quantization.plan(p.lower(fn, params, x), spec)
-      >>> {edge: own is not None for edge, own in encodings(planned).items()}
-      {'x': False, 'x/8 bits': True, 'w': False}
     """
     order = {name: i for i, name in enumerate(planned.stored)}
     found = {}

@@ -24,7 +24,7 @@ class Net(nn.Module):
 
 
 NET = Net()
-GATE = experts.gate_linear(3, size=4)
+GATE = experts.gate_cnn(3, features=())
 
 
 @pytest.fixture(scope="module")

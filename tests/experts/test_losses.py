@@ -10,7 +10,6 @@ from hybrid_jax import experts
 MEANS = {
     "importance": lambda z, weight: experts.importance(z, weight=weight),
     "load": lambda z, weight: experts.load(z, z, 1, weight=weight),
-    "switch_balance": lambda z, weight: experts.switch_balance(z, weight=weight),
     "entropy": lambda z, weight: experts.entropy(z, weight=weight),
     "z_loss": lambda z, weight: experts.z_loss(z, weight=weight),
     "cost": lambda z, weight: experts.expected_cost(z, [1.0, 2.0, 3.0], weight=weight),
@@ -26,6 +25,8 @@ MEANS = {
         experts.cascade(jnp.stack([z, z]), 0.6), [1.0, 4.0], weight=weight
     ),
 }
+LOSSES = jnp.array([[1.0, 4.0], [3.0, 0.0]])  # of two experts on two inputs
+LOGITS = jnp.array([[0.0, np.log(3.0)], [0.0, 0.0]])  # softmax: (1/4, 3/4), (1/2, 1/2)
 
 
 @pytest.fixture(params=MEANS)
@@ -86,16 +87,6 @@ def test_load_of_one_expert():
         experts.load(jnp.zeros((3, 1)), jnp.zeros((3, 1)), 1)
 
 
-def test_switch_balance():
-    # Probabilities (3/4, 1/4) for three inputs and (1/4, 3/4) for one. Shares of inputs (3/4, 1/4),
-    # mean probabilities (10/16, 6/16): 2 (3/4 * 10/16 + 1/4 * 6/16) = 2 * 36/64 = 9/8.
-    logits = jnp.log(jnp.array([[3.0, 1.0], [3.0, 1.0], [3.0, 1.0], [1.0, 3.0]]))
-    np.testing.assert_allclose(experts.switch_balance(logits), 9 / 8, rtol=1e-6)
-    # All inputs to one of 4 with certainty: 4 * 1 * 1.
-    logits = jnp.zeros((5, 4)).at[:, 2].set(100.0)
-    np.testing.assert_allclose(experts.switch_balance(logits), 4)
-
-
 def test_entropy():
     # (3/4, 1/4): log 4 - 3/4 log 3; and a sure one: 0. Their mean.
     logits = jnp.array([[jnp.log(3.0), 0.0], [1000.0, 0.0]])
@@ -110,10 +101,10 @@ def test_z_loss():
     np.testing.assert_allclose(experts.z_loss(logits), 2.5 * np.log(2) ** 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [experts.switch_balance, experts.entropy, experts.z_loss])
+@pytest.mark.parametrize("loss", [experts.entropy, experts.z_loss])
 def test_of_one_expert(loss):
-    # One expert: balanced (1), sure (0), and logsumexp(z) = z: the mean of 4 and 0.
-    want = {experts.switch_balance: 1, experts.entropy: 0, experts.z_loss: 2}[loss]
+    # One expert: sure (0), and logsumexp(z) = z: the mean of 4 and 0.
+    want = {experts.entropy: 0, experts.z_loss: 2}[loss]
     np.testing.assert_allclose(loss(jnp.array([[2.0], [0.0]])), want, atol=1e-6)
     np.testing.assert_array_equal(experts.importance(jnp.ones((2, 1))), 0)
 
@@ -124,7 +115,6 @@ def test_of_one_expert(loss):
         experts.importance,
         experts.entropy,
         experts.z_loss,
-        experts.switch_balance,
         lambda logits: experts.load(logits, logits, 1),
         lambda logits: experts.expected_cost(logits, [1.0, 2.0, 3.0]),
     ],
@@ -172,9 +162,35 @@ def test_what_is_allowed_makes_no_nan():
     # Two are ruled out and two chosen: chances 1, 0 and 0, so E - 1.
     logits = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
     np.testing.assert_allclose(experts.load(logits, logits, 2), 2, rtol=1e-6)
-    for loss in (experts.entropy, experts.z_loss, experts.switch_balance):
+    for loss in (experts.entropy, experts.z_loss):
         assert np.isfinite(loss(logits))
         assert np.isfinite(jax.grad(loss)(logits)).all()
     assert np.isfinite(jax.grad(lambda z: experts.load(z, z, 2))(logits)).all()
     with pytest.raises(ValueError, match=r"losses must have shape \(2, 3\), got \(2, 3, 1\)"):
         experts.expected_loss(jnp.zeros((3, 2)), jnp.zeros((2, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("routing", "value"),
+    [
+        # (1/4 + 9/4 + 2 + 0) / 2; and of the chosen ones, (3 + 4) / 2 with the tie to the first.
+        (experts.soft(), 2.25),
+        (experts.straight_through(experts.top_k(1)), 3.5),
+    ],
+    ids=["soft", "top_1"],
+)
+def test_expected_loss_and_what_the_gate_learns(routing, value):
+    def loss(logits):
+        return experts.expected_loss(routing(logits).weights, LOSSES)
+
+    got, gradient = jax.value_and_grad(loss)(LOGITS)
+    assert got == pytest.approx(value)
+    # Input 0 expects 5/2: 1/4 (1 - 5/2) and 3/4 (3 - 5/2). Input 1 expects 2: 1/2 (4 - 2) and
+    # 1/2 (0 - 2). Half of each, for the mean over two inputs.
+    np.testing.assert_allclose(gradient, [[-3 / 16, 3 / 16], [1 / 2, -1 / 2]], rtol=1e-6)
+
+
+def test_an_expert_that_is_not_chosen_learns_nothing():
+    weights = experts.top_k(1)(LOGITS).weights  # expert 1, then expert 0
+    gradient = jax.grad(lambda losses: experts.expected_loss(weights, losses))(LOSSES)
+    np.testing.assert_array_equal(gradient, [[0.0, 0.5], [0.5, 0.0]])

@@ -17,7 +17,7 @@ class Net(nn.Module):
 
 
 NET = Net()
-GATE = experts.gate_linear(3, size=2)
+GATE = experts.gate_cnn(3, features=())
 METHODS = ["vmap", "map", "unroll"]
 
 
@@ -152,7 +152,7 @@ def test_nan_gate_logits_come_out_as_nan(parameters, images):
 
 
 def test_a_mixture_of_one_is_that_expert(parameters, images):
-    gate = experts.gate_linear(1)
+    gate = experts.gate_cnn(1, features=())
     gate_params = jax.jit(gate.init)(jax.random.key(0), images)
     moe = jax.jit(experts.mixture(NET.apply, gate.apply))
     edge = jax.jit(experts.one_of([NET.apply], gate.apply))

@@ -18,7 +18,7 @@ class Net(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
-NET, GATE = Net(), experts.gate_linear(4, size=2)
+NET, GATE = Net(), experts.gate_cnn(4, features=())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from kernels import stored_kernels
 from lowered import in_integers
 
 from hybrid_jax import core, models, quantization
@@ -71,7 +72,7 @@ def test_integers_of_every_model_that_we_ship(small_model, name):
     spec = quantization.spec(graph, weight_bits=4)
     ranges = quantization.calibrate(model.fn, model.params, [(model.images,)], spec)
     program = in_integers(model.fn, model.params, spec, ranges, model.images)
-    kernels = quantization.integer_kernels(model.fn, spec, model.params, ranges, model.images)
+    kernels = stored_kernels(model.fn, spec, model.params, ranges, model.images)
     weights = {op.name: op.weights for op in program.weighted}
     for site, stored in kernels.items():
         # Up to the sign of a BatchNorm's scale the integers are those of fake-quantization, in the
@@ -80,7 +81,7 @@ def test_integers_of_every_model_that_we_ship(small_model, name):
         assert weights[site].bits == bits
         step = {8: 1, 4: 8}[bits]
         ours = np.abs(weights[site].values.astype(int)).ravel() / step
-        np.testing.assert_array_equal(ours, np.abs(np.asarray(stored.values, int)).ravel())
+        np.testing.assert_array_equal(ours, np.abs(np.asarray(stored[0], int)).ravel())
     # Between the input and the logits nothing is a float.
     floats = {name for name, t in program.tensors.items() if t.encoding is None}
     assert floats == {program.input, program.output}

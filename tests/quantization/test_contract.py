@@ -24,13 +24,6 @@ BOUNDS = {
     "e4m3": {8: (-448, 448)},
     "e5m2": {8: (-57344, 57344)},
 }  # fmt: skip
-STORED = {
-    "symmetric": jnp.int8,
-    "affine": jnp.uint8,
-    "binary": jnp.uint8,
-    "e4m3": jnp.float8_e4m3fn,
-    "e5m2": jnp.float8_e5m2,
-}
 # Of a kernel (6, 10, 4): one range, one for each channel, one for each 5 along its second axis.
 SHAPES = {"tensor": (), "channel": (1, 1, 4), "group": (6, 2, 4)}
 CASES = [(scheme, bits) for scheme, table in BOUNDS.items() for bits in table]
@@ -74,10 +67,7 @@ def test_contract(scheme, bits, granularity, rounded_up):
     np.testing.assert_array_equal(q.fake_quant(once, grid), once)
     np.testing.assert_array_equal(q.quantize(once, grid), stored)
     np.testing.assert_array_equal(q.dequantize(stored, grid), once)
-    # A byte of storage holds it, and there are no more values than the bits can tell apart.
-    kept = stored.astype(STORED[scheme])
-    assert SCHEMES[scheme].dtype == STORED[scheme]
-    np.testing.assert_array_equal(q.dequantize(kept, grid), once)
+    # There are no more values than the bits can tell apart.
     numbers = np.asarray(stored, np.float32)
     low, high = BOUNDS[scheme][bits]
     assert low <= numbers.min()

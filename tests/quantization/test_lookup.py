@@ -16,7 +16,6 @@ PARAMS, X = {"w": jnp.array([[1.0, -0.4]])}, jnp.array([[0.5], [1.0]])
 SPEC = q.spec(core.trace(fn, PARAMS, X), [("w", {"weight": q.Quantizer(8)})])
 USES = {
     "fake_quantized": lambda ranges: q.fake_quantized(fn, SPEC)(PARAMS, ranges, X),
-    "integer_kernels": lambda ranges: q.integer_kernels(fn, SPEC, PARAMS, ranges, X),
     "fractional": lambda ranges: q.fractional(fn, SPEC)(
         PARAMS, ranges, {"w": {"weight": 4.0, "activation": 4.0}}, X
     ),

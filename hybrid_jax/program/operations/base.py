@@ -21,23 +21,17 @@ _ONE = Encoding(1.0)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One step: reads tensors by name, and makes one.
+    """One step: reads tensors by name, and makes one."""
 
-    Attributes:
-      inputs: Names of the tensors that it reads.
-      output: Name of the tensor that it makes.
-      same_encoding: Whether the result has entries of the input, so that one encoding serves both.
-      integral: Whether it computes with integers.
-      returns_floats: Whether it may return floats of integers: its accumulator times its scale.
-      in_place: Whether an entry of the result depends on that entry of the inputs alone.
-    """
+    inputs: tuple[str, ...]  # names of the tensors that it reads
+    output: str  # name of the tensor that it makes
 
-    inputs: tuple[str, ...]
-    output: str
-
+    # Whether the result has entries of the input, so that one encoding serves both
     same_encoding: ClassVar[bool] = False
-    integral: ClassVar[bool] = True
+    integral: ClassVar[bool] = True  # whether it computes with integers
+    # Whether it may return floats of integers: its accumulator times its scale
     returns_floats: ClassVar[bool] = False
+    # Whether an entry of the result depends on that entry of the inputs alone
     in_place: ClassVar[bool] = False
 
     def floats(self, *values: Array) -> Array:
@@ -56,14 +50,9 @@ def compute(
     output: Encoding | None,
     **options: Any,
 ) -> Array:
-    """One operation, of floats in floats, of what is encoded in integers.
+    """One operation on its inputs (B, …), of floats in floats, of what is encoded in integers.
 
-    Args:
-      op: The operation.
-      values: Its inputs, (B, …).
-      encodings: Theirs.
-      output: That of the result.
-      **options: `form` of a convolution, see `forms`.
+    `options` are the `form` of a convolution, see `forms`.
     """
     if all(encoding is None for encoding in (*encodings, output)):
         return op.floats(*values, **options)
@@ -73,12 +62,7 @@ def compute(
 def requantize(
     accumulator: Array, multiplier: np.ndarray, output: Encoding, clip: Any = UNBOUNDED
 ) -> Array:
-    """uint8 of an int32 accumulator, as `arithmetic` states; of floats alike, NaN as zero.
-
-    Example:
-      >>> requantize(jnp.int32([3, 5, 900]), np.float32(0.5), Encoding(1.0, 10))
-      Array([ 12,  12, 255], dtype=uint8)
-    """
+    """uint8 of an int32 accumulator, as `arithmetic` states; of floats alike, NaN as zero."""
     low, high = (np.float32(end - output.zero_point) for end in arithmetic.bounds(output, clip))
     # Floats that come from a product with a constant: XLA would make one of the two constants.
     if accumulator.dtype == jnp.float32:
@@ -105,12 +89,7 @@ def dequantize(q: Array, encoding: Encoding | None) -> Array:
 
 
 def rounded(x: Array, encoding: Encoding | None) -> Array:
-    """The values of an encoding that are nearest to x, float32.
-
-    Example:
-      >>> rounded(jnp.float32([0.3, 99.0]), Encoding(0.25, 128))
-      Array([ 0.25, 31.75], dtype=float32)
-    """
+    """The values of an encoding that are nearest to x, float32."""
     return x if encoding is None else dequantize(quantize(x, encoding), encoding)
 
 

@@ -11,19 +11,13 @@ from hybrid_jax.program.operations.base import Array, Operation
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call(Operation):
-    """Equations of the traced function for which there is no operation, in floats.
+    """Equations of the traced function for which there is no operation, in floats."""
 
-    Attributes:
-      function: function(*inputs) -> y, of as many examples as it was traced with.
-      examples: How many these are.
-      equation: Its text.
-      reason: Why it is no operation.
-    """
-
+    # function(*inputs) -> y, of as many examples as it was traced with
     function: Callable[..., Array]
-    examples: int
-    equation: str
-    reason: str
+    examples: int  # how many these are
+    equation: str  # its text
+    reason: str  # why it is no operation
 
     integral = False
 

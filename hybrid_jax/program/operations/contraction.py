@@ -27,8 +27,8 @@ _SHIFT = 128
 class Weighted(Operation):
     """A product with a kernel, of int8 in int32, plus a bias."""
 
-    name: str
-    weights: Weights
+    name: str  # the site's
+    weights: Weights  # kernel (kh, kw, C / groups, O) or (C, O), bias (O,)
 
     returns_floats = True
 
@@ -62,25 +62,15 @@ class Conv(Weighted):
     """A convolution of (H, W, C) with padding of zeros, plus a bias, clipped.
 
     Cross-correlation, as in every framework.
-
-    Attributes:
-      name: The site's name.
-      weights: Kernel (kh, kw, C / groups, O), bias (O,).
-      strides: Along H and W.
-      padding: ((before, after) along H, the same along W).
-      dilation: Of the kernel, along H and W.
-      groups: C for a depthwise convolution.
-      clip: Least and greatest value of the result; (0, inf) is a ReLU, (0, 6) a ReLU6.
     """
 
-    strides: tuple[int, int] = (1, 1)
-    padding: Pairs = ((0, 0), (0, 0))
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    clip: tuple[float, float] = UNBOUNDED
+    strides: tuple[int, int] = (1, 1)  # along H and W
+    padding: Pairs = ((0, 0), (0, 0))  # ((before, after) along H, the same along W)
+    dilation: tuple[int, int] = (1, 1)  # of the kernel, along H and W
+    groups: int = 1  # C for a depthwise convolution
+    clip: tuple[float, float] = UNBOUNDED  # of the result; (0, inf) is a ReLU, (0, 6) a ReLU6
 
     def product(self, x, kernel, zero, form="conv"):
-        """In the form that is asked for."""
         return forms.convolve(self, x, kernel, zero, form)
 
 
@@ -91,7 +81,6 @@ class Dense(Weighted):
     clip: tuple[float, float] = UNBOUNDED
 
     def product(self, x, kernel, zero):
-        """The matrix product; a dense layer has no padding."""
         del zero
         dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
         return lax.dot(x, kernel, precision="highest", preferred_element_type=dtype)
@@ -104,7 +93,6 @@ class MatMul(Operation):
     returns_floats = True
 
     def floats(self, a, b):
-        """In float32."""
         return jnp.matmul(a, b, precision="highest")
 
     def integers(self, values, encodings, output):

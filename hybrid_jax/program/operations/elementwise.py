@@ -23,20 +23,14 @@ from hybrid_jax.program.operations.base import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Add(Operation):
-    """The sum of two tensors, or their difference, clipped; lengths of 1 broadcast.
+    """The sum of two tensors, or their difference, clipped; lengths of 1 broadcast."""
 
-    Attributes:
-      clip: Bounds of the result.
-      minus: Whether it is the difference.
-    """
-
-    clip: tuple[float, float] = UNBOUNDED
-    minus: bool = False
+    clip: tuple[float, float] = UNBOUNDED  # bounds of the result
+    minus: bool = False  # whether it is the difference
 
     in_place = True
 
     def floats(self, a, b):
-        """In float32."""
         return clipped(a - b if self.minus else a + b, self.clip)
 
     def integers(self, values, encodings, output):
@@ -57,7 +51,6 @@ class Multiply(Operation):
     in_place = True
 
     def floats(self, a, b):
-        """In float32."""
         return clipped(a * b, self.clip)
 
     def integers(self, values, encodings, output):
@@ -74,7 +67,6 @@ class Maximum(Operation):
     pick: ClassVar[Callable[..., Array]] = staticmethod(jnp.maximum)
 
     def floats(self, a, b):
-        """In float32."""
         return self.pick(a, b)
 
     def integers(self, values, encodings, output):
@@ -99,11 +91,9 @@ class Clip(Operation):
     in_place = True
 
     def floats(self, x):
-        """In float32."""
         return clipped(x, (self.low, self.high))
 
     def integers(self, values, encodings, output):
-        """Requantized between the bounds."""
         (x,), (encoding,), clip = values, encodings, (self.low, self.high)
         if encoding == output:
             low, high = arithmetic.bounds(output, clip)
@@ -113,16 +103,11 @@ class Clip(Operation):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Function(Operation):
-    """An expression of each value: of one encoded tensor a table of 256 entries, else in floats.
+    """An expression of each value: of one encoded tensor a table of 256 entries, else in floats."""
 
-    Attributes:
-      steps: Of the expression, see `functions.Step`: operands are inputs, then constants, then
-        steps.
-      constants: float32 or integers, () or (C,) along the last axis.
-    """
-
+    # Of the expression, see `functions.Step`: operands are inputs, then constants, then steps
     steps: tuple[functions.Step, ...]
-    constants: tuple[np.ndarray, ...] = ()
+    constants: tuple[np.ndarray, ...] = ()  # float32 or integers, () or (C,) along the last axis
 
     in_place = True
 
@@ -138,14 +123,12 @@ class Function(Operation):
         return self.steps[0].name if alone and not self.steps[0].options else None
 
     def floats(self, *values):
-        """In float32."""
         constants = [along(c, values[0]) if np.ndim(c) else c for c in self.constants]
         made = functions.evaluate(self.steps, [*map(jnp.asarray, values), *constants])
         shape = jnp.broadcast_shapes(*(value.shape for value in values))
         return jnp.broadcast_to(jnp.asarray(made).astype(jnp.float32), shape)
 
     def integers(self, values, encodings, output):
-        """What the table says, of each channel its own where a constant has channels."""
         (x,), (encoding,) = values, encodings
         table = jnp.asarray(arithmetic.table(self.steps, self.constants, encoding, output))
         if table.ndim == 1:
@@ -161,9 +144,7 @@ class Convert(Operation):
     in_place = True
 
     def floats(self, x):
-        """The same."""
         return x
 
     def integers(self, values, encodings, output):
-        """Requantized."""
         return convert(values[0], encodings[0], output)

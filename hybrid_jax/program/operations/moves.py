@@ -17,11 +17,9 @@ class Move(Operation):
     same_encoding = True
 
     def floats(self, x):
-        """The entries."""
         return self.move(x, 0.0)
 
     def integers(self, values, encodings, output):
-        """The entries; zero is the zero point."""
         return self.move(values[0], output.zero_point)
 
     def move(self, x: Array, zero: float | int) -> Array:
@@ -36,7 +34,6 @@ class Reshape(Move):
     shape: tuple[int, ...]
 
     def move(self, x, zero):
-        """The same values."""
         return x.reshape(x.shape[0], *self.shape)
 
 
@@ -47,7 +44,6 @@ class Transpose(Move):
     permutation: tuple[int, ...]
 
     def move(self, x, zero):
-        """The same values."""
         return x.transpose(0, *(axis + 1 for axis in self.permutation))
 
 
@@ -58,7 +54,6 @@ class Broadcast(Move):
     shape: tuple[int, ...]
 
     def move(self, x, zero):
-        """The same values, again and again."""
         return jnp.broadcast_to(x, (x.shape[0], *self.shape))
 
 
@@ -70,11 +65,9 @@ class Pad(Move):
     value: float = 0.0
 
     def floats(self, x):
-        """Padded with the value."""
         return self.move(x, self.value)
 
     def integers(self, values, encodings, output):
-        """Padded with the nearest integer to the value."""
         return self.move(values[0], self.fill(output))
 
     def fill(self, encoding: Encoding | None) -> float | int:
@@ -85,7 +78,6 @@ class Pad(Move):
         return int(np.clip(step, encoding.low, encoding.high))
 
     def move(self, x, zero):
-        """With that around it."""
         return forms.pad(x, self.padding, zero)
 
 
@@ -98,7 +90,6 @@ class Slice(Move):
     strides: tuple[int, ...]
 
     def move(self, x, zero):
-        """These entries."""
         return x[(slice(None), *map(slice, self.starts, self.stops, self.strides))]
 
 
@@ -110,7 +101,6 @@ class Gather(Move):
     indices: tuple[int, ...]
 
     def move(self, x, zero):
-        """These entries."""
         return jnp.take(x, np.int32(self.indices), self.axis + 1)
 
 
@@ -121,11 +111,9 @@ class Concatenate(Operation):
     axis: int
 
     def floats(self, *values):
-        """In float32."""
         return self._joined(values)
 
     def integers(self, values, encodings, output):
-        """Each in the encoding of the result."""
         return self._joined([convert(x, e, output) for x, e in zip(values, encodings, strict=True)])
 
     def _joined(self, values):
@@ -141,9 +129,7 @@ class Constant(Operation):
     value: np.ndarray
 
     def floats(self):
-        """As one example."""
         return jnp.asarray(self.value)[None]
 
     def integers(self, values, encodings, output):
-        """Its nearest integers."""
         return quantize(self.floats(), output)

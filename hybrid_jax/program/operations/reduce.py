@@ -22,7 +22,6 @@ class Mean(Operation):
     returns_floats = True
 
     def floats(self, x):
-        """In float32."""
         return x.sum(self._places) / np.float32(self.count(x.shape[1:]))
 
     def integers(self, values, encodings, output):
@@ -47,7 +46,6 @@ class Largest(Move):
     axes: tuple[int, ...]
 
     def move(self, x, zero):
-        """The maximum."""
         return x.max(tuple(axis + 1 for axis in self.axes))
 
 
@@ -60,7 +58,6 @@ class MaxPool(Move):
     padding: Pairs = ((0, 0), (0, 0))
 
     def move(self, x, zero):
-        """The maximum of each window."""
         least = 0 if x.dtype == jnp.uint8 else -np.inf
         return _windows(self, x, least, lax.max, least)
 
@@ -77,7 +74,6 @@ class AveragePool(Operation):
     returns_floats = True
 
     def floats(self, x):
-        """In float32."""
         counts = self.counts(x.shape[1:]).astype(np.float32)
         return _windows(self, x, 0, lax.add, 0) / along(counts, x)
 
@@ -117,7 +113,6 @@ class Softmax(Operation):
     integral = False
 
     def floats(self, x):
-        """In float32."""
         return jax.nn.softmax(x, self.axis + 1 if self.axis >= 0 else self.axis)
 
 
@@ -135,7 +130,6 @@ class Normalize(Operation):
     integral = False
 
     def floats(self, x):
-        """In float32."""
         places = tuple(axis + 1 for axis in self.axes)
         centred = x - x.mean(places, keepdims=True)
         variance = jnp.square(centred).mean(places, keepdims=True)

@@ -22,15 +22,12 @@ _NUDGE, _FAR = 2.0**-22, 8
 def verify(
     program: Program, reading: Any, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]
 ) -> None:
-    """Compares a program with its function, as `lower` states.
-
-    Raises:
-      ValueError: Names the first operation whose result differs.
-    """
+    """Raises ValueError, naming the first operation that differs, if program and function do."""
     given = [_examples(x, i) for i, x in enumerate(inputs)]
     leaves = jax.tree.leaves(params)
     order = {name: i for i, name in enumerate(program.tensors)}
-    places = sorted(_places(program, reading), key=lambda place: order[place[1]])
+    places = [(var, node.value.held, node) for var, node in reading.env.items()]
+    places = sorted((p for p in places if p[1] in order), key=lambda place: order[place[1]])
 
     def differences(leaves, weights, given):
         # Weights are arguments: XLA computes with constants while it compiles.
@@ -91,16 +88,6 @@ def _examples(x, seed):
     return jnp.asarray(random.integers(0, 2 if x.dtype == bool else 256, shape), x.dtype)
 
 
-def _places(program, reading):
-    """(variable, edge, node) of the variables that became edges."""
-    found = []
-    for var, node in reading.env.items():
-        name = node.value.held
-        if name in program.tensors:
-            found.append((var, name, node))
-    return found
-
-
 def _values(closed, args, nudge=0.0):
     """Every variable's value; with `nudge` each equation's is that part off, up or down."""
     jaxpr = closed.jaxpr
@@ -117,7 +104,6 @@ def _values(closed, args, nudge=0.0):
 
 
 def _as_traced(edge, node):
-    """What an edge holds as the traced function has it."""
     there = [axis for axis in node.axes if axis is not None]
     order = [*there, *(i for i in range(edge.ndim) if i not in there)]
     lengths = [1 if axis is None else edge.shape[axis] for axis in node.axes]

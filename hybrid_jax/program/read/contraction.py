@@ -57,7 +57,7 @@ def convolution(builder: Builder, eqn: Any, values: list[Any], site: str | None)
     source = Source(site, order, kernel.sizes, taken)
     weights = _with_bias(weights, taken)
     if flat:
-        name, pairs = _with_pad(builder, *_cut(builder, name, pairs))
+        name, pairs = _with_pad(builder, *builder.cropped(name, pairs))
         title = site or builder.unique("kernel")
         op = Conv((name,), "", title, weights, strides, tuple(pairs), dilation, groups)
         pending = Pending(op, source)
@@ -98,7 +98,6 @@ def _taken(builder, node, feature, groups, flat, padded):
 
 
 def _with_bias(kernel, taken):
-    """The weights that take in what scales and shifts their input."""
     bias = np.zeros(kernel.shape[-1], np.float32)
     if taken is None:
         return Weights(kernel, None, bias)
@@ -121,18 +120,6 @@ def _bordered(builder, name, pairs, taken):
         part = builder.add(Slice((name,), "", starts, stops, (1, 1, 1)), (*shape[:2], 1))
         parts.append(builder.add(Pad((part,), "", padding, value), (*held[:2], 1)))
     return builder.add(Concatenate(tuple(parts), "", 2), held)
-
-
-def _cut(builder, name, pairs):
-    """The edge without what negative padding cuts off."""
-    if min(min(pair) for pair in pairs) >= 0:
-        return name, pairs
-    shape = builder.tensors[name].shape
-    starts = (*(max(-low, 0) for low, _ in pairs), 0)
-    stops = (*(n - max(-high, 0) for n, (_, high) in zip(shape, pairs, strict=False)), shape[-1])
-    held = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-    name = builder.add(Slice((name,), "", starts, stops, (1,) * len(shape)), held)
-    return name, [(max(low, 0), max(high, 0)) for low, high in pairs]
 
 
 def _with_pad(builder, name, pairs):
@@ -176,10 +163,8 @@ def _transposed(builder, name, weights, pairs, spread, places, source):
     whole = np.stack([np.stack([phases(i, j) for j in spans[1]]) for i in spans[0]])
     counts = [-(-size // step) for size, step in zip(places, spread, strict=True)]
     space = builder.tensors[name].shape[:2]
-    name, pairs = _cut(
-        builder,
-        name,
-        [(-first[i], counts[i] + last[i] - space[i]) for i in range(2)],
+    name, pairs = builder.cropped(
+        name, [(-first[i], counts[i] + last[i] - space[i]) for i in range(2)]
     )
     copies = math.prod(spread)
     bias = np.tile(weights.bias, copies)
@@ -225,21 +210,18 @@ def product(builder: Builder, eqn: Any, values: list[Any], site: str | None) -> 
     bias = np.zeros(groups * outputs, np.float32)
     title = site or builder.unique("kernel")
     if not middle and groups == 1:
-        if builder.tensors[name].shape != (inputs,):
-            name = builder.add(Reshape((name,), "", (inputs,)), (inputs,))
+        name = builder.shaped(name, (inputs,))
         op: Any = Dense((name,), "", title, Weights(flat, None, bias))
         held: tuple[int, ...] = (outputs,)
-        source = Source(site, order, kernel.sizes)
     else:
         # A dense layer at each place is a 1×1 convolution.
         space = tuple(lengths) if len(lengths) == 2 else (math.prod(lengths), 1)
         image = (*space, groups * inputs)
-        if builder.tensors[name].shape != image:
-            name = builder.add(Reshape((name,), "", image), image)
+        name = builder.shaped(name, image)
         kernel_ = flat.reshape(1, 1, inputs, groups * outputs)
         op = Conv((name,), "", title, Weights(kernel_, None, bias), groups=groups)
         held = (*space, groups * outputs)
-        source = Source(site, order, kernel.sizes)
+    source = Source(site, order, kernel.sizes)
     node = Node(
         Value(Pending(op, source), held), tuple(range(len(held) + 1)), (x.sizes[batch], *held)
     )
@@ -275,8 +257,7 @@ def _of_two(builder, eqn, values, contracted, batched):
         inner = math.prod(node.sizes[axis] for axis in own)
         last = (math.prod(rows[-1]), inner) if side == 0 else (inner, math.prod(rows[-1]))
         shape = (math.prod(groups), *last)
-        if builder.tensors[name].shape != shape:
-            name = builder.add(Reshape((name,), "", shape), shape)
+        name = builder.shaped(name, shape)
         names.append(name)
     held = (math.prod(groups), math.prod(rows[0]), math.prod(rows[1]))
     sizes = eqn.outvars[0].aval.shape

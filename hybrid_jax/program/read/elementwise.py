@@ -7,6 +7,7 @@ which has a table in integers, and of several is one in floats.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -210,7 +211,7 @@ def _aligned(builder, values):
                 raise ValueError("examples cannot meet each other")
             names.append(builder.placed(value, order, expand=False))
         else:
-            names.append(_constant(builder, value, order, first.sizes))
+            names.append(constant(builder, value, order))
         shapes.append(builder.tensors[names[-1]].shape)
     shape = np.broadcast_shapes(*shapes)
     axes: list[int | None] = [None] * len(order)
@@ -220,15 +221,13 @@ def _aligned(builder, values):
     return names, tuple(axes), first.sizes, shape
 
 
-def _constant(builder, known, order, sizes):
-    """The edge of a known operand."""
-    value = known.value
-    if np.ndim(value) == 0:
-        value = value.reshape((1,) * len(sizes))
+def constant(builder: Builder, known: Known, order: Sequence[int], expand: bool = False) -> str:
+    """The edge of a known operand with its axes in that order, at its lengths if `expand`."""
+    value = known.value.reshape(np.shape(known.value) or (1,) * len(order))
     if value.shape[order[0]] != 1:
         raise ValueError("a constant must be the same for every example")
-    held = np.transpose(value, order)[0].astype(np.float32)
-    return builder.add(Constant((), "", held), held.shape)
+    held = np.transpose(np.broadcast_to(value, known.sizes) if expand else value, order)[0]
+    return builder.add(Constant((), "", held.astype(np.float32)), held.shape)
 
 
 def _expression(builder, eqn, values):

@@ -19,17 +19,11 @@ EXAMPLES = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
-    """A value that comes from parameters or constants alone.
+    """A value that comes from parameters or constants alone."""
 
-    Attributes:
-      value: The array, with length 1 along the axes that it is the same along.
-      sizes: The traced value's lengths.
-      static: Whether no parameter is in it.
-    """
-
-    value: np.ndarray
-    sizes: tuple[int, ...]
-    static: bool
+    value: np.ndarray  # the array, with length 1 along the axes that it is the same along
+    sizes: tuple[int, ...]  # the traced value's lengths
+    static: bool  # whether no parameter is in it
 
     @property
     def varying(self) -> tuple[int, ...]:

@@ -50,22 +50,17 @@ _RULES = {
 
 
 class Reading:
-    """A function on its way to a program.
-
-    Attributes:
-      graph: Its trace.
-      builder: What was built.
-      env: {variable: Node}.
-      edges: {variable: (edge, the place of each of its axes in the edge)} of what became an edge.
-    """
+    """A function on its way to a program."""
 
     def __init__(self, graph: core.Graph, leaves: list[Any], count: int):
         self.graph, self.builder = graph, Builder()
-        self.env: dict[Any, Node] = {}
+        self.env: dict[Any, Node] = {}  # by variable
         jaxpr = graph.jaxpr.jaxpr
         self.known = known_values(graph, leaves)
         self.eqns = self._chosen(jaxpr.eqns)
-        self.facts = patterns.Facts(sources(self.eqns), self._number, self._is_known)
+        self.facts = patterns.Facts(
+            sources(self.eqns), self._number, lambda atom: isinstance(self.read(atom), Known)
+        )
         self.readers = collections.Counter(
             atom
             for eqn in self.eqns.values()
@@ -100,7 +95,7 @@ class Reading:
             return
         site = self.graph.site_at.get((index,))
         try:
-            outs = self._rule(eqn, values, site.name if site else None)
+            outs = self._pattern(eqn) or self._plain(eqn, values, site.name if site else None)
             for var, out in zip(eqn.outvars, outs, strict=True):
                 if out.traced != tuple(var.aval.shape):
                     raise ValueError(f"it was read as {out.traced} where it is {var.aval.shape}")
@@ -111,10 +106,6 @@ class Reading:
             if self.readers[var] > 1 and isinstance(out.value.source, Pending):
                 out = self.builder.as_edge(out)
             self.env[var] = out
-
-    def _rule(self, eqn, values, site):
-        """The outputs of an equation, of its pattern if it is the end of one."""
-        return self._pattern(eqn) or self._plain(eqn, values, site)
 
     def _plain(self, eqn, values, site=None):
         name, builder = eqn.primitive.name, self.builder
@@ -131,7 +122,7 @@ class Reading:
         if name == "dot_general":
             return contraction.product(builder, eqn, values, site)
         if name in FUNCTIONS:
-            return self._pool(eqn, values) or elementwise(builder, eqn, values)
+            return reduce.uncounted(builder, eqn, values) or elementwise(builder, eqn, values)
         if name in _RULES:
             return _RULES[name](builder, eqn, values)
         raise ValueError(f"'{name}' is no operation of an inference graph")
@@ -145,17 +136,14 @@ class Reading:
         mixes = 0 not in node.axes or any(node.axes[axis] == 0 for axis in axes)
         if mixes or 0 in found.axes or not np.issubdtype(node.dtype, np.floating):
             return None
+        made = patterns.applied(self.builder, node, axes, found.epsilon)
         if found.epsilon is None:
-            return [patterns.as_softmax(self.builder, node, axes)]
-        made = patterns.as_normalization(self.builder, node, axes, found.epsilon)
+            return [made]
         if shape != node.traced:
             made = merged.reshaped(self.builder, made, shape)
         if found.factor is None:
             return [made]
         return self._plain(eqn, [made, self.read(found.factor)])
-
-    def _pool(self, eqn, values):
-        return reduce.uncounted(self.builder, eqn, values) if eqn.primitive.name == "div" else None
 
     def _number(self, atom):
         known = self.read(atom)
@@ -178,18 +166,9 @@ class Reading:
         self.alias = alias
         return left
 
-    def _is_known(self, atom):
-        return isinstance(self.read(atom), Known)
-
 
 def read(graph: core.Graph, leaves: list[Any], count: int) -> tuple[Program, Reading]:
-    """The program of a traced function.
-
-    Args:
-      graph: As `flat.traced` returns it.
-      leaves: Of the parameters.
-      count: How many inputs the function has.
-    """
+    """The program of a graph of `flat.traced`, with leaves of parameters and `count` inputs."""
     reading = Reading(graph, leaves, count)
     for index, eqn in reading.eqns.items():
         reading.step(index, eqn)

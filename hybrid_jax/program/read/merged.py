@@ -30,11 +30,7 @@ def reshaped(builder: Builder, node: Node, sizes: tuple[int, ...]) -> Node:
 
 
 def apart(eqn: jex.JaxprEqn, values: list[Any]) -> tuple[jex.JaxprEqn, list[Any], int]:
-    """An equation and its operands with the first axes apart, and how many these are.
-
-    Raises:
-      ValueError: If the equation reads them otherwise.
-    """
+    """An equation and its operands with the first axes apart, and how many these are."""
     counts = {value.merged for value in values if isinstance(value, Node)}
     name, params = eqn.primitive.name, dict(eqn.params)
     if len(counts) > 1:

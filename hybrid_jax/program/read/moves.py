@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from hybrid_jax.core import interpreter
-from hybrid_jax.program.operations import Concatenate, Constant, Gather, Pad, Reshape, Slice
+from hybrid_jax.program.operations import Concatenate, Gather, Pad, Slice
 from hybrid_jax.program.read import merged
+from hybrid_jax.program.read.elementwise import constant
 from hybrid_jax.program.read.flat import EXAMPLES, Known
 from hybrid_jax.program.read.node import Builder, Node, Value
 
@@ -48,16 +49,12 @@ def _concatenated(builder, values, axis, length):
     order = max((v for v in values if isinstance(v, Node)), key=_places).natural
     if first.axes[axis] == 0 or any(v.axes[order[0]] != 0 for v in values if isinstance(v, Node)):
         raise ValueError("examples cannot be joined")
-    names = []
-    for value in values:
-        if isinstance(value, Node):
-            names.append(builder.placed(value, order))
-            continue
-        held = np.transpose(value.whole(), order)
-        if value.value.shape[order[0]] != 1:
-            raise ValueError("a constant must be the same for every example")
-        constant = Constant((), "", held[0].astype(np.float32))
-        names.append(builder.add(constant, held.shape[1:]))
+    names = [
+        builder.placed(value, order)
+        if isinstance(value, Node)
+        else constant(builder, value, order, expand=True)
+        for value in values
+    ]
     sizes = tuple(length if i == axis else n for i, n in enumerate(first.sizes))
     shape = tuple(sizes[i] for i in order[1:])
     name = builder.add(Concatenate(tuple(names), "", order.index(axis) - 1), shape)
@@ -157,20 +154,16 @@ def pad(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
             # Each entry gets an axis of its own, which is padded behind it.
             n = shape[place]
             apart = (*shape[:place], n, 1, *shape[place + 1 :])
-            name = builder.add(Reshape((name,), "", apart), apart)
+            name = builder.shaped(name, apart)
             padding = tuple((0, inner if i == place + 1 else 0) for i in range(len(apart)))
             apart = (*shape[:place], n, 1 + inner, *shape[place + 1 :])
             name = builder.add(Pad((name,), "", padding, value.number), apart)
             shape = (*shape[:place], n * (1 + inner), *shape[place + 1 :])
-            name = builder.add(Reshape((name,), "", shape), shape)
+            name = builder.shaped(name, shape)
     # The last entry has nothing behind it.
     pairs = [(config[axis][0], config[axis][1] - config[axis][2]) for axis in order[1:]]
-    if min((min(pair) for pair in pairs), default=0) < 0:
-        starts = tuple(max(-low, 0) for low, _ in pairs)
-        stops = tuple(n - max(-high, 0) for n, (_, high) in zip(shape, pairs, strict=True))
-        shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-        name = builder.add(Slice((name,), "", starts, stops, (1,) * len(shape)), shape)
-        pairs = [(max(low, 0), max(high, 0)) for low, high in pairs]
+    name, pairs = builder.cropped(name, pairs)
+    shape = builder.tensors[name].shape
     held = tuple(n + low + high for n, (low, high) in zip(shape, pairs, strict=True))
     if held != shape:
         name = builder.add(Pad((name,), "", tuple(pairs), value.number), held)
@@ -239,8 +232,8 @@ def _gathered(builder, name, entries):
             return name, after
     flat = (int(np.prod(before)),)
     if before != flat:
-        name = builder.add(Reshape((name,), "", flat), flat)
+        name = builder.shaped(name, flat)
     name = builder.add(Gather((name,), "", 0, tuple(entries.ravel().tolist())), (entries.size,))
     if after != (entries.size,):
-        name = builder.add(Reshape((name,), "", after), after)
+        name = builder.shaped(name, after)
     return name, after

@@ -18,6 +18,7 @@ from hybrid_jax.program.operations import (
     Multiply,
     Operation,
     Reshape,
+    Slice,
     Transpose,
 )
 from hybrid_jax.program.read.terms import Terms
@@ -27,42 +28,28 @@ _ONE, _NONE, _FLOAT = np.float32(1), np.float32(0), np.dtype(np.float32)
 
 @dataclasses.dataclass(eq=False)
 class Pending:
-    """An operation that still takes what follows into its weights and bounds.
+    """An operation that still takes what follows into its weights and bounds."""
 
-    Attributes:
-      op: The operation, its output not named.
-      source: How its kernel comes from the traced one; None without.
-      after: Moves of its result, (operation, shape of an example) each.
-      shape: Of an example of its own result, before the moves; None without.
-    """
-
-    op: Operation
-    source: Source | None = None
+    op: Operation  # its output is not named
+    source: Source | None = None  # how its kernel comes from the traced one; None without
+    # Moves of its result, (operation, shape of an example) each
     after: tuple[tuple[Operation, tuple[int, ...]], ...] = ()
+    # Of an example of its own result, before the moves; None without
     shape: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """What is computed: clip(scale · source + shift).
+    """What is computed: clip(scale · source + shift)."""
 
-    Attributes:
-      source: An operation still open, the name of an edge, or the number of a term.
-      shape: Of one example, as the graph orders its axes: channels last.
-      scale: float32, () or (C,), along the last axis.
-      shift: Alike.
-      clip: Bounds.
-      static: Whether no parameter is in scale and shift.
-      edge: The edge that holds it, once there is one.
-    """
-
+    # An operation still open, the name of an edge, or the number of a term
     source: Pending | str | int
-    shape: tuple[int, ...]
-    scale: Any = _ONE
+    shape: tuple[int, ...]  # of one example, as the graph orders its axes: channels last
+    scale: Any = _ONE  # float32, () or (C,), along the last axis
     shift: Any = _NONE
     clip: tuple[float, float] = UNBOUNDED
-    static: bool = True
-    edge: str | None = None
+    static: bool = True  # whether no parameter is in scale and shift
+    edge: str | None = None  # the edge that holds it, once there is one
 
     @property
     def unscaled(self) -> bool:
@@ -84,22 +71,15 @@ class Value:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """A value as the traced program has it.
-
-    Attributes:
-      value: The value.
-      axes: For each axis of the traced value its axis in the value, batch included (0); None for
-        one that has length 1 or is broadcast.
-      sizes: Their lengths.
-      dtype: Of the traced value.
-      merged: How many of the first axes the traced value has as one.
-    """
+    """A value as the traced program has it."""
 
     value: Value
+    # For each axis of the traced value its axis in the value, batch included (0); None for one that
+    # has length 1 or is broadcast
     axes: tuple[int | None, ...]
-    sizes: tuple[int, ...]
-    dtype: Any = _FLOAT
-    merged: int = 1
+    sizes: tuple[int, ...]  # their lengths
+    dtype: Any = _FLOAT  # of the traced value
+    merged: int = 1  # how many of the first axes the traced value has as one
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,23 +110,16 @@ class Node:
 
 
 class Builder:
-    """The edges and operations made so far.
-
-    Attributes:
-      inputs: Names of the edges that the program is given.
-      tensors: {name: Tensor}.
-      operations: In running order.
-      sources: {output of a convolution or dense layer: how its kernel comes from the traced one}.
-      moves: {edge: the operation that makes it} of those that move entries.
-      terms: What expressions are made of.
-    """
+    """The edges and operations made so far."""
 
     def __init__(self):
-        self.inputs: list[str] = []
+        self.inputs: list[str] = []  # names of the edges that the program is given
         self.tensors: dict[str, Tensor] = {}
         self.operations: list[Operation] = []
-        self.sources: dict[str, Source] = {}
-        self.moves: dict[str, Operation] = {}
+        self.sources: dict[str, Source] = {}  # of the outputs of convolutions and dense layers
+        self.moves: dict[
+            str, Operation
+        ] = {}  # {edge: the operation that makes it by moving entries}
         self.terms = Terms()
         self._again: dict[Any, str] = {}
         self._edges: dict[int, str] = {}
@@ -178,6 +151,22 @@ class Builder:
             self._again[again] = output
             self.moves[output] = op
         return output
+
+    def shaped(self, name: str, shape: Sequence[int]) -> str:
+        """An edge under another shape; itself if it has that."""
+        return self.add(Reshape((name,), "", tuple(shape)), shape)
+
+    def cropped(self, name: str, pairs: Sequence[tuple[int, int]]) -> tuple[str, list]:
+        """An edge without what negative padding along its first axes cuts off, and the rest."""
+        if min((min(pair) for pair in pairs), default=0) >= 0:
+            return name, list(pairs)
+        shape = self.tensors[name].shape
+        whole = [*pairs, *[(0, 0)] * (len(shape) - len(pairs))]
+        starts = tuple(max(-low, 0) for low, _ in whole)
+        stops = tuple(n - max(-high, 0) for n, (_, high) in zip(shape, whole, strict=True))
+        held = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+        name = self.add(Slice((name,), "", starts, stops, (1,) * len(shape)), held)
+        return name, [(max(low, 0), max(high, 0)) for low, high in pairs]
 
     def copied(self, name: str) -> str:
         """Another edge that holds the same."""
@@ -211,13 +200,7 @@ class Builder:
     def placed(self, node: Node, order: Sequence[int], expand: bool = True) -> str:
         """The name of an edge that holds the node's value with its axes in that traced order.
 
-        Args:
-          node: The node.
-          order: Axes of the traced value, the batch first.
-          expand: Whether axes that are broadcast get their length; else they have length 1.
-
-        Raises:
-          ValueError: If the batch is not the first.
+        The batch is first. Axes that are broadcast get their length, or without `expand` 1.
         """
         wanted = [node.axes[axis] for axis in order]
         if wanted[:1] != [0]:
@@ -233,8 +216,7 @@ class Builder:
             moved = Transpose((name,), "", tuple(axis - 1 for axis in permutation[1:]))
             name = self.add(moved, shape)
         held = [1 if axis is None else node.shape[axis - 1] for axis in wanted[1:]]
-        if held != shape:
-            name = self.add(Reshape((name,), "", tuple(held)), held)
+        name = self.shaped(name, held)
         sizes = [node.sizes[axis] for axis in order[1:]]
         if expand and sizes != held:
             name = self.add(Broadcast((name,), "", tuple(sizes)), sizes)

@@ -21,33 +21,21 @@ Sources = Mapping[Any, jex.JaxprEqn]
 
 
 class Found(NamedTuple):
-    """What an equation is the end of.
+    """What an equation is the end of."""
 
-    Attributes:
-      x: The variable, or a reshape of it in which axes are summed.
-      axes: Along which.
-      epsilon: What is added to the variance; None of a softmax.
-      factor: Atom of a known factor of the result, or None.
-    """
-
-    x: Any
-    axes: tuple[int, ...]
-    epsilon: float | None = None
-    factor: Any = None
+    x: Any  # the variable, or a reshape of it in which axes are summed
+    axes: tuple[int, ...]  # along which
+    epsilon: float | None = None  # what is added to the variance; None of a softmax
+    factor: Any = None  # atom of a known factor of the result, or None
 
 
 class Facts(NamedTuple):
-    """What is known of atoms.
+    """What is known of atoms."""
 
-    Attributes:
-      sources: {variable: the equation that makes it}.
-      number: number(atom) -> the one static number that it is, or None.
-      known: known(atom) -> whether it comes from parameters alone.
-    """
-
-    sources: Sources
+    sources: Sources  # {variable: the equation that makes it}
+    # number(atom) -> the one static number that it is, or None
     number: Callable[[Any], float | None]
-    known: Callable[[Any], bool]
+    known: Callable[[Any], bool]  # known(atom) -> whether it comes from parameters alone
 
     def made(self, atom: Any, *names: str) -> Any:
         """The equation that makes an atom, if it is of these primitives."""
@@ -229,26 +217,17 @@ def _square_of(atom, facts):
     return eqn.invars[0] if name == "mul" and eqn.invars[0] is eqn.invars[1] else None
 
 
-def as_softmax(builder: Builder, node: Node, axes: tuple[int, ...]) -> Node:
-    """The softmax of a node."""
-    order = node.natural
-    (axis,) = axes
-    name = builder.placed(node, order)
-    shape = builder.tensors[name].shape
-    name = builder.add(Softmax((name,), "", order.index(axis) - 1), shape)
-    return _with(node, order, name, shape)
-
-
-def as_normalization(builder: Builder, node: Node, axes: tuple[int, ...], epsilon: float) -> Node:
-    """A node normalized over axes."""
+def applied(builder: Builder, node: Node, axes: tuple[int, ...], epsilon: float | None) -> Node:
+    """The softmax of a node, or with an epsilon its normalization over axes."""
     order = node.natural
     name = builder.placed(node, order)
     shape = builder.tensors[name].shape
     places = tuple(sorted(order.index(axis) - 1 for axis in axes))
-    name = builder.add(Normalize((name,), "", places, float(epsilon)), shape)
-    return _with(node, order, name, shape)
-
-
-def _with(node, order, name, shape):
-    axes = tuple(order.index(i) for i in range(len(order)))
-    return node.replace(value=Value(name, shape), axes=axes)
+    normalized = epsilon is not None
+    op = (
+        Normalize((name,), "", places, float(epsilon))
+        if normalized
+        else Softmax((name,), "", *places)
+    )
+    value = Value(builder.add(op, shape), shape)
+    return node.replace(value=value, axes=tuple(order.index(i) for i in range(len(order))))

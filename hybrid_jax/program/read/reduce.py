@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_jax.program.operations import AveragePool, Largest, MaxPool, Mean, Reshape
+from hybrid_jax.program.operations import AveragePool, Largest, MaxPool, Mean
 from hybrid_jax.program.read.elementwise import affine
 from hybrid_jax.program.read.flat import Known
 from hybrid_jax.program.read.node import Builder, Node, Value
@@ -33,7 +33,7 @@ def reduced(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     held = builder.placed(node, order + [a for a in axes if a not in real], expand=False)
     shape = builder.tensors[held].shape[: len(order) - 1]
     if shape != builder.tensors[held].shape:
-        held = builder.add(Reshape((held,), "", shape), shape)
+        held = builder.shaped(held, shape)
     places = tuple(sorted(order.index(axis) - 1 for axis in real))
     left = [axis for axis in order if axis not in real]
     result = tuple(n for i, n in enumerate(shape) if i not in places)
@@ -78,8 +78,7 @@ def pooled(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     name = builder.placed(node, order)
     spatial = [node.sizes[axis] for axis in moved] + [1] * (2 - len(moved))
     image = (*spatial, math.prod(node.sizes[axis] for axis in rest))
-    if builder.tensors[name].shape != image:
-        name = builder.add(Reshape((name,), "", image), image)
+    name = builder.shaped(name, image)
 
     def along(entries, default):
         return tuple(entries[axis] for axis in moved) + (default,) * (2 - len(moved))
@@ -92,7 +91,7 @@ def pooled(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     pool = builder.add(kind((name,), "", size, step, pairs), shape)
     full = tuple(sizes[axis] for axis in order[1:])
     if shape != full:
-        pool = builder.add(Reshape((pool,), "", full), full)
+        pool = builder.shaped(pool, full)
     axes = tuple(order.index(axis) for axis in range(len(sizes)))
     made = Node(Value(pool, full), axes, tuple(sizes))
     # The window's sum is its mean times its size; the division that follows cancels it.
@@ -101,14 +100,13 @@ def pooled(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
 
 def uncounted(builder: Builder, eqn: Any, values: list[Any]) -> list[Node] | None:
     """A sum over windows that is divided by how many entries each has: padding is not counted."""
-    node, known = values
-    if eqn.primitive.name != "div" or not isinstance(known, Known) or not known.static:
+    if eqn.primitive.name != "div" or not isinstance(values[1], Known) or not values[1].static:
         return None
+    node, known = values
     value = node.value
     if not isinstance(value.source, str) or value.edge is not None:
         return None
-    place = next((i for i, op in enumerate(builder.operations) if op.output == value.source), None)
-    op = None if place is None else builder.operations[place]
+    op = next((op for op in builder.operations if op.output == value.source), None)
     if not isinstance(op, AveragePool) or not op.count_padding or not any(map(any, op.padding)):
         return None
     if not np.all(value.scale == math.prod(op.window)) or node.axes != (0, 1, 2, 3):
