@@ -87,7 +87,7 @@ class Run(NamedTuple):
         mean, std = (" ".join(f"{x:.4g}" for x in own) for own in (splits.mean, splits.std))
         text = f"the network takes (pixel / 255 - mean) / std, with mean {mean} and std {std}"
         if not (told.mean and told.std):
-            text += " of the training images; data.mean and data.std give others"
+            text += "; where it was trained with others, data.mean and data.std say so"
         return "\n".join([text, *files.lacking(self.config.deploy.targets)])
 
 
@@ -180,7 +180,7 @@ def prepare(
 ) -> Run:
     """Checks everything that can be known before training; writes nothing.
 
-    Arguments are as of `compress`.
+    Arguments are as of `compress`, the images as splits.
     """
     few = jax.ShapeDtypeStruct((2, *splits.image_shape), np.float32)
     taken = _taken_network(network, few, mode, config.seed)
