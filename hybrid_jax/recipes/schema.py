@@ -149,15 +149,11 @@ def diversity_sources(config: ConfigDict | Config) -> tuple[str, ...]:
 
 def _check_agreement(config: Config) -> None:
     """Raises ValueError unless the values of different keys agree."""
-    experts, parent, model = config.experts, config.parent, config.model
+    experts = config.experts
     if config.gate.k > experts.count:
         raise ValueError(
             f"config.gate.k must be at most config.experts.count = {experts.count}, "
             f"got {config.gate.k}"
-        )
-    if not (parent.steps or model.weights or model.make):
-        raise ValueError(
-            "config.parent.steps must be above 0 without model.weights or model.make, got 0"
         )
     # A source of diversity that would make no difference is an error, not a silent nothing.
     lists = {"criterion": "criteria", "bits": "bits", "width": "sparsities"}

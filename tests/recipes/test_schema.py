@@ -165,7 +165,6 @@ def test_an_entry_of_a_registry_is_one_by_name(monkeypatch):
 
 DISAGREEMENTS = {
     "gate.k must be at most config.experts.count = 2, got 3": {"gate.k": 3, "experts.count": 2},
-    "parent.steps must be above 0 without model.weights or model.make": {"parent.steps": 0},
     r"experts.criteria must hold at least two .* for 2 .*, got \('obs', 'obs', 'snip'\)": {
         "experts.diversity": "criterion",
         "experts.count": 2,
