@@ -8,25 +8,16 @@ Widths and bits are found together; then the network is trained by distillation.
 
 from ml_collections import ConfigDict
 
-from hybrid_jax import recipes
+from configs import cifar10_study
 
 
 def get_config() -> ConfigDict:
-    """Returns the configuration; the parent has not seen the validation images."""
-    config = recipes.default_config()
-    config.effort = "finetune"
+    """Returns the configuration: data and training of the study's runs, within a budget."""
+    config = cifar10_study.get_config()
     config.model.name = "resnet20"
-    config.data.name = "cifar10"
-    config.data.dir = "~/tensorflow_datasets"
-    config.data.validation = "test:1000"
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.padding = 4
-    config.data.flip = True
     config.budget.bytes = 64_000
     config.budget.memory = 32_000
+    config.distillation.alpha = 0.5
     config.experts.steps = 1600
-    config.experts.batch_size = 128
-    config.experts.learning_rate = 0.002
     config.deploy.targets = ("c", "onnx")
     return config

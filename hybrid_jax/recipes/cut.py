@@ -127,6 +127,11 @@ class Model(NamedTuple):
         """What `fn` takes."""
         return {"params": self.weights, "ranges": self.ranges}
 
+    @property
+    def has_function(self) -> bool:
+        """Whether there is all that `fn` takes: a graph's weights, and ranges of its edges."""
+        return bool(self.weights and self.ranges)
+
     def trained(self, params: Mapping[str, Any]) -> "Model":
         """Returns the model with other `params`."""
         return self._replace(weights=params["params"], ranges=params["ranges"])

@@ -49,7 +49,7 @@ def post_training(task: Task, config: Any) -> list[Stage]:
 
         stages.insert(0, Stage("batchnorm", reestimate))
     if c.equalize:
-        stages.append(Stage("equalize", to_expert(lambda model: ptq.equalize(task, model))))
+        stages.append(Stage("equalize", to_expert(ptq.equalize)))
 
     def rounded(model):
         floats = ptq.calibrate(task, model, c.images, c.calibration)

@@ -36,14 +36,14 @@ def reestimate_batchnorm(task: Task, dense: Model, images: int) -> Model:
     return dense._replace(cut=cut.with_variables(cut.merge(params, state["rest"])))
 
 
-def quantized(task: Task, dense: Model, bits: Any, facts: Any = None) -> Model:
+def quantized(dense: Model, bits: Any, facts: Any = None) -> Model:
     """Returns the network with the bits of each site, and the weights of its inference graph."""
     cut = dense.cut.in_bits(bits)
     weights = jax.tree.map(jnp.asarray, dict(cut.program.params))
     return Model(cut, weights=weights, facts=facts or {})
 
 
-def equalize(task: Task, model: Model) -> Model:
+def equalize(model: Model) -> Model:
     """Returns the network with channels scaled between layers, see `quantization.equalize`."""
     program, left_out = quantization.equalize(model.cut.program, model.cut.images[:EQUALIZED])
     weights = jax.tree.map(jnp.asarray, dict(program.params))

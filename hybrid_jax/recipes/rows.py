@@ -59,7 +59,7 @@ def int8_parent(task: Task, state: State) -> Any:
     file that is right on every x86 needs slower kernels.
     """
     bits = state.parent.cut.with_bits(7, 8, 7).bits
-    return ptq.calibrate(task, ptq.quantized(task, state.parent, bits), 512, "minmax")
+    return ptq.calibrate(task, ptq.quantized(state.parent, bits), 512, "minmax")
 
 
 class _Rows:

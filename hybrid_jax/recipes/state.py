@@ -41,6 +41,10 @@ class State(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
+class DamagedState(ValueError):
+    """A file of a stage is not as it was written."""
+
+
 class Stage(NamedTuple):
     """A stage: a name, a function from state to state, and how many steps it trains."""
 
@@ -106,7 +110,7 @@ def _resumed(files, state, sources) -> tuple[State, int]:
                 state = load(files[i], state.parent.cut, sources)
                 print(f"{i + 1} of {len(files)} stages are done", file=sys.stderr, flush=True)
                 return state, i + 1
-        except ValueError as error:
+        except DamagedState as error:
             print(f"{error}; its stage is done again", file=sys.stderr, flush=True)
     return state, 0
 
@@ -163,17 +167,17 @@ def load(
     """Reads what `save` wrote; `parent` has the functions of the dense network.
 
     Raises:
-      ValueError: If the file is damaged.
+      DamagedState: If the file is damaged.
     """
     try:
         with safetensors.safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             text, digests = file.metadata()["state"], json.loads(file.metadata()["digests"])
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be the state of a stage, got: {error}") from None
+        raise DamagedState(f"{path} must be the state of a stage, got: {error}") from None
     found = {name: _digest(array) for name, array in arrays.items()}
     if found | {"state": hashlib.sha256(text.encode()).hexdigest()} != digests:
-        raise ValueError(f"{path} must be as it was written, got something else: it is damaged")
+        raise DamagedState(f"{path} must be as it was written, got something else: it is damaged")
 
     def fill(node: Any) -> Any:
         if isinstance(node, dict):
@@ -189,11 +193,11 @@ def load(
     lists = [list(map(model, tree[name])) for name in ("experts", "before")]
     singles = {name: model(stored) for name, stored in tree["singles"].items()}
     gate = tree["gate"] and model(tree["gate"], sources("gate"))
-    every = [m for m in (*lists[0], *lists[1], *singles.values(), gate) if m and m.weights]
+    every = [m for m in (*lists[0], *lists[1], *singles.values(), gate) if m and m.has_function]
     found = iter(with_functions(every) if every else ())
 
     def ready(own: Model) -> Model:
-        return next(found) if own.weights else own
+        return next(found) if own.has_function else own
 
     made, before = (tuple(map(ready, own)) for own in lists)
     singles = {name: ready(own) for name, own in singles.items()}

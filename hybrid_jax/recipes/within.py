@@ -60,14 +60,14 @@ def quantized(task: Task, parent: Model, config: Any) -> Model:
     c, most, targets = config.ptq, limits(parent, config), config.deploy.targets
     dense = parent.cut.with_bits(c.weight_bits, c.activation_bits, c.first_last_bits)
     if not most:
-        return ptq.quantized(task, parent, dense.bits)
+        return ptq.quantized(parent, dense.bits)
     offered = choices.offer(dense.program, dense.spec, budget.what_pays(most, targets))
     measured = choices.measure_bits(offered, ptq.batches(task, IMAGES), c.calibration)
 
     def make(limits):
         found = choices.choose(measured, _counted(limits), targets)
         facts = {"predicted": found.costs}
-        return ptq.quantized(task, parent, {**dense.bits, **found.bits}, facts), found.costs
+        return ptq.quantized(parent, {**dense.bits, **found.bits}, facts), found.costs
 
     made, costs = budget.meet(most, make, _measure(task, parent, config))
     return made._replace(facts={**made.facts, "measured": costs})
@@ -118,7 +118,7 @@ def _measure(task: Task, parent: Model, config: Any) -> Callable[[Model], dict[s
     """measure(model) -> what its files take, and its time as a fraction of the parent's."""
 
     def measure(model):
-        plain = ptq.quantized(task, model, model.cut.bits)
+        plain = ptq.quantized(model, model.cut.bits)
         program = ptq.calibrate(task, plain, ptq.BATCH, "minmax").encoded()
         with tempfile.TemporaryDirectory() as folder:
             manifests = {

@@ -232,3 +232,22 @@ def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path, changes
             strangers.functions(), strangers.digits(), workdir=tmp_path / "run", **changes
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_run_goes_on_after_each_of_its_stages(tmp_path, capsys):
+    images, given = strangers.digits(), strangers.functions()
+    whole = recipes.compress(given, images, workdir=tmp_path, config=settings("ptq"))
+    files = sorted((tmp_path / "stages").glob("*"))
+    for done in (2, 1):
+        for file in files[done:]:
+            file.unlink()
+        capsys.readouterr()
+        again = recipes.compress(given, images, workdir=tmp_path, config=settings("ptq"))
+        said = capsys.readouterr().err
+        assert f"{done} of 3 stages are done" in said
+        assert "again" not in said
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            whole.state.experts[0].params,
+            again.state.experts[0].params,
+        )

@@ -126,7 +126,7 @@ def test_a_damaged_file_is_made_again(parent, tmp_path, capsys):
 def test_an_equalized_network_is_rebuilt_from_its_weights(parent, tmp_path):
     # Its plan is that of the network as it was: of what was equalized only the weights are kept.
     cut = parent.cut.with_bits(8, 8, 8)
-    model = ptq.equalize(None, ptq.quantized(None, parent, cut.bits))
+    model = ptq.equalize(ptq.quantized(parent, cut.bits))
     before = parent.cut.network.predict(parent.cut.variables, parent.cut.images)
     program = model.cut.plan.replace(model.weights).program
     np.testing.assert_allclose(p.run(program)(parent.cut.images), before, rtol=1e-4)
