@@ -4,9 +4,9 @@
     ranges = quantization.calibrate(fn, params, batches, spec, method='mse')
     q_fn = quantization.fake_quantized(fn, spec)      # q_fn(params, ranges, *inputs)
 
-Ranges are a pytree of floats to be trained along with the parameters, bits are data. What a device
-computes is the inference graph, with every edge stored once; the last steps of training belong
-there, and what recovers accuracy without training:
+Ranges are a pytree of floats to be trained along with the parameters, with `scale_by_width` in an
+adaptive optimizer; bits are data. What a device computes is the inference graph, with every edge
+stored once; the last steps of training belong there, and what recovers accuracy without training:
 
     program, left_out = quantization.equalize(hj.lower(fn, params, x), x)
     planned = quantization.plan(program, spec)
@@ -86,3 +86,4 @@ from hybrid_jax.quantization.specs import Spec as Spec
 from hybrid_jax.quantization.specs import range_shape as range_shape
 from hybrid_jax.quantization.specs import spec as spec
 from hybrid_jax.quantization.surrogate import with_gradient as with_gradient
+from hybrid_jax.quantization.transforms import scale_by_width as scale_by_width

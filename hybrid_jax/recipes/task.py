@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybrid_jax import core, data, models, training
+from hybrid_jax import core, data, models, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model
 
 PIXELS = 2**21
@@ -191,7 +191,7 @@ class Task:
 def optimizer(
     learning_rate: float, weight_decay: float, steps: int, first: int = 0
 ) -> optax.GradientTransformation:
-    """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay.
+    """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay, ranges stay ranges.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
@@ -209,7 +209,8 @@ def optimizer(
     # Flattened to one vector: a few operations to compile and to launch, instead of a few per leaf.
     adam = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()))
     decay = optax.add_decayed_weights(weight_decay, mask=kernels)
-    return optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
+    rate = optax.scale_by_learning_rate(schedule)
+    return optax.chain(adam, decay, quantization.scale_by_width(), rate)
 
 
 def _number(name: str) -> int:
