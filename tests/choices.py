@@ -87,16 +87,18 @@ def in_floats(choice):
     return dataclasses.replace(choice, stages=tuple(map(floats, choice.stages)))
 
 
-def by_hand():
+def by_hand(share=0.0):
     """Of two numbers: themselves, thrice them, or their opposites; thresholds 0.8 and 0.9."""
 
     def scaled(factor):
         steps = (p.Function(("x",), "y", (Step("mul", (0, 1)),), (np.array(factor, np.float32),)),)
         return Program("x", "y", {"x": Tensor((2,)), "y": Tensor((2,))}, steps)
 
-    return p.Cascade(tuple(map(scaled, (1, 3, -1))), (0.8, 0.9))
+    return p.Cascade(tuple(map(scaled, (1, 3, -1))), (0.8, 0.9), share)
 
 
 # e³ / (1 + e³) is 0.953: the first is sure. Of (1, 0) it is 0.731, and of (3, 0) the second is. Of
-# (0.5, 0) they are 0.62 and, of (1.5, 0), 0.818: the last answers.
-BY_HAND = np.float32([[3, 0], [1, 0], [0.5, 0]]), np.float32([[3, 0], [3, 0], [-0.5, 0]])
+# (0.5, 0) they are 0.62 and, of (1.5, 0), 0.818: the last answers. With half of the answer before,
+# the second has (3.5, 0) and (1.75, 0), of 0.852, and the last (-0.5 + 0.875, 0).
+IMAGES = np.float32([[3, 0], [1, 0], [0.5, 0]])
+BY_HAND = {0.0: [[3, 0], [3, 0], [-0.5, 0]], 0.5: [[3, 0], [3.5, 0], [0.375, 0]]}

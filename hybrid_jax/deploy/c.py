@@ -149,10 +149,18 @@ def _mixture(program):
 
 
 def _cascade(program):
-    last = len(program.stages) - 1
-    ask = "part_{}(input, output, &unsure);\nif (!unsure) {{\n    return;\n}}"
-    asked = [ask.format(i) for i in range(last)]
-    return "\n".join(["uint8_t unsure;", *asked, f"part_{last}(input, output);"])
+    """The stages up to one that is sure; with a share later ones take the answer before."""
+    last, size = len(program.stages) - 1, math.prod(program.output_shape)
+    ask = "if (!unsure) {\n    return;\n}"
+    lines = ["uint8_t unsure;"]
+    if program.share and last:
+        lines.append(f"float before[{size}];")
+        ask += f"\nfor (int32_t k = 0; k < {size}; k++) {{\n    before[k] = output[k];\n}}"
+    for i in range(last + 1):
+        given = ["input", *(["before"] if program.share and i else []), "output"]
+        lines.append(f"part_{i}({', '.join([*given, *(['&unsure'] if i < last else [])])});")
+        lines += [ask] if i < last else []
+    return "\n".join(lines)
 
 
 _CHOICES = {p.Mixture: _mixture, p.Cascade: _cascade}

@@ -38,6 +38,7 @@ from hybrid_jax.program import kernel_bits
 KIND = "litert"
 
 _PROGRAM, _GATE, _EXPERT, _STAGE = "serving_default", "gate", "expert_{}", "stage_{}"
+_OF_STAGE = "x", "before"
 
 
 def to_litert(program: p.Program | p.Choice) -> bytes:
@@ -47,8 +48,9 @@ def to_litert(program: p.Program | p.Choice) -> bytes:
     'serving_default', from 'x' to 'y'; several inputs or outputs are named as the edges are, with
     '_' for what stands in no name. A choice has a signature for each part: who runs a mixture calls
     'gate', and then of 'expert_0', 'expert_1', … that of its largest output; who runs a cascade
-    calls 'stage_0', and the next one where its second output is true. (Inside a branch of one graph
-    LiteRT would not use XNNPACK.)
+    calls 'stage_0', and the next one where its second output is true, of a cascade with a share
+    with the first output as its input 'before'. (Inside a branch of one graph LiteRT would not use
+    XNNPACK.)
 
     Example:
       >>> weights = p.Weights(np.int8([[2], [3]]), np.float32([0.5]), np.float32([1.0]), 8)
@@ -61,7 +63,8 @@ def to_litert(program: p.Program | p.Choice) -> bytes:
     """
     parts = _parts(program)
     try:
-        return to_flatbuffer({name: _signature(part) for name, part in parts.items()})
+        given = () if isinstance(program, p.Program) else _OF_STAGE
+        return to_flatbuffer({name: _signature(part, given) for name, part in parts.items()})
     except RefusalError as error:
         for part in parts.values():
             for op in filter(lambda op: op.inputs, part.operations):
@@ -125,10 +128,13 @@ def litert_session(
             (scores,) = runners[_GATE](x=arrays[0])["y"]
             y = runners[_EXPERT.format(np.argmax(scores))](x=arrays[0])["y"]
             return [np.where(np.isnan(scores).any(), np.float32(np.nan), y)]
+        given = dict(zip(_OF_STAGE, arrays, strict=False))
         for i in range(len(runners)):
-            found = runners[_STAGE.format(i)](x=arrays[0]).values()
+            runner = runners[_STAGE.format(i)]
+            found = runner(**{name: given[name] for name in runner.get_input_details()}).values()
+            (given["before"],) = (value for value in found if value.dtype != bool)
             if not any(value for value in found if value.dtype == bool):
-                return [value for value in found if value.dtype != bool]
+                return [given["before"]]
 
     def fn(*arrays):
         if len(arrays) != len(inputs):
@@ -192,8 +198,9 @@ def _parts(program):
     return {_GATE: program.gate, **experts}
 
 
-def _signature(program):
+def _signature(program, given=()):
     inputs, outputs = artifact.end_names(program.inputs, program.outputs)
+    inputs = given[: len(inputs)] or inputs
     kinds = [(t.dtype, t.shape) for t in (program.tensors[name] for name in program.inputs)]
     function = marked(program, evaluate)
     return Signature(function, dict(zip(inputs, kinds, strict=True)), outputs, _longest(program))

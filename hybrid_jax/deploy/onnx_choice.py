@@ -76,11 +76,12 @@ def _one_of(onnx, choice, first, stop, options):
 def _cascade(onnx, choice, options, first=0):
     """The graph of what the stages from one on make of 'image'."""
     make, y = onnx.helper.make_node, f"y_{first}"
+    before = [f"own_{first - 1}"] if choice.share and first else []
     if first == len(choice.stages) - 1:
-        nodes, constants = _part(onnx, choice, first, [y], options)
+        nodes, constants = _part(onnx, choice, first, [y], options, before)
         return _graph(onnx, choice, nodes, y, constants)
     own, unsure, same = f"own_{first}", f"unsure_{first}", f"same_{first}"
-    nodes, constants = _part(onnx, choice, first, [own, unsure], options)
+    nodes, constants = _part(onnx, choice, first, [own, unsure], options, before)
     rest = _cascade(onnx, choice, options, first + 1)
     here = _graph(onnx, choice, [make("Identity", [own], [same])], same, [])
     nodes = [*nodes, make("If", [unsure], [y], then_branch=rest, else_branch=here)]
@@ -91,16 +92,16 @@ CHOICES = {p.Mixture: _mixture, p.Cascade: _cascade}
 """{class of choice: what makes the graph of its answer}."""
 
 
-def _part(onnx, choice, number, outputs, options):
-    """Nodes and constants of a part whose input is 'image' with a batch of one around it.
+def _part(onnx, choice, number, outputs, options, before=()):
+    """Nodes and constants of a part of 'image' with a batch of one around it, and of `before`.
 
     Each part puts it around for itself: if they shared that reshape, ONNX Runtime would move the
     QuantizeLinear of one before it, and the others would see what that one sees.
     """
     program, prefix = choice.written[number], f"p{number}_"
     x, shape = f"{prefix}x", f"{prefix}x_shape"
-    nodes, constants = written(onnx, program, [x], outputs, prefix, **options)
-    sizes = {shape: np.int64([1, *program.input_shape])}
+    nodes, constants = written(onnx, program, [x, *before], outputs, prefix, **options)
+    sizes = {shape: np.int64([1, *choice.input_shape])}
     reshape = onnx.helper.make_node("Reshape", ["image", shape], [x])
     return [reshape, *nodes], [*constants, *_constants(onnx, sizes)]
 

@@ -18,6 +18,7 @@ from hybrid_jax.experts.cascade import cascade_cost as cascade_cost
 from hybrid_jax.experts.cascade import cascade_edge as cascade_edge
 from hybrid_jax.experts.cascade import margin as margin
 from hybrid_jax.experts.cascade import max_probability as max_probability
+from hybrid_jax.experts.cascade import opinions as opinions
 from hybrid_jax.experts.diagnostics import collapsed as collapsed
 from hybrid_jax.experts.diagnostics import disagreement as disagreement
 from hybrid_jax.experts.diagnostics import unused as unused

@@ -6,6 +6,7 @@ Deep Learning by Learning not to Overthink, arXiv 1706.00885; Wang et al., Wisdo
 arXiv 2012.01988.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ Threshold = float | Sequence[float] | jax.Array
 class Cascaded(NamedTuple):
     """What a cascade answers, and how far each input went."""
 
-    logits: jax.Array  # float `(B, N)`, of the expert that answered
+    logits: jax.Array  # float `(B, N)`, the answer of the expert at which each input stopped
     # int32 `(B,)`, its index: the last of the experts 0, 1, ... that the input needed
     stage: jax.Array
     # int32 `(E - 1,)`, how many inputs that count each expert but the last handed on
@@ -48,12 +49,14 @@ def cascade(
     threshold: Threshold,
     confidence: Confidence = max_probability,
     *,
+    share: float | jax.Array = 0.0,
     weight: jax.Array | None = None,
 ) -> Cascaded:
     """The answers of a cascade on a batch, from the logits of all experts: to set the thresholds.
 
-    `expert_logits` are `(E, B, N)`, the cheapest expert first. An expert hands on what its
-    `confidence`, `max_probability` or `margin`, is below the threshold for: one in [0, 1], or one
+    `expert_logits` are `(E, B, N)`, the cheapest expert first. The answer at an expert is its
+    logits plus `share` of the answer at the one before, see `opinions`. It is handed on where the
+    `confidence` in it, `max_probability` or `margin`, is below the threshold: one in [0, 1], or one
     for each expert but the last; 0 never hands on, 1 always but where it is certain. It may be
     traced. An expert whose logits are NaN does not hand on: NaN is the answer. Inputs of `weight`
     0, as padding has, are not counted.
@@ -70,21 +73,41 @@ def cascade(
     if expert_logits.ndim != 3:
         raise ValueError(f"expert_logits must have shape (E, B, N), got {expert_logits.shape}")
     thresholds = _thresholds(threshold, len(expert_logits), expert_logits.dtype)
-    unsure = confidence(expert_logits[:-1]) < thresholds[:, None]
+    answers = opinions(expert_logits, share)
+    unsure = confidence(answers[:-1]) < thresholds[:, None]
     went_on = jnp.cumprod(unsure.astype(jnp.int32), 0)
     stage = went_on.sum(0)
-    answers = jnp.take_along_axis(expert_logits, stage[None, :, None], 0)[0]
-    return Cascaded(answers, stage, core.selected(went_on.T, weight).sum(0))
+    answer = jnp.take_along_axis(answers, stage[None, :, None], 0)[0]
+    return Cascaded(answer, stage, core.selected(went_on.T, weight).sum(0))
+
+
+def opinions(expert_logits: jax.Array, share: float | jax.Array) -> jax.Array:
+    """The answers of a cascade at each of its experts, `(E, B, N)`: y_e = z_e + share · y_{e−1}.
+
+    Two networks err differently, so that a second opinion is worth more beside the first than in
+    its place. Wang et al., Wisdom of Committees, arXiv 2012.01988.
+
+    Example:
+      >>> opinions(jnp.array([[[2.0, 0.0]], [[0.0, 1.5]]]), share=0.5)[1]
+      Array([[1. , 1.5]], dtype=float32)
+    """
+    first, *later = expert_logits
+    made = itertools.accumulate(later, lambda before, z: z + share * before, initial=first)
+    return jnp.stack(list(made))
 
 
 def cascade_edge(
-    expert_fns: Sequence[ExpertFn], threshold: Threshold, confidence: Confidence = max_probability
+    expert_fns: Sequence[ExpertFn],
+    threshold: Threshold,
+    confidence: Confidence = max_probability,
+    share: float = 0.0,
 ) -> Callable[..., Cascaded]:
     """Makes the cascade for the edge, which runs for each image only the experts that it needs.
 
     The experts' shapes may differ. A batch goes through image by image; `jax.vmap` of this would
     run every expert. `edge(params_list, x)` has one params pytree for each of the `expert_fns`, the
-    cheapest first; each makes logits `(B, N)`. `threshold` and `confidence` are as for `cascade`.
+    cheapest first; each makes logits `(B, N)`. `threshold`, `confidence` and `share` are as for
+    `cascade`.
     """
     expert_fns = listed(expert_fns)
     last = len(expert_fns) - 1
@@ -93,15 +116,16 @@ def cascade_edge(
     def edge(params_list, x):
         check_experts(expert_fns, params_list, x)
 
-        def answer(e, x):
+        def answer(e, x, before=None):
             logits = expert_fns[e](params_list[e], x)
             if logits.ndim != 2:
                 raise ValueError(f"expert_fns must return logits (B, N), got shape {logits.shape}")
+            logits = logits if before is None else logits + share * before
             here = logits, jnp.full(1, e, jnp.int32)
             if e == last:
                 return here
             unsure = confidence(logits)[0] < _thresholds(threshold, last + 1, logits.dtype)[e]
-            return jax.lax.cond(unsure, lambda: answer(e + 1, x), lambda: here)
+            return jax.lax.cond(unsure, lambda: answer(e + 1, x, logits), lambda: here)
 
         logits, stage = core.one_by_one(lambda x: answer(0, x), x)
         return Cascaded(logits, stage, (stage[None] > jnp.arange(last)[:, None]).sum(1))

@@ -6,7 +6,6 @@ every target, so that equal outputs decide alike to the bit.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -105,15 +104,16 @@ class Mixture(Choice):
 class Cascade(Choice):
     """Stages, of which each image runs the first, and the next where one is not sure.
 
-    A stage is sure where the largest softmax probability of its output reaches its threshold, as in
-    `experts.cascade`, whose thresholds these are; `below` computes it. An output with a NaN is an
-    answer.
+    A stage is sure where the largest softmax probability of its answer reaches its threshold, as in
+    `experts.cascade`, whose thresholds and share these are; `below` computes it. The answer of a
+    later stage is its output plus `share` of the answer before. One with a NaN is an answer.
     """
 
     stages: tuple[Program, ...]  # the cheapest first; of one input shape, whose outputs are (N,)
     # In [0, 1], of each stage but the last; one number for all of them. 0 never hands on, 1 always
     # but where the stage is certain.
     thresholds: tuple[float, ...]
+    share: float = 0.0  # in [0, 1]
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,6 +127,8 @@ class Cascade(Choice):
         if not ((known >= 0) & (known <= 1)).all():
             raise ValueError(f"thresholds must be in [0, 1], got {self.thresholds}")
         object.__setattr__(self, "thresholds", tuple(known.tolist()))
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], got {self.share}")
         if len(self.output_shape) != 1:
             raise ValueError(f"stages must return shape (N,), got {self.output_shape}")
 
@@ -136,17 +138,55 @@ class Cascade(Choice):
 
     @property
     def written(self):
-        """The stages, all but the last with whether they are below their threshold."""
-        *first, last = self.stages
-        return (*map(below, first, self.thresholds), last)
+        """The stages, all but the last with whether they are below their threshold.
 
-    def answer(self, fns, image):
+        With a share, all but the first take the answer before as a second input.
+        """
+        first, *later = self.stages
+        if self.share:
+            later = [joined(stage, self.share) for stage in later]
+        *asked, last = first, *later
+        return (*map(below, asked, self.thresholds), last)
+
+    def answer(self, fns, image, *before):
         """That of the first stage that is sure."""
         first, *rest = fns
         if not rest:
-            return first(image)
-        y, unsure = first(image)
-        return jax.lax.cond(unsure[0], functools.partial(self.answer, rest), lambda _: y, image)
+            return first(image, *before)
+        y, unsure = first(image, *before)
+        own = (y,) if self.share else ()
+        return jax.lax.cond(
+            unsure[0],
+            lambda image, y: self.answer(rest, image, *own),
+            lambda image, y: y,
+            image,
+            y,
+        )
+
+
+def joined(program: Program, share: float) -> Program:
+    """The program with a second input, (N,) float32, of which it adds `share` to its output."""
+    before, part, y = (_new(name, program.tensors) for name in ("before", "part", "joined"))
+    shape, tensors, steps = program.output_shape, dict(program.tensors), list(program.operations)
+    own = program.output
+    if program.encoding(own) is not None:
+        own = _new("own", tensors)
+        tensors[own] = Tensor(shape)
+        steps.append(Convert((program.output,), own))
+    tensors |= {name: Tensor(shape) for name in (before, part, y)}
+    factor = (np.array(share, np.float32),)
+    steps.append(Function((before,), part, (Step("mul", (0, 1)),), factor))
+    steps.append(Add((own, part), y))
+    inputs = (*program.inputs, before)
+    return dataclasses.replace(
+        program, inputs=inputs, outputs=(y,), tensors=tensors, operations=tuple(steps)
+    )
+
+
+def _new(name, tensors):
+    while name in tensors:
+        name += "_"
+    return name
 
 
 _SQUARINGS = 12
@@ -172,9 +212,7 @@ def below(program: Program, threshold: float) -> Program:
 
     def add(kind, shape, *fields, beside=(), dtype="float32", name=""):
         nonlocal last
-        inputs, last = (last, *beside), name or f"{program.output}/{len(steps)}"
-        while last in tensors:
-            last += "_"
+        inputs, last = (last, *beside), _new(name or f"{program.output}/{len(steps)}", tensors)
         tensors[last] = Tensor(shape, dtype=dtype)
         steps.append(kind(inputs, last, *fields))
 

@@ -63,6 +63,15 @@ def test_hand_worked():
     np.testing.assert_allclose(experts.cascade_cost(got, [1.0, 2.0, 4.0]), 4.5)
 
 
+def test_a_share_of_the_answer_before():
+    # Half of (log 7, log 3) beside (log 3, log 7): odds of (3 / 7) · √(7 / 3), a probability of
+    # 0.6, so that input 1 goes on to the last: all but input 0 do.
+    got = cascade(LOGITS, jnp.array([0.8, 0.65]), experts.max_probability, share=0.5)
+    np.testing.assert_array_equal(got.stage, [0, 2, 2, 2])
+    second = LOGITS[1] + 0.5 * LOGITS[0]
+    np.testing.assert_allclose(got.logits[1:], (LOGITS[2] + 0.5 * second)[1:], rtol=1e-6)
+
+
 def test_by_margin():
     # Margins of expert 0: 0.8, 0.4, 0, 0.2; of expert 1: 0.6, 0.4, 0.2, 0.1. At 0.3 for both:
     # inputs 0 and 1 stay with expert 0, the others go on to the last.
@@ -101,17 +110,18 @@ def test_nan_is_the_answer_and_is_not_handed_on():
     ("confidence", "threshold"),
     [(experts.max_probability, [0.6, 0.5]), (experts.margin, [0.33, 0.3])],
 )
-def test_the_edge_gives_what_the_batch_gives(confidence, threshold):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_edge_gives_what_the_batch_gives(confidence, threshold, share):
     """With experts of different shapes; outputs, and gradients by their parameters."""
     fns = [net.apply for net in NETS]
 
     def edge(params):
-        got = experts.cascade_edge(fns, threshold, confidence)(params, 2 * X)
+        got = experts.cascade_edge(fns, threshold, confidence, share)(params, 2 * X)
         return jnp.square(got.logits).sum(), got
 
     def batch(params):
         logits = jnp.stack([fn(p, 2 * X) for fn, p in zip(fns, params, strict=True)])
-        got = experts.cascade(logits, threshold, confidence)
+        got = experts.cascade(logits, threshold, confidence, share=share)
         return jnp.square(got.logits).sum(), got
 
     results = [jax.jit(jax.value_and_grad(fn, has_aux=True))(parameters()) for fn in (edge, batch)]

@@ -15,21 +15,22 @@ from hybrid_jax import program as p
 from hybrid_jax.program import Encoding, Program, Tensor, choice
 
 
-def test_three_images_by_hand():
-    x, want = choices.BY_HAND
-    cascade = choices.by_hand()
+@pytest.mark.parametrize(("share", "want"), choices.BY_HAND.items())
+def test_three_images_by_hand(share, want):
+    x, cascade = choices.IMAGES, choices.by_hand(share)
     for way in (p.run, p.simulate):
         fn = jax.jit(way(cascade))
-        np.testing.assert_array_equal(fn(x), want)
+        np.testing.assert_array_equal(fn(x), np.float32(want))
         for i in range(3):
-            np.testing.assert_array_equal(fn(x[i : i + 1]), want[i : i + 1])
+            np.testing.assert_array_equal(fn(x[i : i + 1]), np.float32(want[i : i + 1]))
 
 
-def test_a_cascade_is_that_of_experts():
-    cascade, x = choices.cascade(), choices.images()
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_cascade_is_that_of_experts(share):
+    cascade, x = dataclasses.replace(choices.cascade(), share=share), choices.images()
     logits = jnp.stack([p.run(stage)(x) for stage in cascade.stages])
-    want = experts.cascade(logits, jnp.float32(cascade.thresholds))
-    assert set(np.asarray(want.stage)) == {0, 1, 2}
+    want = experts.cascade(logits, jnp.float32(cascade.thresholds), share=share)
+    assert set(np.asarray(want.stage)) >= {0, 1}
     np.testing.assert_array_equal(jax.jit(p.run(cascade))(x), want.logits)
 
 
@@ -102,6 +103,11 @@ def test_one_threshold_is_that_of_all_stages():
 def test_what_is_no_cascade(stages, thresholds, message):
     with pytest.raises(ValueError, match=message):
         p.Cascade(stages, thresholds)
+
+
+def test_a_share_is_a_fraction():
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\], got 2"):
+        p.Cascade((identity(2), identity(2)), 0.5, 2)
 
 
 def test_parts_of_a_mixture_return_floats():
