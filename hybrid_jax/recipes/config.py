@@ -13,8 +13,8 @@ from hybrid_jax.recipes.sections import Config
 _OF_MIXTURES = ("mixture", "gate", "joint", "collapse", "controls")
 SECTIONS = {
     "ptq": ("ptq",),
-    "finetune": ("experts", "distillation"),
-    "mixture": ("experts", "distillation", *_OF_MIXTURES),
+    "finetune": ("experts", "distillation", "teacher"),
+    "mixture": ("experts", "distillation", "teacher", *_OF_MIXTURES),
 }
 """{effort: the sections of the configuration that it alone, or with some others, reads}."""
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import core, cost, experts, pruning, quantization
@@ -65,7 +66,9 @@ def runs(task: Task, state: State, arrays: Any) -> np.ndarray:
         logits = task.outputs(state.gate.fn, state.gate.params, arrays)
         return np.asarray(experts.usage(experts.top_k(1)(logits).weights))
     outputs = np.stack([task.outputs(model.fn, model.params, arrays) for model in state.experts])
-    stage = np.asarray(experts.cascade(outputs, state.thresholds).stage)
+    stage = np.asarray(
+        experts.cascade(jnp.asarray(outputs), state.thresholds, share=state.share).stage
+    )
     return np.array([(stage >= e).mean() for e in range(len(state.experts))])
 
 

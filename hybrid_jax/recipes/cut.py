@@ -23,6 +23,7 @@ class Cut:
       variables: Its own, at its own widths.
       kept: {path: indices of each axis that stay}; {} for the whole network.
       bits: {site: {'weight', 'activation': bits}}; {} for floats.
+      origin: Which of a run's networks the source is; '' for the parent.
     """
 
     source: models.Network
@@ -30,6 +31,7 @@ class Cut:
     variables: Any
     kept: Mapping[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
     bits: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    origin: str = ""
 
     @functools.cached_property
     def network(self) -> models.Network:
@@ -39,6 +41,11 @@ class Cut:
             predict = core.narrow(predict, params, self.kept)
             train = train and core.narrow(train, params, self.kept)
         return models.Network(predict, train, self.variables)
+
+    @property
+    def whole(self) -> "Cut":
+        """The network that it was cut from, as it came."""
+        return Cut(self.source, self.images, self.source.params, origin=self.origin)
 
     @functools.cached_property
     def graph(self) -> core.Graph:

@@ -31,6 +31,22 @@ def outputs(made: Any, splits: data.Splits) -> None:
         )
 
 
+def alike(task: Task, outputs: jax.ShapeDtypeStruct) -> None:
+    """Raises ValueError unless teacher and members answer as the network does."""
+    others = {} if task.teacher is None else {"teacher": task.teacher}
+    others |= {f"members[{i}]": model.cut.network for i, model in enumerate(task.members)}
+    few = jax.ShapeDtypeStruct((2, *task.image.shape[1:]), task.image.dtype)
+    for name, network in others.items():
+        try:
+            shape = jax.eval_shape(network.predict, network.params, few).shape
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must take the images of the run: {error}") from error
+        if shape != outputs.shape:
+            raise ValueError(
+                f"{name} must have outputs of the network's shape {outputs.shape}, got {shape}"
+            )
+
+
 def training(task: Task, effort: str) -> None:
     """Raises ValueError unless the network can be trained, on labels that the user gave."""
     models.trainable(task.network, f"effort {effort!r}")
@@ -93,8 +109,7 @@ def batchnorm(task: Task) -> None:
 
 def mixture(task: Task, config: Any) -> None:
     """Raises ValueError unless the configuration of a mixture is of what there is."""
-    cascade = config.mixture.kind == "cascade"
-    kept = {"macs"} if cascade else set()
+    kept = set() if config.mixture.kind == "gate" else {"macs"}
     for name in (*budget.NAMES, "latency"):
         if (asked := getattr(config.budget, name)) and name not in kept:
             raise ValueError(
@@ -107,13 +122,17 @@ def mixture(task: Task, config: Any) -> None:
             "config.experts.diversity must be without 'classes' where labels of images are no "
             f"classes, got {config.experts.diversity!r} and labels of {kind}"
         )
-    if not cascade:
+    if len(task.members) == 1:
+        raise ValueError("mixture.members must be two runs or more, got one")
+    if config.mixture.kind == "gate":
         return
     if task.objective.confidence is None or kind != "classes":
         raise ValueError(
             "config.mixture.kind must be gate where nothing says how sure an answer is, as the "
-            f"largest probability of a class does, got cascade and labels of {kind}"
+            f"largest probability of a class does, got {config.mixture.kind} and labels of {kind}"
         )
+    if config.mixture.kind == "auto":
+        return
     for name, given in (
         ("collapse.steps", config.collapse.steps),
         ("joint.refit", config.joint.refit),

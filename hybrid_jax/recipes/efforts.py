@@ -84,11 +84,13 @@ def mixture(task: Task, config: Any) -> list[Stage]:
     """Prunes and quantizes several networks, and learns which of them answers for an image."""
     c, alpha, method = config, config.distillation.alpha, config.experts.method
     sources = diversity_sources(c)
-    owned = {"cluster", "classes"} & set(sources)
+    owned = {"cluster", "classes"} & set(sources) and not task.members
     specs = expert_specs(c)
+    most = within.limits(task.parent, c).get("macs")
     demands.training(task, "mixture")
-    demands.criteria(task, specs)
     demands.mixture(task, c)
+    if not task.members:
+        demands.criteria(task, specs)
 
     def weights(state: State) -> Any:
         return diversity.image_weights(
@@ -105,16 +107,11 @@ def mixture(task: Task, config: Any) -> list[Stage]:
         )
         return state._replace(experts=tuple(made), before=tuple(made))
 
+    def taken(state: State) -> State:
+        return state._replace(experts=task.members)
+
     def thresholds(state: State) -> State:
-        costs = [controls.cost_of(model).macs for model in state.experts]
-        order = sorted(range(len(costs)), key=costs.__getitem__)
-        made = tuple(state.experts[e] for e in order)
-        found, facts = cascade.thresholds(
-            task, made, sorted(costs), within.limits(state.parent, c).get("macs")
-        )
-        return state._replace(
-            experts=made, before=(), thresholds=found, facts={**state.facts, "cascade": facts}
-        )
+        return cascade.decided(task, state, c.mixture.shares, most)
 
     def learn(state: State) -> State:
         own = weights(state) if owned else None
@@ -122,12 +119,16 @@ def mixture(task: Task, config: Any) -> list[Stage]:
         return state._replace(gate=made)
 
     def joint(state: State) -> State:
+        if not state.gate:
+            return state
         made, own = gate.fine_tune(
             task, state.parent, state.experts, state.gate, c.joint, alpha, c.gate, method
         )
         return state._replace(experts=tuple(made), gate=own)
 
     def refit(state: State) -> State:
+        if not state.gate:
+            return state
         own = gate.refit(task, state.parent, state.experts, state.gate, c.gate, alpha, method)
         return state._replace(gate=own)
 
@@ -135,23 +136,23 @@ def mixture(task: Task, config: Any) -> list[Stage]:
         return state._replace(singles=controls.singles(task, state, c))
 
     def collapsed(state: State) -> State:
+        if not state.gate:
+            return state
         made = collapse.collapse(task, state.experts, state.gate, c.collapse, method)
         return state._replace(singles={**state.singles, "collapsed mixture": made})
 
-    stages = [
-        *dense(task, c),
-        Stage("prune", cut),
-        Stage("experts", trained, c.experts.steps * len(specs)),
-    ]
-    if c.mixture.kind == "cascade":
-        stages.append(Stage("thresholds", thresholds))
-    else:
+    own = [Stage("prune", cut), Stage("experts", trained, c.experts.steps * len(specs))]
+    stages = [*dense(task, c), *([Stage("members", taken)] if task.members else own)]
+    if c.mixture.kind != "cascade":
         stages.append(Stage("gate", learn, c.gate.steps))
+    if c.mixture.kind != "gate":
+        stages.append(Stage("thresholds", thresholds))
+    if c.mixture.kind != "cascade":
         stages += [Stage("joint", joint, c.joint.steps * len(specs))] if c.joint.steps else []
         stages += [Stage("refit", refit, c.gate.steps)] if c.joint.refit else []
     if c.controls.same_bytes or c.controls.same_bops:
         stages.append(Stage("controls", single, 2 * (c.experts.steps + c.joint.steps)))
-    if c.collapse.steps and c.mixture.kind == "gate":
+    if c.collapse.steps and c.mixture.kind != "cascade":
         stages.append(Stage("collapse", collapsed, c.collapse.steps))
     return stages
 

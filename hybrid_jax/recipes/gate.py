@@ -15,7 +15,7 @@ import optax
 from hybrid_jax import core, experts, models, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, with_functions
 from hybrid_jax.recipes.task import Task, optimizer
-from hybrid_jax.recipes.train import CALIBRATION_BATCHES, held, teach
+from hybrid_jax.recipes.train import CALIBRATION_BATCHES, held
 
 
 def source(task: Task, count: int, settings: Any) -> models.Network:
@@ -41,7 +41,7 @@ def routing(settings: Any) -> Callable[..., experts.Routed]:
 
 def learn_gate(
     task: Task,
-    teacher: Model,
+    parent: Model,
     made: Sequence[Model],
     settings: Any,
     alpha: float,
@@ -57,9 +57,9 @@ def learn_gate(
     take it, as those of clusters do; `alpha` is the teacher's share of an expert's loss.
     """
     network = source(task, len(made), settings)
-    fit = functools.partial(_fit_gate, task, teacher, made, settings, alpha, method, weights)
+    fit = functools.partial(_fit_gate, task, parent, made, settings, alpha, method, weights)
     params, facts = fit("gate", network.predict, network.params)
-    cut = Cut(network, task.images, params)
+    cut = Cut(network, task.images, params, origin="gate")
     cut = cut.with_bits(settings.bits, settings.bits, settings.bits)
     sample = [(images,) for images in task.sample(settings.batch_size, CALIBRATION_BATCHES)]
     ranges = quantization.calibrate_edges(cut.plan, sample)
@@ -67,18 +67,18 @@ def learn_gate(
     return with_functions([Model(cut, {}, ranges, weights_, facts=facts)])[0]
 
 
-def refit(task, teacher, made, gate: Model, settings, alpha, method="auto", weights=None) -> Model:
+def refit(task, parent, made, gate: Model, settings, alpha, method="auto", weights=None) -> Model:
     """Trains a gate once more, as it is deployed, over experts that have changed since.
 
     Arguments are as of `learn_gate`.
     """
     params, facts = _fit_gate(
-        task, teacher, made, settings, alpha, method, weights, "refit", gate.fn, gate.params
+        task, parent, made, settings, alpha, method, weights, "refit", gate.fn, gate.params
     )
     return gate.trained(params)._replace(facts=facts)
 
 
-def _fit_gate(task, teacher, made, settings, alpha, method, weights, name, gate_fn, params):
+def _fit_gate(task, parent, made, settings, alpha, method, weights, name, gate_fn, params):
     """A gate's parameters, trained, and the fingerprint of the experts that they are fitted to."""
     own = [model.params for model in made]
     loss_fn = _loss(
@@ -95,7 +95,7 @@ def _fit_gate(task, teacher, made, settings, alpha, method, weights, name, gate_
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     state = task.start(name, params, {"experts": own}, tx)
     step = training.make_step(
-        loss_fn, task.augmented, teach(teacher) if alpha else None, choices=task.choices
+        loss_fn, task.augmented, task.teach(parent) if alpha else None, choices=task.choices
     )
     state = task.fit(
         name,
@@ -117,7 +117,7 @@ def check_fitted(made: Sequence[Model], gate: Model) -> None:
 
 def fine_tune(
     task: Task,
-    teacher: Model,
+    parent: Model,
     made: Sequence[Model],
     gate: Model,
     settings: Any,
@@ -143,7 +143,7 @@ def fine_tune(
         lambda params, state: (params["experts"], params["gate"]),
     )
     step = training.make_step(
-        loss_fn, task.augmented, teach(teacher) if alpha else None, choices=task.choices
+        loss_fn, task.augmented, task.teach(parent) if alpha else None, choices=task.choices
     )
     state = task.fit(
         "joint",

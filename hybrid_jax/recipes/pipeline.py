@@ -16,6 +16,7 @@ import numpy as np
 from hybrid_jax import core, data, models, report, training
 from hybrid_jax.recipes import demands, files, gate, rows, schema, state, within, workdir
 from hybrid_jax.recipes.budget import Budget
+from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.describe import describe
 from hybrid_jax.recipes.efforts import EFFORTS
 from hybrid_jax.recipes.sections import Config
@@ -24,6 +25,9 @@ from hybrid_jax.recipes.task import Task
 
 PATHS = ("dir", "labels", "classes")
 """Keys of config.data that may begin with ~."""
+
+AUGMENTATION = ("padding", "flip", "augment")
+"""Keys of config.data that decide nothing of which images there are."""
 
 
 class Result(NamedTuple):
@@ -45,7 +49,8 @@ class Result(NamedTuple):
     state: State
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
     """A run that was checked; called, it is run."""
 
     task: Task
@@ -56,8 +61,11 @@ class Run(NamedTuple):
 
     def claim(self) -> None:
         """Makes the work directory the run's own, see `workdir.claim`."""
-        params = self.task.network.params if self.task.given else None
-        workdir.claim(self.task.workdir, schema.flatten(self.config), self.task.splits, params)
+        task = self.task
+        given = [task.network.params] if task.given else []
+        given += [task.teacher.params] if task.teacher else []
+        given += [model.params for model in task.members]
+        workdir.claim(task.workdir, schema.flatten(self.config), task.splits, given or None)
 
     def describe(self) -> str:
         """Returns what it would do."""
@@ -74,12 +82,22 @@ class Run(NamedTuple):
         """
         self.claim()
         print(self._notes(), file=sys.stderr, flush=True)
-
-        def source(name: str) -> models.Network:
-            return gate.source(self.task, self.config.experts.count, self.config.gate)
-
-        made = state.run(self.stages, self.start, self.task.workdir, source)
+        made = state.run(self.stages, self.start, self.task.workdir, self._source)
         return _result(self.task, made, self.config, self.command)
+
+    def finished(self) -> State:
+        """Returns what the run has made; ValueError if it is not done."""
+        made = state.finished(self.stages, self.start, self.task.workdir, self._source)
+        if made is None:
+            raise ValueError(f"{self.task.workdir} must hold a finished run, got stages undone")
+        return made
+
+    def _source(self, origin: str) -> models.Network:
+        """The network, other than the parent, that something of this run was cut from."""
+        if origin == "gate":
+            count = len(self.task.members) or self.config.experts.count
+            return gate.source(self.task, count, self.config.gate)
+        return self.task.members[int(origin.split()[1])].cut.source
 
     def _notes(self) -> str:
         """What a network that was trained elsewhere must agree with, and what cannot be run."""
@@ -103,6 +121,8 @@ def compress(
     loss: Any = None,
     metric: Any = None,
     training_mode: str | None = None,
+    teacher: Any = None,
+    members: Sequence[Result] = (),
 ) -> Result:
     """Compresses a network, writes it for devices, and runs every file on the test images.
 
@@ -126,6 +146,9 @@ def compress(
         regression where labels are no classes.
       metric: metric(outputs, labels) -> (B,), higher is better; None for that of the objective.
       training_mode: Argument that puts the module in training mode; None where its name tells.
+      teacher: A trained network, as `network`, that compressed ones learn from; None for `network`.
+      members: Of effort 'mixture', results of runs on the same images that are its experts, of
+        whatever network each was cut; () cuts them from `network`.
 
     Raises:
       ValueError: If anything does not fit; names it, before anything is written.
@@ -137,7 +160,16 @@ def compress(
     stages = effort if callable(effort) else EFFORTS[config.effort]
     images = _taken_images(images, config.data)
     return prepare(
-        network, images, config, workdir, stages, loss=loss, metric=metric, mode=training_mode
+        network,
+        images,
+        config,
+        workdir,
+        stages,
+        loss=loss,
+        metric=metric,
+        mode=training_mode,
+        teacher=teacher,
+        members=[result.state for result in members],
     )()
 
 
@@ -161,9 +193,38 @@ def of_config(config: Any, path: str | pathlib.Path, command: str = "") -> Run:
     """Returns the run of a configuration, checked; arguments as of `run`. Writes nothing."""
     config = schema.read(config)
     splits = _load(config.data)
-    network, mode = _network(config.model, splits), config.model.training or None
-    effort = EFFORTS[config.effort]
-    return prepare(network, splits, config, path, effort, mode=mode, command=command)
+    return _of_splits(config, splits, path, command)
+
+
+def _of_splits(config: Config, splits: data.Splits, path: Any, command: str = "") -> Run:
+    """The run of a configuration on the images that it says."""
+    members = []
+    for folder in config.mixture.members:
+        own = schema.read(schema.completed(report.read(folder).config))
+        _check_same_images(folder, own.data, config.data)
+        members.append(_of_splits(own, splits, folder).finished())
+    return prepare(
+        _network("model", config.model, splits),
+        splits,
+        config,
+        path,
+        EFFORTS[config.effort],
+        mode=config.model.training or None,
+        teacher=_teacher(config.teacher, splits),
+        members=members,
+        command=command,
+    )
+
+
+def _check_same_images(folder: str, theirs: Any, ours: Any) -> None:
+    """Raises ValueError unless both say the same images, but for how they are augmented."""
+    theirs, ours = map(dataclasses.asdict, (theirs, ours))
+    for key, value in ours.items():
+        if key not in AUGMENTATION and theirs[key] != value:
+            raise ValueError(
+                f"config.mixture.members must be runs on the same images, got {folder} with "
+                f"config.data.{key}={theirs[key]!r} where this config has {value!r}"
+            )
 
 
 def prepare(
@@ -176,12 +237,16 @@ def prepare(
     loss: Any = None,
     metric: Any = None,
     mode: str | None = None,
+    teacher: Any = None,
+    members: Sequence[State] = (),
     command: str = "",
 ) -> Run:
     """Checks everything that can be known before training; writes nothing.
 
-    Arguments are as of `compress`, the images as splits.
+    Arguments are as of `compress`, the images as splits and members as the states of their runs.
     """
+    if members and effort in (EFFORTS["ptq"], EFFORTS["finetune"]):
+        raise ValueError(f"members must be given with effort 'mixture', got {config.effort!r}")
     few = jax.ShapeDtypeStruct((2, *splits.image_shape), np.float32)
     taken = _taken_network(network, few, mode, config.seed)
     labelled = splits.label_kind is not None
@@ -197,11 +262,14 @@ def prepare(
         config.checkpoint_every,
         config.evaluation.batch_size,
         config.evaluation.part,
+        None if teacher is None else _taken_network(teacher, few, None, 0, "teacher"),
+        tuple(_member(*pair) for pair in enumerate(members)),
         given=not isinstance(network, nn.Module),
         labelled=labelled,
     )
     outputs = jax.eval_shape(taken.predict, taken.params, few)
     demands.outputs(outputs, splits)
+    demands.alike(task, outputs)
     training.check_objective(task.objective, outputs, splits.test.labels[:2])
     stages = [state.named(stage) for stage in effort(task, config)]
     return Run(task, config, stages, State(task.parent), command)
@@ -216,7 +284,7 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
     results = report.read(path)
     every = dict.fromkeys((*results.config["deploy.targets"], *targets))
     changed = {"deploy.targets": tuple(every), "evaluation.latency_calls": pairs}
-    return run(schema.read({**results.config, **changed}), path, results.command)
+    return run(schema.read({**schema.completed(results.config), **changed}), path, results.command)
 
 
 def _taken_images(images: Any, settings: Any) -> data.Splits:
@@ -230,24 +298,27 @@ def _taken_images(images: Any, settings: Any) -> data.Splits:
     return data.take(images, **{k: value for k, value in given.items() if value not in ((), 0)})
 
 
-def _taken_network(network: Any, few: Any, mode: str | None, seed: int) -> models.Network:
+def _taken_network(
+    network: Any, few: Any, mode: str | None, seed: int, name: str = "network"
+) -> models.Network:
     """The network that a call gave; what is wrong with it names the argument, and the images."""
+    if name == "teacher" and isinstance(network, nn.Module):
+        raise ValueError("teacher must be a trained network, got a module without variables")
     try:
         return models.take(network, few, mode, seed)
     except (TypeError, ValueError) as error:
         what, _, rest = str(error).partition(" ")
-        known = {"given": "network", "training": "training_mode"}
+        known = {"given": name, "training": "training_mode"}
         said = f"{known.get(what, what)} {rest} (for images of shape {few.shape[1:]})"
         raise ValueError(said) from error
 
 
 def _load(settings: Any) -> data.Splits:
     """The images that config.data says."""
-    augmentation = ("padding", "flip", "augment")
     given = {
         key: value
         for key, value in dataclasses.asdict(settings).items()
-        if key not in augmentation and value not in ("", (), 0)
+        if key not in AUGMENTATION and value not in ("", (), 0)
     }
     paths = {k: str(pathlib.Path(given[k]).expanduser()) for k in PATHS if k in given}
     try:
@@ -258,15 +329,34 @@ def _load(settings: Any) -> data.Splits:
     return splits
 
 
-def _network(settings: Any, splits: data.Splits) -> Any:
-    """The network that config.model says, as `models.take` takes it."""
+def _teacher(settings: Any, splits: data.Splits) -> Any:
+    """The network that config.teacher says; None where it names none."""
+    if not (settings.name or settings.make):
+        if settings.weights:
+            raise ValueError("config.teacher.weights must be given with teacher.name or make")
+        return None
+    return _network("teacher", settings, splits)
+
+
+def _member(i: int, made: State) -> Model:
+    """The network that a run made, as the expert of another."""
+    if len(made.experts) != 1:
+        raise ValueError(
+            f"members[{i}] must be a run of one compressed network, got {len(made.experts)}"
+        )
+    (model,) = made.experts
+    return model._replace(cut=dataclasses.replace(model.cut, origin=f"member {i}"))
+
+
+def _network(section: str, settings: Any, splits: data.Splits) -> Any:
+    """The network that a section of the configuration says, as `models.take` takes it."""
     table = None
     overrides = {"widths": settings.widths, "shortcut": settings.shortcut}
     overrides = {key: value for key, value in overrides.items() if value}
     if settings.make:
         for key, value in overrides.items():
             raise ValueError(
-                f"config.model.{key} must not be given beside model.make, which makes the network "
+                f"config.{section}.{key} must not be given beside make, which makes the network "
                 f"as it is, got {value!r}"
             )
         given = models.make(settings.make)
@@ -275,7 +365,7 @@ def _network(settings: Any, splits: data.Splits) -> Any:
         try:
             given = models.create(settings.name, splits.num_classes, **overrides)
         except ValueError as error:
-            raise ValueError(f"config.model: {error}") from error
+            raise ValueError(f"config.{section}: {error}") from error
     if not settings.weights:
         return given
     image = jax.ShapeDtypeStruct((1, *splits.image_shape), np.float32)
@@ -283,7 +373,7 @@ def _network(settings: Any, splits: data.Splits) -> Any:
     try:
         params = models.restore(network, pathlib.Path(settings.weights).expanduser(), table)
     except (ValueError, OSError) as error:
-        raise ValueError(f"config.model.weights: {error}") from error
+        raise ValueError(f"config.{section}.weights: {error}") from error
     return network._replace(params=params)
 
 

@@ -45,7 +45,7 @@ def cut(
     masks = core.expand(keep, dense.graph.groups, dense.variables)
     probe = task.normalize(task.splits.validation.images[:4])
     _, small, certificate = core.shrink(dense.network.predict, dense.variables, masks, probe)
-    own = Cut(dense.source, task.images, small, certificate.kept)
+    own = Cut(dense.source, task.images, small, certificate.kept, origin=dense.origin)
     if bits is None:
         own = own.with_bits(spec.weight_bits, spec.activation_bits, spec.first_last_bits)
     else:

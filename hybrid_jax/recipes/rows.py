@@ -1,5 +1,6 @@
 """What a run has made, on the test images, which nothing reads before: a row for each model."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from hybrid_jax import program as p
 from hybrid_jax.program.memory import plan
 from hybrid_jax.recipes import ptq
 from hybrid_jax.recipes.controls import EQUAL, cost_of
+from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.gate import check_fitted
 from hybrid_jax.recipes.state import State
 from hybrid_jax.recipes.task import Task
@@ -126,14 +128,13 @@ def _mixture(found: _Rows, task: Task, state: State, k: int) -> None:
         used = np.asarray(random.mean(0))
         add("random gate", "control", random, used, note="not deployable", rival=True)
     else:
-        stage = np.asarray(experts.cascade(jnp.asarray(outputs), state.thresholds).stage)
+        thresholds, share = state.thresholds, state.share
+        answers, stage, _ = experts.cascade(jnp.asarray(outputs), thresholds, share=share)
         used = np.array([(stage >= e).mean() for e in range(len(made))])
-        program, weights = (
-            p.Cascade(tuple(programs), state.thresholds),
-            jax.nn.one_hot(stage, len(made)),
-        )
-        note = f"{', '.join(f'{share:.0%}' for share in used[1:])} of the images went on"
-        add("cascade", "mixture", weights, used, len(made), program=program, note=note)
+        note = f"{', '.join(f'{part:.0%}' for part in used[1:])} of the images went on"
+        costs = _mixed(each, _NOTHING, used, len(made))
+        program = p.Cascade(tuple(programs), thresholds, share)
+        found.add("cascade", "mixture", np.asarray(answers), costs, program, note=note)
     alike = jnp.full((len(outputs[0]), len(made)), 1 / len(made))
     note = "of their outputs: all of them run"
     add("average of all experts", "control", alike, all_of_them, len(made), note=note)
@@ -223,13 +224,18 @@ def _gate_use(task: Task, gate_logits: jax.Array) -> dict[str, Any]:
 
 def layers(state: State) -> list[dict[str, Any]]:
     """Returns width, zeros and bits of every site of the networks that were made."""
-    wide = {site.name: site.width for site in cost_of(state.parent).sites}
+
+    @functools.cache
+    def wide(origin):
+        cut = next(model.cut for model in state.experts if model.cut.origin == origin)
+        return {site.name: site.width for site in cost_of(Model(cut.whole)).sites}
+
     return [
         {
             "model": f"expert {e}" if len(state.experts) > 1 else "compressed",
             "site": site.name,
             "width": site.width,
-            "dense_width": wide[site.name],
+            "dense_width": wide(model.cut.origin)[site.name],
             "sparsity": site.sparsity,
             "weight_bits": site.weight_bits,
             "activation_bits": site.activation_bits,

@@ -95,6 +95,19 @@ def read(config: ConfigDict | Config | Mapping[str, Any]) -> Config:
     return made
 
 
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a run stored, by dotted key, with the keys that its version did not know.
+
+    These have their defaults, which do what that version did.
+
+    Example:
+      >>> completed({'seed': 3})['mixture.members']
+      []
+    """
+    defaults = {key: known.default for key, known in KEYS.items()}
+    return {**json.loads(json.dumps(defaults)), **values}
+
+
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
     """Sets the values of dotted keys, of whatever type; `read` checks them.
 

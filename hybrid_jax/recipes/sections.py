@@ -130,6 +130,17 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Teacher(Model):
+    """The network that compressed ones learn from; without a name or a function, the parent."""
+
+    name: Annotated[
+        str,
+        Either(Choice(("",)), Choice("hybrid_jax.models:names")),
+        "A network by its name.",
+    ] = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Budget:
     """What the compressed network may cost: absolute or a fraction of the parent's; 0 is any."""
 
@@ -217,19 +228,31 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """How compressed networks learn from the parent."""
+    """How compressed networks learn from the teacher, which is the parent if none is given."""
 
     temperature: Annotated[float, Real(0, 100, "(]"), "By which logits are divided."] = 4.0
-    alpha: Annotated[Fraction, "Share of the parent in the loss; the rest is labels."] = 0.5
+    alpha: Annotated[Fraction, "Share of the teacher in the loss; the rest is labels."] = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """What decides which expert runs."""
 
-    kind: Annotated[str, Choice(("gate", "cascade")), "A learned gate, or the cheap one first."] = (
-        "gate"
-    )
+    kind: Annotated[
+        str,
+        Choice(("gate", "cascade", "auto")),
+        "A learned gate, the cheap one first, or what validation images prefer of both.",
+    ] = "gate"
+    members: Annotated[
+        tuple[str, ...],
+        Each(Text(r"(?s).+", "a directory"), range(65), distinct=True),
+        "Finished runs of one compressed network each, which are the experts; none cuts them.",
+    ] = ()
+    shares: Annotated[
+        tuple[float, ...],
+        Each(Real(0, 1), range(1, 17)),
+        "Of a cascade, how much of the answer before a later one may keep; the best is chosen.",
+    ] = (0.0, 0.25, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +353,7 @@ class Config:
     parent: Parent = Parent()
     experts: Experts = Experts()
     distillation: Distillation = Distillation()
+    teacher: Teacher = Teacher()
     mixture: Mixture = Mixture()
     gate: Gate = Gate()
     joint: Joint = Joint()

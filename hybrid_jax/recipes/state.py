@@ -28,6 +28,7 @@ class State(NamedTuple):
       before: The experts as they were before they were trained together with the gate.
       gate: What chooses among the experts.
       thresholds: Of a cascade: how sure each expert but the last must be to answer.
+      share: Of a cascade: how much of the answer before a later one keeps.
       singles: {name: network} of the controls.
       facts: What else stages tell each other and the report: JSON.
     """
@@ -37,6 +38,7 @@ class State(NamedTuple):
     before: tuple[Model, ...] = ()
     gate: Model | None = None
     thresholds: tuple[float, ...] = ()
+    share: float = 0.0
     singles: Mapping[str, Model] = {}
     facts: Mapping[str, Any] = {}
 
@@ -72,7 +74,7 @@ def run(
       stages: A function alone is named by its `__name__`.
       state: That of the parent.
       workdir: Where the run lies.
-      sources: (name) -> network of what is not cut from the parent: 'gate'.
+      sources: (origin) -> network of what is not cut from the parent: 'gate', 'member 0', ….
 
     Raises:
       ValueError: If two stages have one name, or a stage returns no `State`.
@@ -82,10 +84,8 @@ def run(
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"stages must have names of their own, got {name!r} twice")
-    files = {
-        name: workdir / "stages" / f"{i:02}_{name}.safetensors" for i, name in enumerate(names)
-    }
-    state, first = _resumed([files[name] for name in names], state, sources)
+    files = _files(stages, workdir)
+    state, first = _resumed(files, state, sources)
     begun = time.monotonic()
     for i, stage in enumerate(stages[first:], first):
         _tell(stages, i, first, time.monotonic() - begun)
@@ -98,8 +98,25 @@ def run(
         seconds = dict(state.facts.get("seconds", {}))
         seconds[stage.name] = round(time.perf_counter() - start, 2)
         state = state._replace(facts={**state.facts, "seconds": seconds})
-        save(files[stage.name], state)
+        save(files[i], state)
     return state
+
+
+def finished(
+    stages: Sequence[Stage | Callable[[State], State]],
+    state: State,
+    workdir: pathlib.Path,
+    sources: Callable[[str], models.Network] | None = None,
+) -> State | None:
+    """Returns the state after all stages, if they are done; arguments as of `run`."""
+    *_, last = _files(list(map(named, stages)), workdir)
+    return load(last, state.parent.cut, sources) if last.exists() else None
+
+
+def _files(stages, workdir) -> list[pathlib.Path]:
+    return [
+        workdir / "stages" / f"{i:02}_{stage.name}.safetensors" for i, stage in enumerate(stages)
+    ]
 
 
 def _resumed(files, state, sources) -> tuple[State, int]:
@@ -150,6 +167,7 @@ def save(path: pathlib.Path, state: State) -> None:
             "before": list(map(_stored, state.before)),
             "gate": state.gate and _stored(state.gate),
             "thresholds": state.thresholds,
+            "share": state.share,
             "singles": {name: _stored(model) for name, model in state.singles.items()},
             "facts": state.facts,
         }
@@ -186,13 +204,14 @@ def load(
             return {key: fill(value) for key, value in node.items()}
         return [fill(value) for value in node] if isinstance(node, list) else node
 
-    def model(stored: dict, source: models.Network | None = None) -> Model:
-        return _model(stored, parent.source if source is None else source, parent.images)
+    def model(stored: dict) -> Model:
+        origin = stored.get("origin", "")
+        return _model(stored, sources(origin) if origin else parent.source, parent.images)
 
     tree = fill(json.loads(text))
     lists = [list(map(model, tree[name])) for name in ("experts", "before")]
     singles = {name: model(stored) for name, stored in tree["singles"].items()}
-    gate = tree["gate"] and model(tree["gate"], sources("gate"))
+    gate = tree["gate"] and model(tree["gate"])
     every = [m for m in (*lists[0], *lists[1], *singles.values(), gate) if m and m.has_function]
     found = iter(with_functions(every) if every else ())
 
@@ -207,6 +226,7 @@ def load(
         before,
         gate and ready(gate),
         tuple(tree["thresholds"]),
+        tree.get("share", 0.0),
         singles,
         tree["facts"],
     )
@@ -222,6 +242,7 @@ def _stored(model: Model) -> dict[str, Any]:
         "variables": core.flatten_paths(model.cut.variables),
         "kept": model.cut.kept,
         "bits": model.cut.bits,
+        "origin": model.cut.origin,
         "masks": model.masks,
         "ranges": ranges,
         "weights": model.weights,
@@ -239,7 +260,7 @@ def _model(stored: dict, source: models.Network, images: jax.Array) -> Model:
         for name, own in stored["ranges"].items()
     }
     masks, weights = jax.tree.map(jax.numpy.asarray, (stored["masks"], stored["weights"]))
-    cut = Cut(source, images, variables, kept, stored["bits"])
+    cut = Cut(source, images, variables, kept, stored["bits"], stored.get("origin", ""))
     return Model(cut, masks, ranges, weights, None, stored["facts"])
 
 

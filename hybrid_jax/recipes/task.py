@@ -33,6 +33,8 @@ class Task:
       checkpoint_every: Steps that a run that is stopped loses at most.
       batch_size: Of evaluation.
       judged_on: The part of `splits` that judges what was made.
+      teacher: What compressed networks learn from; None for the parent.
+      members: Compressed networks of finished runs, to be the experts of a mixture.
       given: Whether the network came with its weights.
       labelled: Whether labels came with the images, and are not what the network says of them.
     """
@@ -46,6 +48,8 @@ class Task:
     checkpoint_every: int = 500
     batch_size: int = 256
     judged_on: str = "test"
+    teacher: models.Network | None = None
+    members: tuple[Model, ...] = ()
     given: bool = True
     labelled: bool = True
 
@@ -96,6 +100,11 @@ class Task:
     def loss(self, forward: Callable, alpha: float = 0.0) -> Callable:
         """Returns the loss function of a step, of which `alpha` is the teacher's share."""
         return training.loss_of(forward, self.objective, alpha)
+
+    def teach(self, parent: Model) -> Callable[[jax.Array], jax.Array]:
+        """Returns what the teacher says of images (B, H, W, C); where there is none, the parent."""
+        own = self.teacher or parent.cut.network._replace(params=parent.cut.variables)
+        return functools.partial(own.predict, own.params)
 
     def start(
         self, name: str, params: Any, state: Any, tx: optax.GradientTransformation

@@ -32,7 +32,7 @@ def parent(task: Task, dense: Model, settings: Any) -> Model:
 
 def compress(
     task: Task,
-    teacher: Model,
+    parent: Model,
     made: Sequence[Model],
     name: str,
     settings: Any,
@@ -56,7 +56,7 @@ def compress(
     fit = functools.partial(
         fit_each,
         task,
-        teach=teach(teacher),
+        teach=task.teach(parent),
         alpha=alpha,
         batch_size=settings.batch_size,
         method=settings.method,
@@ -241,11 +241,6 @@ def fit_each(
         for e, own in zip(members, experts.unstack(stack), strict=True):
             trained[e] = own.params, own.state
     return trained
-
-
-def teach(teacher: Model) -> Callable[[jax.Array], jax.Array]:
-    """Returns what the dense network says of images (B, H, W, C)."""
-    return functools.partial(teacher.cut.network.predict, teacher.cut.variables)
 
 
 def held(model: Model) -> Any:

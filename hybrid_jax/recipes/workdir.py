@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hybrid_jax import core, data
+from hybrid_jax.recipes.schema import completed
 
 ON_DISK = 512
 """Of images that stay on disk, as many tell one data set from another."""
@@ -55,7 +56,7 @@ def claim(path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, pa
 
 
 def _compare(path, ours, theirs) -> None:
-    a, b = ours["config"], theirs["config"]
+    a, b = ours["config"], completed(theirs["config"])
     for key in {**a, **b}:
         if not key.startswith(RESULTS) and a.get(key) != b.get(key):
             raise ValueError(

@@ -35,6 +35,7 @@ BY_HAND = {
         [0, 0.0, 1e-9, 0.25, 1.0, 2, 64_000, 10**15],
         [-1, -0.5, 1.5, 64_000.0, 10**15 + 1, math.nan, True, "64kB", None],
     ),
+    str(KEYS["teacher.name"].bound): (["", "resnet8", "densenet"], ["resnet", " ", 3, None]),
     str(KEYS["model.widths"].bound.of): ([1, 2**16, (64, 64)], [0, 2**16 + 1, 1.5, (), (0,), "64"]),
 }
 

@@ -38,7 +38,9 @@ def made(parent):
     sites = Model(cut, masks, spans, facts={"macs": [20, 10]})
     whole = Model(cut, masks, spans)
     (ready,) = with_functions([deployed(whole)])
-    return state.State(parent, (ready,), (sites,), None, (0.5,), {"one": ready}, {"seconds": 1.5})
+    return state.State(
+        parent, (ready,), (sites,), None, (0.5,), 0.25, {"one": ready}, {"seconds": 1.5}
+    )
 
 
 def test_a_state_comes_back_to_the_bit(parent, made, tmp_path):
@@ -55,7 +57,7 @@ def test_a_state_comes_back_to_the_bit(parent, made, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, ours.cut.variables, theirs.cut.variables)
         assert dict(ours.facts) == theirs.facts
         assert ours.cut.bits == theirs.cut.bits
-    assert (back.thresholds, back.facts) == ((0.5,), {"seconds": 1.5})
+    assert (back.thresholds, back.share, back.facts) == ((0.5,), 0.25, {"seconds": 1.5})
     x = made.parent.cut.images
     model = back.experts[0]
     np.testing.assert_array_equal(
