@@ -56,7 +56,7 @@ def claim(path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, pa
 
 
 def _compare(path, ours, theirs) -> None:
-    a, b = ours["config"], completed(theirs["config"])
+    a, b = completed(ours["config"]), completed(theirs["config"])
     for key in {**a, **b}:
         if not key.startswith(RESULTS) and a.get(key) != b.get(key):
             raise ValueError(

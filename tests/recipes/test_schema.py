@@ -26,6 +26,7 @@ BY_HAND = {
         ["", "my_model.py:make", "dir with spaces/m.py:make", "package.module:make", "module.make"],
         ["my_model.py", "make", "m.py:", "m.py:a b", "a/b.c", 3],
     ),
+    "a directory": (["run", "a b/c"], ["", 3, None]),
     "a fraction below 1 or a whole number": AMOUNTS,
     "a fraction below 1, a whole number, or either after 'test:'": (
         [*AMOUNTS[0], "test:0.1", "test:1000"],
