@@ -5,11 +5,11 @@ akamaster/pytorch_resnet_cifar10, adapted to JPEG copies of the images. The pare
 training images, so validation images are 1,000 of the test images; the other 4,000 are read once.
 
     python -m launch.study --config=cifar10_study --workdir=/tmp/study \
-        --config.data.dir=~/tensorflow_datasets --only="ResNet-20 W4A8"
+        --config.data.dir=~/tfds --only="half ResNet-56,half ResNet-20,cascade at a quarter"
 
 in a directory that has the weights in weights/.
 
-Sized for two cores: 6 to 12 epochs where papers take hundreds. The records say what was reached.
+Sized for two cores: 4 to 16 epochs where papers take hundreds. The records say what was reached.
 """
 
 from ml_collections import ConfigDict
@@ -28,9 +28,30 @@ RESNET56 = {
     "model.weights": "weights/resnet56_cifar10_jpeg.safetensors",
 }
 
+HALF = {"budget.macs": 0.5}
+TAUGHT = {"teacher.name": "resnet56", "teacher.weights": RESNET56["model.weights"]}
+LONG = 12 * EPOCH
+ALONE = {"controls.same_bytes": False, "controls.same_bops": False}
+CASCADE = {
+    **RESNET56,
+    **ALONE,
+    "effort": "mixture",
+    "mixture.kind": "cascade",
+    "mixture.members": ("half ResNet-56", "half ResNet-20"),
+}
+
 STUDY = {
     "ResNet-20 W4A8 without training": {**RESNET20, "effort": "ptq", "ptq.weight_bits": 4},
     "ResNet-56 W4A8 without training": {**RESNET56, "effort": "ptq", "ptq.weight_bits": 4},
+    # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
+    "half ResNet-56": {**RESNET56, **HALF, "experts.steps": LONG},
+    "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 16 * EPOCH},
+    "cascade at a third": {**CASCADE, "budget.macs": 1 / 3},
+    "cascade at a quarter": {**CASCADE, "budget.macs": 0.25},
+    "cascade at a fifth": {**CASCADE, "budget.macs": 0.2},
+    "one of equal MACs": {**RESNET56, "budget.macs": 0.25, "experts.steps": LONG},
+    "one of equal bytes": {**RESNET56, "budget.bytes": 1 / 12, "experts.steps": LONG},
+    # Goal B: one network.
     "ResNet-20 W4A8": {**RESNET20, "experts.sparsity": 0.0, "experts.steps": 4 * EPOCH},
     "ResNet-20 W4A4": {
         **RESNET20,
@@ -38,21 +59,13 @@ STUDY = {
         "experts.activation_bits": 4,
         "experts.steps": 6 * EPOCH,
     },
-    "ResNet-20 W4A8 at half the MACs": {
-        **RESNET20,
-        "budget.macs": 0.5,
-        "experts.steps": 12 * EPOCH,
-    },
-    "ResNet-56 W4A8 at half the MACs": {
-        **RESNET56,
-        "budget.macs": 0.5,
-        "experts.steps": 12 * EPOCH,
-    },
+    "ResNet-56 W4A8": {**RESNET56, "experts.sparsity": 0.0, "experts.steps": 4 * EPOCH},
+    "ResNet-56 at 1 / 2.5": {**RESNET56, "budget.macs": 0.4, "experts.steps": LONG},
 }
 
 
 def get_config() -> ConfigDict:
-    """Returns what all runs share."""
+    """Returns what all runs share: weights in 4 bits, activations in 8."""
     config = recipes.default_config()
     config.effort = "finetune"
     config.data.name = "cifar10"
@@ -65,4 +78,5 @@ def get_config() -> ConfigDict:
     config.experts.batch_size = 128
     config.experts.learning_rate = 0.002
     config.distillation.alpha = 0.9
+    config.checkpoint_every = 200
     return config

@@ -3,9 +3,11 @@
     python -m launch.study --config=cifar10_study --workdir=/tmp/study --config.data.dir=~/tfds
     python -m launch.study --config=cifar10_study --tables   # from the records alone
 
-A study is a module with STUDY, {name: changes of the configuration}, and SEEDS. Each run lies in
-`--workdir`/NAME/SEED and goes on where it was stopped; when it is done, its record, a line of JSON,
-is added to configs/results/STUDY.jsonl, and the tables of STUDY.md are written from all records.
+A study is a module with STUDY, {name: changes of the configuration}, SEEDS, and, where a seed is to
+be that of other keys too, SEEDED, the names of these. Members of a mixture are names of runs before
+it. Each run lies in `--workdir`/NAME/SEED and goes on where it was stopped; when it is done, its
+record, a line of JSON, is added to configs/results/STUDY.jsonl, and STUDY.md and STUDY.svg are made
+from all records.
 `--only=NAME,NAME` and `--seeds=0,1` run a part. Validation images judge a run, until `--test` has
 those of test read, which its record says: once, at the end. A record is never removed: one that
 misses its goal stays.
@@ -20,13 +22,20 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from matplotlib.figure import Figure
+from scipy import stats
 
 import configs
 from hybrid_jax import recipes
+from hybrid_jax.report import plots
+from hybrid_jax.report.rows import Mean
 from launch import command
 
 RESULTS = pathlib.Path(configs.__file__).parent / "results"
 FIELDS = ("accuracy", "macs", "bops", "parameters_total")
+DRAWN = ("parent", "parent_int8", "single", "mixture", "control")
+"""Roles of the rows that the plot shows, and whose answers to single images are kept."""
+RESAMPLES = 2000
 
 
 def main(
@@ -68,24 +77,37 @@ def main(
                 (own["run"], own["seed"], own["part"]) for own in read(records)
             ]:
                 continue
-            config, own = module["get_config"](), module["STUDY"][run]
-            fixed = {"seed": seed, "evaluation.part": part}
+            config, own = module["get_config"](), dict(module["STUDY"][run])
+            if members := own.get("mixture.members"):
+                own["mixture.members"] = tuple(str(_folder(workdir, m, seed)) for m in members)
+            fixed = {**dict.fromkeys(module["SEEDED"], seed), "evaluation.part": part}
             recipes.override(config, {**own, **(changes or {}), **fixed})
-            made = recipes.run(config, pathlib.Path(workdir) / run.replace(" ", "_") / str(seed))
+            made = recipes.run(config, _folder(workdir, run, seed))
             _append(records, record(run, seed, part, made.results))
-    path = folder / f"{name}.md"
-    path.write_text(tables(read(records)))
+            write(records)
+    return write(records)
+
+
+def write(records: pathlib.Path) -> pathlib.Path:
+    """Writes tables and plot of a file of records beside it, and returns the path of the tables."""
+    every, path = read(records), records.with_suffix(".md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tables(every))
+    if drawn := figure(every):
+        drawn.savefig(records.with_suffix(".svg"), metadata={"Date": None})
     return path
 
 
 def record(run: str, seed: int, part: str, results: Any) -> dict[str, Any]:
-    """Returns what is kept of a run: its rows without the answers to single images."""
+    """Returns what is kept of a run: its rows, with answers to single images as bits in hex."""
     rows = []
     for row in results.rows:
         own = {name: getattr(row, name) for name in ("name", "role", *FIELDS)}
         files = {
             target: {"bytes": f.bytes, "accuracy": f.accuracy} for target, f in row.files.items()
         }
+        if row.role in DRAWN and set(row.correct or "no") <= {0, 1}:
+            own["correct"] = np.packbits(np.array(row.correct, bool)).tobytes().hex()
         rows.append(own | {"files": files})
     return {
         "run": run,
@@ -118,15 +140,56 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
       <BLANKLINE>
       Seeds 0, 1; 10 test images; 1 min a run.
       <BLANKLINE>
-      | model | accuracy | Δ | ÷ MACs | ÷ BOPs | ÷ bytes |
-      |:--|--:|--:|--:|--:|--:|
-      | parent | 90.00 ± 0.00 | 0.00 ± 0.00 | 1.00 | 1.00 | 1.00 |
+      | model | accuracy | Δ | 95 % | ÷ MACs | ÷ BOPs | ÷ bytes |
+      |:--|--:|--:|--:|--:|--:|--:|
+      | parent | 90.00 ± 0.00 | 0.00 ± 0.00 | – | 1.00 | 1.00 | 1.00 |
       <BLANKLINE>
     """
+    return "\n".join(_table(*key, own) for key, own in _runs(records).items())
+
+
+def figure(records: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Returns the plot of accuracy against mean BOPs of what was judged last, over the seeds.
+
+    That is the test images where any run was. Each run shows what it made, the first one of each
+    parent this one too.
+    """
+    runs = _runs(records)
+    parts = [part for _, part in runs]
+    points, parents = [], set()
+    for (run, part), every in runs.items():
+        if part != ("test" if "test" in parts else "validation"):
+            continue
+        for model in _models(every):
+            rows = [own["rows"][i] for own, i in _found(every, model)]
+            role, bops = rows[0]["role"], rows[0]["bops"]
+            if role not in DRAWN or (role == "parent" and bops in parents):
+                continue
+            parents |= {bops} if role == "parent" else set()
+            bops, accuracy = (Mean([row[key] for row in rows]) for key in ("bops", "accuracy"))
+            name = run if role in ("single", "mixture") else f"{model}, {run}"
+            points.append(plots.Point(name, role, bops, accuracy))
+    return plots.accuracy_against(points, "mean BOPs of an image", "", "accuracy")
+
+
+def _runs(records):
+    """{(run, part): its records}."""
     runs: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for own in records:
         runs.setdefault((own["run"], own["part"]), []).append(own)
-    return "\n".join(_table(*key, own) for key, own in runs.items())
+    return runs
+
+
+def _models(records):
+    return dict.fromkeys(row["name"] for own in records for row in own["rows"])
+
+
+def _found(records, model):
+    """Each record that has the model, and which of its rows that is."""
+    for own in records:
+        for i, row in enumerate(own["rows"]):
+            if row["name"] == model:
+                yield own, i
 
 
 def _table(name, part, records):
@@ -135,24 +198,41 @@ def _table(name, part, records):
     lines = [
         f"## {name}\n",
         f"Seeds {seeds}; {records[0]['images']:,} {part} images; {minutes} min a run.\n",
-        "| model | accuracy | Δ | ÷ MACs | ÷ BOPs | ÷ bytes |",
-        "|:--|--:|--:|--:|--:|--:|",
+        "| model | accuracy | Δ | 95 % | ÷ MACs | ÷ BOPs | ÷ bytes |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
     ]
-    names = dict.fromkeys(row["name"] for own in records for row in own["rows"])
-    for model in names:
-        pairs = [
-            (own["rows"][0], row) for own in records for row in own["rows"] if row["name"] == model
-        ]
+    for model in _models(records):
+        pairs = [(own["rows"][0], own["rows"][i]) for own, i in _found(records, model)]
         accuracy = _spread([100 * row["accuracy"] for _, row in pairs])
         delta = _spread([100 * (row["accuracy"] - dense["accuracy"]) for dense, row in pairs])
         cells = [
             accuracy,
             delta,
+            _interval(pairs, [own["images"] for own, _ in _found(records, model)]),
             *(_ratio(pairs, field) for field in ("macs", "bops")),
             _bytes(pairs),
         ]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(pairs, counts):
+    """The 95 % bootstrap over images of Δ; runs of one parent's answers share their images."""
+    by_images: dict[str, list[np.ndarray]] = {}
+    for (dense, row), count in zip(pairs, counts, strict=True):
+        if dense is row or not (dense.get("correct") and row.get("correct")):
+            return "–"
+        a, b = (
+            np.unpackbits(np.frombuffer(bytes.fromhex(own["correct"]), np.uint8), count=count)
+            for own in (dense, row)
+        )
+        by_images.setdefault(dense["correct"], []).append(b.astype(float) - a)
+    each = np.concatenate([np.mean(own, 0) for own in by_images.values()])
+    if not each.any():
+        return "–"
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "batch": 100, "rng": 0}
+    low, high = stats.bootstrap((each,), np.mean, **options).confidence_interval
+    return f"[{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def _spread(values):
@@ -184,7 +264,11 @@ def _module(study):
     for needed in ("STUDY", "SEEDS", "get_config"):
         if needed not in module:
             raise ValueError(f"--config must be a module with {needed}, got {path} without")
-    return module, path.stem
+    return {"SEEDED": ("seed",), **module}, path.stem
+
+
+def _folder(workdir, run, seed):
+    return pathlib.Path(workdir) / run.replace(" ", "_") / str(seed)
 
 
 def _append(path, value):
@@ -214,7 +298,7 @@ def _study(argv):
     command.required(values, "config", *(() if values.tables else ("workdir",)))
     if values.tables:
         _, name = _module(values.config)
-        (RESULTS / f"{name}.md").write_text(tables(read(RESULTS / f"{name}.jsonl")))
+        print("tables:", write(RESULTS / f"{name}.jsonl"))
         return
     from launch import compilation
 

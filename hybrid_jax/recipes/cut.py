@@ -84,13 +84,20 @@ class Cut:
         rest = {path: flat[path] for path in flat if path in self.statistics}
         return {path: leaf for path, leaf in flat.items() if path not in rest}, rest
 
-    def with_bits(self, weight: int, activation: int, first_last: int) -> "Cut":
-        """Returns the same cut to be quantized in these bits, see `quantization.spec`."""
+    def with_bits(
+        self, weight: int, activation: int, first_last: int, depthwise: int = 2
+    ) -> "Cut":
+        """Returns the same cut to be quantized in these bits, see `quantization.spec`.
+
+        Depthwise kernels, few weights of which each output has only its own, have at least theirs.
+        """
         own = quantization.spec(
             self.graph, weight_bits=weight, activation_bits=activation, first_last_bits=first_last
         )
+        least = {site.name: depthwise if site.groups > 1 else 2 for site in self.graph.sites}
         bits = {
-            s.name: {"weight": s.weight.bits, "activation": s.activation.bits} for s in own.sites
+            s.name: {"weight": max(s.weight.bits, least[s.name]), "activation": s.activation.bits}
+            for s in own.sites
         }
         return self.in_bits(bits)
 

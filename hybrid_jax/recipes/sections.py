@@ -159,6 +159,7 @@ class Ptq:
     weight_bits: Annotated[Bits, "Bits of weights."] = 8
     activation_bits: Annotated[Bits, "Bits of activations."] = 8
     first_last_bits: Annotated[Bits, "Bits of the first and the last site."] = 8
+    depthwise_bits: Annotated[Bits, "Bits that grouped and depthwise kernels have at least."] = 2
     calibration: Annotated[Ranges, "How ranges are found."] = "mse"
     images: Annotated[int, Integer(1, 1_000_000), "Training images to calibrate on."] = 512
     equalize: Annotated[Flag, "Scales of channels are evened out between layers."] = True

@@ -58,7 +58,9 @@ def above(parent: Model, config: Any, files: Mapping[str, Any]) -> list[str]:
 def quantized(task: Task, parent: Model, config: Any) -> Model:
     """Returns the network in the bits that keep the budget at the least damage, untrained."""
     c, most, targets = config.ptq, limits(parent, config), config.deploy.targets
-    dense = parent.cut.with_bits(c.weight_bits, c.activation_bits, c.first_last_bits)
+    dense = parent.cut.with_bits(
+        c.weight_bits, c.activation_bits, c.first_last_bits, c.depthwise_bits
+    )
     if not most:
         return ptq.quantized(parent, dense.bits)
     offered = choices.offer(dense.program, dense.spec, budget.what_pays(most, targets))

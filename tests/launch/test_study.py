@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from launch import study
@@ -48,6 +49,41 @@ def test_records_outlive_their_runs_and_make_the_tables(module, tmp_path):
     assert "## four bits\n\nSeeds 0; 359 test images" in path.read_text()
 
 
+def row(name, role, correct, bops):
+    bits = np.packbits(np.array(correct, bool)).tobytes().hex()
+    own = {"name": name, "role": role, "accuracy": np.mean(correct), "correct": bits}
+    return own | {"macs": bops, "bops": bops, "files": {}}
+
+
+def test_an_interval_is_over_images_and_not_over_seeds():
+    """100 images; of two seeds, one loses the first ten of them and the other none."""
+    dense, worse = np.ones(100), np.arange(100) >= 10
+    runs = [
+        {"run": "a", "seed": seed, "part": "test", "seconds": 60, "images": 100}
+        | {"rows": [row("parent", "parent", dense, 8), row("compressed", "single", own, 1)]}
+        for seed, own in enumerate((worse, dense))
+    ]
+    line = study.tables(runs).splitlines()[-1]
+    assert line.startswith("| compressed | 95.00 ± 7.07 | -5.00 ± 7.07 | [")
+    # Of 100 images 10 lose a half each: a deviation of 1.5 points, of which 1.96 are 2.9.
+    low, high = map(float, line.split("[")[1].split("]")[0].split(","))
+    assert -8.5 < low < -7.3
+    assert -2.7 < high < -1.5
+
+
+def test_the_plot_shows_each_parent_once_and_every_run():
+    runs = [
+        {"run": name, "seed": 0, "part": "test", "seconds": 60, "images": 8}
+        | {"rows": [row("parent", "parent", [1] * 8, 8), row("cut", "single", [1] * 7 + [0], n)]}
+        for n, name in enumerate(("half", "third"), 1)
+    ]
+    (axes,) = study.figure(runs).axes
+    texts = " ".join(text.get_text() for text in axes.texts)
+    assert texts.count("parent") == 1
+    assert "half" in texts
+    assert "third" in texts
+
+
 def test_what_does_not_fit_is_named(module, tmp_path):
     with pytest.raises(ValueError, match="--only must be of int8, four bits, got 'eight'"):
         study.main(module, str(tmp_path), only=["eight"])
@@ -58,3 +94,4 @@ def test_what_does_not_fit_is_named(module, tmp_path):
 def test_the_tables_of_our_studies_are_those_of_their_records():
     for records in study.RESULTS.glob("*.jsonl"):
         assert records.with_suffix(".md").read_text() == study.tables(study.read(records))
+        assert records.with_suffix(".svg").is_file()
