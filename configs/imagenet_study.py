@@ -19,7 +19,7 @@ SEEDED = ("seed", "data.seed")
 
 STUDY = {
     "int8": {},
-    "W4A8, depthwise in 8": {"ptq.weight_bits": 4, "ptq.depthwise_bits": 8},
+    "W4A8 with depthwise in 8": {"ptq.weight_bits": 4, "ptq.depthwise_bits": 8},
     "W4A8": {"ptq.weight_bits": 4},
     "3 MB": {"budget.bytes": 3_000_000},
 }
