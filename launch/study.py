@@ -64,7 +64,7 @@ def main(
     Raises:
       ValueError: If a name is none of the study's; names those that there are.
     """
-    module, name = _module(study)
+    module, name = load(study)
     for run in only:
         if run not in module["STUDY"]:
             raise ValueError(f"--only must be of {', '.join(module['STUDY'])}, got {run!r}")
@@ -79,10 +79,10 @@ def main(
                 continue
             config, own = module["get_config"](), dict(module["STUDY"][run])
             if members := own.get("mixture.members"):
-                own["mixture.members"] = tuple(str(_folder(workdir, m, seed)) for m in members)
+                own["mixture.members"] = tuple(str(place(workdir, m, seed)) for m in members)
             fixed = {**dict.fromkeys(module["SEEDED"], seed), "evaluation.part": part}
             recipes.override(config, {**own, **(changes or {}), **fixed})
-            made = recipes.run(config, _folder(workdir, run, seed))
+            made = recipes.run(config, place(workdir, run, seed))
             _append(records, record(run, seed, part, made.results))
             write(records)
     return write(records)
@@ -255,7 +255,8 @@ def _bytes(pairs):
     return f"{np.mean(found):.2f}" if found else "–"
 
 
-def _module(study):
+def load(study: str) -> tuple[dict[str, Any], str]:
+    """Returns what a study's module holds, and its name."""
     ours = pathlib.Path(configs.__file__).parent
     path = pathlib.Path(study) if pathlib.Path(study).is_file() else ours / f"{study}.py"
     if not path.is_file():
@@ -267,7 +268,8 @@ def _module(study):
     return {"SEEDED": ("seed",), **module}, path.stem
 
 
-def _folder(workdir, run, seed):
+def place(workdir: str | pathlib.Path, run: str, seed: int) -> pathlib.Path:
+    """Returns the work directory of a run."""
     return pathlib.Path(workdir) / run.replace(" ", "_") / str(seed)
 
 
@@ -297,7 +299,7 @@ def _study(argv):
     values = command.parse([flag for flag in argv if flag not in overrides], _define)
     command.required(values, "config", *(() if values.tables else ("workdir",)))
     if values.tables:
-        _, name = _module(values.config)
+        _, name = load(values.config)
         print("tables:", write(RESULTS / f"{name}.jsonl"))
         return
     from launch import compilation
