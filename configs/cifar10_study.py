@@ -43,6 +43,11 @@ CASCADE = {
 STUDY = {
     "ResNet-20 W4A8 without training": {**RESNET20, "effort": "ptq", "ptq.weight_bits": 4},
     "ResNet-56 W4A8 without training": {**RESNET56, "effort": "ptq", "ptq.weight_bits": 4},
+    "cascade without training": {
+        **CASCADE,
+        "mixture.members": ("ResNet-20 W4A8 without training", "ResNet-56 W4A8 without training"),
+        "budget.macs": 0.5,
+    },
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
     "half ResNet-56": {**RESNET56, **HALF, "experts.steps": LONG},
     "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 16 * EPOCH},
