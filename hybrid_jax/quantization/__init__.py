@@ -51,6 +51,8 @@ from hybrid_jax.quantization.grids import extent as extent
 from hybrid_jax.quantization.grids import nearest as nearest
 from hybrid_jax.quantization.grids import quantize as quantize
 from hybrid_jax.quantization.grids import spread as spread
+from hybrid_jax.quantization.learning import LEARNING as LEARNING
+from hybrid_jax.quantization.learning import Learning as Learning
 from hybrid_jax.quantization.lookup import range_at as range_at
 from hybrid_jax.quantization.model import fake_quantized as fake_quantized
 from hybrid_jax.quantization.model import scale_counts as scale_counts

@@ -56,7 +56,7 @@ def calibrate(
             seen = {}
             for role, tensor in (("weight", kernel), ("activation", x)):
                 quantizer = getattr(spec[site.name], role)
-                if quantizer.learning != "dynamic":
+                if not quantizer.dynamic:
                     shape = specs.range_shape(site, quantizer)
                     seen[role] = watched(quantizer, tensor, shape)
             return apply(x, kernel), seen

@@ -53,7 +53,7 @@ def range_of(
 ) -> grids.Range | None:
     """The range, perhaps a shared one, of the kernel or input of a site; None if 'dynamic'."""
     own = spec[site.name]
-    if getattr(own, role).learning == "dynamic":
+    if getattr(own, role).dynamic:
         return None
     shape = site.kernel_shape if role == "weight" else ()
     return range_at(ranges, own.name, role, shape)

@@ -124,8 +124,10 @@ def _check_integral(role, name, quantizer):
             f"{role} of {name!r} must have one scale for each output channel, "
             f"got groups of {quantizer.group}"
         )
-    if quantizer.learning == "dynamic":
-        raise ValueError(f"{role} of {name!r} must have a range that is known, got 'dynamic'")
+    if quantizer.dynamic:
+        raise ValueError(
+            f"{role} of {name!r} must have a range that is known, got {quantizer.learning!r}"
+        )
 
 
 def site_of(spec: Spec, source: p.Source | None) -> SiteSpec | None:
@@ -229,7 +231,7 @@ def _slot(program, names, sites, others, taken) -> Slot:
         return Slot(name, EDGE, fixed=p.Encoding(1.0))
     made = [makers[n] for n in names if n in makers and not _passes(makers[n], names)]
     kind = made[0].kind if len(made) == 1 and isinstance(made[0], p.Function) else None
-    if kind in functions.FIXED and quantizer == EDGE:
+    if kind in functions.FIXED and _is_edge(quantizer):
         return Slot(name, EDGE, fixed=p.Encoding(*functions.FIXED[kind]))
     given = [
         own.name

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax import core
-from hybrid_jax.quantization import gradients, grids, observers
+from hybrid_jax.quantization import grids, observers
+from hybrid_jax.quantization.learning import LEARNING
 from hybrid_jax.quantization.schemes import SCHEMES, power_of_two
 
 ROLES = ("weight", "activation")
-LEARNING = ("lsq", "pact", "fixed", "dynamic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Quantizer:
         with zero point), 'binary' (signs, for kernels that are not pruned: it has no zero), or the
         8-bit floats 'e4m3' and 'e5m2'.
       per_channel: One range per output channel, rather than one for the tensor.
-      learning: Where the range comes from: 'lsq' and 'pact' start from the calibrated one and learn
-        it, each by its gradient; 'fixed' keeps the calibrated one; 'dynamic' takes that of the
-        tensor at every call, and needs no calibration.
+      learning: Where the range comes from, of `LEARNING`: 'lsq' and 'pact' start from the
+        calibrated one and learn it, each by its gradient; 'fixed' keeps the calibrated one;
+        'dynamic' takes that of the tensor at every call, and needs no calibration.
       group: One range for so many consecutive weights of an output channel, in the order of
         `core.kernel_matrix`; None for all of them.
       power_of_two: Whether the scale is rounded up to a power of two.
@@ -53,13 +53,11 @@ class Quantizer:
         core.check_choice("learning", self.learning, LEARNING)
         core.check_integer("bits", self.bits)
         self.check_bits("bits", self.bits)
-        if self.learning == "pact" and self.scheme != "affine":
-            raise ValueError(f"scheme must be 'affine' with learning 'pact', got {self.scheme!r}")
-        if self.learning == "pact" and self.power_of_two:
-            raise ValueError("power_of_two must be False with learning 'pact', got True")
-        if self.learning == "lsq" and self.scheme == "binary":
+        own = LEARNING[self.learning]
+        core.check_choice(f"scheme with learning {self.learning!r}", self.scheme, own.schemes)
+        if self.power_of_two and not own.rounded:
             raise ValueError(
-                "learning must be 'fixed' or 'dynamic' with scheme 'binary', got 'lsq'"
+                f"power_of_two must be False with learning {self.learning!r}, got True"
             )
         if self.group is not None:
             core.check_integer("group", self.group, 1)
@@ -69,6 +67,11 @@ class Quantizer:
             core.check_choice("method", self.method, observers.METHODS)
         elif self.scheme == "binary":
             object.__setattr__(self, "method", "mean_abs")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is that of the tensor at every call."""
+        return LEARNING[self.learning].dynamic
 
     def check_bits(self, name: str, bits: Any) -> Any:
         """Returns `bits` if the scheme has it, as `grids.check_bits` does."""
@@ -147,14 +150,17 @@ def spec(
     weight_bits: int = 8,
     activation_bits: int = 8,
     first_last_bits: int = 8,
+    weight_learning: str = "lsq",
+    activation_learning: str = "lsq",
 ) -> Spec:
     """Says for every site of `graph` how it is quantized.
 
     Unless a rule says otherwise, kernels are symmetric per output channel and activations affine
-    per tensor (which is plain unsigned where nothing is negative), with LSQ ranges; the first and
-    the last site have at least `first_last_bits`. A kernel used at several sites has one quantizer,
-    and a range at each. `rules` are (pattern on the site's name, what differs) pairs, of which the
-    first match counts: {'weight', 'activation' or both: bits, or a whole `Quantizer`}.
+    per tensor (which is plain unsigned where nothing is negative), with ranges learned as
+    `weight_learning` and `activation_learning` say; the first and the last site have at least
+    `first_last_bits`. A kernel used at several sites has one quantizer, and a range at each.
+    `rules` are (pattern on the site's name, what differs) pairs, of which the first match counts:
+    {'weight', 'activation' or both: bits, or a whole `Quantizer`}.
 
     Example:
       >>> def mlp(params, x):
@@ -182,9 +188,9 @@ def spec(
             wanted = {key: max(bits, first_last_bits) for key, bits in default.items()}
         weight, activation = wanted["weight"], wanted["activation"]
         if not isinstance(weight, Quantizer):
-            weight = Quantizer(weight, "symmetric", per_channel=True)
+            weight = Quantizer(weight, "symmetric", per_channel=True, learning=weight_learning)
         if not isinstance(activation, Quantizer):
-            activation = Quantizer(activation, "affine")
+            activation = Quantizer(activation, "affine", learning=activation_learning)
         range_shape(site, weight)
         sites.append(SiteSpec(site.name, weight, activation))
     _check_shared(graph, sites)
@@ -247,14 +253,9 @@ def apply(
     """
     if isinstance(bits, int) and bits == grids.OFF:
         return x
-    if quantizer.learning == "dynamic":
+    if quantizer.dynamic:
         span = quantizer.range_of(x, shape, bits)
-    if quantizer.learning == "lsq":
-        y = gradients.lsq(x, quantizer.grid(span, bits), count, key)
-    elif quantizer.learning == "pact":
-        y = gradients.pact(x, span, bits, key)
-    else:
-        y = gradients.fake_quant(x, quantizer.grid(span, bits), key)
+    y = LEARNING[quantizer.learning].quantize(x, quantizer, span, bits, count, key)
     return y if isinstance(bits, int) else jnp.where(bits == grids.OFF, x, y)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from hybrid_jax import core
 from hybrid_jax import quantization as q
+from hybrid_jax.quantization import learning, specs
 
 X = jnp.array([-9.0, -2.2, -0.4, 0.0, 0.6, 1.5, 3.3, 8.0])
 
@@ -160,3 +161,44 @@ def test_a_rate_as_large_as_the_range_does_not_kill_the_activation():
         highs.append(float(ranges["w"]["activation"].high))
     assert min(highs) < 0 < highs[-1]  # it went past zero, and came back
     assert loss(ranges) < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_contract_of_every_learning(scheme):
+    """All give the grid's nearest values; each its own gradient of the values and the range."""
+    bits, count, found = jnp.int32(3), 8, {}
+    for name in learning.of_scheme(scheme):
+        quantizer = q.Quantizer(3, scheme, learning=name)
+
+        def f(x, span, quantizer=quantizer):
+            return specs.apply(x, quantizer, span, bits, (), count)
+
+        span = q.Range(jnp.float32(-2.0), jnp.float32(4.0))
+        value, pull = jax.vjp(f, X, span)
+        np.testing.assert_array_equal(value, q.fake_quant(X, quantizer.grid(span, bits)))
+        found[name] = np.hstack([np.ravel(leaf) for leaf in jax.tree.leaves(pull(X))])
+        off = specs.apply(X, quantizer, span, jnp.int32(q.OFF), (), count)
+        np.testing.assert_array_equal(off, X)
+    # By x, then by low and high: of 'fixed' no range moves.
+    assert not found["fixed"][-2:].any()
+    assert all(own[-2:].any() for name, own in found.items() if name != "fixed")
+    assert len({own.tobytes() for own in found.values()}) == len(found)
+
+
+def test_a_dynamic_range_is_that_of_the_tensor():
+    quantizer = q.Quantizer(3, "affine", learning="dynamic")
+    got = specs.apply(X, quantizer, None, 3, (), 8)
+    # From -9 to 8 in 7 steps of 17/7, with zero among the values.
+    np.testing.assert_array_equal(got, q.fake_quant(X, quantizer.grid(quantizer.range_of(X, ()))))
+    assert "dynamic" not in learning.of_activations()
+
+
+def test_a_learning_of_the_users_own_is_one_by_name(monkeypatch):
+    own = q.Learning(lambda x, *rest: 2 * x, ["affine"])
+    monkeypatch.setitem(q.LEARNING, "twice", own)
+    assert learning.of_activations()[-1] == "twice"
+    assert "twice" not in learning.of_weights()
+    doubled = specs.apply(X, q.Quantizer(8, "affine", learning="twice"), None, 8, (), 1)
+    np.testing.assert_array_equal(doubled, 2 * X)
+    with pytest.raises(ValueError, match="scheme with learning 'twice' must be one of affine, got"):
+        q.Quantizer(8, "symmetric", learning="twice")

@@ -86,12 +86,12 @@ def test_bad_rules(graph):
     [
         ({"scheme": "afine"}, "did you mean affine"),
         ({"learning": "lsqq"}, "did you mean lsq"),
-        ({"learning": "pact"}, "scheme must be 'affine' with learning 'pact'"),
+        ({"learning": "pact"}, "scheme with learning 'pact' must be one of affine, got"),
         (
             {"scheme": "affine", "learning": "pact", "power_of_two": True},
             "power_of_two must be False with learning 'pact'",
         ),
-        ({"bits": 1, "scheme": "binary"}, "learning must be 'fixed' or 'dynamic' with scheme"),
+        ({"bits": 1, "scheme": "binary"}, "learning 'lsq' must be one of .*, got 'binary'"),
         ({"group": 4}, "per_channel must be True with a group, got group 4"),
         ({"group": 0, "per_channel": True}, "group must be an integer of at least 1, got 0"),
         ({"method": "entrpy"}, "did you mean entropy"),
