@@ -27,7 +27,10 @@ from hybrid_jax.experts.diagnostics import usage_entropy as usage_entropy
 from hybrid_jax.experts.diagnostics import usage_per_class as usage_per_class
 from hybrid_jax.experts.fingerprint import check_fitted as check_fitted
 from hybrid_jax.experts.fingerprint import fingerprint as fingerprint
+from hybrid_jax.experts.gates import GATES as GATES
 from hybrid_jax.experts.gates import gate_cnn as gate_cnn
+from hybrid_jax.experts.gates import gate_mlp as gate_mlp
+from hybrid_jax.experts.gates import gate_separable as gate_separable
 from hybrid_jax.experts.gates import linear_probe as linear_probe
 from hybrid_jax.experts.gates import ridge as ridge
 from hybrid_jax.experts.gates import shared_stem as shared_stem

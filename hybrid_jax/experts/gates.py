@@ -1,8 +1,8 @@
 """Tiny gates from images, or features of images, `(B, H, W, C)` to gate logits `(B, E)`.
 
 Any pure function `gate_fn(gate_params, x)` is a gate, whatever wrote it, and is counted, pruned and
-quantized as any model. `gate_cnn`, a Linen module, sees the image averaged down to about `size`
-pixels a side, so that it costs little beside an expert; `gate.apply` is its `gate_fn`. With
+quantized as any model. Those of `GATES`, Linen modules, see the image averaged down to about `size`
+pixels a side, so that they cost little beside an expert; `gate.apply` is the `gate_fn`. With
 `shared_stem` a gate sees the features that the experts go on from. `linear_probe` is fit in closed
 form by `ridge`.
 """
@@ -18,17 +18,43 @@ import jax.numpy as jnp
 from hybrid_jax import core
 
 
-class _CNNGate(nn.Module):
+class _Gate(nn.Module):
     num_experts: int
     features: tuple[int, ...]
     size: int
+
+    def __post_init__(self):
+        core.check_integer("num_experts", self.num_experts, 1)
+        core.check_integer("size", self.size, 1)
+        for channels in self.features:
+            core.check_integer("features", channels, 1)
+        super().__post_init__()
+
+
+class _CNNGate(_Gate):
+    separable: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = _shrink(x, self.size)
         for i, features in enumerate(self.features):
-            x = nn.relu(nn.Conv(features, (3, 3), strides=1 if i == 0 else 2)(x))
+            stride, own = 1 if i == 0 else 2, x.shape[-1]
+            if self.separable and i:
+                x = nn.relu(nn.Conv(own, (3, 3), stride, feature_group_count=own)(x))
+                x = nn.relu(nn.Conv(features, (1, 1))(x))
+            else:
+                x = nn.relu(nn.Conv(features, (3, 3), stride)(x))
         return nn.Dense(self.num_experts)(x.mean((1, 2)))
+
+
+class _MLPGate(_Gate):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _shrink(x, self.size)
+        x = x.reshape(len(x), -1)
+        for features in self.features:
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.num_experts)(x)
 
 
 def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8) -> nn.Module:
@@ -45,11 +71,32 @@ def gate_cnn(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8)
       >>> gate.apply(variables, images).shape
       (2, 4)
     """
-    core.check_integer("num_experts", num_experts, 1)
-    core.check_integer("size", size, 1)
-    for channels in features:
-        core.check_integer("features", channels, 1)
     return _CNNGate(num_experts, tuple(features), size)
+
+
+def gate_separable(num_experts: int, features: Sequence[int] = (8, 16), size: int = 8) -> nn.Module:
+    """A `gate_cnn` whose convolutions after the first are one of each channel and a 1x1.
+
+    It has about a ninth of their MACs. Source: Howard et al., MobileNets, arXiv 1704.04861.
+    """
+    return _CNNGate(num_experts, tuple(features), size, separable=True)
+
+
+def gate_mlp(num_experts: int, features: Sequence[int] = (16,), size: int = 8) -> nn.Module:
+    """A gate of dense layers of `features` units on the pixels of the image averaged down.
+
+    Unlike a `gate_cnn` it knows where in the image something is. `()` leaves one linear layer.
+    """
+    return _MLPGate(num_experts, tuple(features), size)
+
+
+GATES: dict[str, Callable[[int, Sequence[int], int], nn.Module]] = {
+    "cnn": gate_cnn,
+    "separable": gate_separable,
+    "mlp": gate_mlp,
+    "linear": lambda num_experts, features, size: gate_mlp(num_experts, (), size),
+}
+"""Every gate by name, open to users: f(num_experts, features, size) -> a Linen module."""
 
 
 def shared_stem(stem_fn: Callable[..., jax.Array], moe: Callable[..., Any]) -> Callable[..., Any]:

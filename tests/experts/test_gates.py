@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from hybrid_jax import core, cost, experts, pruning, quantization
+from hybrid_jax import program as p
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 32, 3), (1, 8, 8, 1), (3, 28, 20, 3), (1, 5, 5, 1)])
@@ -29,16 +30,42 @@ def test_sees_the_image_averaged_down(key):
     assert float(jnp.abs(want[0] - want[1]).max()) > 1e-3
 
 
-def test_bad_arguments():
+@pytest.mark.parametrize("name", experts.GATES)
+def test_bad_arguments(name):
+    make = experts.GATES[name]
     with pytest.raises(ValueError, match="num_experts must be an integer of at least 1, got 0"):
-        experts.gate_cnn(0)
+        make(0, (8,), 8)
     with pytest.raises(ValueError, match="size must be an integer of at least 1, got 0"):
-        experts.gate_cnn(2, size=0)
+        make(2, (8,), 0)
+    if name != "linear":
+        with pytest.raises(ValueError, match="features must be an integer of at least 1, got 0"):
+            make(2, (8, 0), 8)
 
 
-def test_bad_features():
-    with pytest.raises(ValueError, match="features must be an integer of at least 1, got 0"):
-        experts.gate_cnn(2, features=(8, 0))
+# Of 16×16 pixels averaged down to 4×4, one channel, features (8, 16), 3 experts.
+MACS = {
+    "cnn": 16 * 9 * 8 + 4 * 9 * 8 * 16 + 16 * 3,
+    "separable": 16 * 9 * 8 + 4 * 9 * 8 + 4 * 8 * 16 + 16 * 3,
+    "mlp": 16 * 8 + 8 * 16 + 16 * 3,
+    "linear": 16 * 3,
+}
+
+
+@pytest.mark.parametrize("name", experts.GATES)
+def test_contract_of_every_gate(name, key):
+    """It sees means of 4×4 pixels alone, costs what is counted by hand, and runs in integers."""
+    gate, small = experts.GATES[name](3, (8, 16), 4), jax.random.normal(key, (8, 4, 4, 1))
+    images = small.repeat(4, 1).repeat(4, 2)
+    params = jax.jit(gate.init)(key, images)
+    wanted = jax.jit(gate.apply)(params, images)
+    np.testing.assert_allclose(jax.jit(gate.apply)(params, small), wanted, atol=1e-5)
+    assert len(np.unique(np.round(wanted, 4))) == wanted.size
+    graph = core.trace(gate.apply, params, images)
+    assert cost.count(graph).macs == MACS[name]
+    planned = quantization.plan(p.lower(gate.apply, params, images), quantization.spec(graph))
+    ranges = quantization.calibrate_edges(planned, [(images,)])
+    got = jax.jit(p.run(quantization.encode(planned, ranges, images)))(images)
+    np.testing.assert_allclose(got, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
 
 
 def test_head_on_features_is_linear_in_the_mean_of_each_channel(key):
