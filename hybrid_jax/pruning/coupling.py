@@ -125,7 +125,8 @@ def keep_channels(
     units = {n: rankable(xp.asarray(scores[n]))[None] for n in sorted(scores) if not left_out[n]}
     if not units:
         raise ValueError("scores must hold a group to prune, got none that is not exempt")
-    kept = keep_units(units, {n: n for n in units}, sparsity, allocation, 1, multiple)
+    paths = {n: n.partition("#")[0] for n in units}  # of the kernels that groups are named after
+    kept = keep_units(units, paths, sparsity, allocation, 1, multiple)
     whole = {n: np.ones(np.shape(own), bool) for n, own in scores.items() if left_out[n]}
     return core.on_device({n: whole[n] if n in whole else kept[n][0] for n in scores})
 

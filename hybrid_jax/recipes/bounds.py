@@ -109,7 +109,7 @@ class Text(Bound):
 class Choice(Bound):
     """One of some names: given, or those of a registry of the library as 'package.module:NAME'.
 
-    The registry is a mapping, or a function that returns the names.
+    The registry is a mapping, or a function that returns the names; `none` adds '' to it.
 
     Example:
       >>> Choice(('soft', 'top_1', 'top_k')).check('routing', 'tpo_k')
@@ -121,6 +121,7 @@ class Choice(Bound):
     """
 
     of: tuple[str, ...] | str
+    none: bool = False
 
     @property
     def late(self):
@@ -133,7 +134,7 @@ class Choice(Bound):
         if not self.late:
             return self.of
         found = _of_library(self.of)
-        return tuple(found() if callable(found) else found)
+        return (*[""] * self.none, *(found() if callable(found) else found))
 
     def __str__(self):
         return "one of " + ", ".join(name or "''" for name in self.names)

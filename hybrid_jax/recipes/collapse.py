@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_jax import experts
+from hybrid_jax import experts, pruning
 from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.gate import check_fitted
 from hybrid_jax.recipes.task import Task, optimizer
@@ -25,15 +25,15 @@ def collapse(
     routing = experts.soft() if settings.routing == "soft" else experts.top_k(1)
     moe = experts.mixture([model.fn for model in made], gate.fn, routing, method, task.choices)
     params = [model.params for model in made]
+    tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     ((trained, _),) = fit_each(
         task,
         "collapse",
         [as_forward(student.fn)],
         [student.params],
         [{}],
-        [held(student)],
+        [pruning.hold_masks(tx, held(student))],
         teach=lambda images: moe(params, gate.params, images)[0],
-        tx=optimizer(settings.learning_rate, 0.0, settings.steps),
         steps=settings.steps,
         batch_size=settings.batch_size,
         alpha=1.0,

@@ -18,6 +18,12 @@ SECTIONS = {
 }
 """{effort: the sections of the configuration that it alone, or with some others, reads}."""
 
+ALIKE = (
+    *("allocation", "multiple", "weight_sparsity", "weight_allocation", "schedule"),
+    *("first_last_bits", "weight_learning", "activation_learning"),
+)
+"""Keys of config.experts that are attributes of every spec as they are."""
+
 IMAGES = ("cluster", "classes", "bootstrap")  # what tells the images of experts apart
 
 
@@ -30,19 +36,29 @@ class ExpertSpec:
       jitter: Spread of a random log-normal factor on the channel scores; 0 for none.
       images: Index of the training images that it prefers, or None where all are alike to it.
       sparsity: Fraction of channels removed.
+      allocation: How that is spread over groups of channels.
       multiple: Widths kept are multiples of this.
       weight_sparsity: Fraction of zeros among the weights that are left.
+      weight_allocation: How that is spread over kernels.
+      schedule: How zeros come in while it trains; '' where they are there from the start.
+      weight_learning: The gradient by which the ranges of weights are learned.
+      activation_learning: That of what sites take.
     """
 
     criterion: str
     jitter: float
     images: int | None
     sparsity: float
+    allocation: str
     multiple: int
     weight_sparsity: float
+    weight_allocation: str
+    schedule: str
     weight_bits: int
     activation_bits: int
     first_last_bits: int
+    weight_learning: str
+    activation_learning: str
 
 
 def check_read(effort: str, keys: Iterable[str]) -> None:
@@ -85,11 +101,9 @@ def expert_specs(config: ConfigDict | Config) -> tuple[ExpertSpec, ...]:
                 jitter=e.jitter if "seed" in sources else 0.0,
                 images=i if set(IMAGES) & set(sources) else None,
                 sparsity=width,
-                multiple=e.multiple,
-                weight_sparsity=e.weight_sparsity,
                 weight_bits=bits or e.weight_bits,
                 activation_bits=bits or e.activation_bits,
-                first_last_bits=e.first_last_bits,
+                **{name: getattr(e, name) for name in ALIKE},
             )
         )
     return tuple(specs)

@@ -2,19 +2,17 @@
 
 import bisect
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import core, cost, experts, pruning, quantization
+from hybrid_jax import core, cost, experts, quantization
 from hybrid_jax.recipes import train
 from hybrid_jax.recipes.config import ExpertSpec, single_spec
 from hybrid_jax.recipes.cut import Cut, Model
-from hybrid_jax.recipes.prune import prune
+from hybrid_jax.recipes.prune import channel_scores, cut, kept_channels, weight_masks
 from hybrid_jax.recipes.state import State
 from hybrid_jax.recipes.task import Task
 
@@ -46,16 +44,17 @@ def singles(task: Task, state: State, config: Any) -> dict[str, Model]:
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
     )
-    small = functools.cache(functools.partial(planned_graph, state.parent.cut))
-    trained = {}
+    parent, alpha, trained = state.parent, config.distillation.alpha, {}
     for name, (field, target) in targets.items():
-
-        def price(spec, field=field):
-            return getattr(planned_cost(small(spec.sparsity, spec.multiple), spec), field)
-
         stage = name.replace(" ", "_")
-        made = prune(task, state.parent, [within(first, price, target)], task.key(stage))
-        alpha = config.distillation.alpha
+        (scores,) = channel_scores(task, parent, [first], [task.key(stage)])
+
+        def price(spec, field=field, scores=scores):
+            keep = kept_channels(parent.cut.graph, spec, scores)
+            return getattr(planned_cost(parent.cut, spec, keep), field)
+
+        spec = within(first, price, target)
+        made = [cut(task, parent, spec, kept_channels(parent.cut.graph, spec, scores))]
         (trained[name],) = train.compress(task, state.parent, made, stage, settings, alpha, steps)
     return trained
 
@@ -109,18 +108,17 @@ def within(first: ExpertSpec, price: Callable[[ExpertSpec], float], target: floa
     return specs[index]
 
 
-def planned_graph(dense: Cut, sparsity: float, multiple: int) -> core.Graph:
-    """Returns the parent's graph with channels removed; from shapes alone, nothing is run."""
-    alike = {group.name: np.zeros(group.size, np.float32) for group in dense.graph.groups}
-    return core.narrow_graph(dense.graph, pruning.keep_channels(alike, sparsity, multiple=multiple))
+def planned_cost(dense: Cut, spec: ExpertSpec, keep: Mapping[str, Any]) -> cost.Cost:
+    """Returns what the parent without all channels but those of `keep` will cost; nothing is run.
 
-
-def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
-    """Returns what an expert of `spec` will cost; the graph is of `planned_graph`."""
-    masks = {
-        path: _planned_mask(leaf, graph.kernels.get(path), spec)
-        for path, leaf in graph.parameters.items()
-    }
+    What becomes zero in training is counted as if training began with it.
+    """
+    graph = core.narrow_graph(dense.graph, keep)
+    masks = {path: np.ones(leaf.shape, bool) for path, leaf in graph.parameters.items()}
+    if spec.weight_sparsity:
+        whole = core.expand(keep, dense.graph.groups, dense.variables)
+        small = core.slice_tree(dense.variables, core.kept_indices(dense.graph, whole))
+        masks |= weight_masks(graph, small, spec.weight_sparsity, spec.weight_allocation)
     own = quantization.spec(
         graph,
         weight_bits=spec.weight_bits,
@@ -128,10 +126,3 @@ def planned_cost(graph: core.Graph, spec: ExpertSpec) -> cost.Cost:
         first_last_bits=spec.first_last_bits,
     )
     return cost.count(graph, masks, own.weight_bits, own.activation_bits)
-
-
-def _planned_mask(leaf, kernel, spec):
-    """A mask of the count that `weight_masks` will have: costs depend on counts alone."""
-    sparsity = 0.0 if kernel is None else spec.weight_sparsity
-    removed = math.floor(sparsity * leaf.size + 0.5)
-    return (np.arange(leaf.size) >= removed).reshape(leaf.shape)

@@ -24,6 +24,7 @@ class Cut:
       kept: {path: indices of each axis that stay}; {} for the whole network.
       bits: {site: {'weight', 'activation': bits}}; {} for floats.
       origin: Which of a run's networks the source is; '' for the parent.
+      learning: {'weight_learning', 'activation_learning'} as of `quantization.spec`.
     """
 
     source: models.Network
@@ -32,6 +33,7 @@ class Cut:
     kept: Mapping[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
     bits: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     origin: str = ""
+    learning: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def network(self) -> models.Network:
@@ -56,7 +58,7 @@ class Cut:
     @functools.cached_property
     def spec(self) -> quantization.Spec:
         """How its sites are quantized."""
-        return quantization.with_bits(quantization.spec(self.graph), self.bits)
+        return quantization.with_bits(quantization.spec(self.graph, **self.learning), self.bits)
 
     @functools.cached_property
     def statistics(self) -> frozenset[str]:

@@ -20,7 +20,7 @@ from hybrid_jax.recipes.train import CALIBRATION_BATCHES, held
 
 def source(task: Task, count: int, settings: Any) -> models.Network:
     """Returns the gate over `count` experts, in floats, with the weights that it starts from."""
-    module = experts.gate_cnn(count, settings.features, settings.size)
+    module = experts.GATES[settings.network](count, settings.features, settings.size)
     images = jnp.zeros(task.image.shape, task.image.dtype)
     return models.Network(module.apply, None, jax.jit(module.init)(task.init_key("gate"), images))
 

@@ -24,9 +24,17 @@ def prune(task: Task, parent: Model, specs: Sequence[ExpertSpec], key: jax.Array
     keys = [jax.random.fold_in(key, i) for i in range(len(specs))]
     scores = channel_scores(task, parent, specs, keys)
     return [
-        cut(task, parent, spec, pruning.keep_channels(own, spec.sparsity, multiple=spec.multiple))
+        cut(task, parent, spec, kept_channels(parent.cut.graph, spec, own))
         for spec, own in zip(specs, scores, strict=True)
     ]
+
+
+def kept_channels(
+    graph: core.Graph, spec: ExpertSpec, scores: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Returns which channels of the parent stay, {group: bool (n,)}, by their scores."""
+    allocation = pruning.ALLOCATIONS[spec.allocation](graph)
+    return pruning.keep_channels(scores, spec.sparsity, allocation, spec.multiple)
 
 
 def cut(
@@ -45,12 +53,18 @@ def cut(
     masks = core.expand(keep, dense.graph.groups, dense.variables)
     probe = task.normalize(task.splits.validation.images[:4])
     _, small, certificate = core.shrink(dense.network.predict, dense.variables, masks, probe)
-    own = Cut(dense.source, task.images, small, certificate.kept, origin=dense.origin)
+    learning = {name: getattr(spec, name) for name in ("weight_learning", "activation_learning")}
+    own = Cut(
+        dense.source, task.images, small, certificate.kept, origin=dense.origin, learning=learning
+    )
     if bits is None:
         own = own.with_bits(spec.weight_bits, spec.activation_bits, spec.first_last_bits)
     else:
         own = dataclasses.replace(own, bits=bits)
-    held = weight_masks(own, spec.weight_sparsity)
+    held = {}
+    if spec.weight_sparsity:
+        at_start = 0.0 if spec.schedule else spec.weight_sparsity
+        held = weight_masks(own.graph, small, at_start, spec.weight_allocation)
     facts = {
         "spec": dataclasses.asdict(spec),
         "difference": certificate.difference,
@@ -63,12 +77,13 @@ def cut(
     return Model(own.with_variables(masked), held, facts=facts)
 
 
-def weight_masks(own: Cut, sparsity: float) -> dict[str, jax.Array]:
-    """Returns which weights of each kernel are kept; {} without a sparsity."""
-    if not sparsity:
-        return {}
-    scores = pruning.magnitude(own.graph.kernels, own.variables)
-    masks = core.flatten_paths(pruning.masks(scores, sparsity))
+def weight_masks(
+    graph: core.Graph, variables: Any, sparsity: float, allocation: str
+) -> dict[str, jax.Array]:
+    """Returns which weights of each kernel are kept, {path: bool}, one of each at least."""
+    spread, each = pruning.ALLOCATIONS[allocation](graph), pruning.unstructured(at_least=1)
+    scores = pruning.magnitude(graph.kernels, variables)
+    masks = core.flatten_paths(pruning.masks(scores, sparsity, each, spread))
     return {path: mask for path, mask in masks.items() if not core.is_masked_node(mask)}
 
 

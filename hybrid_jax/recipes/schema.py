@@ -168,6 +168,18 @@ def _check_agreement(config: Config) -> None:
             f"config.gate.k must be at most config.experts.count = {experts.count}, "
             f"got {config.gate.k}"
         )
+    for key in ("schedule", "weight_allocation"):
+        if getattr(experts, key) != KEYS[f"experts.{key}"].default and not experts.weight_sparsity:
+            raise ValueError(
+                f"config.experts.weight_sparsity must be above 0 with config.experts.{key} = "
+                f"{getattr(experts, key)!r}, which would then make no difference, got 0"
+            )
+    at_sites = experts.steps - round(experts.deployed * experts.steps)
+    if experts.schedule and at_sites < 2:
+        raise ValueError(
+            "config.experts.deployed must leave 2 of the steps or more to experts.schedule, "
+            f"got {experts.deployed}, which leaves {at_sites} of {experts.steps}"
+        )
     # A source of diversity that would make no difference is an error, not a silent nothing.
     lists = {"criterion": "criteria", "bits": "bits", "width": "sparsities"}
     nothing = {"seed": ("jitter", 0), "cluster": ("others_weight", 1)}

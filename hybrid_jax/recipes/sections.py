@@ -35,6 +35,7 @@ Side = Annotated[int, Integer(1, 2**14)]
 Size = Annotated[tuple[int, ...], Each(Integer(1, 2**14), range(3))]
 Cost = Annotated[int | float, Either(Integer(2, 10**15), Real(0, 1))]
 Ranges = Annotated[str, Choice("hybrid_jax.quantization.observers:METHODS_OF_ANY_BITS")]
+Allocation = Annotated[str, Choice("hybrid_jax.pruning:ALLOCATIONS")]
 
 CHANNELS = Integer(1, 2**16)
 TARGETS = Choice("hybrid_jax.deploy:TARGETS")
@@ -133,11 +134,9 @@ class Model:
 class Teacher(Model):
     """The network that compressed ones learn from; without a name or a function, the parent."""
 
-    name: Annotated[
-        str,
-        Either(Choice(("",)), Choice("hybrid_jax.models:names")),
-        "A network by its name.",
-    ] = ""
+    name: Annotated[str, Choice("hybrid_jax.models:names", none=True), "A network by its name."] = (
+        ""
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,12 +210,31 @@ class Experts:
         "With width, the sparsity of expert e is sparsities[e % len].",
     ] = (0.75, 0.5)
     sparsity: Annotated[BelowOne, "Fraction of channels removed."] = 0.5
+    allocation: Annotated[
+        Allocation, "How that is spread over layers; with a budget, the budget decides."
+    ] = "uniform"
     multiple: Annotated[int, Integer(1, 256), "Widths kept are rounded to multiples of this."] = 1
     weight_sparsity: Annotated[BelowOne, "Fraction of zeros among the weights that stay."] = 0.0
+    weight_allocation: Annotated[Allocation, "How zeros are spread over kernels."] = "uniform"
+    schedule: Annotated[
+        str,
+        Choice("hybrid_jax.pruning:SCHEDULES", none=True),
+        "How zeros come in over the first half of training at sites; '' has them from the start.",
+    ] = ""
     weight_bits: Annotated[Bits, "Bits of weights."] = 4
     activation_bits: Annotated[Bits, "Bits of activations."] = 8
     first_last_bits: Annotated[Bits, "Bits of the first and the last site."] = 8
     calibration: Annotated[Ranges, "How the ranges that training starts from are found."] = "minmax"
+    weight_learning: Annotated[
+        str,
+        Choice("hybrid_jax.quantization.learning:of_weights"),
+        "The gradient by which those of weights are learned; fixed leaves them.",
+    ] = "lsq"
+    activation_learning: Annotated[
+        str,
+        Choice("hybrid_jax.quantization.learning:of_activations"),
+        "The gradient by which those of what sites take are learned; fixed leaves them.",
+    ] = "lsq"
     deployed: Annotated[Fraction, "Last part of the steps, on the network as it is deployed."] = 0.2
     method: Annotated[
         str, Choice(("auto", "vmap", "map", "unroll")), "How they are mapped; auto measures."
@@ -260,6 +278,7 @@ class Mixture:
 class Gate:
     """Phase 2: the network that picks an expert for an image."""
 
+    network: Annotated[str, Choice("hybrid_jax.experts:GATES"), "Which network it is."] = "cnn"
     routing: Annotated[
         str,
         Choice(("soft", "top_1", "top_k", "noisy_top_1", "noisy_top_k")),
@@ -268,7 +287,9 @@ class Gate:
     k: Annotated[int, Integer(1, 64), "Experts that run in top-k; at most experts.count."] = 2
     noise: Annotated[float, Real(0, 100), "Of noisy routings, the noise on logits."] = 1.0
     features: Annotated[
-        tuple[int, ...], Each(CHANNELS, range(1, 17)), "Output channels of each convolution."
+        tuple[int, ...],
+        Each(CHANNELS, range(1, 17)),
+        "Of a network of layers, the output channels of each but the last.",
     ] = (8, 16)
     size: Annotated[Side, "Side in pixels that the image is averaged down to."] = 8
     bits: Annotated[Bits, "Bits of its weights and activations."] = 8

@@ -243,6 +243,7 @@ def _stored(model: Model) -> dict[str, Any]:
         "kept": model.cut.kept,
         "bits": model.cut.bits,
         "origin": model.cut.origin,
+        "learning": model.cut.learning,
         "masks": model.masks,
         "ranges": ranges,
         "weights": model.weights,
@@ -260,7 +261,8 @@ def _model(stored: dict, source: models.Network, images: jax.Array) -> Model:
         for name, own in stored["ranges"].items()
     }
     masks, weights = jax.tree.map(jax.numpy.asarray, (stored["masks"], stored["weights"]))
-    cut = Cut(source, images, variables, kept, stored["bits"], stored.get("origin", ""))
+    told = {"origin": stored.get("origin", ""), "learning": stored.get("learning", {})}
+    cut = Cut(source, images, variables, kept, stored["bits"], **told)
     return Model(cut, masks, ranges, weights, None, stored["facts"])
 
 

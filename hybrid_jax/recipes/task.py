@@ -198,14 +198,15 @@ class Task:
 
 
 def optimizer(
-    learning_rate: float, weight_decay: float, steps: int, first: int = 0
+    learning_rate: float, weight_decay: float, steps: int, first: int = 0, flat: bool = True
 ) -> optax.GradientTransformation:
     """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay, ranges stay ranges.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
     `learning_rate` is that of the peak, and `weight_decay` per step and unit of it. It goes on with
-    the schedule after its `first` steps.
+    the schedule after its `first` steps. What `flat` makes faster to compile and to launch cannot
+    tell what of its state belongs to a weight, as masks that change ask it.
     """
     whole = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
 
@@ -215,8 +216,9 @@ def optimizer(
     def kernels(params):
         return core.map_with_path(lambda path, w: "ranges/" not in path and np.ndim(w) > 1, params)
 
-    # Flattened to one vector: a few operations to compile and to launch, instead of a few per leaf.
-    adam = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()))
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    # As one vector: a few operations instead of a few per leaf.
+    adam = optax.flatten(adam) if flat else adam
     decay = optax.add_decayed_weights(weight_decay, mask=kernels)
     rate = optax.scale_by_learning_rate(schedule)
     return optax.chain(adam, decay, quantization.scale_by_width(), rate)

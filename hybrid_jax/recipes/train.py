@@ -1,5 +1,6 @@
 """Training of compressed networks: quantized at their sites, then up to what is deployed."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -62,7 +63,9 @@ def compress(
         method=settings.method,
         weights=weights,
     )
-    made = at_sites(task, made, name, settings, fit, inner(0), steps - last)
+    made = at_sites(
+        task, made, name, settings, fit, inner(flat=not settings.schedule), steps - last
+    )
     made = with_functions(list(map(deployed, made)))
     if not last:
         return made
@@ -71,8 +74,7 @@ def compress(
         [as_forward(model.fn) for model in made],
         [model.params for model in made],
         [{} for _ in made],
-        list(map(held, made)),
-        tx=inner(steps - last),
+        [pruning.hold_masks(inner(steps - last), held(model)) for model in made],
         steps=last,
     )
     return [model.trained(params) for model, (params, _) in zip(made, trained, strict=True)]
@@ -93,32 +95,54 @@ def at_sites(task, made, name, settings, fit, tx, steps) -> list[Model]:
         forwards[fn] = in_training(cuts[0], quantized)
         starts |= zip(members, _starts(task, cuts, settings), strict=True)
     params, states = zip(*(starts[e] for e in range(len(made))), strict=True)
-    free = [jax.tree.map(lambda _: optax.MaskedNode(), own["ranges"]) for own in params]
-    masks = [
-        {
-            "params": {path: model.masks.get(path, optax.MaskedNode()) for path in own["params"]},
-            "ranges": ranges,
-        }
-        for model, own, ranges in zip(made, params, free, strict=True)
+    sparse = [
+        sparsified(tx, model, own, settings, steps) for model, own in zip(made, params, strict=True)
     ]
-    trained = fit(
-        name,
-        [forwards[fn] for fn in predicts],
-        params,
-        states,
-        masks,
-        tx=tx,
-        steps=steps,
-    )
+    trained = fit(name, [forwards[fn] for fn in predicts], params, states, sparse, steps=steps)
     done = list(made)
     for fn, members in groups.items():
         stack = [experts.stack([trained[e][part] for e in members]) for part in (0, 1)]
         state = _batchnorm(task, made[members[0]].cut, forwards[fn], *stack, settings)
         for e, own in zip(members, experts.unstack(state), strict=True):
-            cut, params = made[e].cut, trained[e][0]
+            (cut, masks, *_), params = made[e], trained[e][0]
+            if settings.schedule:
+                masks = {path: params["params"][path] != 0 for path in masks}
             cut = cut.with_variables(cut.merge(params["params"], own["rest"]))
-            done[e] = made[e]._replace(cut=cut, ranges=params["ranges"])
+            done[e] = made[e]._replace(cut=cut, masks=masks, ranges=params["ranges"])
     return done
+
+
+def sparsified(
+    tx: optax.GradientTransformation, model: Model, params: Any, settings: Any, steps: int
+) -> optax.GradientTransformation:
+    """Returns the optimizer of a network at its sites that holds its zeros, or lets them come in.
+
+    As `settings.schedule` says, they come in over the first half of `steps`.
+    """
+    graph, inside = model.cut.graph, "params/"
+    nothing = jax.tree.map(lambda _: optax.MaskedNode(), params)
+
+    def masked(values):
+        return {**nothing, "params": {**nothing["params"], **values}}
+
+    if not (model.masks and settings.schedule):
+        return pruning.hold_masks(tx, masked(model.masks))
+    spread = pruning.ALLOCATIONS[settings.weight_allocation](graph)
+
+    def allocate(units, paths, *rest):
+        own = {name: path.removeprefix(inside) for name, path in paths.items()}
+        return spread.allocate(units, own, *rest)
+
+    kernels = {path: kernel for path, kernel in graph.kernels.items() if path in model.masks}
+    return pruning.prune_by_schedule(
+        tx,
+        lambda params: masked(
+            pruning.magnitude(kernels, {path: params["params"][path] for path in kernels})
+        ),
+        pruning.SCHEDULES[settings.schedule](settings.weight_sparsity, max(steps // 2, 1)),
+        pruning.unstructured(at_least=1),
+        dataclasses.replace(spread, allocate=allocate),
+    )
 
 
 def _starts(task, cuts: Sequence[Cut], settings) -> list[tuple[Any, Any]]:
@@ -194,10 +218,9 @@ def fit_each(
     forwards: Sequence[Callable],
     params: Sequence[Any],
     states: Sequence[Any],
-    masks: Sequence[Any],
+    optimizers: Sequence[optax.GradientTransformation],
     *,
     teach: Callable[[jax.Array], jax.Array],
-    tx: optax.GradientTransformation,
     steps: int,
     batch_size: int,
     alpha: float,
@@ -206,8 +229,9 @@ def fit_each(
 ) -> list[tuple[Any, Any]]:
     """Trains E networks, those of one forward function as one stack; returns (params, state) each.
 
-    `masks` are as of `pruning.hold_masks`, `weights` (E, n) as of `Task.fit`; `alpha` is the share
-    in the loss of `teach`, (images as a network takes them) -> outputs.
+    `optimizers` of one forward function differ in their state alone, `weights` (E, n) are as of
+    `Task.fit`; `alpha` is the share in the loss of `teach`, (images as a network takes them) ->
+    outputs.
     """
     key = task.key(name)
     trained: list[Any] = [None] * len(params)
@@ -218,8 +242,8 @@ def fit_each(
         def start(params, states, members=members):
             made = []
             for e, own, state in zip(members, params, states, strict=True):
-                hold = pruning.hold_masks(tx, masks[e])
-                made.append(training.create_state(own, state, hold, jax.random.fold_in(key, e)))
+                own_key = jax.random.fold_in(key, e)
+                made.append(training.create_state(own, state, optimizers[e], own_key))
             return training.stack_states(made)
 
         step = training.make_stacked_step(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import core, experts, recipes, training
-from hybrid_jax.recipes import controls, gate, pipeline, rows
+from hybrid_jax.recipes import controls, gate, pipeline, prune, rows
 from launch import export
 
 pytestmark = pytest.mark.slow
@@ -227,8 +227,10 @@ def test_planned_cost_is_the_cost(done):
     _, result = done
     for model in result.state.experts:
         spec = recipes.ExpertSpec(**model.facts["spec"])
-        graph = controls.planned_graph(result.state.parent.cut, spec.sparsity, 1)
-        assert controls.planned_cost(graph, spec) == controls.cost_of(model)
+        dense = result.state.parent.cut
+        alike = {group.name: np.zeros(group.size, np.float32) for group in dense.graph.groups}
+        keep = prune.kept_channels(dense.graph, spec, alike)
+        assert controls.planned_cost(dense, spec, keep) == controls.cost_of(model)
 
 
 def test_other_targets_of_a_finished_run(done, capsys):

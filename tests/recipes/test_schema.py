@@ -36,7 +36,6 @@ BY_HAND = {
         [0, 0.0, 1e-9, 0.25, 1.0, 2, 64_000, 10**15],
         [-1, -0.5, 1.5, 64_000.0, 10**15 + 1, math.nan, True, "64kB", None],
     ),
-    str(KEYS["teacher.name"].bound): (["", "resnet8", "densenet"], ["resnet", " ", 3, None]),
     str(KEYS["model.widths"].bound.of): ([1, 2**16, (64, 64)], [0, 2**16 + 1, 1.5, (), (0,), "64"]),
 }
 
@@ -78,6 +77,8 @@ def inside_and_outside(bound):
 def changed(key, value):
     """A configuration in which nothing but a value's own bound can refuse it."""
     free = {"experts.diversity": "", "experts.count": 64, "model.make": "module:function"}
+    # Of the keys that would make no difference without zeros.
+    free |= {"experts.weight_sparsity": 0.5} if key != "experts.weight_sparsity" else {}
     return {**recipes.flatten(recipes.Config()), **free, key: value}
 
 
@@ -179,6 +180,17 @@ DISAGREEMENTS = {
     r"experts.sparsities must hold at least two .* got \(0.5,\)": {
         "experts.diversity": "width",
         "experts.sparsities": (0.5,),
+    },
+    "experts.weight_sparsity must be above 0 with config.experts.schedule = 'cubic', .* got 0": {
+        "experts.schedule": "cubic",
+    },
+    "experts.weight_sparsity must be above 0 with config.experts.weight_allocation = 'erk'": {
+        "experts.weight_allocation": "erk",
+    },
+    "experts.deployed must leave 2 .* to experts.schedule, got 1.0, which leaves 0 of 300": {
+        "experts.weight_sparsity": 0.5,
+        "experts.schedule": "cubic",
+        "experts.deployed": 1.0,
     },
     "experts.jitter must not be 0 with diversity 'seed'": {
         "experts.diversity": "criterion+seed",

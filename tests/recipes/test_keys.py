@@ -1,0 +1,201 @@
+"""What the library has by name, by a key of the configuration: each name computes its own."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hybrid_jax import core, data, pruning, quantization, recipes
+from hybrid_jax.quantization import learning
+from hybrid_jax.recipes import controls, gate, pipeline, prune, state, train
+from hybrid_jax.recipes.config import single_spec
+from tests.recipes import strangers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(**changes of config.experts) -> (task, config) of two convolutions of 8 and 12."""
+    images, labels = strangers.digits()
+    splits = data.take((images[:200], labels[:200]))
+    given = strangers.functions()
+
+    def make(**changes):
+        config = recipes.default_config()
+        config.effort = "finetune"
+        config.experts.steps, config.experts.batch_size, config.experts.deployed = 6, 8, 0.0
+        config.experts.update(**changes)
+        path, read = tmp_path_factory.mktemp("run"), recipes.read(config)
+        return pipeline.prepare(given, splits, read, path, recipes.EFFORTS["finetune"]).task, read
+
+    return make
+
+
+def pruned(task, config):
+    (made,) = prune.prune(task, task.parent, [single_spec(config)], jax.random.key(0))
+    return made
+
+
+def trained(task, config):
+    made = pruned(task, config)
+    (found,) = train.compress(task, task.parent, [made], "experts", config.experts, 0.5)
+    return found
+
+
+def widths(model):
+    return [model.cut.variables[name].shape[-1] for name in ("stem", "body")]
+
+
+def zeros(masks):
+    return {path: int((~mask).sum()) for path, mask in masks.items()}
+
+
+def test_allocations_of_channels_by_hand(run):
+    # Of 8 and 12 a half. erk: densities as (3 + 3 + 1 + 8) / 72 = 0.208 and (3 + 3 + 8 + 12) / 864
+    # = 0.0301; 10 channels as 0.208 · 8 : 0.0301 · 12 = 1.667 : 0.361, so the first takes all 8.
+    assert widths(pruned(*run(allocation="uniform"))) == [4, 6]
+    assert widths(pruned(*run(allocation="erk"))) == [8, 2]
+    task, config = run(allocation="global")
+    (scores,) = prune.channel_scores(task, task.parent, [single_spec(config)], [jax.random.key(0)])
+    best = np.sort(np.concatenate([np.asarray(own) for own in scores.values()]))[-10]
+    expected = [int((np.asarray(scores[name]) >= best).sum()) for name in ("stem", "body")]
+    assert widths(pruned(task, config)) == expected
+    assert sum(expected) == 10
+
+
+@pytest.mark.parametrize("name", pruning.ALLOCATIONS)
+def test_allocations_of_zeros_are_planned_as_they_are_made(run, name):
+    task, config = run(
+        sparsity=0.25, weight_sparsity=0.5, allocation=name, weight_allocation=name, weight_bits=3
+    )
+    made, spec = pruned(task, config), single_spec(config)
+    total = sum(mask.size for mask in made.masks.values())
+    lost = zeros(made.masks)
+    if name == "uniform":
+        assert lost == {path: (mask.size + 1) // 2 for path, mask in made.masks.items()}
+    else:
+        assert sum(lost.values()) == (total + 1) // 2
+        assert lost["body"] > made.masks["body"].size // 2  # the largest
+    (scores,) = prune.channel_scores(task, task.parent, [spec], [jax.random.key(0)])
+    keep = prune.kept_channels(task.parent.cut.graph, spec, scores)
+    assert controls.planned_cost(task.parent.cut, spec, keep) == controls.cost_of(made)
+
+
+def test_an_allocation_of_the_users_own(run, monkeypatch):
+    """It spares every unit of the network but those of the last kernel, or group, by name."""
+
+    def last(graph):
+        def allocate(units, paths, sparsity, at_least):
+            whole = {name: jnp.ones(rows.shape, bool) for name, rows in units.items()}
+            name = max(paths, key=paths.get)
+            own = {name: units[name]}
+            return whole | pruning.uniform().allocate(own, paths, sparsity, at_least)
+
+        return pruning.Allocation("last", allocate)
+
+    monkeypatch.setitem(pruning.ALLOCATIONS, "last", last)
+    task, config = run(allocation="last", weight_allocation="last", weight_sparsity=0.5)
+    made = pruned(task, config)
+    assert widths(made) == [4, 12]
+    assert zeros(made.masks) == {"stem": 18, "body": 0, "head/w": 0}
+
+
+@pytest.mark.parametrize("name", pruning.SCHEDULES)
+def test_zeros_come_in_over_the_first_half_as_a_schedule_says(run, name):
+    task, config = run(weight_sparsity=0.5, schedule=name)
+    before = pruned(task, config)
+    assert set(zeros(before.masks).values()) == {0}
+    params = {"params": core.flatten_paths(before.cut.variables), "ranges": {"low": jnp.zeros(3)}}
+    tx = train.sparsified(optax.sgd(0.01), before, params, config.experts, steps=8)
+    update, opt_state, schedule = jax.jit(tx.update), tx.init(params), pruning.SCHEDULES[name]
+    for step in range(8):
+        updates, opt_state = update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        for path, mask in before.masks.items():
+            expected = math.floor(float(schedule(0.5, 4)(step)) * mask.size + 0.5)
+            assert int((params["params"][path] == 0).sum()) == expected
+    assert float(params["ranges"]["low"][0]) == pytest.approx(-0.08)
+
+
+def test_zeros_come_in_while_a_network_trains_and_stay(run):
+    task, config = run(
+        weight_sparsity=0.5, schedule="cubic", weight_allocation="erk", deployed=0.34
+    )
+    made = trained(task, config)
+    dense, spec = task.parent.cut, single_spec(config)
+    total = sum(mask.size for mask in made.masks.values())
+    assert sum(zeros(made.masks).values()) == total // 2
+    at_start = prune.weight_masks(made.cut.graph, made.cut.variables, 0.5, "erk")
+    assert zeros(made.masks) == zeros(at_start)
+    for path, mask in made.masks.items():
+        kernel = core.flatten_paths(made.cut.variables)[path]
+        np.testing.assert_array_equal(np.asarray(kernel) != 0, mask)
+    # The last part of training, on the deployed network, left them where they were.
+    kept = [int((own["kernel"] == 0).sum()) for own in made.weights.values()]
+    assert sum(kept) == total // 2
+    keep = {group.name: np.zeros(group.size, np.float32) for group in dense.graph.groups}
+    keep = prune.kept_channels(dense.graph, spec, keep)
+    assert controls.planned_cost(dense, spec, keep) == controls.cost_of(made)
+
+
+def quantizers(model, role):
+    return {getattr(site, role).learning for site in model.cut.spec.sites}
+
+
+@pytest.mark.parametrize("name", learning.of_activations())
+def test_activations_are_learned_as_the_key_says(run, name):
+    task, config = run(activation_learning=name)
+    made = pruned(task, config)
+    assert (quantizers(made, "weight"), quantizers(made, "activation")) == ({"lsq"}, {name})
+    planned = {slot.quantizer.learning for slot in made.cut.plan.stored.values() if slot.site}
+    assert planned == {name}
+
+
+def test_fixed_ranges_stay_as_calibrated_and_are_kept_with_the_state(run, tmp_path):
+    task, config = run(weight_learning="fixed", activation_learning="fixed")
+    start, made = pruned(task, config), trained(task, config)
+    ((params, _),) = train._starts(task, [start.cut], config.experts)
+    expected = quantization.edge_ranges(start.cut.plan, params["ranges"], start.cut.images)
+    of_sites = {name for name, slot in made.cut.plan.stored.items() if slot.site}
+    of_sites = [(name, "activation") for name in of_sites]
+    for name, role in [*of_sites, *((name, "weight") for name in made.cut.plan.ranged)]:
+        np.testing.assert_array_equal(*(np.stack(r[name][role]) for r in (made.ranges, expected)))
+    assert len(of_sites) == 3
+    state.save(tmp_path / "stage", state.State(task.parent, (made,)))
+    (back,) = state.load(tmp_path / "stage", task.parent.cut).experts
+    assert back.cut.spec == made.cut.spec
+
+
+def test_a_learning_of_the_users_own(run, monkeypatch):
+    """One whose gradient is zero: a kernel that learns by it stays as it is."""
+
+    def nothing(x, quantizer, span, bits, count, key):
+        return jax.lax.stop_gradient(quantization.fake_quant(x, quantizer.grid(span, bits), key))
+
+    monkeypatch.setitem(learning.LEARNING, "nothing", quantization.Learning(nothing))
+    task, config = run(weight_learning="nothing", weight_decay=0.0)
+    before, after = (core.flatten_paths(f(task, config).cut.variables) for f in (pruned, trained))
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {"head/b"}
+
+
+def constant(own, images):
+    return jnp.broadcast_to(own["params"], (len(images), 10))
+
+
+@pytest.mark.parametrize("name", ["separable", "linear"])
+def test_the_gate_is_the_one_of_the_key(run, name):
+    task, config = run()
+    made = [recipes.Model(None, {}, {}, own, constant) for own in jnp.eye(10)[:2]]
+    settings = dataclasses.replace(config.gate, network=name, size=4, steps=2, batch_size=8)
+    own = gate.learn_gate(task, None, made, settings, 0.0, "unroll")
+    # Of 4×4 pixels.
+    macs = {"separable": 16 * 9 * 8 + 4 * 9 * 8 + 4 * 8 * 16 + 16 * 2, "linear": 16 * 2}
+    assert controls.cost_of(own).macs == macs[name]
+    assert jax.jit(own.fn)(own.params, task.images[:8]).shape == (8, 2)
+    started = core.flatten_paths(gate.source(task, 2, settings).params)
+    for path, leaf in core.flatten_paths(own.cut.variables).items():
+        assert not np.array_equal(started[path], leaf)
