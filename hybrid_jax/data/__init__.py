@@ -13,4 +13,4 @@ from hybrid_jax.data.on_disk import OnDisk
 from hybrid_jax.data.reading import MEMORY, Examples, Source, check_size, fit
 from hybrid_jax.data.sources import SOURCES, load
 from hybrid_jax.data.splits import Arrays, Splits, check_amount, from_arrays, stratified
-from hybrid_jax.data.take import take
+from hybrid_jax.data.take import gathered, take

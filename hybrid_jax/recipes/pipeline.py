@@ -289,6 +289,7 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
 
 def _taken_images(images: Any, settings: Any) -> data.Splits:
     """The images that a call gave, as config.data says to take them; splits are taken already."""
+    images = data.gathered(images)
     if isinstance(images, data.Splits):
         return images
     names = ["seed", "train_size", "resize", "crop", "image_shape", "class_names", "mean", "std"]
