@@ -15,6 +15,7 @@ from hybrid_jax.core.checks import (
     check_same_structure,
 )
 from hybrid_jax.core.examples import (
+    VOID,
     check_labels,
     expectation,
     filled,

@@ -15,6 +15,9 @@ import numpy as np
 
 Tree = TypeVar("Tree")
 
+VOID = -1
+"""The label of a pixel that does not count, in no loss and no score."""
+
 
 def widen(x: jax.Array) -> jax.Array:
     """`x` in float32, or as it is where it has 32 bits or more: what sums over examples need."""

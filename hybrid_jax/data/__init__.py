@@ -2,8 +2,10 @@
 
 from hybrid_jax.data.augment import (
     AUGMENTATIONS,
+    Augmentation,
     augmentation,
     in_place,
+    moving,
     normalize,
     random_flip,
     random_shift,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hybrid_jax import core
+from hybrid_jax.data.labels import check_classes
 from hybrid_jax.data.on_disk import OnDisk, read_ahead
 from hybrid_jax.data.splits import Arrays
 
@@ -45,7 +46,7 @@ def batches(
     per_epoch = steps_per_epoch(arrays, batch_size)
     labels = arrays.labels
     if labels is not None and labels.dtype.kind != "f":
-        labels = core.check_labels("labels", labels, 2**31).astype(np.int32)
+        labels = check_classes("labels", labels, 2**31).astype(np.int32)
     core.check_integer("seed", seed, 0)
     core.check_integer("start_step", start_step, 0)
     stop = sys.maxsize if steps is None else core.check_integer("steps", steps, 0)

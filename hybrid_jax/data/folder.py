@@ -7,7 +7,16 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-from hybrid_jax.data.reading import Example, Examples, Source, decode, existing, opened, read_text
+from hybrid_jax.data.reading import (
+    Example,
+    Examples,
+    Source,
+    decode,
+    decode_labels,
+    existing,
+    opened,
+    read_text,
+)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PARTS = {"train": "train", "test": "test"}
@@ -15,25 +24,36 @@ PARTS |= dict.fromkeys(("val", "valid", "validation"), "validation")
 
 
 def folder(
-    dir: str | os.PathLike | None, *, labels: str | os.PathLike = "", pattern: str = ""
+    dir: str | os.PathLike | None,
+    *,
+    labels: str | os.PathLike = "",
+    pattern: str = "",
+    masks: str | os.PathLike = "",
 ) -> Source:
     """Reads image files: CLASS/*.jpg, *.png and so on in `dir`, or in train, val and test of it.
 
     Where there are files of other names, `labels` is a csv, by its path or in `dir`, of rows
     `file,label` with or without such a header, each file relative to `dir`; or `pattern` a regular
-    expression that is searched in each file's name and whose one group is the label. Colours are
-    three channels, and one where all images are grey.
+    expression that is searched in each file's name and whose one group is the label. For classes of
+    pixels `masks` is a directory of label images, of one channel or a palette, which has a .png by
+    the name of each image: masks/train/a.png for train/a.jpg of `dir`. Colours are three channels,
+    and one where all images are grey.
     """
     root = existing("dir", dir, "a directory of images")
-    if labels and pattern:
-        raise ValueError(f"labels and pattern must not both be given, got {labels} and {pattern}")
+    given = {"labels": labels, "pattern": pattern, "masks": masks}
+    if len(given := {name: value for name, value in given.items() if value}) > 1:
+        values = " and ".join(map(str, given.values()))
+        raise ValueError(f"{' and '.join(given)} must not both be given, got {values}")
     if labels:
         known = _by_csv(root, labels)
     else:
         files = sorted(_images(root))
         if not files:
             raise ValueError(f"dir must hold images ({', '.join(EXTENSIONS)}), got {root}")
-        known = _by_pattern(files, pattern) if pattern else _by_directory(root, files)
+        if masks:
+            known = _by_masks(files, existing("masks", masks, "a directory of label images"))
+        else:
+            known = _by_pattern(files, pattern) if pattern else _by_directory(root, files)
     depth = _depth(known)
     parts = {}
     for file, label in known.items():
@@ -44,13 +64,18 @@ def folder(
     return Source(**{name: _examples(root, part, 1 if grey else 3) for name, part in parts.items()})
 
 
-def _examples(root: pathlib.Path, labels: dict[pathlib.Path, str], channels: int) -> Examples:
+def _examples(
+    root: pathlib.Path, labels: dict[pathlib.Path, str | pathlib.Path], channels: int
+) -> Examples:
     paths = [str(root / file) for file in labels]
-    classes = list(labels.values())
+    found = list(labels.values())
 
     def at(numbers: Sequence[int]) -> Iterator[Example]:
         for i in numbers:
-            yield paths[i], functools.partial(decode, paths[i], paths[i], channels), classes[i]
+            path, label = paths[i], found[i]
+            if isinstance(label, pathlib.Path):
+                label = functools.partial(decode_labels, str(label), label, path)
+            yield path, functools.partial(decode, path, path, channels), label
 
     return Examples(len(paths), at)
 
@@ -96,6 +121,16 @@ def _by_pattern(files: list[pathlib.Path], pattern: str) -> dict[pathlib.Path, s
         if not match or not match[1]:
             raise ValueError(f"{expected} that every file's name has, got {pattern!r} for {file}")
     return {file: match[1] for file, match in matches.items()}
+
+
+def _by_masks(files: list[pathlib.Path], masks: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
+    known = {file: masks / file.with_suffix(".png") for file in files}
+    for file, mask in known.items():
+        if not mask.is_file():
+            raise ValueError(
+                f"masks must hold a label image for each of dir, got no {mask} for {file}"
+            )
+    return known
 
 
 def _by_csv(root: pathlib.Path, labels: str | os.PathLike) -> dict[pathlib.Path, str]:

@@ -14,8 +14,10 @@ def label_kind(labels: np.ndarray | None) -> str | None:
     return "values" if labels.dtype.kind == "f" else "pixels" if labels.ndim == 3 else "classes"
 
 
-def shaped(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:
-    """Labels of `count` images as they came, in one of the shapes that labels have."""
+def shaped(
+    name: str, labels: np.ndarray | None, count: int, void: int = core.VOID
+) -> np.ndarray | None:
+    """Labels of `count` images in one of the shapes that labels have; `core.VOID` for `void`."""
     if labels is None:
         return None
     labels = np.asarray(labels)
@@ -28,7 +30,19 @@ def shaped(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | Non
             f"({count}, H, W) of integers, or ({count}, D) of floats, "
             f"got {labels.shape} {labels.dtype}"
         )
+    if void != core.VOID:
+        if label_kind(labels) != "pixels":
+            raise ValueError(f"void must be {core.VOID} where pixels have no labels, got {void}")
+        wide = np.int32 if labels.dtype.itemsize <= 2 else np.int64
+        labels = np.where(labels == void, wide(core.VOID), labels.astype(wide))
     return labels.ravel() if column and kind != "f" else labels
+
+
+def check_classes(name: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns labels as they came if they are classes in [0, N), or void ones of pixels."""
+    void = labels == core.VOID if label_kind(labels) == "pixels" else np.bool_(False)
+    core.check_labels(name, np.where(void, 0, labels) if void.any() else labels, num_classes)
+    return labels
 
 
 def class_names(labels: np.ndarray | None, given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -45,7 +59,7 @@ def class_names(labels: np.ndarray | None, given: Sequence[str] | None) -> tuple
         # As numbers, 10 comes after 9.
         names = tuple(sorted(found, key=int if all(map(str.isdecimal, found)) else None))
     else:
-        core.check_labels("train labels, without class_names,", labels, labels.size)
+        check_classes("train labels, without class_names,", labels, labels.size)
         names = tuple(map(str, range(int(labels.max()) + 1)))
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"class_names must differ, got {twice[0]!r} twice")
@@ -74,4 +88,12 @@ def numbered(
                     f"{name} labels must be of {len(names)} class names, got {label!r}"
                 )
         labels = np.array([known.get(label, label) for label in found.tolist()], np.int64)[inverse]
-    return core.check_labels(f"{name} labels", labels, len(names)).astype(np.int32)
+    labels = check_classes(f"{name} labels", labels, len(names)).astype(np.int32)
+    if label_kind(labels) == "pixels":
+        alone = np.flatnonzero((labels == core.VOID).all((1, 2)))
+        if alone.size:
+            raise ValueError(
+                f"{name} labels must have a pixel that counts in each image, got none in image "
+                f"{alone[0]}"
+            )
+    return labels

@@ -17,8 +17,9 @@ from hybrid_jax.data.on_disk import OnDisk
 MEMORY = 2**32
 """Bytes of a part's images that are held in memory; those of a larger part stay on disk."""
 
-Example = tuple[str, Callable[[], np.ndarray], int | str]
-"""Its name in errors, what reads its image (h, w, C) uint8, its label."""
+Example = tuple[str, Callable[[], np.ndarray], int | str | Callable[[], np.ndarray]]
+"""Its name in errors, what reads its image (h, w, C) uint8, its label, or what reads that of each
+of its pixels, (h, w) uint8."""
 
 
 class Examples(NamedTuple):
@@ -83,7 +84,10 @@ def read(
     crop: Sequence[int] = (),
     memory: int = MEMORY,
 ) -> tuple[np.ndarray | OnDisk, np.ndarray]:
-    """Images (n, H, W, C) uint8, by `fit`, on disk if more than `memory` bytes, and labels (n,)."""
+    """Images (n, H, W, C) uint8, by `fit`, on disk if more than `memory` bytes, and labels.
+
+    These are (n,), or of pixels (n, H, W), by `fit_labels` and in memory.
+    """
     if not examples.count:
         raise ValueError(f"{title} must hold images, got none")
 
@@ -105,12 +109,20 @@ def read(
     if held := math.prod(images.shape) <= memory:
         images = np.empty(images.shape, np.uint8)
 
+    def label(name: str, own: Any) -> Any:
+        if not callable(own):
+            return own
+        found = fit_labels(f"labels of {name}", own(), resize, crop)
+        if found.shape != shape[:2]:
+            raise ValueError(f"labels of {name} must have its size {shape[:2]}, got {found.shape}")
+        return found
+
     # Errors are raised in here, where the bar is taken down with them.
-    def each() -> Iterator[int | str]:
+    def each() -> Iterator[Any]:
         for i, example in enumerate(examples.at(range(examples.count))):
             if held:
                 images[i] = fitted(example)
-            yield example[2]
+            yield label(example[0], example[2])
 
     console = Console(stderr=True)
     bar = {"console": console, "transient": True, "disable": not console.is_terminal}
@@ -119,17 +131,22 @@ def read(
 
 
 def fit(
-    name: str, image: np.ndarray, resize: Sequence[int] = (), crop: Sequence[int] = ()
+    name: str,
+    image: np.ndarray,
+    resize: Sequence[int] = (),
+    crop: Sequence[int] = (),
+    resample: str = "BILINEAR",
 ) -> np.ndarray:
     """Resizes an image (h, w, C) uint8, then cuts its centre out.
 
-    `resize` is (), the short side as (side,), or (H, W): bilinear, with antialiasing. `crop` is (),
-    (side,) of a square, or (H, W). Both are rounded as torchvision does. Errors call it `name`.
+    `resize` is (), the short side as (side,), or (H, W): by `resample` of Pillow, bilinear with
+    antialiasing. `crop` is (), (side,) of a square, or (H, W). Both are rounded as torchvision
+    does. Errors call it `name`.
     """
     if resize:
         sides = image.shape[:2]
         size = resize if len(resize) == 2 else [resize[0] * s // min(sides) for s in sides]
-        image = _resized(image, *size)
+        image = _resized(image, *size, resample)
     if crop:
         height, width = crop if len(crop) == 2 else crop * 2
         if height > image.shape[0] or width > image.shape[1]:
@@ -142,6 +159,18 @@ def fit(
     return image
 
 
+def fit_labels(
+    name: str, labels: np.ndarray, resize: Sequence[int] = (), crop: Sequence[int] = ()
+) -> np.ndarray:
+    """As `fit`, of the labels (h, w) of an image's pixels, each of which takes the nearest one.
+
+    Example:
+      >>> fit_labels('it', np.uint8([[0, 7]]), resize=(1, 4))
+      array([[0, 0, 7, 7]], dtype=uint8)
+    """
+    return fit(name, labels[..., None], resize, crop, "NEAREST")[..., 0]
+
+
 def decode(name: str, file: str | os.PathLike | BinaryIO, channels: int) -> np.ndarray:
     """Decodes an image file to (h, w, channels) uint8, turned as its EXIF data says."""
     with opened(name, file) as image:
@@ -152,6 +181,20 @@ def decode(name: str, file: str | os.PathLike | BinaryIO, channels: int) -> np.n
         mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
         pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def decode_labels(name: str, file: str | os.PathLike, image: str | os.PathLike) -> np.ndarray:
+    """Decodes a label image (h, w) uint8, of one channel or of palette indices, of `image`."""
+    with opened(image, image) as of:
+        turned = of.getexif().get(0x0112, 1) >= 5  # by a quarter, as `decode` does
+        size = of.size if turned else of.size[::-1]
+    with opened(name, file) as own:
+        if own.mode not in ("L", "P", "1"):
+            raise ValueError(f"labels of mode {own.mode}, not L, P or 1")
+        labels = np.asarray(own).astype(np.uint8)
+    if labels.shape != size:
+        raise ValueError(f"{name} must have the size {size} of its image, got {labels.shape}")
+    return labels
 
 
 @contextlib.contextmanager
@@ -172,10 +215,10 @@ def _fitted(example: Example, resize: Sequence[int], crop: Sequence[int]) -> np.
     return fit(name, image, resize, crop)
 
 
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resized(image: np.ndarray, height: int, width: int, resample: str) -> np.ndarray:
     """Channel by channel, so that there may be any number of them."""
     pillow = _pillow()
-    how = {"size": (width, height), "resample": pillow.Resampling.BILINEAR}
+    how = {"size": (width, height), "resample": pillow.Resampling[resample]}
     channels = [pillow.fromarray(c).resize(**how) for c in np.moveaxis(image, -1, 0).copy()]
     return np.stack(channels, axis=-1)
 

@@ -9,7 +9,7 @@ import numpy as np
 from hybrid_jax import core
 from hybrid_jax.data import labels as targets
 from hybrid_jax.data.on_disk import OnDisk
-from hybrid_jax.data.reading import MEMORY, Examples, Part, check_size, fit, read
+from hybrid_jax.data.reading import MEMORY, Examples, Part, check_size, fit, fit_labels, read
 
 
 class Arrays(NamedTuple):
@@ -17,8 +17,8 @@ class Arrays(NamedTuple):
 
     Attributes:
       images: (n, H, W, C) uint8.
-      labels: int32 in [0, N), of images (n,) or of their pixels (n, H, W); float32 values (n,) or
-        (n, D); or None.
+      labels: int32 in [0, N), of images (n,) or of their pixels (n, H, W), where `core.VOID` does
+        not count; float32 values (n,) or (n, D); or None.
     """
 
     images: np.ndarray | OnDisk
@@ -70,6 +70,7 @@ def from_arrays(
     crop: int | Sequence[int] = (),
     image_shape: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    void: int = core.VOID,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     memory: int = MEMORY,
@@ -82,7 +83,8 @@ def from_arrays(
     `train` are images (n, H, W, C) or (n, H, W), uint8, and labels: integers or names of classes,
     (n,) or (n, 1); integers (n, H, W), the classes of pixels; floats (n,) or (n, D), values of a
     regression; or None. Anything `numpy.asarray` takes; or `Examples`, whose images stay on disk
-    where they have more bytes than `memory`. `test` and `validation` are alike; or how many of
+    where they have more bytes than `memory`. Pixels of label `void` or -1 count in no loss and no
+    score. `test` and `validation` are alike; or how many of
     train to take, a fraction below 1 or a whole number, of test as 'test:1000'; None is a fifth and
     a tenth. `train_size` train images are kept after that. `resize` and `crop` are as of `fit`;
     `image_shape` is the (H, W, C) that images must have, by default that of train. `class_names`
@@ -103,7 +105,10 @@ def from_arrays(
     test, validation = 0.2 if test is None else test, 0.1 if validation is None else validation
     given = {"train": train, "test": test, "validation": validation}
     core.check_integer("memory", memory, 0)
-    parts = {n: _arrays(n, part, *sizes, memory) for n, part in given.items() if _is_part(part)}
+    core.check_integer("void", void, core.VOID)
+    parts = {
+        n: _arrays(n, part, *sizes, memory, void) for n, part in given.items() if _is_part(part)
+    }
     shape = tuple(image_shape or parts["train"].images.shape[1:])
     names = targets.class_names(parts["train"].labels, class_names)
     for name, values in (("mean", mean), ("std", std)):
@@ -195,12 +200,12 @@ def _held_out(argument: str, amount: float | str, of: str, available: int) -> in
 
 
 def _arrays(
-    name: str, part: Part, resize: tuple[int, ...], crop: tuple[int, ...], memory: int
+    name: str, part: Part, resize: tuple[int, ...], crop: tuple[int, ...], memory: int, void: int
 ) -> Arrays:
     """Of the right shapes and of one size; the labels as they came."""
     if isinstance(part, Examples):
         images, labels = read(name, part, resize, crop, memory)
-        return Arrays(images, targets.shaped(name, labels, len(images)))
+        return Arrays(images, targets.shaped(name, labels, len(images), void))
     images, labels = part
     images = np.asarray(images)
     if np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8:
@@ -218,10 +223,16 @@ def _arrays(
         raise ValueError(
             f"{name} images must have shape (n, H, W, C) or (n, H, W), n > 0, got {images.shape}"
         )
-    labels = targets.shaped(name, labels, len(images))
+    labels = targets.shaped(name, labels, len(images), void)
     if resize or crop:
         if targets.label_kind(labels) == "pixels":
-            raise ValueError("resize and crop must be () where pixels have labels, which stay")
+            if labels.shape != images.shape[:3]:
+                raise ValueError(
+                    f"{name} labels must be of the images' size to be resized and cut alike, got "
+                    f"{labels.shape[1:]} for {images.shape[1:3]}"
+                )
+            title, labels = f"labels of a {name} image", labels.astype(np.int32)
+            labels = np.stack([fit_labels(title, own, resize, crop) for own in labels])
         images = np.stack([fit(f"a {name} image", image, resize, crop) for image in images])
     return Arrays(images, labels)
 

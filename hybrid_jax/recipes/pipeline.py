@@ -23,7 +23,7 @@ from hybrid_jax.recipes.sections import Config
 from hybrid_jax.recipes.state import State
 from hybrid_jax.recipes.task import Task
 
-PATHS = ("dir", "labels", "classes")
+PATHS = ("dir", "labels", "masks", "classes")
 """Keys of config.data that may begin with ~."""
 
 AUGMENTATION = ("padding", "flip", "augment")
@@ -132,10 +132,10 @@ def compress(
     Args:
       network: What `models.take` takes: a Linen module with its variables, an NNX module, a Keras
         model, (predict, train, params), or a bare Linen module, which is trained first.
-      images: What `data.take` takes: (images, labels), parts of such, or `data.Splits`. The network
-        gets (pixel / 255 - mean) / std: where it was trained with other than the mean and std of
-        these training images, config.data.mean and std say so; config.data also says how they are
-        resized and divided.
+      images: What `data.take` takes: (images, labels), parts of such, an iterable of batches, which
+        is read once, or `data.Splits`. The network gets (pixel / 255 - mean) / std: where it was
+        trained with other than the mean and std of these training images, config.data.mean and std
+        say so; config.data also says how they are resized and divided.
       budget: What it may cost; None for that of the configuration.
       workdir: Directory that is empty, absent, or holds the same run.
       effort: 'ptq', 'finetune' or 'mixture', or a function from a `Task` and the configuration to
@@ -293,10 +293,16 @@ def _taken_images(images: Any, settings: Any) -> data.Splits:
     if isinstance(images, data.Splits):
         return images
     names = ["seed", "train_size", "resize", "crop", "image_shape", "class_names", "mean", "std"]
+    names += ["void"]
     if isinstance(images, tuple) and len(images) == 2:
         names += ["test", "validation"]  # of which none was given
     given = {name: getattr(settings, name) for name in names}
-    return data.take(images, **{k: value for k, value in given.items() if value not in ((), 0)})
+    return data.take(images, **_told(given))
+
+
+def _told(given: dict[str, Any]) -> dict[str, Any]:
+    """What is not left to the source: void labels may be 0."""
+    return {k: value for k, value in given.items() if k == "void" or value not in ("", (), 0)}
 
 
 def _taken_network(
@@ -316,11 +322,9 @@ def _taken_network(
 
 def _load(settings: Any) -> data.Splits:
     """The images that config.data says."""
-    given = {
-        key: value
-        for key, value in dataclasses.asdict(settings).items()
-        if key not in AUGMENTATION and value not in ("", (), 0)
-    }
+    given = _told(
+        {k: value for k, value in dataclasses.asdict(settings).items() if k not in AUGMENTATION}
+    )
     paths = {k: str(pathlib.Path(given[k]).expanduser()) for k in PATHS if k in given}
     try:
         splits = data.load(**{**given, **paths})
@@ -444,8 +448,8 @@ def _objective(loss, metric, splits, temperature) -> training.Objective:
 
 
 def _augmentation(settings: Any, splits: data.Splits) -> Callable:
-    """That of the configuration; shifts of pixels are left out where these have labels."""
-    moves = splits.label_kind != "pixels"
+    """That of the configuration, without shifts where labels are of coarser pixels."""
+    moves = splits.label_kind != "pixels" or splits.train.labels.shape[1:] == splits.image_shape[:2]
     padding, flip = (settings.padding, settings.flip) if moves else (0, False)
     return data.augmentation(padding, flip, settings.augment, label_kind=splits.label_kind)
 

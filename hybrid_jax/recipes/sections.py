@@ -57,6 +57,12 @@ class Data:
     pattern: Annotated[
         String, "With folder, a regular expression whose group is the label in a name."
     ] = ""
+    masks: Annotated[
+        String, "With folder, a directory of label images, a .png by the name of each image."
+    ] = ""
+    void: Annotated[
+        int, Integer(-1, 2**31 - 1), "The label of pixels that do not count, beside -1."
+    ] = -1
     classes: Annotated[String, "A file of class names in the order of their numbers."] = ""
     class_names: Annotated[
         tuple[str, ...],

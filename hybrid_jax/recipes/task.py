@@ -28,7 +28,7 @@ class Task:
       splits: Its images; only the evaluation at the end reads the test images.
       workdir: Where checkpoints, records and results of the run lie.
       objective: Loss, score and confidence.
-      augment: (images (B, H, W, C) uint8, key) -> images of that shape and dtype.
+      augment: Of images (B, H, W, C) uint8, and of what labels move along.
       seed: Of everything that is drawn.
       checkpoint_every: Steps that a run that is stopped loses at most.
       batch_size: Of evaluation.
@@ -43,7 +43,7 @@ class Task:
     splits: data.Splits
     workdir: pathlib.Path
     objective: training.Objective
-    augment: Callable[[jax.Array, jax.Array], jax.Array] = lambda images, key: images
+    augment: data.Augmentation = dataclasses.field(default_factory=data.augmentation)
     seed: int = 0
     checkpoint_every: int = 500
     batch_size: int = 256
@@ -93,9 +93,12 @@ class Task:
         """Turns (B, H, W, C) uint8 into what a network takes."""
         return data.normalize(images, self.splits.mean, self.splits.std)
 
-    def augmented(self, images: jax.Array, key: jax.Array) -> jax.Array:
-        """Turns (B, H, W, C) uint8 into what a network is trained on."""
-        return self.normalize(self.augment(images, key))
+    @functools.cached_property
+    def augmented(self) -> data.Augmentation:
+        """Turns (B, H, W, C) uint8 into what a network is trained on, and moves labels along."""
+        return data.Augmentation(
+            lambda images, key: self.normalize(self.augment(images, key)), self.augment.labels
+        )
 
     def loss(self, forward: Callable, alpha: float = 0.0) -> Callable:
         """Returns the loss function of a step, of which `alpha` is the teacher's share."""

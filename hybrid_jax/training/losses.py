@@ -11,15 +11,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     """Cross-entropy (B,) between labels and logits, in nats, float32 or wider.
 
     `logits` are (B, …, N), -inf for a class that is ruled out; `labels` (B, …) integers in [0, N),
-    of which a traced one outside makes the loss NaN. `smoothing` is the probability that the target
-    spreads evenly over all classes.
+    of which a traced one outside makes the loss NaN, and of pixels also `core.VOID`, which does not
+    count. `smoothing` is the probability that the target spreads evenly over all classes.
     """
     core.check_fraction("smoothing", smoothing)
     check_labelled(logits, labels)
-    logits = core.widen(logits)
+    logits, counted = core.widen(logits), counting(labels)
+    if counted is not None:  # Selected away first: the gradient of what is not finite would be NaN.
+        logits, labels = jnp.where(counted[..., None], logits, 0), jnp.where(counted, labels, 0)
     labelled = core.one_hot(labels, logits.shape[-1]).astype(logits.dtype)
     target = optax.smooth_labels(labelled, smoothing)
-    return mean_of_each(-core.expectation(target, jax.nn.log_softmax(logits)))
+    return mean_of_each(-core.expectation(target, jax.nn.log_softmax(logits)), counted)
 
 
 def distillation_loss(
@@ -51,9 +53,21 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return mean_of_each(jnp.square(outputs - labels))
 
 
-def mean_of_each(values: jax.Array) -> jax.Array:
-    """The mean (B,) of all that `values` (B, …) have of each example."""
-    return core.widen(values).reshape(len(values), -1).mean(-1)
+def mean_of_each(values: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """The mean (B,) of all `values` (B, …) of each example that count; 0 where none does."""
+    values = core.widen(values).reshape(len(values), -1)
+    if counted is None:
+        return values.mean(-1)
+    counted = counted.reshape(values.shape)
+    many = jnp.maximum(counted.sum(-1), 1).astype(values.dtype)
+    return jnp.where(counted, values, 0).sum(-1) / many
+
+
+def counting(labels: jax.Array) -> jax.Array | None:
+    """Which pixels (B, H, W, …) count: all but those of label `core.VOID`. None of other labels."""
+    labels = jnp.asarray(labels)
+    of_pixels = labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.integer)
+    return labels != core.VOID if of_pixels else None
 
 
 def check_labelled(logits: jax.Array, labels: jax.Array) -> None:

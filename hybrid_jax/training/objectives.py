@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from hybrid_jax import core, experts
 from hybrid_jax.training.losses import (
     check_labelled,
+    counting,
     cross_entropy,
     distillation_loss,
     mean_of_each,
@@ -39,14 +40,16 @@ def classification(smoothing: float = 0.0, temperature: float = 4.0) -> Objectiv
     """Of outputs that are logits (B, N) with labels (B,), or (B, H, W, N) with labels (B, H, W).
 
     Cross-entropy with label `smoothing`, KL at a `temperature`, top-1 accuracy and the largest
-    probability; of pixels, their means over an image. NaN logits are never right.
+    probability; of pixels, their means over those of an image that count, see `core.VOID`. NaN
+    logits are never right.
     """
     core.check_fraction("smoothing", smoothing)
     core.check_positive("temperature", temperature)
 
     def score(outputs: jax.Array, labels: jax.Array) -> jax.Array:
         check_labelled(outputs, labels)
-        return mean_of_each(core.top_class(outputs) == jnp.asarray(labels, jnp.int32))
+        right = core.top_class(outputs) == jnp.asarray(labels, jnp.int32)
+        return mean_of_each(right, counting(labels))
 
     return Objective(
         functools.partial(cross_entropy, smoothing=smoothing),
@@ -123,13 +126,19 @@ def check_objective(objective: Objective, outputs: Any, labels: Any) -> None:
 def example_loss(
     objective: Objective, outputs: jax.Array, batch: Batch, alpha: float = 0.0
 ) -> jax.Array:
-    """(1 - alpha) loss + alpha distillation, (B,): by batch['label'] and batch['teacher']."""
+    """(1 - alpha) loss + alpha distillation, (B,): by batch['label'] and batch['teacher'].
+
+    Of pixels that do not count the teacher teaches nothing.
+    """
     loss = objective.loss(outputs, batch["label"])
     if not alpha:
         return loss
     if "teacher" not in batch:
         raise ValueError(f"batch must hold 'teacher' outputs for alpha {alpha}, got {[*batch]}")
-    return (1 - alpha) * loss + alpha * objective.distillation(outputs, batch["teacher"])
+    teacher, counted = batch["teacher"], counting(batch["label"])
+    if counted is not None and outputs.shape[:-1] == counted.shape:
+        outputs = jnp.where(counted[..., None], outputs, teacher.astype(outputs.dtype))
+    return (1 - alpha) * loss + alpha * objective.distillation(outputs, teacher)
 
 
 def loss_of(forward: Forward, objective: Objective, alpha: float = 0.0) -> LossFn:

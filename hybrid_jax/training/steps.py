@@ -37,9 +37,10 @@ def make_step(
     """Makes the jitted step of one model: step(state, batch) -> (state, metrics with 'loss').
 
     `loss_fn` is (params, state, batch, key) -> (loss (), (new_state, metrics)); `augment`, (images
-    (B, H, W, C), key) -> images; `teacher`, of these -> outputs (B, …), put into batch['teacher'].
-    Convolutions have their fastest forms, kept in `choices`, of which a run that is to be resumed
-    bit by bit has its own. The state handed in is donated. On a sharded batch and a replicated
+    (B, H, W, C), key) -> images, whose attribute `labels`, if it has one, moves labels by the same
+    key; `teacher`, of these images -> outputs (B, …), put into batch['teacher']. Convolutions have
+    their fastest forms, kept in `choices`, of which a run that is to be resumed bit by bit has its
+    own. The state handed in is donated. On a sharded batch and a replicated
     state the step is data parallel.
     """
 
@@ -96,7 +97,9 @@ def _prepare(
     batch: Batch, key: jax.Array, augment: Augment | None, teacher: Teacher | None
 ) -> Batch:
     if augment is not None:
-        batch = {**batch, "image": augment(batch["image"], key)}
+        moved = getattr(augment, "labels", None)
+        own = {"label": moved(batch["label"], key)} if moved else {}
+        batch = {**batch, "image": augment(batch["image"], key), **own}
     if teacher is not None:
         batch = {**batch, "teacher": jax.lax.stop_gradient(teacher(batch["image"]))}
     return batch

@@ -86,20 +86,46 @@ def test_augmentation_of_the_users_own(key, monkeypatch):
         floats(images, key)
 
 
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"padding": 1}, "padding"),
-        ({"flip": True}, "flip"),
-        ({"others": [data.random_flip], "flip": True}, ".*random_flip.*, flip"),
-    ],
-)
-def test_pixels_that_have_labels_stay_where_they_are(given, named):
-    with pytest.raises(ValueError, match=rf"where they are \(`in_place`\), got {named}"):
-        data.augmentation(**given, label_kind="pixels")
-    assert data.augmentation(**given, label_kind="values")
+@data.moving
+def turned(images, key):
+    return images[:, ::-1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
+def test_labels_move_along_with_their_pixels(key, dtype):
+    """Each label is that of its pixel's value before; what comes in from outside is void."""
+    augment = data.augmentation(
+        padding=2, flip=True, others=["flip", turned, "flip"], label_kind="pixels"
+    )
+    labels = jnp.broadcast_to(jnp.arange(30).reshape(1, 5, 6), (64, 5, 6)).astype(jnp.int32)
+    images = (labels + 100)[..., None].astype(dtype)
+    seen = np.asarray(augment(images, key))[..., 0].astype(int)
+    moved = np.asarray(jax.jit(augment.labels)(labels, key))
+    assert moved.dtype == np.int32
+    assert np.array_equal(moved, np.where(seen == 0, -1, seen - 100))
+    assert len(np.unique(moved, axis=0)) > 30
+    assert (moved == -1).any()
+    # What was void stays so, and shifts of nothing bring nothing in.
+    assert np.all(np.asarray(augment.labels(0 * labels - 1, key)) == -1)
+    still = data.augmentation(flip=True, label_kind="pixels")
+    assert (np.asarray(still.labels(labels, key)) >= 0).all()
+
+
+def test_labels_stay_where_their_pixels_do(key):
+    """Darker or in part black, a pixel is what it was."""
     own = data.in_place(lambda images, key: images // 2)
-    assert data.augmentation(others=["brightness", "cutout", own], label_kind="pixels")
+    augment = data.augmentation(others=["brightness", "cutout", own], label_kind="pixels")
+    labels = jnp.arange(16).reshape(1, 4, 4)
+    assert np.array_equal(augment.labels(labels, key), labels)
+
+
+def test_what_may_move_pixels_without_their_labels_is_refused():
+    others = [lambda images, key: images[:, ::-1]]
+    message = r"must be marked as `in_place` or `moving` where pixels have labels, got .*lambda"
+    with pytest.raises(ValueError, match=message):
+        data.augmentation(others=others, label_kind="pixels")
+    for kind in ("values", "classes", None):
+        assert data.augmentation(others=others, label_kind=kind).labels is None
 
 
 def test_normalize_by_hand():

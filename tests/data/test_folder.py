@@ -142,6 +142,8 @@ def csv(text):
         ),
         (csv(""), {"labels": "a"}, r"labels must be a csv .*, got 'a' \(no such path"),
         (csv(""), {"labels": "l.csv", "pattern": "(.)"}, "labels and pattern must not both be"),
+        (csv(""), {"masks": "m", "pattern": "(.)"}, "pattern and masks must not both be given"),
+        (csv(""), {"masks": "m"}, r"masks must be a directory of label images, got 'm' \(no such"),
         (csv(""), {"pattern": "("}, r"pattern must be a regular expression .*, got '\(' \(missing"),
         (csv(""), {"pattern": "x"}, r"pattern must be .* one group, got 'x' with 0"),
         (csv(""), {"pattern": "([a-f]).png"}, r"that every file's name has, got .* for a/0.png"),
@@ -154,6 +156,87 @@ def test_bad_folders_are_named(tmp_path, change, options, message):
     change(tmp_path)
     with pytest.raises(ValueError, match=message):
         data.load("folder", dir=tmp_path, **options)
+
+
+def save_mask(file, pixels, mode="L"):
+    """Writes a label image, of a palette of colours with mode P."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, np.uint8))
+    if mode == "P":
+        image = image.copy()
+        image.putpalette([200, 3, 77] * 256)
+    image.convert(mode).save(file)
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+@pytest.mark.parametrize("given", [{}, {"memory": 0}], ids=["in memory", "on disk"])
+def test_masks_are_labels_of_pixels(tmp_path, mode, given):
+    """A void of 255, and parts as directories of both."""
+    save(tmp_path / "in", "train/a.jpg", "train/deep/b.bmp", "val/c.png", "test/d.png", size=(3, 2))
+    own = [[[i, 255, 0], [0, 2, i]] for i in range(4)]
+    for name, pixels in zip(("train/a", "train/deep/b", "val/c", "test/d"), own, strict=True):
+        save_mask(tmp_path / "masks" / f"{name}.png", pixels, mode)
+    masks = tmp_path / "masks"
+    splits = data.load(
+        "folder", dir=tmp_path / "in", masks=masks, void=255, class_names="abcd", **given
+    )
+    assert (splits.label_kind, splits.image_shape) == ("pixels", (2, 3, 3))
+    assert np.asarray(splits.train.images)[:, 0, 0, 0].tolist() == [0, 10]
+    got = [*splits.train.labels, *splits.validation.labels, *splits.test.labels]
+    assert np.array_equal(got, np.where(np.array(own) == 255, -1, own))
+
+
+def test_masks_are_resized_and_cut_as_their_images(tmp_path):
+    save(tmp_path / "in", "a.png", "b.png", "c.png", size=(4, 4))
+    for name in "abc":
+        save_mask(tmp_path / "masks" / f"{name}.png", [[7, 7, 9, 9]] * 4)
+    splits = data.load(
+        "folder",
+        dir=tmp_path / "in",
+        masks=tmp_path / "masks",
+        resize=8,
+        crop=(2, 6),
+        test=1,
+        validation=1,
+    )
+    assert splits.image_shape == (2, 6, 3)
+    assert splits.train.labels.tolist() == [[[7] * 3 + [9] * 3] * 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: (m / "b.png").unlink(), r"a label image for each of dir, got no .*b.png for b"),
+        (
+            lambda m: save_mask(m / "b.png", [[0] * 5] * 3),
+            r"size \(4, 5\) of its image, got \(3, 5",
+        ),
+        (lambda m: save_mask(m / "b.png", [[0] * 5] * 4, "RGB"), "labels of mode RGB, not L, P or"),
+        (lambda m: (m / "b.png").write_bytes(b"x"), "b.png must be an image of 8 bits a channel"),
+        (lambda m: save_mask(m / "b.png", [[0] * 5] * 4), "train labels must be of two classes"),
+    ],
+)
+def test_bad_masks_are_named(tmp_path, change, message):
+    save(tmp_path / "in", "a.png", "b.png", "c.png", "d.png")
+    for name in "abcd":
+        save_mask(tmp_path / "masks" / f"{name}.png", [[0] * 5] * 4)
+    change(tmp_path / "masks")
+    with pytest.raises(ValueError, match=message):
+        data.load("folder", dir=tmp_path / "in", masks=tmp_path / "masks")
+
+
+def test_a_mask_lies_as_its_turned_photo(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "abcd":
+        image = Image.fromarray(np.zeros((2, 3, 3), np.uint8))
+        exif = image.getexif()
+        exif[0x0112] = 6  # turned by a quarter: 3 rows of 2
+        image.save(tmp_path / "in" / f"{name}.png", exif=exif)
+        save_mask(tmp_path / "masks" / f"{name}.png", [[0, 1]] * 3)
+    given = {"masks": tmp_path / "masks", "test": 1, "validation": 1}
+    splits = data.load("folder", dir=tmp_path / "in", **given)
+    assert splits.image_shape == (3, 2, 3)
+    assert splits.train.labels[0].tolist() == [[0, 1]] * 3
 
 
 def test_a_folder_of_nothing(tmp_path):

@@ -158,6 +158,33 @@ def test_moments_given():
     assert data.from_arrays(pair, pair, mean=[0.25]).std == computed.std
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, np.int64])
+def test_pixels_of_a_void_label_are_marked(kind):
+    """9 and, where there can be any, -1: neither is a class."""
+    labels = np.where(np.arange(60).reshape(10, 2, 3) % 5 == 4, 9, PIXELS).astype(kind)
+    expected = np.where(labels == 9, -1, labels.astype(np.int64))
+    if kind == np.int64:
+        labels[0, 0, 0] = expected[0, 0, 0] = -1
+    splits = data.from_arrays((IMAGES, labels), (IMAGES, labels), "test:5", void=9)
+    assert splits.class_names == tuple("0123")
+    assert splits.train.labels.dtype == np.int32
+    assert np.array_equal(splits.train.labels, expected)
+    (batch,) = data.batches(splits.train, 4, seed=0, steps=1)
+    assert np.array_equal(batch["label"], expected[batch["index"]])
+
+
+def test_labels_of_pixels_are_resized_and_cut_as_their_images():
+    """To the nearest one: no class comes in that was not there."""
+    labels = np.where(np.arange(4) < 2, 5, -1)[None, None].repeat(4, 1).repeat(3, 0)
+    images = np.where(labels == 5, 250, 0).astype(np.uint8)
+    pair = images, labels
+    splits = data.from_arrays(pair, pair, pair, resize=(8, 8), crop=(2, 6))
+    assert splits.image_shape == (2, 6, 1)
+    assert splits.train.labels.tolist() == [[[5] * 3 + [-1] * 3] * 2] * 3
+    # Away from the edge, which bilinear images smooth.
+    assert splits.train.images[0, 0, [0, 1, -2, -1], 0].tolist() == [250, 250, 0, 0]
+
+
 def test_arrays_are_resized():
     pair = (IMAGES, LABELS)
     splits = data.from_arrays(pair, pair, resize=(4, 6), crop=(2, 2), image_shape=(2, 2, 1))
@@ -235,8 +262,17 @@ def test_examples_of_the_users_own():
             r"\(10, D\) of floats, got \(10, 2\)",
         ),
         ({"train": (IMAGES, PIXELS / 4)}, r"train labels must .*, got \(10, 2, 3\) float64"),
-        ({"train": (IMAGES, PIXELS - 1), "test": 2}, r"train labels, .* got -1 at index 0"),
-        ({"train": (IMAGES, PIXELS), "test": 2, "crop": 2}, r"resize and crop must be \(\) where"),
+        ({"train": (IMAGES, PIXELS - 2), "test": 2}, r"train labels, .* got -2 at index 0"),
+        (
+            {"train": (IMAGES, PIXELS[:, :1]), "test": 2, "crop": 2},
+            r"train labels must be of the images' size .*, got \(1, 3\) for \(2, 3\)",
+        ),
+        (
+            {"train": (IMAGES, np.where(np.arange(10)[:, None, None] == 3, -1, PIXELS)), "test": 2},
+            "train labels must have a pixel that counts in each image, got none in image 3",
+        ),
+        ({"void": 9}, "void must be -1 where pixels have no labels, got 9"),
+        ({"void": -2}, "void must be an integer of at least -1, got -2"),
         ({"memory": -1}, "memory must be an integer of at least 0, got -1"),
         ({"image_shape": (3, 3, 1)}, r"train images must have shape \(3, 3, 1\)"),
     ],

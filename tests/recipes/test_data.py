@@ -38,6 +38,27 @@ def test_the_config_reaches_the_data(config, tmp_path, key):
     assert np.all((inside > 7.9) & (inside < 12.1))
 
 
+def test_masks_and_their_void_reach_the_task(config, tmp_path, key):
+    """Labels move with the pixels that they are of, and 0 may be void."""
+    for photo in sorted((tmp_path / "photos").glob("*/*.png")):
+        file = tmp_path / "masks" / photo.relative_to(tmp_path / "photos")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.tile(np.uint8([0, 0, 1, 1, 1, 1, 1, 2, 2, 2]), (8, 1))).save(file)
+    config.data.update(masks="~/masks", pattern="", resize=(), crop=(8, 8), void=0)
+    config.data.update(classes="", class_names=("sky", "cat", "dog"), padding=2, flip=True)
+    (tmp_path / "net.py").write_text(
+        "import flax.linen as nn\n\n\ndef make():\n    return nn.Conv(3, (3, 3))\n"
+    )
+    config.model.make, config.effort = f"{tmp_path}/net.py:make", "ptq"
+    task = recipes.of_config(config, tmp_path / "run").task
+    assert task.splits.label_kind == "pixels"
+    labels = task.splits.train.labels
+    assert labels[0, 0].tolist() == [-1, 1, 1, 1, 1, 1, 2, 2]
+    moved = np.asarray(task.augmented.labels(labels, key))
+    assert set(np.unique(moved)) == {-1, 1, 2}
+    assert not np.array_equal(moved, labels)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import training
+from hybrid_jax import core, training
 
 LOG3 = np.log(3.0)
 LOGITS = jnp.array([[LOG3, 0.0], [LOG3, 0.0]], jnp.float32)  # probabilities 3/4 and 1/4
@@ -21,6 +21,23 @@ def test_cross_entropy_by_hand():
     # Of an image of 1 × 2 pixels, their mean.
     of_pixels = training.cross_entropy(LOGITS[None, None], labels[None, None])
     np.testing.assert_allclose(of_pixels, [(first + second) / 2], rtol=1e-6)
+
+
+def test_void_pixels_do_not_count():
+    """Of 1 × 3 pixels two count; of an image without any, nothing. What is there may be NaN."""
+    logits = jnp.stack([LOGITS[0], jnp.full(2, jnp.nan), LOGITS[1]])[None, None]
+    logits = jnp.concatenate([logits, logits])
+    labels = jnp.array([[[0, core.VOID, 1]], [[-1, -1, -1]]])
+    first, second = -np.log(3 / 4), -np.log(1 / 4)
+    expected = [(first + second) / 2, 0.0]
+    for own in (labels, np.asarray(labels)):
+        np.testing.assert_allclose(training.cross_entropy(logits, own), expected, rtol=1e-6)
+    gradient = jax.jit(jax.grad(lambda x: training.cross_entropy(x, labels).sum()))(logits)
+    np.testing.assert_allclose(gradient[0, 0, ::2], [[-1 / 8, 1 / 8], [3 / 8, -3 / 8]], rtol=1e-6)
+    assert not np.any(gradient[0, 0, 1])
+    assert not np.any(gradient[1])
+    # A label of an image is a class in any case.
+    assert np.isnan(jax.jit(training.cross_entropy)(LOGITS, jnp.array([0, -1]))).tolist() == [0, 1]
 
 
 def test_distillation_by_hand():

@@ -50,6 +50,20 @@ def test_score_and_confidence_by_hand():
     assert values.score(jnp.array([[3.0]]), jnp.array([1.0])).tolist() == [-4]
 
 
+def test_void_pixels_count_in_no_score_and_teach_nothing():
+    """Of an image of 1 × 3 pixels the first and the last count, of which the first is right."""
+    made = training.objective("classification")
+    outputs = jnp.stack([LOGITS[0]] * 3)[None, None]
+    labels = jnp.array([[[0, -1, 1]]])
+    assert made.score(outputs, labels).tolist() == [0.5]
+    batch = {"label": labels, "teacher": -outputs}
+    gradient = jax.grad(lambda x: training.example_loss(made, x, batch, 1.0).sum())(outputs)
+    assert not np.any(gradient[0, 0, 1])
+    assert np.all(gradient[0, 0, ::2])
+    given = jax.grad(lambda x: training.example_loss(made, x, batch, 0.5).sum())(outputs)
+    assert not np.any(given[0, 0, 1])
+
+
 def absolute(outputs, labels):
     return jnp.abs(outputs - labels).mean(-1)
 

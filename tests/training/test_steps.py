@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import pruning, training
+from hybrid_jax import data, pruning, training
 
 
 @pytest.fixture
@@ -84,6 +84,24 @@ def test_randomness_differs_between_steps_and_repeats_from_a_state(tiny, batch):
     tiny.assert_equal(first, again)
     assert first["draw"] != second["draw"]
     assert first["image"] != second["image"]
+
+
+def test_labels_of_pixels_move_with_the_images(tiny):
+    """One model and a stack alike: where a pixel is black, from outside, its label is void."""
+
+    def loss_fn(params, state, batch, key):
+        seen = {"image": batch["image"][..., 0], "label": batch["label"]}
+        return jnp.sum(params["w"] ** 2), (state, seen)
+
+    augment = data.augmentation(padding=1, flip=True, label_kind="pixels")
+    labels = jnp.broadcast_to(jnp.arange(12).reshape(1, 3, 4), (8, 3, 4))
+    batch = {"image": (labels[..., None] + 1).astype(jnp.uint8), "label": labels}
+    state = training.create_state({"w": 1.0}, {}, optax.sgd(0.1), jax.random.key(0))
+    stack = training.stack_states([state, state])
+    for step, start in ((training.make_step, state), (training.make_stacked_step, stack)):
+        _, seen = step(loss_fn, augment)(training.copy(start), batch)
+        assert np.array_equal(seen["label"], np.asarray(seen["image"]).astype(int) - 1)
+        assert (np.asarray(seen["label"]) == -1).any()
 
 
 def test_teacher_sees_the_augmented_images(tiny, batch):
