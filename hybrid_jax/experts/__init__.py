@@ -47,6 +47,7 @@ from hybrid_jax.experts.mixture import Aux as Aux
 from hybrid_jax.experts.mixture import combine as combine
 from hybrid_jax.experts.mixture import mixture as mixture
 from hybrid_jax.experts.mixture import one_of as one_of
+from hybrid_jax.experts.routing import ROUTINGS as ROUTINGS
 from hybrid_jax.experts.routing import Routed as Routed
 from hybrid_jax.experts.routing import Routing as Routing
 from hybrid_jax.experts.routing import noisy_top_k as noisy_top_k

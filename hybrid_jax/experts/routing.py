@@ -130,6 +130,20 @@ def straight_through(routing: Routing) -> Routing:
     return route
 
 
+ROUTINGS: dict[str, Callable[[int, float], Routing]] = {
+    "soft": lambda k, noise: soft(),
+    "top_1": lambda k, noise: straight_through(top_k(1)),
+    "top_k": lambda k, noise: straight_through(top_k(k)),
+    "noisy_top_1": lambda k, noise: straight_through(noisy_top_k(1, noise)),
+    "noisy_top_k": lambda k, noise: straight_through(noisy_top_k(k, noise)),
+}
+"""What a gate is trained with by name, open to users: f(k, noise) -> a routing.
+
+A discrete choice has the gradient of the full softmax, so that the gate learns from experts that it
+did not choose.
+"""
+
+
 def random() -> Routing:
     """One expert at random, whatever the gate says (but NaN stays NaN): a control."""
 

@@ -68,6 +68,7 @@ from hybrid_jax.quantization.planning import Plan as Plan
 from hybrid_jax.quantization.planning import plan as plan
 from hybrid_jax.quantization.program import CannotBeMet as CannotBeMet
 from hybrid_jax.quantization.reconstruction import adaround as adaround
+from hybrid_jax.quantization.rounding import ROUNDINGS as ROUNDINGS
 from hybrid_jax.quantization.schedules import annealing as annealing
 from hybrid_jax.quantization.schemes import affine as affine
 from hybrid_jax.quantization.schemes import binary as binary

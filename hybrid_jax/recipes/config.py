@@ -64,6 +64,8 @@ class ExpertSpec:
 def check_read(effort: str, keys: Iterable[str]) -> None:
     """Raises ValueError if one of the dotted keys is of a section that the effort does not read.
 
+    What an effort of a user's own reads is not known.
+
     Example:
       >>> check_read('ptq', ['seed', 'gate.k'])
       Traceback (most recent call last):
@@ -73,7 +75,7 @@ def check_read(effort: str, keys: Iterable[str]) -> None:
     for key in keys:
         section = key.partition(".")[0]
         readers = [name for name, read in SECTIONS.items() if section in read]
-        if readers and effort not in readers:
+        if effort in SECTIONS and readers and effort not in readers:
             raise ValueError(
                 f"config.{key} must not be given with effort {effort!r}, which does not read it"
             )

@@ -86,9 +86,7 @@ class Cut:
         rest = {path: flat[path] for path in flat if path in self.statistics}
         return {path: leaf for path, leaf in flat.items() if path not in rest}, rest
 
-    def with_bits(
-        self, weight: int, activation: int, first_last: int, depthwise: int = 2
-    ) -> "Cut":
+    def with_bits(self, weight: int, activation: int, first_last: int, depthwise: int = 2) -> "Cut":
         """Returns the same cut to be quantized in these bits, see `quantization.spec`.
 
         Depthwise kernels, few weights of which each output has only its own, have at least theirs.

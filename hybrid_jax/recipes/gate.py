@@ -4,7 +4,7 @@ Both minimize the loss expected of the expert that is chosen, see `experts.expec
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,20 +23,6 @@ def source(task: Task, count: int, settings: Any) -> models.Network:
     module = experts.GATES[settings.network](count, settings.features, settings.size)
     images = jnp.zeros(task.image.shape, task.image.dtype)
     return models.Network(module.apply, None, jax.jit(module.init)(task.init_key("gate"), images))
-
-
-def routing(settings: Any) -> Callable[..., experts.Routed]:
-    """Returns the routing that `settings` train with.
-
-    A discrete choice has the gradient of the full softmax, so that the gate learns from experts
-    that it did not choose.
-    """
-    if settings.routing == "soft":
-        return experts.soft()
-    k = 1 if settings.routing.endswith("1") else settings.k
-    if settings.routing.startswith("noisy"):
-        return experts.straight_through(experts.noisy_top_k(k, settings.noise))
-    return experts.straight_through(experts.top_k(k))
 
 
 def learn_gate(
@@ -162,7 +148,8 @@ def fine_tune(
 def _loss(task, made, gate_fn, settings, alpha, method, take):
     """Loss expected of the mixture's choice; `take(params, state)` -> (experts', gate's)."""
     fns = [model.fn for model in made]
-    moe = experts.mixture(fns, gate_fn, routing(settings), method, task.choices)
+    routing = experts.ROUTINGS[settings.routing](settings.k, settings.noise)
+    moe = experts.mixture(fns, gate_fn, routing, method, task.choices)
 
     def loss_fn(params, state, batch, key):
         own, gate_params = take(params, state)

@@ -58,14 +58,10 @@ def calibrate(task: Task, model: Model, images: int, method: str) -> Model:
 
 
 def round_kernels(task: Task, model: Model, images: int, method: str) -> Model:
-    """Returns the network with its kernels on their grids: by 'gptq', 'adaround' or 'nearest'."""
+    """Returns the network with its kernels on their grids, by one of `quantization.ROUNDINGS`."""
     planned, sample = model.cut.plan.replace(model.weights), batches(task, images)
-    if method == "gptq":
-        return model._replace(weights=quantization.gptq_planned(planned, model.ranges, sample))
-    if method == "adaround":
-        key = task.key("adaround")
-        return model._replace(weights=quantization.adaround(planned, model.ranges, sample, key))
-    return model
+    rounded = quantization.ROUNDINGS[method](planned, model.ranges, sample, task.key(method))
+    return model._replace(weights=dict(rounded))
 
 
 def correct_biases(task: Task, dense: Model, model: Model, images: int) -> Model:

@@ -169,7 +169,7 @@ class Ptq:
     images: Annotated[int, Integer(1, 1_000_000), "Training images to calibrate on."] = 512
     equalize: Annotated[Flag, "Scales of channels are evened out between layers."] = True
     rounding: Annotated[
-        str, Choice(("nearest", "gptq", "adaround")), "How weights are rounded."
+        str, Choice("hybrid_jax.quantization:ROUNDINGS"), "How weights are rounded."
     ] = "gptq"
     correct_biases: Annotated[Flag, "The mean error of each channel is taken into its bias."] = True
     reestimate_batchnorm: Annotated[Flag, "BatchNorm's statistics are taken anew."] = False
@@ -287,11 +287,11 @@ class Gate:
     network: Annotated[str, Choice("hybrid_jax.experts:GATES"), "Which network it is."] = "cnn"
     routing: Annotated[
         str,
-        Choice(("soft", "top_1", "top_k", "noisy_top_1", "noisy_top_k")),
+        Choice("hybrid_jax.experts:ROUTINGS"),
         "Routing in training; it is evaluated as top-1, top-k and soft.",
     ] = "top_1"
     k: Annotated[int, Integer(1, 64), "Experts that run in top-k; at most experts.count."] = 2
-    noise: Annotated[float, Real(0, 100), "Of noisy routings, the noise on logits."] = 1.0
+    noise: Annotated[float, Real(0, 100, "(]"), "Of noisy routings, the noise on logits."] = 1.0
     features: Annotated[
         tuple[int, ...],
         Each(CHANNELS, range(1, 17)),
@@ -369,7 +369,7 @@ class Config:
 
     effort: Annotated[
         str,
-        Choice(("ptq", "finetune", "mixture")),
+        Choice("hybrid_jax.recipes:EFFORTS"),
         "Quantization alone, one network pruned and trained, or the whole method.",
     ] = "mixture"
     seed: Annotated[Seed, "Of all that is random, but for what is held out of the data."] = 0

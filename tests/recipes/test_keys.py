@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, data, pruning, quantization, recipes
+from hybrid_jax import core, data, experts, pruning, quantization, recipes
 from hybrid_jax.quantization import learning
-from hybrid_jax.recipes import controls, gate, pipeline, prune, state, train
+from hybrid_jax.recipes import controls, gate, pipeline, prune, ptq, state, train
 from hybrid_jax.recipes.config import single_spec
 from tests.recipes import strangers
 
@@ -199,3 +199,50 @@ def test_the_gate_is_the_one_of_the_key(run, name):
     started = core.flatten_paths(gate.source(task, 2, settings).params)
     for path, leaf in core.flatten_paths(own.cut.variables).items():
         assert not np.array_equal(started[path], leaf)
+
+
+@pytest.mark.parametrize("name", experts.ROUTINGS)
+def test_the_gate_trains_with_the_routing_of_the_key(run, name, monkeypatch):
+    """What it is called with, and what weights come of that."""
+    seen = []
+
+    def spy(fns, gate_fn, routing, *rest):
+        seen.append(routing)
+        raise InterruptedError
+
+    monkeypatch.setattr(experts, "mixture", spy)
+    task, config = run()
+    made = [recipes.Model(None, {}, {}, own, constant) for own in jnp.eye(10)[:3]]
+    settings = dataclasses.replace(config.gate, routing=name, k=2, noise=3.0)
+    with pytest.raises(InterruptedError):
+        gate.learn_gate(task, None, made, settings, 0.0, "unroll")
+    logits = jnp.array([[3.0, 2.0, 1.0]]).repeat(200, 0)
+    weights = seen[0](logits, jax.random.key(0)).weights
+    chosen = np.unique(np.asarray(weights > 0), axis=0).tolist()
+    assert {sum(row) for row in chosen} == {3 if name == "soft" else 2 if "k" in name else 1}
+    assert (len(chosen) > 1) == name.startswith("noisy")
+    moved = jax.grad(lambda x: seen[0](x, jax.random.key(0)).weights[:, 0].sum())(logits)
+    assert np.all(moved[:, 0] > 0)  # also where it was not chosen
+
+
+@pytest.mark.parametrize("name", quantization.ROUNDINGS)
+def test_kernels_are_rounded_as_the_key_says(run, name):
+    task, _ = run()
+    model = ptq.calibrate(
+        task, ptq.quantized(task.parent, task.parent.cut.with_bits(3, 8, 3).bits), 64, "minmax"
+    )
+    made = ptq.round_kernels(task, model, 64, name)
+    floats, rounded = (m.cut.plan.replace(m.weights).program.params for m in (model, made))
+    for layer in floats:
+        same = np.array_equal(floats[layer]["kernel"], rounded[layer]["kernel"])
+        assert same == (name == "nearest")
+
+
+def test_an_effort_of_the_users_own_is_one_by_name(run, monkeypatch):
+    config = recipes.default_config()
+    config.effort = "mine"
+    with pytest.raises(ValueError, match=r"effort must be one of ptq, .*, got 'mine'"):
+        recipes.read(config)
+    monkeypatch.setitem(recipes.EFFORTS, "mine", lambda task, config: [])
+    assert recipes.read(config).effort == "mine"
+    recipes.check_read("mine", ["ptq.images", "gate.k"])
