@@ -27,7 +27,8 @@ What each layer, or group of channels, bears alone, and which to leave out:
     masks = pruning.masks(scores, 0.5, each, exempt=exempt)
 
 By name they are in registries that are open to users: `CRITERIA`, of a `Given` network and data;
-`GRANULARITIES` and `ALLOCATIONS`, of a graph; `SCHEDULES`, of a sparsity and the steps to it.
+`GRANULARITIES` and `ALLOCATIONS`, of a graph; `SCHEDULES`, of a sparsity and the steps to it;
+`RECOVERIES`, of a `Given` network and masks.
 """
 
 from hybrid_jax.core import expand, narrow, shrink, slice_state, slice_tree
@@ -54,7 +55,7 @@ from hybrid_jax.pruning.criteria.leaves import CRITERIA, Given
 from hybrid_jax.pruning.criteria.weights import lamp, magnitude, random
 from hybrid_jax.pruning.granularity import GRANULARITIES, Granularity, unstructured
 from hybrid_jax.pruning.masking import apply_masks, masks
-from hybrid_jax.pruning.obs import compensate, obs
+from hybrid_jax.pruning.obs import RECOVERIES, compensate, obs
 from hybrid_jax.pruning.penalties import add_penalty, batchnorm_l1, group_lasso
 from hybrid_jax.pruning.rounds import prune_in_rounds
 from hybrid_jax.pruning.schedules import (

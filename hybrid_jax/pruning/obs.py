@@ -12,7 +12,7 @@ Sources: B. Hassibi, D. Stork, Second Order Derivatives for Network Pruning: Opt
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from hybrid_jax import core
-from hybrid_jax.pruning.criteria.leaves import CRITERIA
+from hybrid_jax.pruning.criteria.leaves import CRITERIA, Given
 
 # Columns are solved together as long as their matrices hold no more than this many numbers.
 _MOST = 1 << 22
@@ -93,10 +93,24 @@ def compensate(
     return core.map_with_path(move, masks, params)
 
 
-CRITERIA["obs"] = lambda given: obs(
-    given.params,
-    core.input_grams(given.needed("fn"), given.params, given.needed("batches")),
-)
+def _grams(given: Given) -> dict[str, core.Gram]:
+    return core.input_grams(given.needed("fn"), given.params, given.needed("batches"))
+
+
+def _compensated(given: Given, masks: Any) -> Any:
+    """Of the kernels alone, by the images at hand."""
+    grams = _grams(given)
+    own = core.map_with_path(lambda path, m: m if path in grams else optax.MaskedNode(), masks)
+    return compensate(given.params, own, grams)
+
+
+CRITERIA["obs"] = lambda given: obs(given.params, _grams(given))
+
+RECOVERIES: dict[str, Callable[[Given, Any], Any]] = {"obs": _compensated}
+"""What answers without training for what masks remove, by name: f(given, masks) -> params.
+
+Open to users. The result need not be on the masks.
+"""
 
 
 @functools.partial(jax.jit, static_argnames="greedy")

@@ -76,6 +76,7 @@ from hybrid_jax.quantization.schemes import e4m3 as e4m3
 from hybrid_jax.quantization.schemes import e5m2 as e5m2
 from hybrid_jax.quantization.schemes import power_of_two as power_of_two
 from hybrid_jax.quantization.schemes import symmetric as symmetric
+from hybrid_jax.quantization.sensitivity import DAMAGES as DAMAGES
 from hybrid_jax.quantization.sensitivity import Sensitivity as Sensitivity
 from hybrid_jax.quantization.sensitivity import hessian_sensitivity as hessian_sensitivity
 from hybrid_jax.quantization.sensitivity import hessian_trace as hessian_trace
@@ -83,6 +84,7 @@ from hybrid_jax.quantization.sensitivity import increase as increase
 from hybrid_jax.quantization.sensitivity import kl_divergence as kl_divergence
 from hybrid_jax.quantization.sensitivity import plan_sensitivity as plan_sensitivity
 from hybrid_jax.quantization.sensitivity import sensitivity as sensitivity
+from hybrid_jax.quantization.sensitivity import squared_difference as squared_difference
 from hybrid_jax.quantization.specs import Quantizer as Quantizer
 from hybrid_jax.quantization.specs import SiteSpec as SiteSpec
 from hybrid_jax.quantization.specs import Spec as Spec

@@ -36,6 +36,18 @@ def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
+def squared_difference(outputs: jax.Array, reference: jax.Array) -> jax.Array:
+    """Mean of (outputs − reference)² over all their entries: of what is no logits of classes."""
+    return jnp.mean(jnp.square(outputs.astype(jnp.float32) - reference.astype(jnp.float32)))
+
+
+DAMAGES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "kl": kl_divergence,
+    "squared_difference": squared_difference,
+}
+"""What a change does to outputs, by name, open to users: damage(outputs, reference) -> ()."""
+
+
 def increase(loss: jax.Array, reference: jax.Array) -> jax.Array:
     """The quantized model's loss minus the float one's; the damage where `fn` returns a loss."""
     return loss.astype(jnp.float32) - reference.astype(jnp.float32)

@@ -19,7 +19,7 @@ SECTIONS = {
 """{effort: the sections of the configuration that it alone, or with some others, reads}."""
 
 ALIKE = (
-    *("allocation", "multiple", "weight_sparsity", "weight_allocation", "schedule"),
+    *("allocation", "recovery", "multiple", "weight_sparsity", "weight_allocation", "schedule"),
     *("first_last_bits", "weight_learning", "activation_learning"),
 )
 """Keys of config.experts that are attributes of every spec as they are."""
@@ -37,6 +37,7 @@ class ExpertSpec:
       images: Index of the training images that it prefers, or None where all are alike to it.
       sparsity: Fraction of channels removed.
       allocation: How that is spread over groups of channels.
+      recovery: How weights that stay answer for those that are removed; '' for not at all.
       multiple: Widths kept are multiples of this.
       weight_sparsity: Fraction of zeros among the weights that are left.
       weight_allocation: How that is spread over kernels.
@@ -50,6 +51,7 @@ class ExpertSpec:
     images: int | None
     sparsity: float
     allocation: str
+    recovery: str
     multiple: int
     weight_sparsity: float
     weight_allocation: str

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hybrid_jax import core, pruning
 from hybrid_jax.recipes.config import ExpertSpec
@@ -52,7 +53,8 @@ def cut(
     dense = parent.cut
     masks = core.expand(keep, dense.graph.groups, dense.variables)
     probe = task.normalize(task.splits.validation.images[:4])
-    _, small, certificate = core.shrink(dense.network.predict, dense.variables, masks, probe)
+    whole = recovered(task, dense, dense.variables, masks, spec.recovery)
+    _, small, certificate = core.shrink(dense.network.predict, whole, masks, probe)
     learning = {name: getattr(spec, name) for name in ("weight_learning", "activation_learning")}
     own = Cut(
         dense.source, task.images, small, certificate.kept, origin=dense.origin, learning=learning
@@ -65,6 +67,9 @@ def cut(
     if spec.weight_sparsity:
         at_start = 0.0 if spec.schedule else spec.weight_sparsity
         held = weight_masks(own.graph, small, at_start, spec.weight_allocation)
+        if not spec.schedule:
+            tree = core.map_with_path(lambda path, _: held.get(path, optax.MaskedNode()), small)
+            small = recovered(task, own, small, tree, spec.recovery)
     facts = {
         "spec": dataclasses.asdict(spec),
         "difference": certificate.difference,
@@ -75,6 +80,13 @@ def cut(
         lambda path, w: jnp.where(held[path], w, 0) if path in held else w, small
     )
     return Model(own.with_variables(masked), held, facts=facts)
+
+
+def recovered(task: Task, cut: Cut, variables: Any, masks: Any, name: str) -> Any:
+    """Returns the variables after what `pruning.RECOVERIES` has by this name, if there is one."""
+    if not name:
+        return variables
+    return pruning.RECOVERIES[name](given(task, cut, variables, task.key(name)), masks)
 
 
 def weight_masks(

@@ -155,6 +155,11 @@ class Budget:
     bops: Annotated[Cost, "MACs × weight bits × activation bits of an image."] = 0
     latency: Annotated[Fraction, "Time of an image as a fraction of the parent's."] = 0.0
     runtime: Annotated[str, TARGETS, "The runtime in which latency is measured."] = "onnx"
+    damage: Annotated[
+        str,
+        Choice("hybrid_jax.quantization:DAMAGES", none=True),
+        "What chooses bits and widths: their effect on outputs; '' is kl where these are classes.",
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +224,11 @@ class Experts:
     allocation: Annotated[
         Allocation, "How that is spread over layers; with a budget, the budget decides."
     ] = "uniform"
+    recovery: Annotated[
+        str,
+        Choice("hybrid_jax.pruning:RECOVERIES", none=True),
+        "How weights that stay answer, before they are trained, for those that are removed.",
+    ] = ""
     multiple: Annotated[int, Integer(1, 256), "Widths kept are rounded to multiples of this."] = 1
     weight_sparsity: Annotated[BelowOne, "Fraction of zeros among the weights that stay."] = 0.0
     weight_allocation: Annotated[Allocation, "How zeros are spread over kernels."] = "uniform"

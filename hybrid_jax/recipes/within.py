@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import deploy, pruning
+from hybrid_jax import deploy, pruning, quantization
 from hybrid_jax.recipes import budget, choices, ptq
 from hybrid_jax.recipes.config import single_spec
 from hybrid_jax.recipes.cut import Model
@@ -64,7 +64,8 @@ def quantized(task: Task, parent: Model, config: Any) -> Model:
     if not most:
         return ptq.quantized(parent, dense.bits)
     offered = choices.offer(dense.program, dense.spec, budget.what_pays(most, targets))
-    measured = choices.measure_bits(offered, ptq.batches(task, IMAGES), c.calibration)
+    damage = damage_of(task, config)
+    measured = choices.measure_bits(offered, ptq.batches(task, IMAGES), c.calibration, damage)
 
     def make(limits):
         found = choices.choose(measured, _counted(limits), targets)
@@ -81,12 +82,13 @@ def pruned(task: Task, parent: Model, config: Any) -> Model:
     dense = parent.cut.with_bits(spec.weight_bits, spec.activation_bits, spec.first_last_bits)
     sample = ptq.batches(task, IMAGES)
     offered = choices.offer(dense.program, dense.spec, budget.what_pays(most, targets))
-    measured = choices.measure_bits(offered, sample, config.experts.calibration)
+    damage = damage_of(task, config)
+    measured = choices.measure_bits(offered, sample, config.experts.calibration, damage)
     known = given(task, dense, dense.variables, task.key("experts"))
     scores = pruning.CRITERIA[spec.criterion](known)
     (images,) = sample[0]
     widths = choices.measure_widths(
-        dense.network.predict, dense.variables, dense.graph, scores, images
+        dense.network.predict, dense.variables, dense.graph, scores, images, damage=damage
     )
     measured = choices.with_widths(measured, dense.graph, widths)
     each = pruning.group_scores(scores, dense.graph.groups)
@@ -101,6 +103,12 @@ def pruned(task: Task, parent: Model, config: Any) -> Model:
 
     made, costs = budget.meet(most, make, _measure(task, parent, config))
     return made._replace(facts={**made.facts, "measured": costs})
+
+
+def damage_of(task: Task, config: Any) -> Callable[[Any, Any], Any]:
+    """Returns by what the bits and widths to choose from are compared."""
+    usual = "kl" if task.splits.num_classes else "squared_difference"
+    return quantization.DAMAGES[config.budget.damage or usual]
 
 
 def limits(parent: Model, config: Any) -> dict[str, float]:

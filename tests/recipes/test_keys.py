@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_jax import core, data, experts, pruning, quantization, recipes
 from hybrid_jax.quantization import learning
-from hybrid_jax.recipes import controls, gate, pipeline, prune, ptq, state, train
+from hybrid_jax.recipes import choices, controls, gate, pipeline, prune, ptq, state, train, within
 from hybrid_jax.recipes.config import single_spec
 from tests.recipes import strangers
 
@@ -101,6 +101,26 @@ def test_an_allocation_of_the_users_own(run, monkeypatch):
     made = pruned(task, config)
     assert widths(made) == [4, 12]
     assert zeros(made.masks) == {"stem": 18, "body": 0, "head/w": 0}
+
+
+@pytest.mark.parametrize("name", pruning.RECOVERIES)
+@pytest.mark.parametrize("sparsities", [(0.5, 0.0), (0.0, 0.6), (0.5, 0.5)])
+def test_a_recovery_answers_for_what_is_removed(run, name, sparsities):
+    """Channels, zeros or both: outputs are nearer to the parent's, and all the same is removed."""
+    asked = dict(zip(("sparsity", "weight_sparsity"), sparsities, strict=True))
+    task, _ = run(**asked)
+    expected = task.parent.cut.network.predict(task.parent.cut.variables, task.images)
+    plain, own = (pruned(*run(**asked, recovery=key)) for key in ("", name))
+    off = [
+        float(jnp.square(m.cut.network.predict(m.cut.variables, task.images) - expected).mean())
+        for m in (plain, own)
+    ]
+    assert off[1] < 0.8 * off[0]
+    assert widths(own) == widths(plain)
+    assert zeros(own.masks) == zeros(plain.masks)
+    assert own.facts["difference"] < 1e-4
+    for path, mask in own.masks.items():
+        assert not np.any(np.asarray(core.flatten_paths(own.cut.variables)[path])[~mask])
 
 
 @pytest.mark.parametrize("name", pruning.SCHEDULES)
@@ -246,3 +266,45 @@ def test_an_effort_of_the_users_own_is_one_by_name(run, monkeypatch):
     monkeypatch.setitem(recipes.EFFORTS, "mine", lambda task, config: [])
     assert recipes.read(config).effort == "mine"
     recipes.check_read("mine", ["ptq.images", "gate.k"])
+
+
+def test_a_budget_is_kept_by_the_damage_of_the_key(run, monkeypatch):
+    """To one of the user's own that likes damage, the least bits and widths are the best."""
+
+    def liked(outputs, reference):
+        return -quantization.kl_divergence(outputs, reference)
+
+    monkeypatch.setitem(quantization.DAMAGES, "liked", liked)
+    monkeypatch.setattr(within, "_measure", lambda *_: lambda made: made.facts["predicted"])
+    task, config = run()
+    made = {}
+    for damage in ("kl", "liked"):
+        budget = dataclasses.replace(config.budget, bops=0.05, damage=damage)
+        made[damage] = within.pruned(task, task.parent, dataclasses.replace(config, budget=budget))
+    bops = [controls.cost_of(own).bops for own in made.values()]
+    assert bops[1] < bops[0] <= 0.05 * controls.cost_of(task.parent).bops
+
+
+def test_bits_without_training_are_chosen_by_the_damage_of_the_key(run, monkeypatch):
+    task, config = run()
+    seen = []
+
+    def spy(*arguments):
+        seen.append(arguments[-1])
+        raise InterruptedError
+
+    monkeypatch.setattr(choices, "measure_bits", spy)
+    budget = dataclasses.replace(config.budget, bops=0.05, damage="squared_difference")
+    with pytest.raises(InterruptedError):
+        within.quantized(task, task.parent, dataclasses.replace(config, budget=budget))
+    assert seen == [quantization.squared_difference]
+
+
+def test_damage_is_of_classes_where_there_are_any(run):
+    task, config = run()
+    assert within.damage_of(task, config) is quantization.kl_divergence
+    values = dataclasses.replace(task, splits=dataclasses.replace(task.splits, class_names=None))
+    assert within.damage_of(values, config) is quantization.squared_difference
+    # (1² + 3²) / 2
+    got = quantization.squared_difference(jnp.array([1.0, 3.0]), jnp.zeros(2))
+    assert float(got) == 5.0
