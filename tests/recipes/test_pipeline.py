@@ -154,7 +154,7 @@ def test_another_run_is_refused(done, tmp_path):
     changed = dataclasses.replace(splits, train=splits.train._replace(images=images))
     task = dataclasses.replace(other.task, splits=changed)
     with pytest.raises(ValueError, match="of other images and labels"):
-        other._replace(task=task).claim()
+        dataclasses.replace(other, task=task).claim()
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
