@@ -222,12 +222,12 @@ class Experts:
     ] = (0.75, 0.5)
     sparsity: Annotated[BelowOne, "Fraction of channels removed."] = 0.5
     allocation: Annotated[
-        Allocation, "How that is spread over layers; with a budget, the budget decides."
+        Allocation, "How removed channels are spread over layers, unless a budget decides."
     ] = "uniform"
     recovery: Annotated[
         str,
         Choice("hybrid_jax.pruning:RECOVERIES", none=True),
-        "How weights that stay answer, before they are trained, for those that are removed.",
+        "How weights that stay make up for those removed, before they are trained.",
     ] = ""
     multiple: Annotated[int, Integer(1, 256), "Widths kept are rounded to multiples of this."] = 1
     weight_sparsity: Annotated[BelowOne, "Fraction of zeros among the weights that stay."] = 0.0
@@ -244,12 +244,12 @@ class Experts:
     weight_learning: Annotated[
         str,
         Choice("hybrid_jax.quantization.learning:of_weights"),
-        "The gradient by which those of weights are learned; fixed leaves them.",
+        "The gradient by which ranges of weights are learned; fixed leaves them.",
     ] = "lsq"
     activation_learning: Annotated[
         str,
         Choice("hybrid_jax.quantization.learning:of_activations"),
-        "The gradient by which those of what sites take are learned; fixed leaves them.",
+        "The gradient by which ranges of inputs of sites are learned; fixed leaves them.",
     ] = "lsq"
     deployed: Annotated[Fraction, "Last part of the steps, on the network as it is deployed."] = 0.2
     method: Annotated[
