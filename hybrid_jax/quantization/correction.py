@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hybrid_jax import core
 from hybrid_jax import program as p
@@ -23,14 +24,15 @@ def correct_biases(
 
     Operation by operation, in the order in which they run, with those before it corrected,
 
-        bias := bias + E[float output] − E[quantized output]
+        bias := bias + E[float output − quantized output]
 
-    for each output channel, before it is clipped and stored; the means are taken over examples and
-    positions. The program runs on all batches once for each operation, and is compiled twice.
+    for each output channel, before it is clipped and stored. The mean is taken over the examples
+    and positions at which the output in floats is within the bounds of the clip: what a ReLU or
+    ReLU6 cuts off is no error, but where it is most of a channel, it would be most of the mean.
 
-    `planned` has the weights of the float model, `ranges` are as `calibrate_edges` returns them,
-    and batches of one shape. Corrected are `params`, such as `adaround` returns, by default the
-    plan's.
+    All batches, of one shape, are one pass of one program: as many as memory holds the edges of.
+    `planned` has the weights of the float model, `ranges` are as `calibrate_edges` returns them.
+    Corrected are `params`, such as `adaround` returns, by default the plan's.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     arXiv 1906.04721, section 4.2 and appendix D (empirical bias correction).
@@ -38,33 +40,36 @@ def correct_biases(
     batches = list(core.check_batches(batches, alike=True))
     for name in planned.stored:
         range_at(ranges, name, "activation", ())
+    clips = {op.output: op.clip for op in planned.program.weighted}
     planned = _with_sums(planned)
-    names = [op.output for op in planned.program.weighted]
-
-    def means(values):
-        return {name: values[name].mean(tuple(range(values[name].ndim - 1))) for name in names}
 
     @jax.jit
     @core.fast_convolutions
-    def exact(params, batch):
-        return means(p.edges(planned.program.replace(params), batch))
+    def found(exact, params, inputs):
+        expected, shifts = p.edges(planned.program.replace(exact), inputs), {}
 
-    @jax.jit
-    @core.fast_convolutions
-    def stored(params, batch):
-        return means(deployed.edges(planned.replace(params), ranges, batch))
+        def corrected(op, y):
+            if op.output not in clips:
+                return y
+            (low, high), wanted = clips[op.output], expected[op.output]
+            cut = (wanted <= low) | (wanted >= high)  # which a NaN is not
+            counts = 1.0 - cut.astype(jnp.float32)
+            axes = tuple(range(y.ndim - 1))
+            error = (counts * (wanted - y)).sum(axes)
+            shifts[op.output] = error / jnp.maximum(counts.sum(axes), 1.0)
+            return y + jnp.broadcast_to(shifts[op.output], y.shape)
 
-    def over_batches(mean, params):
-        each = [mean(params, batch) for batch in batches]
-        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
+        deployed.edges(planned.replace(params), ranges, inputs, change=corrected)
+        return shifts
 
-    corrected = dict(planned.program.params if params is None else params)
-    expected = over_batches(exact, planned.program.params)
-    for name in names:
-        shift = expected[name] - over_batches(stored, corrected)[name]
-        core.check_finite("the shift of the mean", {name: shift})
-        corrected[name] = {**corrected[name], "bias": corrected[name]["bias"] + shift}
-    return corrected
+    params = dict(planned.program.params if params is None else params)
+    inputs = tuple(jnp.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    shifts = found(dict(planned.program.params), params, inputs)
+    core.check_finite("the shift of the mean", shifts)
+    return params | {
+        name: {**params[name], "bias": params[name]["bias"] + shift}
+        for name, shift in shifts.items()
+    }
 
 
 def _with_sums(planned: Plan) -> Plan:

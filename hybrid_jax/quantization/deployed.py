@@ -49,8 +49,12 @@ def edges(
     ranges: Ranges,
     inputs: Any,
     bits: Mapping[str, Mapping[str, Any]] | None = None,
+    change: Callable[[p.Operation, jax.Array], jax.Array] = lambda op, y: y,
 ) -> dict[str, jax.Array]:
-    """{edge: its values as they are stored, float32 (B, …)}; without a range as they are."""
+    """{edge: its values as they are stored, float32 (B, …)}; without a range as they are.
+
+    `change` is what happens to the result of an operation before it is stored.
+    """
     program, slots = planned.program, planned.slots
 
     def bits_of(name, role, quantizer):
@@ -94,7 +98,7 @@ def edges(
         del encodings, output  # the program is one of floats
         if op.output in planned.kernels:
             op = dataclasses.replace(op, weights=weights(op))
-        y, slot = op.floats(*values), slots[op.output]
+        y, slot = change(op, op.floats(*values)), slots[op.output]
         if slot is None or planned.as_stored(op):
             return y
         if slot.fixed is not None:

@@ -13,6 +13,8 @@ from hybrid_jax.recipes.train import in_training
 BATCH = 64
 EQUALIZED = 16
 """Images on which every pair of layers is tried."""
+CORRECTED = 2**22
+"""Pixels of the images that biases are corrected on, all edges of which are in memory at once."""
 
 
 def batches(task: Task, images: int) -> list[tuple[jax.Array]]:
@@ -67,6 +69,7 @@ def round_kernels(task: Task, model: Model, images: int, method: str) -> Model:
 def correct_biases(task: Task, dense: Model, model: Model, images: int) -> Model:
     """Returns the network with biases that make mean outputs those of the network in floats."""
     planned = model.cut.plan.replace(dense.weights)
-    sample = batches(task, images)
+    height, width, _ = task.splits.image_shape
+    sample = batches(task, min(images, max(CORRECTED // (height * width), 16)))
     new = quantization.correct_biases(planned, model.ranges, sample, model.weights)
     return model._replace(weights=new)

@@ -32,12 +32,13 @@ def planned(bits):
 
 def test_biases_by_hand():
     # Float: a gives (1.4, −0.8) and (2.8, −1.6), in the mean (2.1, −1.2). On the grid of step 1 the
-    # kernel is (1, −1), the mean (1.5, −1.5): b becomes (0.5, 0) + (0.6, 0.3) = (1.1, 0.3).
+    # kernel is (1, −1), the mean (1.5, −1.5): b becomes (0.5, 0) + (0.6, 0) = (1.1, 0), as relu
+    # cuts all of the second channel off.
     # Float: relu gives (1.9, 0) and (3.3, 0), c gives 4.37 and 7.59, in the mean 5.98.
     # Now relu gives (2.1, 0) and (3.1, 0), and c = (2, 1) gives 4.2 and 6.2, in the mean 5.2.
     made, ranges = planned(bits=4)
     new = q.correct_biases(made, ranges, [(X[:1],), (X[1:],)])
-    np.testing.assert_allclose(new["a"]["bias"], [1.1, 0.3], rtol=1e-5)
+    np.testing.assert_allclose(new["a"]["bias"], [1.1, 0.0], rtol=1e-5)
     np.testing.assert_allclose(new["c"]["bias"], [0.78], rtol=1e-5)
     for name in "ac":
         np.testing.assert_array_equal(new[name]["kernel"], PARAMS[name])
@@ -68,7 +69,7 @@ def test_correcting_what_was_rounded_and_corrected_changes_nothing():
     }
     new = q.correct_biases(made, ranges, [(X,)], rounded)
     np.testing.assert_array_equal(new["a"]["kernel"], rounded["a"]["kernel"])
-    np.testing.assert_allclose(new["a"]["bias"], [1.1, 0.3], rtol=1e-5)
+    np.testing.assert_allclose(new["a"]["bias"], [1.1, 0.0], rtol=1e-5)
     again = q.correct_biases(made, ranges, [(X,)], new)
     for name in "ac":
         np.testing.assert_allclose(again[name]["bias"], new[name]["bias"], rtol=1e-5)
