@@ -47,6 +47,7 @@ from hybrid_jax.core.paths import (
     path_string,
 )
 from hybrid_jax.core.replacement import at_sites
+from hybrid_jax.core.sealed import Damaged, digest, read_sealed, seal, unseal, write_sealed
 from hybrid_jax.core.shrink import (
     Certificate,
     kept_indices,
