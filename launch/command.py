@@ -1,12 +1,18 @@
 """What commands share: one parser of flags, one line for a user's error, and one entry for all."""
 
+import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import flags
 
 COMMANDS = ("compress", "export", "report", "benchmark")
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end; its number is the only argument."""
 
 
 class Told(Exception):
@@ -59,21 +65,50 @@ def run(
     `doc` is what `--help` prints, or makes it.
 
     What `act` raises is a user's error. What it returns is called after it, and what that raises is
-    a fault of ours, with a traceback, but for a loss that is not finite and for `Told`.
+    a fault of ours, with a traceback, but for a loss that is not finite, what cannot be read or
+    written, and `Told`. SIGTERM, SIGINT and SIGHUP end it in one line, with 128 and their number as
+    the exit code, as of a shell.
     """
     if {"-h", "--help"} & set(argv):
         print(doc() if callable(doc) else doc)
         return 0
     try:
-        left = act(argv)
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(error)
+        with _stoppable():
+            try:
+                left = act(argv)
+            except (ValueError, TypeError, OSError) as error:
+                return _fail(error)
+            try:
+                if left is not None:
+                    left()
+            except (FloatingPointError, OSError, Told) as error:
+                return _fail(error)
+            return 0
+    except Stopped as stopped:
+        (number,) = stopped.args
+        name = signal.Signals(number).name
+        print(f"stopped by {name}: to go on, run the same command again", file=sys.stderr)
+        return 128 + number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that ask to end raise `Stopped`, once: what is under way is to be left in peace."""
+
+    def stop(number, frame):
+        for own in before:
+            signal.signal(own, signal.SIG_IGN)
+        raise Stopped(number)
+
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.getsignal(n) for n in ending if signal.getsignal(n) is not signal.SIG_IGN}
     try:
-        if left is not None:
-            left()
-    except (FloatingPointError, Told) as error:
-        return _fail(error)
-    return 0
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(error):

@@ -27,7 +27,7 @@ def digest(tree: Any) -> str:
     """
     found = hashlib.sha256()
     for path, leaf in sorted(paths.flatten_paths(jax.device_get(tree)).items()):
-        found.update(f"{path} {leaf.dtype} {leaf.shape} ".encode())
+        found.update(f"{path} {leaf.dtype} {leaf.shape}".lstrip().encode())
         found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return found.hexdigest()
 

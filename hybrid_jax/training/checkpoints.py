@@ -1,10 +1,12 @@
 """Checkpoints of any pytree of arrays, through Orbax: atomic, by step, restored bit-equal."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -130,7 +132,8 @@ class Checkpoints:
         name = f"checkpoint {self.directory / str(step)}"
         items = {"arrays": ocp.args.StandardRestore(), "facts": ocp.args.JsonRestore()}
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**items))
+            with _hushed():
+                read = self._manager.restore(step, args=ocp.args.Composite(**items))
             facts, stored = core.unseal(read["facts"]), dict(read["arrays"])
             found = {path: core.digest(array) for path, array in stored.items()}
         except Exception as error:  # whatever the reader of the damaged part raises
@@ -143,6 +146,24 @@ class Checkpoints:
         core.check_same_structure(name, _specs(like), stored)
         tree = core.map_with_path(lambda path, leaf: _restored(leaf, stored.get(path)), like)
         return tree, facts["note"]
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Where one array cannot be read, Orbax closes its loop while others are still under way.
+
+    Python prints a traceback for each of these: they are told of in one line already.
+    """
+    before = getattr(sys.unraisablehook, "before", sys.unraisablehook)
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.before = before
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before  # where it failed, the others are still to come
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
