@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -9,10 +10,6 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 COMMANDS = ("compress", "export", "report", "benchmark")
-
-
-class Stopped(BaseException):
-    """A signal asked the process to end; its number is the only argument."""
 
 
 class Told(Exception):
@@ -72,36 +69,37 @@ def run(
     if {"-h", "--help"} & set(argv):
         print(doc() if callable(doc) else doc)
         return 0
-    try:
-        with _stoppable():
-            try:
-                left = act(argv)
-            except (ValueError, TypeError, OSError) as error:
-                return _fail(error)
-            try:
-                if left is not None:
-                    left()
-            except (FloatingPointError, OSError, Told) as error:
-                return _fail(error)
-            return 0
-    except Stopped as stopped:
-        (number,) = stopped.args
-        name = signal.Signals(number).name
-        print(f"stopped by {name}: to go on, run the same command again", file=sys.stderr)
-        return 128 + number
+    with _stoppable():
+        try:
+            left = act(argv)
+        except (ValueError, TypeError, OSError) as error:
+            return _fail(error)
+        try:
+            if left is not None:
+                left()
+        except (FloatingPointError, OSError, Told) as error:
+            return _fail(error)
+        return 0
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Signals that ask to end raise `Stopped`, once: what is under way is to be left in peace."""
+    """Signals that ask to end do so at once: what is on disk is whole, as it is after a kill.
+
+    An exception would be lost where it comes in the midst of a callback, of which tracing has many.
+    While training is under way signals are held back until it is saved.
+    """
 
     def stop(number, frame):
-        for own in before:
-            signal.signal(own, signal.SIG_IGN)
-        raise Stopped(number)
+        cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
+        name = signal.Signals(number).name
+        text = f"{cursor}stopped by {name}: to go on, run the same command again\n"
+        os.write(sys.__stderr__.fileno(), text.encode())
+        os._exit(128 + number)
 
     ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {n: signal.getsignal(n) for n in ending if signal.getsignal(n) is not signal.SIG_IGN}
+    handlers = {number: signal.getsignal(number) for number in ending}
+    before = {n: own for n, own in handlers.items() if own is not signal.SIG_IGN}
     try:
         for number in before:
             signal.signal(number, stop)
