@@ -138,13 +138,13 @@ def test_a_state_of_another_run_or_stage_is_not_taken(parent, made, tmp_path):
     assert state.load(path, parent.cut, whose="ours").thresholds == (0.5,)
 
 
-def test_a_run_that_must_be_finished_trains_nothing(parent, tmp_path):
+def test_a_run_is_finished_when_its_last_stage_is(parent, tmp_path):
     stages = [state.Stage("a", lambda before: before), state.Stage("b", lambda before: before)]
-    state.run(stages[:1], state.State(parent), tmp_path)
-    with pytest.raises(ValueError, match=r"a finished run, got .* where stage 'b' is to be done"):
-        state.run(stages, state.State(parent), tmp_path, finished=True)
-    state.run(stages, state.State(parent), tmp_path)
-    state.run(stages, state.State(parent), tmp_path, finished=True)
+    start = state.State(parent)
+    state.run(stages[:1], start, tmp_path)
+    assert state.finished(stages, start, tmp_path) is None
+    state.run(stages, start, tmp_path)
+    assert state.finished(stages, start, tmp_path).facts.keys() == {"seconds"}
 
 
 def test_an_equalized_network_is_rebuilt_from_its_weights(parent, tmp_path):

@@ -66,7 +66,7 @@ def test_what_is_missing_or_not_finite_is_none():
 def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"results\.json of a finished run, got"):
         read(tmp_path)
-    for text in ("", "{", "[]", "\0", '{"rows": []}', "[" * 10**5):
+    for text in ("", "{", "[]", "\0", "{}", "[" * 10**5):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match=r"results.json must be as it was written, got: .*\S"):
             read(tmp_path)
