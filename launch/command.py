@@ -1,8 +1,11 @@
 """What commands share: one parser of flags, one line for a user's error, and one entry for all."""
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import flags
 
@@ -59,21 +62,51 @@ def run(
     `doc` is what `--help` prints, or makes it.
 
     What `act` raises is a user's error. What it returns is called after it, and what that raises is
-    a fault of ours, with a traceback, but for a loss that is not finite and for `Told`.
+    a fault of ours, with a traceback, but for a loss that is not finite, what cannot be read or
+    written, and `Told`. SIGTERM, SIGINT and SIGHUP end it in one line, with 128 and their number as
+    the exit code, as of a shell.
     """
     if {"-h", "--help"} & set(argv):
         print(doc() if callable(doc) else doc)
         return 0
+    with _stoppable():
+        try:
+            left = act(argv)
+        except (ValueError, TypeError, OSError) as error:
+            return _fail(error)
+        try:
+            if left is not None:
+                left()
+        except (FloatingPointError, OSError, Told) as error:
+            return _fail(error)
+        return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Signals that ask to end do so at once: what is on disk is whole, as it is after a kill.
+
+    An exception would be lost where it comes in the midst of a callback, of which tracing has many.
+    While training is under way signals are held back until it is saved.
+    """
+
+    def stop(number, frame):
+        cursor = "\033[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
+        name = signal.Signals(number).name
+        text = f"{cursor}stopped by {name}: to go on, run the same command again\n"
+        os.write(sys.__stderr__.fileno(), text.encode())
+        os._exit(128 + number)
+
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in ending}
+    before = {n: own for n, own in handlers.items() if own is not signal.SIG_IGN}
     try:
-        left = act(argv)
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(error)
-    try:
-        if left is not None:
-            left()
-    except (FloatingPointError, Told) as error:
-        return _fail(error)
-    return 0
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(error):

@@ -76,13 +76,14 @@ def _compress(argv):
     if dry:
         print(run.describe())
         return None
-    run.claim()
+    lock = run.claim()
 
     def act():
         from hybrid_jax import report
 
         try:
-            made = run()
+            with lock:
+                made = run.finish()
         except recipes.CannotBeMet as error:  # what was measured does not keep what was counted
             raise command.Told(error) from error
         report.show(made.results)

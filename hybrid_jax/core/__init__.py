@@ -27,7 +27,7 @@ from hybrid_jax.core.examples import (
     widen,
 )
 from hybrid_jax.core.fast_convolution import fast_convolutions
-from hybrid_jax.core.files import cache_folder, write_atomically, write_json
+from hybrid_jax.core.files import DRAFT, cache_folder, write_atomically, write_json
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, abstract, trace
 from hybrid_jax.core.host import check_known, is_traced, namespace, on_device
@@ -47,6 +47,7 @@ from hybrid_jax.core.paths import (
     path_string,
 )
 from hybrid_jax.core.replacement import at_sites
+from hybrid_jax.core.sealed import Damaged, digest, read_sealed, seal, unseal, write_sealed
 from hybrid_jax.core.shrink import (
     Certificate,
     kept_indices,

@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+DRAFT = ".draft"
+"""How the name of a file ends that is being written; a killed process leaves it."""
+
 
 def write_atomically(contents: Mapping[str | os.PathLike, bytes]) -> None:
     """Writes {path: content}, all or none: drafts beside their targets first, then moved."""
@@ -14,7 +17,7 @@ def write_atomically(contents: Mapping[str | os.PathLike, bytes]) -> None:
         for path, content in contents.items():
             path = pathlib.Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            drafts[path] = path.with_name(f".{path.name}.{os.getpid()}")
+            drafts[path] = path.with_name(f".{path.name}.{os.getpid()}{DRAFT}")
             with open(drafts[path], "wb") as file:
                 file.write(content)
                 file.flush()

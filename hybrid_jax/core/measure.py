@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.core import versions
+from hybrid_jax.core import sealed, versions
 from hybrid_jax.core.files import cache_folder, write_json
 
 _ROUNDS = 3
@@ -48,7 +48,7 @@ class Choices:
         if self._file is not None and not self._file.exists():
             self._keep()
         elif self._file is not None:
-            stored = _read(self._file)
+            stored = sealed.read_sealed(self._file)
             if set(stored) != {"machine", "choices"}:
                 raise ValueError(f"file must hold the choices of a run, got {self._file}")
             self.answers = stored["choices"]
@@ -77,7 +77,8 @@ class Choices:
 
     def _keep(self):
         if self._file is not None and jax.process_index() == 0:
-            write_json(self._file, {"machine": self.moved or machine(), "choices": self.answers})
+            made = {"machine": self.moved or machine(), "choices": self.answers}
+            sealed.write_sealed(self._file, made)
 
     def _agreed(self, question, forms, args):
         if jax.process_count() == 1 or len(forms) == 1:

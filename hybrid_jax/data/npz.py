@@ -1,5 +1,6 @@
 """Arrays in one .npz file, found by their names and shapes."""
 
+import math
 import os
 import re
 import zipfile
@@ -13,6 +14,8 @@ PARTS = {"train": "train(ing)?", "test": "test(ing)?", "validation": "val(id(ati
 IMAGES = ("x", "image", "images", "img", "imgs", "data")
 LABELS = ("y", "label", "labels", "target", "targets")
 TARGETS = (*LABELS, "mask", "masks", "value", "values")
+MOST_DEFLATED = 1032
+"""Bytes that one byte of a zip file becomes at most: what DEFLATE can say of 258 in two bits."""
 MEDMNIST = [f"{part}_{what}" for part in ("train", "test", "val") for what in ("images", "labels")]
 
 
@@ -42,13 +45,13 @@ def _arrays(dir: str | os.PathLike | None, keys: Sequence[str]) -> dict[str, np.
     path = existing("dir", dir, expected)
     if len(keys) not in (0, 2, 4, 6):
         raise ValueError(f"keys must be two for each of {', '.join(PARTS)}, got {tuple(keys)}")
-    arrays = {}
     try:
-        with open(path, "rb") as file, np.load(file) as npz:
-            for key in npz.files:
-                arrays[key] = _array(npz, key)
-    except (AttributeError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"dir must be {expected}, got {path} (not readable: {error})") from error
+        with zipfile.ZipFile(path) as archive:
+            members = [(m.filename.removesuffix(".npy"), m) for m in archive.infolist()]
+            arrays = {key: _array(archive, member) for key, member in members}
+    except Exception as error:  # a stranger's file may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"dir must be {expected}, got {path} (not readable: {reason})") from error
     lost = [key for key in keys if key not in arrays or arrays[key].dtype == object]
     if lost:
         raise ValueError(
@@ -58,13 +61,21 @@ def _arrays(dir: str | os.PathLike | None, keys: Sequence[str]) -> dict[str, np.
     return arrays
 
 
-def _array(npz: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    try:
-        return npz[key]
-    except ValueError as error:
-        if "allow_pickle" in str(error):
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """A member as an array, for which no more memory is taken than its bytes can fill."""
+    if member.file_size > MOST_DEFLATED * (member.compress_size + 1):
+        raise ValueError(f"{member.filename} declares {member.file_size} bytes, which it has not")
+    with archive.open(member) as file:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        formats = np.lib.format
+        read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
             return np.empty(0, object)
-        raise
+        if (size := math.prod(shape) * dtype.itemsize) != (left := member.file_size - file.tell()):
+            raise ValueError(f"{member.filename} must hold {size} bytes of {shape}, got {left}")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _found(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:

@@ -161,9 +161,10 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     # How far through its own class each image comes; the first `count` of that order, over all
     # classes, take the same part of each.
     progress = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        progress[members] = (np.arange(len(members)) + 0.5) / len(members)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    first, counts = np.repeat(first, counts), np.repeat(counts, counts)
+    progress[by_class] = (np.arange(len(labels)) - first + 0.5) / counts
     return np.sort(shuffled[np.argsort(progress[shuffled], kind="stable")[:count]])
 
 

@@ -85,7 +85,14 @@ def _builder(dir: str | os.PathLike | None, name: str = "") -> Any:
     newest = max(
         found, key=lambda path: [int(n) for n in re.findall("[0-9]+", path.resolve().name)]
     )
-    builder = tfds.builder_from_directory(newest)
+    try:
+        builder = tfds.builder_from_directory(newest)
+        features = builder.info.features
+    except Exception as error:  # what was prepared elsewhere may fail in any way
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{expected}, got {newest} (not readable: {said:.300})") from error
+    if features is None or not builder.info.splits:
+        raise ValueError(f"{expected}, got {newest} (says nothing of its features, or its parts)")
     if name and builder.name != name:
         raise ValueError(f"{expected}, got {dir} (holds {builder.name})")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:

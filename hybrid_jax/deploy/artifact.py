@@ -23,15 +23,20 @@ def write(path: str | os.PathLike, data: bytes, facts: dict[str, Any]) -> dict[s
     return manifest
 
 
-def read(path: str | os.PathLike, kind: str | None = None) -> tuple[bytes, dict[str, Any]]:
-    """Reads what `write` wrote, checked against its manifest: the contents and the manifest."""
+def read(
+    path: str | os.PathLike, kind: str | None = None, keys: Sequence[str] = ()
+) -> tuple[bytes, dict[str, Any]]:
+    """Reads what `write` wrote, checked against its manifest: the contents and the manifest.
+
+    The manifest must have the `keys`; of inputs and outputs each has a shape and a dtype.
+    """
     path = pathlib.Path(path)
     beside = manifest_path(path)
     data, text = path.read_bytes(), beside.read_bytes()
     try:
         manifest = json.loads(text)
         expected = {"bytes": manifest["bytes"], "sha256": manifest["sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{beside} must be a JSON object with bytes and sha256") from error
     got = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     for name, value in expected.items():
@@ -41,7 +46,20 @@ def read(path: str | os.PathLike, kind: str | None = None) -> tuple[bytes, dict[
             )
     if kind is not None and manifest.get("kind") != kind:
         raise ValueError(f"{path} must be of kind {kind!r}, got {manifest.get('kind')!r}")
+    for key in keys:
+        value = manifest.get(key)
+        ends = [_is_end(end) for end in value] if isinstance(value, list) else []
+        if not (ends and all(ends) if key in ("inputs", "outputs") else isinstance(value, str)):
+            raise ValueError(f"{beside} must have {key}, as it was written, got {value!r:.80}")
     return data, manifest
+
+
+def _is_end(value):
+    """Whether it describes an array of a leading batch axis."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return False
+    shape = value.get("shape")
+    return isinstance(shape, list) and bool(shape) and all(type(n) is int for n in shape[1:])
 
 
 def end_names(

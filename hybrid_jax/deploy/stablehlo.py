@@ -111,12 +111,18 @@ def export_program(
 
 def load(path: str | os.PathLike) -> Callable[..., Any]:
     """An exported file, checked against its manifest, as a jitted function of the inputs."""
-    data, manifest = artifact.read(path, KIND)
-    if _version(manifest["jax"]) > _version(jax.__version__):
+    data, manifest = artifact.read(path, KIND, ["jax"])
+    try:
+        newer = _version(manifest["jax"]) > _version(jax.__version__)
+        loaded = None if newer else _function(data)
+    except Exception as error:  # a stranger's file may fail in any way
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} must be a file of export, got: {said:.300}") from None
+    if newer:
         raise ValueError(
             f"{path} must be made by jax {jax.__version__} or older, got {manifest['jax']}"
         )
-    return _function(data)
+    return loaded
 
 
 @functools.lru_cache(maxsize=4)

@@ -54,7 +54,7 @@ def _openvino_session(path, batch, threads):
 
 
 def _tflite_session(path, batch, threads):
-    _, manifest = artifact.read(path)
+    _, manifest = artifact.read(path, keys=["inputs"])
     fixed = manifest["inputs"][0]["shape"][0] == 1
     return litert.litert_session(path, 1 if fixed else batch, threads)
 
@@ -70,7 +70,7 @@ def _c_session(path, batch, threads):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise ImportError("a C compiler must be installed to run a C file, got none")
-    _, manifest = artifact.read(path)
+    _, manifest = artifact.read(path, keys=["name", "inputs", "outputs"])
     with tempfile.TemporaryDirectory() as folder:
         library = str(pathlib.Path(folder, "model.so"))
         flags = ["-x", "c", "-O3", "-march=native"]

@@ -88,10 +88,10 @@ def _npz(path):
 
 
 def _orbax(path):
-    """Of a checkpoint, or of a step that a manager saved."""
-    step = path / "default"
+    """Of a checkpoint, or of a step that a manager saved, of `training.Checkpoints` or another."""
+    steps = (path / "arrays", path / "default", path)
     # A path must be absolute. As NumPy: the devices that saved it need not be here.
-    folder = (step if step.is_dir() else path).resolve()
+    folder = next(step for step in steps if step.is_dir()).resolve()
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
         options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

@@ -47,6 +47,16 @@ def alike(task: Task, outputs: jax.ShapeDtypeStruct) -> None:
             )
 
 
+def platforms(config: Any) -> None:
+    """Raises ValueError where a StableHLO file could not be run here, and so not be verified."""
+    here, asked = jax.export.default_export_platform(), config.deploy.platforms
+    if "stablehlo" in config.deploy.targets and here not in asked:
+        raise ValueError(
+            f"config.deploy.platforms must hold {here!r}, on which files are verified here, "
+            f"got {asked}"
+        )
+
+
 def training(task: Task, effort: str) -> None:
     """Raises ValueError unless the network can be trained, on labels that the user gave."""
     models.trainable(task.network, f"effort {effort!r}")
@@ -117,7 +127,14 @@ def mixture(task: Task, config: Any) -> None:
                 f"whose experts are as config.experts says, got {asked}; 'finetune' keeps it"
             )
     kind = task.splits.label_kind
-    if "classes" in config.experts.diversity.split("+") and kind != "classes":
+    sources = config.experts.diversity.split("+")
+    count, images = config.experts.count, len(task.splits.train.images)
+    if "cluster" in sources and count > images:
+        raise ValueError(
+            f"config.experts.count must be at most the {images} training images with diversity "
+            f"'cluster', got {count}"
+        )
+    if "classes" in sources and kind != "classes":
         raise ValueError(
             "config.experts.diversity must be without 'classes' where labels of images are no "
             f"classes, got {config.experts.diversity!r} and labels of {kind}"

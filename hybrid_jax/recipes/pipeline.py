@@ -6,7 +6,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -59,13 +59,14 @@ class Run:
     start: State
     command: str
 
-    def claim(self) -> None:
-        """Makes the work directory the run's own, see `workdir.claim`."""
+    def claim(self) -> IO[str]:
+        """Makes the work directory the run's own; returns its lock, see `workdir.claim`."""
         task = self.task
         given = [task.network.params] if task.given else []
         given += [task.teacher.params] if task.teacher else []
         given += [model.params for model in task.members]
-        workdir.claim(task.workdir, schema.flatten(self.config), task.splits, given or None)
+        config = schema.flatten(self.config)
+        return workdir.claim(task.workdir, config, task.splits, given or None)
 
     def describe(self) -> str:
         """Returns what it would do."""
@@ -78,18 +79,28 @@ class Run:
         """Runs what is not done yet, writes the files, and reports.
 
         Raises:
+          ValueError: If the work directory is not the run's own.
           FloatingPointError: If a loss is not finite.
         """
-        self.claim()
+        with self.claim():
+            return self.finish()
+
+    def finish(self) -> Result:
+        """Does so in a directory that is claimed."""
         print(self._notes(), file=sys.stderr, flush=True)
-        made = state.run(self.stages, self.start, self.task.workdir, self._source)
-        return _result(self.task, made, self.config, self.command)
+        task = self.task
+        made = state.run(self.stages, self.start, task.workdir, self._source, task.whose)
+        return _result(task, made, self.config, self.command)
 
     def finished(self) -> State:
         """Returns what the run has made; ValueError if it is not done."""
-        made = state.finished(self.stages, self.start, self.task.workdir, self._source)
+        task = self.task
+        made = state.finished(self.stages, self.start, task.workdir, self._source, task.whose)
         if made is None:
-            raise ValueError(f"{self.task.workdir} must hold a finished run, got stages undone")
+            raise ValueError(
+                f"{task.workdir} must hold a finished run, got stages undone: launch.compress with "
+                "the same config goes on"
+            )
         return made
 
     def _source(self, origin: str) -> models.Network:
@@ -270,6 +281,7 @@ def prepare(
     outputs = jax.eval_shape(taken.predict, taken.params, few)
     demands.outputs(outputs, splits)
     demands.alike(task, outputs)
+    demands.platforms(config)
     training.check_objective(task.objective, outputs, splits.test.labels[:2])
     stages = [state.named(stage) for stage in effort(task, config)]
     return Run(task, config, stages, State(task.parent), command)
@@ -279,12 +291,21 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
     """Writes what a finished run of a configuration has made for other targets, and reports again.
 
     `pairs` is how many pairs of calls each latency is taken over.
+
+    Raises:
+      FileNotFoundError: If there is no results.json.
+      ValueError: If it was changed, or something is left to be trained.
     """
     path = pathlib.Path(path)
     results = report.read(path)
     every = dict.fromkeys((*results.config["deploy.targets"], *targets))
     changed = {"deploy.targets": tuple(every), "evaluation.latency_calls": pairs}
-    return run(schema.read({**schema.completed(results.config), **changed}), path, results.command)
+    made = of_config(
+        schema.read({**schema.completed(results.config), **changed}), path, results.command
+    )
+    with made.claim():
+        made.finished()  # nothing is trained in silence
+        return made.finish()
 
 
 def _taken_images(images: Any, settings: Any) -> data.Splits:
@@ -411,7 +432,7 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
         seconds=made.facts.get("seconds", {}),
         **found.facts,
     )
-    core.write_json(task.workdir / "results.json", dataclasses.asdict(results))
+    report.save(results, task.workdir)
     page = report.write(results, task.workdir)
     ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
     measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]

@@ -43,10 +43,6 @@ class State(NamedTuple):
     facts: Mapping[str, Any] = {}
 
 
-class DamagedState(ValueError):
-    """A file of a stage is not as it was written."""
-
-
 class Stage(NamedTuple):
     """A stage: a name, a function from state to state, and how many steps it trains."""
 
@@ -65,6 +61,7 @@ def run(
     state: State,
     workdir: pathlib.Path,
     sources: Callable[[str], models.Network] | None = None,
+    whose: str = "",
 ) -> State:
     """Returns the state after all stages; those that an earlier process has done are not run.
 
@@ -75,6 +72,7 @@ def run(
       state: That of the parent.
       workdir: Where the run lies.
       sources: (origin) -> network of what is not cut from the parent: 'gate', 'member 0', ….
+      whose: What tells the run from others; their files are taken for damaged.
 
     Raises:
       ValueError: If two stages have one name, or a stage returns no `State`.
@@ -85,7 +83,7 @@ def run(
         if names.count(name) > 1:
             raise ValueError(f"stages must have names of their own, got {name!r} twice")
     files = _files(stages, workdir)
-    state, first = _resumed(files, state, sources)
+    state, first = _resumed(files, state, sources, whose)
     begun = time.monotonic()
     for i, stage in enumerate(stages[first:], first):
         _tell(stages, i, first, time.monotonic() - begun)
@@ -98,7 +96,7 @@ def run(
         seconds = dict(state.facts.get("seconds", {}))
         seconds[stage.name] = round(time.perf_counter() - start, 2)
         state = state._replace(facts={**state.facts, "seconds": seconds})
-        save(files[i], state)
+        save(files[i], state, whose)
     return state
 
 
@@ -107,10 +105,11 @@ def finished(
     state: State,
     workdir: pathlib.Path,
     sources: Callable[[str], models.Network] | None = None,
+    whose: str = "",
 ) -> State | None:
     """Returns the state after all stages, if they are done; arguments as of `run`."""
     *_, last = _files(list(map(named, stages)), workdir)
-    return load(last, state.parent.cut, sources) if last.exists() else None
+    return load(last, state.parent.cut, sources, whose) if last.exists() else None
 
 
 def _files(stages, workdir) -> list[pathlib.Path]:
@@ -119,15 +118,15 @@ def _files(stages, workdir) -> list[pathlib.Path]:
     ]
 
 
-def _resumed(files, state, sources) -> tuple[State, int]:
+def _resumed(files, state, sources, whose) -> tuple[State, int]:
     """The state of the last file that is whole, and how many stages it has behind it."""
     for i in reversed(range(len(files))):
         try:
             if files[i].exists():
-                state = load(files[i], state.parent.cut, sources)
+                state = load(files[i], state.parent.cut, sources, whose)
                 print(f"{i + 1} of {len(files)} stages are done", file=sys.stderr, flush=True)
                 return state, i + 1
-        except DamagedState as error:
+        except core.Damaged as error:
             print(f"{error}; its stage is done again", file=sys.stderr, flush=True)
     return state, 0
 
@@ -145,8 +144,11 @@ def _tell(stages, i, first, seconds) -> None:
     )
 
 
-def save(path: pathlib.Path, state: State) -> None:
-    """Writes a state as one safetensors file: its arrays, their digests, and the rest as JSON."""
+def save(path: pathlib.Path, state: State, whose: str = "") -> None:
+    """Writes a state as one safetensors file: its arrays, their digests, and the rest as JSON.
+
+    It is that of the run `whose`, after the stage that the file is named after.
+    """
     arrays: dict[str, np.ndarray] = {}
 
     def strip(node: Any) -> Any:
@@ -162,6 +164,7 @@ def save(path: pathlib.Path, state: State) -> None:
 
     tree = strip(
         {
+            "whose": [whose, path.name],
             "parent": _stored(state.parent),
             "experts": list(map(_stored, state.experts)),
             "before": list(map(_stored, state.before)),
@@ -172,7 +175,7 @@ def save(path: pathlib.Path, state: State) -> None:
             "facts": state.facts,
         }
     )
-    digests = {name: _digest(array) for name, array in arrays.items()}
+    digests = {name: core.digest(array) for name, array in arrays.items()}
     text = json.dumps(tree)
     digests["state"] = hashlib.sha256(text.encode()).hexdigest()
     metadata = {"state": text, "digests": json.dumps(digests)}
@@ -180,22 +183,29 @@ def save(path: pathlib.Path, state: State) -> None:
 
 
 def load(
-    path: pathlib.Path, parent: Cut, sources: Callable[[str], models.Network] | None = None
+    path: pathlib.Path,
+    parent: Cut,
+    sources: Callable[[str], models.Network] | None = None,
+    whose: str = "",
 ) -> State:
     """Reads what `save` wrote; `parent` has the functions of the dense network.
 
     Raises:
-      DamagedState: If the file is damaged.
+      core.Damaged: If the file is damaged, or of another run or stage.
     """
     try:
         with safetensors.safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             text, digests = file.metadata()["state"], json.loads(file.metadata()["digests"])
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DamagedState(f"{path} must be the state of a stage, got: {error}") from None
-    found = {name: _digest(array) for name, array in arrays.items()}
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise core.Damaged(f"{path} must be the state of a stage, got: {error}") from None
+    found = {name: core.digest(array) for name, array in arrays.items()}
     if found | {"state": hashlib.sha256(text.encode()).hexdigest()} != digests:
-        raise DamagedState(f"{path} must be as it was written, got something else: it is damaged")
+        raise core.Damaged(f"{path} must be as it was written, got something else: it is damaged")
+    tree = json.loads(text)
+    run, stage = tree.pop("whose", (whose, path.name))  # that of an earlier version does not say
+    if (run, stage) != (whose, path.name):
+        raise core.Damaged(f"{path} must be of this run, got stage {stage} of another")
 
     def fill(node: Any) -> Any:
         if isinstance(node, dict):
@@ -208,7 +218,7 @@ def load(
         origin = stored.get("origin", "")
         return _model(stored, sources(origin) if origin else parent.source, parent.images)
 
-    tree = fill(json.loads(text))
+    tree = fill(tree)
     lists = [list(map(model, tree[name])) for name in ("experts", "before")]
     singles = {name: model(stored) for name, stored in tree["singles"].items()}
     gate = tree["gate"] and model(tree["gate"])
@@ -264,7 +274,3 @@ def _model(stored: dict, source: models.Network, images: jax.Array) -> Model:
     told = {"origin": stored.get("origin", ""), "learning": stored.get("learning", {})}
     cut = Cut(source, images, variables, kept, stored["bits"], **told)
     return Model(cut, masks, ranges, weights, None, stored["facts"])
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()

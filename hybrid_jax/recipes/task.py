@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from hybrid_jax import core, data, models, quantization, training
+from hybrid_jax.recipes import workdir
 from hybrid_jax.recipes.cut import Cut, Model
 
 PIXELS = 2**21
@@ -30,7 +31,7 @@ class Task:
       objective: Loss, score and confidence.
       augment: Of images (B, H, W, C) uint8, and of what labels move along.
       seed: Of everything that is drawn.
-      checkpoint_every: Steps that a run that is stopped loses at most.
+      checkpoint_every: Steps between checkpoints, of which there is one every two minutes too.
       batch_size: Of evaluation.
       judged_on: The part of `splits` that judges what was made.
       teacher: What compressed networks learn from; None for the parent.
@@ -57,6 +58,11 @@ class Task:
     def judged(self) -> data.Arrays:
         """The images that everything which was made is judged by: those of `judged_on`."""
         return getattr(self.splits, self.judged_on)
+
+    @property
+    def whose(self) -> str:
+        """What tells the run from others, once the directory is its own."""
+        return workdir.whose(self.workdir)
 
     def key(self, name: str) -> jax.Array:
         """Returns the random key of the stage `name`."""
@@ -140,7 +146,9 @@ class Task:
             self.batches(name, batch_size, weights),
             steps=steps,
             name=name,
-            checkpoint=training.Checkpoints(self.workdir / "checkpoints" / name),
+            checkpoint=training.Checkpoints(
+                self.workdir / "checkpoints" / name, whose=f"{self.whose} {name}"
+            ),
             records=self.workdir / "records.jsonl",
             every=self.checkpoint_every,
             **options,

@@ -1,12 +1,11 @@
-"""The work directory: whose run it holds."""
+"""The work directory: whose run it holds, and that one process alone works in it."""
 
-import hashlib
-import json
+import fcntl
 import pathlib
+import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
-import jax
 import numpy as np
 
 from hybrid_jax import core, data
@@ -18,12 +17,19 @@ ON_DISK = 512
 RESULTS = ("deploy.", "evaluation.")
 """Keys of the configuration that decide nothing of what is trained."""
 
+FOLDERS = ("stages", "checkpoints", "deploy")
+FILES = ("run.json", "splits.json", "choices.json", "records.jsonl", "results.json")
+LOCK = ".lock"
 
-def claim(path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, params: Any) -> None:
+
+def claim(
+    path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, params: Any
+) -> IO[str]:
     """Makes `path` the directory of a run, or takes up the run that is there.
 
     A run is its configuration, its images and the weights that it was given. Nothing is changed if
-    the directory holds another one, or files that are no run of ours.
+    the directory holds another one, or files that are no run of ours. What a killed process left
+    half written is removed.
 
     Beside it is written, in splits.json, which images are those of training, validation and test.
 
@@ -32,30 +38,86 @@ def claim(path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, pa
       config: {dotted key: value}.
       splits: The images and labels.
       params: The weights that the run begins with, or None where it makes them.
+
+    Returns:
+      The lock: until it is closed, or the process ends, no other process can claim the directory.
+
+    Raises:
+      ValueError: If the directory is not as said, or another process works in it.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"workdir must be a directory, got the file {path}")
-    ours = {"config": dict(config), "data": _digest(splits), "weights": digest(params)}
-    stored = path / "run.json"
-    if stored.exists():
-        try:
-            theirs = json.loads(stored.read_text())
-            _compare(path, ours, theirs)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{stored} must say whose run this is, got: {error}") from None
-    elif path.exists() and (there := sorted(p.name for p in path.iterdir())):
+    there = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
+    if there and "run.json" not in there:
         raise ValueError(
             f"workdir must be empty or hold a run of the same config, got {path} with {there[0]}"
         )
     try:
-        core.write_json(stored, ours)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / LOCK, "a")  # noqa: SIM115
     except OSError as error:
         raise ValueError(f"workdir must be one that can be written, got {path}: {error}") from error
-    where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
-    core.write_json(path / "splits.json", where)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(f"workdir must be of no run that goes on, got {path}, locked") from None
+    try:
+        _check_kinds(path)
+        ours = {
+            "config": dict(config),
+            "data": _digest(splits),
+            "weights": "" if params is None else core.digest(params),
+        }
+        theirs = _compared(path, ours) if there else {"id": uuid.uuid4().hex}
+        _check_choices(path / "choices.json")
+        for draft in path.rglob(f".*{core.DRAFT}"):
+            draft.unlink()
+        core.write_sealed(path / "run.json", ours | {"id": theirs["id"]})
+        where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
+        core.write_json(path / "splits.json", where)
+    except OSError as error:
+        lock.close()
+        raise ValueError(f"workdir must be one that can be written, got {path}: {error}") from error
+    except ValueError:
+        lock.close()
+        raise
+    return lock
 
 
-def _compare(path, ours, theirs) -> None:
+def whose(path: pathlib.Path) -> str:
+    """Returns what tells the run in a directory from others; "" where there is none."""
+    try:
+        return core.read_sealed(path / "run.json")["id"]
+    except (OSError, core.Damaged):
+        return ""
+
+
+def _check_kinds(path):
+    """Raises ValueError where there is a file instead of a folder of ours, or the other way."""
+    for name in (*FOLDERS, *FILES):
+        own, folder = path / name, name in FOLDERS
+        if own.exists() and own.is_dir() != folder:
+            expected, got = ("folder", "file") if folder else ("file", "folder")
+            raise ValueError(f"{own} must be a {expected}, got a {got}: move it away")
+
+
+def _check_choices(file):
+    try:
+        if file.exists():
+            core.read_sealed(file)
+    except core.Damaged as error:
+        raise core.Damaged(
+            f"{error}; without it the run goes on, with what is measured to be fastest now"
+        ) from None
+
+
+def _compared(path, ours):
+    """The run that is there, if it is ours."""
+    try:
+        theirs = core.read_sealed(path / "run.json")
+    except core.Damaged as error:
+        raise core.Damaged(f"{error}; whose run this is cannot be told: begin in another") from None
     a, b = completed(ours["config"]), completed(theirs["config"])
     for key in {**a, **b}:
         if not key.startswith(RESULTS) and a.get(key) != b.get(key):
@@ -68,27 +130,14 @@ def _compare(path, ours, theirs) -> None:
             raise ValueError(
                 f"workdir must hold a run of the same {what}, got {path}, of other {name}"
             )
+    return theirs
 
 
 def _digest(splits: data.Splits) -> str:
-    found = hashlib.sha256(repr((splits.mean, splits.std, splits.class_names)).encode())
+    facts = [splits.mean, splits.std, splits.class_names]
     for part in (splits.train, splits.validation, splits.test):
         images = part.images
         if not isinstance(images, np.ndarray):  # on disk: some of them
             images = images[:: -(-len(images) // ON_DISK)]
-        for array in map(np.ascontiguousarray, (images, part.labels)):
-            found.update(f"{len(part.images)} {array.dtype} {array.shape}".encode())
-            found.update(memoryview(array).cast("B"))
-    return found.hexdigest()
-
-
-def digest(tree: Any) -> str:
-    """Returns a digest of every leaf of a pytree and of its path; "" of None."""
-    if tree is None:
-        return ""
-    found = hashlib.sha256()
-    for path, leaf in core.flatten_paths(jax.device_get(tree)).items():
-        found.update(
-            f"{path} {leaf.dtype} {leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes()
-        )
-    return found.hexdigest()
+        facts += [len(part.images), core.digest([images, part.labels])]
+    return core.seal({"facts": facts})["sha256"]

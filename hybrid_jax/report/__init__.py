@@ -11,6 +11,7 @@ from hybrid_jax.report.rows import File as File
 from hybrid_jax.report.rows import Results as Results
 from hybrid_jax.report.rows import Row as Row
 from hybrid_jax.report.rows import read as read
+from hybrid_jax.report.rows import save as save
 from hybrid_jax.report.seeds import average as average
 from hybrid_jax.report.seeds import write_average as write_average
 from hybrid_jax.report.shipping import headline as headline

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import numbers
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -206,12 +207,17 @@ class Results:
         return next(iter(self.of(*roles)), None)
 
 
-def read(workdir) -> Results:
+def save(results: Results, workdir: str | os.PathLike) -> None:
+    """Writes results.json, with its own sha256: numbers that are changed later are not believed."""
+    core.write_sealed(pathlib.Path(workdir) / "results.json", dataclasses.asdict(results))
+
+
+def read(workdir: str | os.PathLike) -> Results:
     """The results of a run.
 
     Raises:
         FileNotFoundError: If the directory has no results.json.
-        ValueError: If it is not JSON, or its keys are others.
+        ValueError: If it is not as it was written, or its keys are others.
     """
     path = pathlib.Path(workdir) / "results.json"
     if not path.is_file():
@@ -219,9 +225,14 @@ def read(workdir) -> Results:
             f"workdir must hold the results.json of a finished run, got {str(workdir)!r} without"
         )
     try:
-        value = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+        value = json.loads(path.read_bytes())
+        # Results of an earlier version have no digest.
+        value = core.unseal(value) if "sha256" in value or "rows" not in value else value
+    except (ValueError, TypeError, RecursionError) as error:
+        raise core.Damaged(
+            f"{path} must be as it was written, got: {error}; the command of the run writes it "
+            "again"
+        ) from None
     return Results.from_json(value, str(path))
 
 

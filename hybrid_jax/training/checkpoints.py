@@ -1,8 +1,12 @@
 """Checkpoints of any pytree of arrays, through Orbax: atomic, by step, restored bit-equal."""
 
+import contextlib
 import functools
 import os
 import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -18,65 +22,154 @@ Tree = TypeVar("Tree")
 class Checkpoints:
     """The checkpoints of one run, in one directory.
 
-    On disk a checkpoint is {path: array}, whatever classes the pytree is made of. It appears under
-    its step only when it is complete: a process killed while it writes leaves the ones before as
-    they were. `directory` is made by the first `save`; the newest `keep` are kept.
+    On disk a checkpoint is {path: array}, whatever classes the pytree is made of, with a digest of
+    each. It appears under its step only when it is complete: a process killed while it writes
+    leaves the ones before as they were. In a `with` block, which waits for it at its end, it is
+    written while what follows goes on. `directory` is made by the
+    first `save`; the newest `keep` are kept. `whose` says whose they are: those of another run are
+    taken for damaged.
 
     Example:
       >>> import tempfile
       >>> directory = tempfile.TemporaryDirectory()
       >>> checkpoints = Checkpoints(directory.name)
-      >>> checkpoints.save(10, {'w': np.ones(2), 'key': jax.random.key(0)})
+      >>> checkpoints.save(10, {'w': np.ones(2), 'key': jax.random.key(0)}, note={'loss': 0.5})
       >>> checkpoints.latest()
       10
       >>> like = {'w': np.zeros(2), 'key': jax.random.key(1)}
-      >>> checkpoints.restore(10, like)['w'].tolist()
-      [1.0, 1.0]
+      >>> tree, note = checkpoints.newest(like)
+      >>> tree['w'].tolist(), note
+      ([1.0, 1.0], {'loss': 0.5})
       >>> directory.cleanup()
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, whose: str = ""):
         self.directory = pathlib.Path(directory).absolute()
         self._keep = core.check_integer("keep", keep, 1)
+        self._whose = whose
+        self._beside = False
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        # Synchronous: the step that follows may donate the buffers being written.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=False, create=True
+            max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, tree: Any) -> None:
-        """Writes `tree`, then drops the oldest beyond `keep`; the step is later than the latest."""
+    def __enter__(self):
+        self._beside = True
+        return self
+
+    def __exit__(self, *error):
+        """Waits, as `wait` does, and ends the threads that write."""
+        self._beside = False
+        if manager := vars(self).pop("_manager", None):
+            manager.close()
+
+    def save(self, step: int, tree: Any, note: Any = None) -> None:
+        """Writes `tree`, which may be donated at once, and `note`, which is JSON.
+
+        Then the oldest beyond `keep` are dropped. The step is later than the latest.
+        """
         step = core.check_integer("step", step, 0)
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"step must be later than the latest checkpoint {latest}, got {step}")
-        self._manager.save(step, args=ocp.args.StandardSave(_arrays(tree)))
+        arrays = _arrays(tree)
+        digests = {path: core.digest(array) for path, array in arrays.items()}
+        facts = core.seal({"whose": self._whose, "digests": digests, "note": note})
+        items = {"arrays": ocp.args.StandardSave(arrays), "facts": ocp.args.JsonSave(facts)}
+        self._manager.save(step, args=ocp.args.Composite(**items))
+        if not self._beside:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises what failed."""
+        if "_manager" in vars(self):
+            self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """The newest step with a complete checkpoint, or None."""
-        if not self.directory.is_dir():
-            return None
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
 
     def restore(self, step: int, like: Tree) -> Tree:
-        """Reads a checkpoint into the structure, and placed as, `like`, arrays or their shapes."""
-        steps = self._manager.all_steps() if self.directory.is_dir() else []
-        if step not in steps:
+        """Reads a checkpoint into the structure, and placed as, `like`, arrays or their shapes.
+
+        Raises:
+          FileNotFoundError: If there is no such step.
+          core.Damaged: If it is not as it was written.
+          ValueError: If it is whole, and of another structure.
+        """
+        return self._read(step, like)[0]
+
+    def newest(self, like: Tree) -> tuple[Tree, Any] | None:
+        """As `restore` of the newest that is whole, and its note; None where none is.
+
+        Those that are damaged are told on stderr, and lie beside the others as STEP.damaged.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                return self._read(step, like)
+            except core.Damaged as error:
+                name = f"{step}.damaged"
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+                (self.directory / str(step)).rename(self.directory / name)
+                self._manager.reload()
+                before = self.latest()
+                on = "begins anew" if before is None else f"goes on from step {before}"
+                print(f"{error}; it is now {name}, and training {on}", file=sys.stderr, flush=True)
+        return None
+
+    def _steps(self) -> list[int]:
+        return list(self._manager.all_steps()) if self.directory.is_dir() else []
+
+    def _read(self, step, like):
+        self.wait()
+        if step not in self._steps():
             raise FileNotFoundError(
-                f"step must be one of {sorted(steps)} in {self.directory}, got {step}"
+                f"step must be one of {sorted(self._steps())} in {self.directory}, got {step}"
             )
-        stored = self._manager.restore(step, args=ocp.args.StandardRestore())
-        core.check_same_structure(f"checkpoint {self.directory / str(step)}", _specs(like), stored)
-        return core.map_with_path(lambda path, leaf: _restored(leaf, stored.get(path)), like)
+        name = f"checkpoint {self.directory / str(step)}"
+        items = {"arrays": ocp.args.StandardRestore(), "facts": ocp.args.JsonRestore()}
+        try:
+            with _hushed():
+                read = self._manager.restore(step, args=ocp.args.Composite(**items))
+            facts, stored = core.unseal(read["facts"]), dict(read["arrays"])
+            found = {path: core.digest(array) for path, array in stored.items()}
+        except Exception as error:  # whatever the reader of the damaged part raises
+            said = " ".join(str(error).split())
+            raise core.Damaged(f"{name} is damaged: {type(error).__name__}: {said:.160}") from None
+        if facts["digests"] != found:
+            raise core.Damaged(f"{name} is damaged: its arrays are not as they were written")
+        if facts["whose"] != self._whose:
+            raise core.Damaged(f"{name} is of another run, or of another stage of it")
+        core.check_same_structure(name, _specs(like), stored)
+        tree = core.map_with_path(lambda path, leaf: _restored(leaf, stored.get(path)), like)
+        return tree, facts["note"]
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Where one array cannot be read, Orbax closes its loop while others are still under way.
+
+    Python prints a traceback for each of these: they are told of in one line already.
+    """
+    before = getattr(sys.unraisablehook, "before", sys.unraisablehook)
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.before = before
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before  # where it failed, the others are still to come
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
-    """Leaves by path, as NumPy; those of size 0 hold nothing, and Orbax stores none."""
+    """Copies of the leaves by path; those of size 0 hold nothing, and Orbax stores none."""
     return {
-        path: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        path: np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         for path, leaf in core.flatten_paths(tree).items()
         if not core.is_masked_node(leaf) and np.size(leaf)
     }

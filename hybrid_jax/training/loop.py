@@ -1,6 +1,8 @@
 """The training loop: progress, records, checkpoints, resumption, and a check on the loss."""
 
+import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from hybrid_jax import core
 from hybrid_jax.training.checkpoints import Checkpoints
 from hybrid_jax.training.progress import progress
 from hybrid_jax.training.records import Path, drop_records, write_record
+from hybrid_jax.training.signals import Held
 from hybrid_jax.training.state import TrainState, copy
 from hybrid_jax.training.steps import Batch, Metrics, Step
 
@@ -27,11 +30,13 @@ def fit(
     evaluate: Callable[[TrainState], dict[str, Any]] | None = None,
     every: int | None = None,
     record_every: int = 50,
+    seconds: float = 120.0,
 ) -> TrainState:
-    """Trains until step `steps`, from the latest checkpoint if there is one.
+    """Trains until step `steps`, from the newest checkpoint that is whole, if there is one.
 
     Resuming is bit-equal to never having stopped, since everything random depends on the step
     alone. Stopped at any moment, it leaves complete checkpoints of finite values, and whole lines.
+    SIGTERM, SIGINT and SIGHUP wait until the step under way is done and saved, see `signals.Held`.
     A loss, or a parameter to be saved, that is not finite is a FloatingPointError with its step.
 
     `step` is of `make_step` or `make_stacked_step`; `state` is where to start, and stays usable;
@@ -39,7 +44,7 @@ def fit(
     {'name', 'step', 'loss', …}, each metric the mean since the record before, a list over experts
     for a stack, every `record_every` steps, when the loss is looked at. evaluate(state) -> dict of
     numbers or (E,) arrays is added to it, `every` so many steps, as checkpoints are made; None is
-    the end only.
+    the end only. Checkpoints are also made once `seconds` have passed since the last.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -57,23 +62,24 @@ def fit(
     every = max(steps, 1) if every is None else core.check_integer("every", every, 1)
 
     state = copy(state)
-    saved = checkpoint.latest() if checkpoint else None
-    if saved is not None:
-        state = checkpoint.restore(saved, state)
+    saved = checkpoint.newest(state) if checkpoint else None
+    state, window = saved or (state, [])  # the metrics that no record holds yet
     done = int(np.ravel(state.step)[0])
     if done > steps:
         raise ValueError(f"steps must be at least the {done} that {name} has done, got {steps}")
     if records is not None:
         drop_records(records, name, after=done)
 
-    window: list[Metrics] = []
-    with progress(name, steps, start=done) as show:
+    begun = time.monotonic()
+    saving = checkpoint or contextlib.nullcontext()
+    with Held() as held, saving, progress(name, steps, start=done) as show:
         for batch in itertools.islice(batches(done), steps - done):
             state, metrics = step(state, batch)
             window.append(metrics)
             done += 1
             note = ""
             boundary = done % every == 0 or done == steps
+            save = checkpoint and (boundary or held.came or time.monotonic() - begun >= seconds)
             if boundary or done % record_every == 0:
                 means = _means(name, done, window)
                 note = "  ".join(f"{key} {np.mean(value):.4g}" for key, value in means.items())
@@ -83,17 +89,25 @@ def fit(
                 if records is not None:
                     values = {key: np.asarray(value).tolist() for key, value in means.items()}
                     write_record(records, {"name": name, "step": done, **values})
-                if boundary and checkpoint:
-                    checkpoint.save(done, state)
                 window = []
+            if save:
+                window = _looked_at(name, done, window)
+                if not boundary:
+                    _check_parameters(name, done, state)
+                checkpoint.save(done, state, window)
+                begun = time.monotonic()
+            if held.came:
+                if checkpoint:
+                    checkpoint.wait()
+                held.deliver()
             show(done, note)
     if done < steps:
         raise ValueError(f"batches must reach step {steps} of {name}, got no more after {done}")
     return state
 
 
-def _means(name: str, done: int, window: list[Metrics]) -> dict[str, np.ndarray]:
-    """Means of the last metrics, whose losses are checked; the one place that waits for them."""
+def _looked_at(name: str, done: int, window: list[Metrics]) -> list[dict[str, Any]]:
+    """The last metrics as JSON, whose losses are checked; the one place that waits for them."""
     window = jax.device_get(window)
     for step, metrics in enumerate(window, done - len(window) + 1):
         if not np.all(np.isfinite(metrics["loss"])):
@@ -104,6 +118,13 @@ def _means(name: str, done: int, window: list[Metrics]) -> dict[str, np.ndarray]
                 f"{name}: loss{whose} must be finite, got {loss[worst]} at step {step}; "
                 "lower the learning rate or clip the gradient"
             )
+    return jax.tree.map(lambda value: np.asarray(value).tolist(), window)
+
+
+def _means(name: str, done: int, window: list[Metrics]) -> dict[str, np.ndarray]:
+    """Means of the last metrics."""
+    window = jax.device_get(window)
+    _looked_at(name, done, window)
     return {key: np.mean([np.float64(m[key]) for m in window], axis=0) for key in window[0]}
 
 

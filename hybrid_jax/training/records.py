@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import sys
+import zlib
 from typing import Any
 
 from hybrid_jax import core
@@ -11,26 +13,43 @@ Path = str | os.PathLike[str]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Appends one record and flushes it."""
+    """Appends one record, with a checksum, and flushes it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(_line(record))
 
 
 def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """The records of the run `name`, or of all, but for an unfinished line; [] without a file."""
+    """The records of the run `name`, or of all; [] without a file.
+
+    A line that is not as it was written, as an unfinished one, is left out, and told on stderr.
+    """
     path = pathlib.Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            written = _line({key: value for key, value in record.items() if key != "crc32"})
+        except (ValueError, AttributeError, RecursionError):
+            written = ""
+        if line == written.encode():
+            records.append({key: value for key, value in record.items() if key != "crc32"})
+        else:
+            told = f"{path} must hold records as they were written: line {number} is left out"
+            print(told, file=sys.stderr, flush=True)
     return [record for record in records if name is None or record["name"] == name]
 
 
 def drop_records(path: Path, name: str, after: int) -> None:
     """Removes what `name` wrote after step `after`: a resumed run will write it again."""
     path = pathlib.Path(path)
-    if not path.exists():
-        return
-    kept = [r for r in read_records(path) if r["name"] != name or r["step"] <= after]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
-    core.write_atomically({path: text.encode()})
+    if path.exists():
+        kept = [r for r in read_records(path) if r["name"] != name or r["step"] <= after]
+        core.write_atomically({path: "".join(map(_line, kept)).encode()})
+
+
+def _line(record):
+    crc = zlib.crc32(json.dumps(record).encode())
+    return json.dumps(record | {"crc32": crc}) + "\n"

@@ -272,7 +272,15 @@ def layer(values):
 
 
 HUGE = 10**15
+NESTED = b"[" * 900 + b"]" * 900  # below the limit of the parser
 HOSTILE = [
+    (NESTED, "RecursionError|must be a Program or a choice, got tuple"),
+    (described(op("Pad", "large", padding=[[0, 0]])), "KeyError: 'large'"),
+    (
+        described(tensors={"is": "dict", "items": [["x", {"is": "Tensor", "shape": [2**31] * 2}]]})
+        | {"outputs": ["x"]},
+        "entries of tensor 'x' must be an integer in .*, got 4611686018427387904",
+    ),
     (b"[" * 10**5, "RecursionError"),
     (b'{"is":"dict","items":' * 10**4, "RecursionError"),
     (b"[" + b"[]," * 10**5 + b"[]]", "must be a Program or a choice, got tuple"),

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hybrid_jax import data, recipes
+from hybrid_jax import core, data, recipes
 from hybrid_jax.recipes import controls, workdir
 
 
@@ -42,11 +42,45 @@ def splits():
     return data.from_arrays((images, np.arange(20) % 2), 4, 4)
 
 
+def claim(path, config, splits, params):
+    workdir.claim(path, config, splits, params).close()
+
+
+def test_one_process_alone_works_in_a_directory(splits, tmp_path):
+    """A lock holds for whoever opened it, as if in another process."""
+    lock = workdir.claim(tmp_path, {}, splits, None)
+    own = workdir.whose(tmp_path)
+    with pytest.raises(ValueError, match=r"workdir must be of no run that goes on, got .*locked"):
+        workdir.claim(tmp_path, {}, splits, None)
+    lock.close()
+    claim(tmp_path, {}, splits, None)
+    assert workdir.whose(tmp_path) == own
+
+
+def test_claim_removes_what_a_killed_process_left(splits, tmp_path):
+    claim(tmp_path, {}, splits, None)
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / f".one.onnx.77{core.DRAFT}").write_text("half")
+    claim(tmp_path, {}, splits, None)
+    assert not list((tmp_path / "deploy").iterdir())
+
+
+@pytest.mark.parametrize("name", ["stages", "results.json"])
+def test_claim_refuses_a_file_for_a_folder_and_a_folder_for_a_file(splits, tmp_path, name):
+    claim(tmp_path, {}, splits, None)
+    if name == "stages":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} must be a (file|folder), got a .*move it away"):
+        claim(tmp_path, {}, splits, None)
+
+
 def test_claim_takes_up_the_same_run_only(splits, tmp_path):
     path, params = tmp_path / "run", {"w": np.zeros(2)}
-    workdir.claim(path, {"seed": 0, "deploy.targets": ["c"]}, splits, params)
+    claim(path, {"seed": 0, "deploy.targets": ["c"]}, splits, params)
     # What is written for devices may change.
-    workdir.claim(path, {"seed": 0, "deploy.targets": ["onnx"]}, splits, params)
+    claim(path, {"seed": 0, "deploy.targets": ["onnx"]}, splits, params)
     for config, images, given, message in (
         ({"seed": 1}, splits, params, "config.seed=0 where this config has 1"),
         ({"seed": 0}, _brighter(splits), params, "of other images and labels"),
@@ -54,7 +88,7 @@ def test_claim_takes_up_the_same_run_only(splits, tmp_path):
         ({"seed": 0}, splits, None, "of other given weights"),
     ):
         with pytest.raises(ValueError, match=message):
-            workdir.claim(path, config, images, given)
+            claim(path, config, images, given)
 
 
 def _brighter(splits):
@@ -65,13 +99,13 @@ def _brighter(splits):
 def test_claim_refuses_what_is_no_run(splits, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="workdir must be a directory"):
-        workdir.claim(tmp_path / "file", {}, splits, None)
+        claim(tmp_path / "file", {}, splits, None)
     with pytest.raises(ValueError, match=r"workdir must be empty or hold a run .* with file"):
-        workdir.claim(tmp_path, {}, splits, None)
+        claim(tmp_path, {}, splits, None)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("[1")
-    with pytest.raises(ValueError, match=r"run\.json must say whose run this is"):
-        workdir.claim(tmp_path / "run", {}, splits, None)
+    with pytest.raises(ValueError, match=r"run\.json must be as it was written, .* in another"):
+        claim(tmp_path / "run", {}, splits, None)
 
 
 def test_single_network_of_a_target(config):

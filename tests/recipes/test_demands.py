@@ -26,6 +26,10 @@ def values(images):
     return images, np.zeros((len(images), 10), np.float32)
 
 
+def few(images):
+    return images[:40], np.arange(40) % 10
+
+
 def of_others(params, x):
     return PREDICT(params, x)[:, :9]
 
@@ -92,6 +96,11 @@ CASES = {
         {"effort": "mixture", "mixture.kind": "cascade", "collapse.steps": 3},
         "config.collapse.steps must not be given for a cascade",
     ),
+    "a platform that is not here": (
+        FUNCTIONS,
+        {"deploy.targets": ("stablehlo",), "deploy.platforms": ("rocm", "tpu")},
+        r"config.deploy.platforms must hold '(cpu|cuda)', on which .*, got \('rocm', 'tpu'\)",
+    ),
     "too few bytes": (
         FUNCTIONS,
         {"budget.bytes": 300},
@@ -129,6 +138,11 @@ def test_what_cannot_be_done_is_refused_at_the_start(case, tmp_path):
             values,
             {"effort": "mixture", "experts.diversity": "classes"},
             "config.experts.diversity must be without 'classes'",
+        ),
+        (
+            few,
+            {"effort": "mixture", "experts.diversity": "cluster", "experts.count": 64},
+            r"config.experts.count must be at most the \d+ training images .*, got 64",
         ),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import models
+from hybrid_jax import core, models
 from hybrid_jax import program as p
 from hybrid_jax.quantization import Range
 from hybrid_jax.recipes import ptq, state
@@ -123,6 +123,28 @@ def test_a_damaged_file_is_made_again(parent, tmp_path, capsys):
     assert told.startswith(f"{c} must be the state of a stage, got: ")
     assert told.endswith("; its stage is done again")
     assert state.load(a, parent.cut).facts.keys() == {"seconds"}
+
+
+def test_a_state_of_another_run_or_stage_is_not_taken(parent, made, tmp_path):
+    path = tmp_path / "00_a.safetensors"
+    state.save(path, made, "ours")
+    path.rename(tmp_path / "01_b.safetensors")
+    state.save(path, made, "ours")
+    for other, whose in ((path, "theirs"), (tmp_path / "01_b.safetensors", "ours")):
+        with pytest.raises(
+            core.Damaged, match=rf"{other.name} must be of this run, got stage 00_a"
+        ):
+            state.load(other, parent.cut, whose=whose)
+    assert state.load(path, parent.cut, whose="ours").thresholds == (0.5,)
+
+
+def test_a_run_is_finished_when_its_last_stage_is(parent, tmp_path):
+    stages = [state.Stage("a", lambda before: before), state.Stage("b", lambda before: before)]
+    start = state.State(parent)
+    state.run(stages[:1], start, tmp_path)
+    assert state.finished(stages, start, tmp_path) is None
+    state.run(stages, start, tmp_path)
+    assert state.finished(stages, start, tmp_path).facts.keys() == {"seconds"}
 
 
 def test_an_equalized_network_is_rebuilt_from_its_weights(parent, tmp_path):

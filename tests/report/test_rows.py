@@ -1,11 +1,12 @@
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_jax.report import File, Results, Row, read
+from hybrid_jax.report import File, Results, Row, read, save
 from hybrid_jax.report.rows import ROLES, Mean, difference
 
 NUMBERS = st.none() | st.floats(0, 1e9)
@@ -65,10 +66,22 @@ def test_what_is_missing_or_not_finite_is_none():
 def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"results\.json of a finished run, got"):
         read(tmp_path)
-    for text, message in (("{", "must be JSON"), ("[]", "must be an object, got list")):
+    for text in ("", "{", "[]", "\0", "{}", "[" * 10**5):
         (tmp_path / "results.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"results.json must be as it was written, got: .*\S"):
             read(tmp_path)
+
+
+def test_results_that_were_altered_are_not_believed(make_results, tmp_path):
+    results = Results.from_json(make_results())
+    save(results, tmp_path)
+    assert read(tmp_path).rows == results.rows
+    path = tmp_path / "results.json"
+    text = path.read_text()
+    path.write_text(re.sub(r'("accuracy": 0\.)(\d)', r"\g<1>9\2", text, count=1))
+    assert path.read_text() != text
+    with pytest.raises(ValueError, match="it was changed; the command of the run writes it again"):
+        read(tmp_path)
 
 
 def test_differences_of_means_are_paired():

@@ -1,10 +1,8 @@
 """Several runs that differ in their seed, and the command that reports them."""
 
-import json
-
 import pytest
 
-from hybrid_jax import report
+from hybrid_jax import core, report
 from hybrid_jax.report import Results, warnings
 from launch import report as command
 
@@ -144,7 +142,7 @@ def _workdirs(runs, tmp_path):
     paths = [tmp_path / f"run{i}" for i in range(len(runs))]
     for path, run in zip(paths, runs, strict=True):
         path.mkdir()
-        (path / "results.json").write_text(json.dumps(run))
+        core.write_sealed(path / "results.json", run)
     return paths
 
 
@@ -166,7 +164,7 @@ def test_command_ends_bad_input_with_one_line(make_results, tmp_path, capsys):
     out = f"--output={tmp_path / 'out'}"
     for arguments, message in (
         ([f"--workdirs={tmp_path / 'none'}", out], "results.json of a finished run, got"),
-        ([f"--workdirs={a},{b}", out], "must be JSON"),
+        ([f"--workdirs={a},{b}", out], "results.json must be as it was written"),
         ([f"--workdirs={a},{a}", out], "run 1 with the seed of run 0"),
         ([out], "--workdirs must be given"),
         ([f"--workdirs={a}"], "--output must be given"),

@@ -1,6 +1,7 @@
 """The loop: law 7 (resume is bit-equal), records, and what happens to a loss that is not finite."""
 
 import itertools
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,66 @@ def test_resume_is_bit_equal(tiny, step, batches, arrays, tmp_path):
     tiny.assert_equal(resumed, whole)
     assert records.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert [record["step"] for record in training.read_records(records)] == [3, 4, 6, 8, 9, 11]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_waits_for_its_step_to_be_saved(tiny, step, batches, tmp_path, number):
+    """In the midst of an interval between checkpoints, and between records."""
+    settings = dict(steps=9, name="parent", every=100, record_every=4)
+    whole = training.fit(
+        step, tiny.make_state(), batches, records=tmp_path / "whole.jsonl", **settings
+    )
+    settings |= {"records": tmp_path / "records.jsonl"}
+
+    def signalled(first):
+        for index, batch in enumerate(batches(first), first):
+            if index == 5:
+                for _ in range(2):  # as a terminal and its shell may both send it
+                    signal.raise_signal(number)
+            yield batch
+
+    class Asked(Exception):
+        pass
+
+    def stop(number, frame):
+        raise Asked
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Asked):
+            training.fit(
+                step,
+                tiny.make_state(),
+                signalled,
+                checkpoint=training.Checkpoints(tmp_path / "checkpoints"),
+                **settings,
+            )
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    checkpoint = training.Checkpoints(tmp_path / "checkpoints")
+    assert checkpoint.latest() == 6
+    resumed = training.fit(step, tiny.make_state(5), batches, checkpoint=checkpoint, **settings)
+    tiny.assert_equal(resumed, whole)
+    assert (tmp_path / "records.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_checkpoints_come_by_time_too(tiny, step, batches, tmp_path):
+    """Every step takes longer than 0 seconds."""
+    checkpoint = training.Checkpoints(tmp_path, keep=9)
+    settings = dict(steps=3, name="parent", every=100, checkpoint=checkpoint)
+    training.fit(step, tiny.make_state(), batches, seconds=0.0, **settings)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [1, 2, 3]
+
+
+def test_a_signal_that_is_ignored_stays_so(tiny, step, batches):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    try:
+        with training.signals.Held() as held:
+            signal.raise_signal(signal.SIGHUP)
+            assert held.came is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_finished_run_is_restored_without_a_step(tiny, step, batches, tmp_path):
