@@ -391,6 +391,19 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda params, x: jnp.split(x, 2, -1)[0],
+        lambda params, x: jnp.pad(x, ((0, 0), (1, 1), (0, 0)), constant_values=1.5),
+    ],
+)
+def test_lengths_of_edges_are_ints(fn):
+    program = p.lower(fn, {"unused": jnp.ones(1)}, jnp.ones((2, 4, 6)))
+    lengths = [length for tensor in program.tensors.values() for length in tensor.shape]
+    assert {type(length) for length in lengths} == {int}
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_what_cannot_be_lowered_is_named(message):
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=message):
