@@ -11,8 +11,9 @@ from compiled import COMPILERS, SANITIZED, assert_same, expected, run_c
 from operation_cases import CLASSES, FORMS, alone, together
 
 from hybrid_jax import program as p
+from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.deploy import c, c_statements
-from hybrid_jax.program import Convert, Encoding, Function, Program, Step, Tensor, functions
+from hybrid_jax.program import Convert, Encoding, Function, Program, Step, Tensor
 
 pytestmark = pytest.mark.skipif(not COMPILERS, reason="no C compiler")
 
@@ -57,7 +58,7 @@ def function_steps():
     """{name: (steps, constants)} of every row of FUNCTIONS in floats, and in integers."""
     to_int = Step("convert_element_type", (0,), (("new_dtype", "int32"),))
     found = {}
-    for name in functions.FUNCTIONS:
+    for name in FUNCTIONS:
         if name in BINARY:
             found[name] = (Step(name, (0, 1)),), (NUMBER,)
             found[f"int_{name}"] = (Step("mul", (0, 2)), to_int._replace(operands=(3,)),
@@ -98,7 +99,7 @@ SPECIAL = {
 
 def test_every_function_is_written_step_by_step(tmp_path):
     steps = function_steps()
-    assert set(functions.FUNCTIONS) <= set(steps)
+    assert set(FUNCTIONS) <= set(steps)
     tensors = {name: Tensor(VALUES.shape) for name in "xy"}
     given = {}
     for name, (own, constants) in steps.items():

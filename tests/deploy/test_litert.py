@@ -23,9 +23,10 @@ from operation_cases import (
 )
 
 from hybrid_jax import program as p
+from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.deploy import artifact, litert, litert_functions, litert_operations
 from hybrid_jax.program import Encoding, Program, Tensor, arithmetic
-from hybrid_jax.program.functions import FUNCTIONS, Step
+from hybrid_jax.program.functions import Step
 
 POOLED = (4, 4, 4)
 

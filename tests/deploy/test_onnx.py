@@ -30,8 +30,9 @@ from operation_cases import (
 
 from hybrid_jax import deploy, models
 from hybrid_jax import program as p
+from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.deploy import artifact, onnx_operations, onnx_sessions, onnx_writer
-from hybrid_jax.program import UNBOUNDED, functions, operations
+from hybrid_jax.program import UNBOUNDED, operations
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -196,7 +197,7 @@ def to(dtype, place=0):
     return p.Step("convert_element_type", (place,), (("new_dtype", dtype),))
 
 
-@pytest.mark.parametrize("name", sorted(functions.FUNCTIONS))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_every_step_of_an_expression_is_written_or_refused(session, name):
     options, operands = tuple(OPTIONS.get(name, {}).items()), range(OPERANDS.get(name, 1))
     logic = name in ("and", "or", "xor", "not")

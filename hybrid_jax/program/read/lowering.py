@@ -15,8 +15,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax import core
+from hybrid_jax.core.functions import FUNCTIONS, SAME
 from hybrid_jax.program.encoding import Tensor
-from hybrid_jax.program.functions import FUNCTIONS
 from hybrid_jax.program.graph import Program
 from hybrid_jax.program.read import contraction, merged, moves, patterns, reduce
 from hybrid_jax.program.read.call import call
@@ -25,7 +25,7 @@ from hybrid_jax.program.read.elementwise import elementwise
 from hybrid_jax.program.read.flat import EXAMPLES, Known, known_values, literal, sources, traced
 from hybrid_jax.program.read.node import Builder, Node, Pending, Value
 
-_SAME = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+_SAME = (*SAME, "optimization_barrier")
 _RULES = {
     "reshape": moves.reshape,
     "squeeze": moves.reshape,
