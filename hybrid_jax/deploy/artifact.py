@@ -44,6 +44,12 @@ def read(path: str | os.PathLike, kind: str | None = None) -> tuple[bytes, dict[
     return data, manifest
 
 
+def described(shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+    """What a manifest says of an input or output; a length that is open is a name."""
+    lengths = [n if isinstance(n, int) else str(n) for n in shape]
+    return {"shape": lengths, "dtype": str(dtype)}
+
+
 def end_names(
     inputs: Sequence[str],
     outputs: Sequence[str],

@@ -40,12 +40,12 @@ def _of_two(op, context):
         values = f"{converted('{a}', a, output)}, {converted('{b}', b, output)}"
         return f"{kind}({values})" if output is None else f"(uint8_t){kind}_int({values})"
     if isinstance(op, p.Multiply):
-        if context.in_floats(op):
+        if context.program.in_floats(op):
             return clamped("{a} * {b}", op.clip)
         product = f"{steps('{a}', a)} * {steps('{b}', b)}"
         return requantized(product, multiplier([a, b], output), output, op.clip)
     sign = "-" if op.minus else "+"
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         return clamped(f"{{a}} {sign} {{b}}", op.clip)
     first, second, factor = arithmetic.addition(a, b, output)
     terms = f"{steps('{a}', a)} * {first} {sign} {steps('{b}', b)} * {second}"
@@ -142,7 +142,7 @@ def mean(op: p.Mean, context: Context) -> str:
     (name,) = op.inputs
     encoding, output = context.encoding(name), context.encoding(op.output)
     count = op.count(context.shape(name))
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         value = f"(float)(sum / {count})"
         return _reduced(op, context, ("double sum = 0.0", "sum += {x}", value))
     value = requantized("sum", multiplier([encoding], output, count), output)
@@ -150,7 +150,7 @@ def mean(op: p.Mean, context: Context) -> str:
 
 
 def largest(op: p.Largest, context: Context) -> str:
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         start, pick = "float most = {x}", "most = larger({x}, most)"
     else:
         start, pick = "uint8_t most = {x}", "most = {x} > most ? {x} : most"
@@ -232,7 +232,7 @@ def matmul(op: p.MatMul, context: Context) -> str:
     a, b, y = (context.operand(name) for name in (*op.inputs, op.output))
     encodings = [context.encoding(name) for name in op.inputs]
     output, inner = context.encoding(op.output), context.shape(op.inputs[0])[-1]
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         start, step, value = "float sum = 0.0f;", "sum += {a} * {b}", "sum"
     else:
         arithmetic.check_product(op.output, *encodings, inner)

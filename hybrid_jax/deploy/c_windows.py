@@ -16,7 +16,7 @@ _ONE = p.Encoding(1.0)
 
 
 def weighted(op: p.Conv | p.Dense, context: Context) -> str:
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         return _weighted_floats(op, context)
     (x,), y, weights = op.inputs, op.output, op.weights
     encoding, output = context.encoding(x), context.encoding(y)
@@ -65,7 +65,7 @@ def _pack(rows):
 
 
 def max_pool(op: p.MaxPool, context: Context) -> str:
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         return _windows(op, context, "-INFINITY", "value = larger({x}, value)", "value")
     return c_text.block(
         context.constants.descriptor("Window", _window(op, context)),
@@ -76,7 +76,7 @@ def max_pool(op: p.MaxPool, context: Context) -> str:
 def average_pool(op: p.AveragePool, context: Context) -> str:
     (x,), (height, width) = op.inputs, op.window
     count = height * width if op.count_padding else 0
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         step = "value += {x}" if count else "value += {x};\ncount++"
         return _windows(op, context, "0.0f", step, f"value / {count or 'count'}")
     encoding, output = context.encoding(x), context.encoding(op.output)
