@@ -51,8 +51,9 @@ def _logistic(library, x):
 def _div(library, x, y):
     if not library.issubdtype(library.result_type(x, y), np.integer):
         return x / y
-    # Of integers towards zero, as in C.
-    return (library.sign(x) * library.sign(y) * (abs(x) // abs(y))).astype(x.dtype)
+    # Of integers towards zero, as in C; by zero it is 0.
+    up = (x % y != 0) & ((x < 0) != (y < 0))
+    return library.where(y == 0, 0, x // y + up.astype(x.dtype)).astype(x.dtype)
 
 
 def _round(library, x, rounding_method):

@@ -13,10 +13,13 @@ from operation_cases import (
     CLASSES,
     IMAGE,
     ONES,
+    PAIR,
     RELU,
+    STEPS,
     A,
     B,
     alone,
+    expression,
     inputs,
     together,
     weights,
@@ -26,7 +29,6 @@ from hybrid_jax import program as p
 from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.deploy import artifact, litert, litert_functions, litert_operations
 from hybrid_jax.program import Encoding, Program, Tensor, arithmetic
-from hybrid_jax.program.functions import Step
 
 POOLED = (4, 4, 4)
 
@@ -156,44 +158,12 @@ def test_functions_write_every_step():
     assert set(litert_functions.STEPS) == set(FUNCTIONS)
 
 
-OPTIONS = {
-    "integer_pow": [{"y": 3}],
-    "round": [{"rounding_method": way} for way in ("AWAY_FROM_ZERO", "TO_NEAREST_EVEN")],
-    "convert_element_type": [
-        {"new_dtype": to} for to in ("int32", "int8", "uint8", "bool", "float32")
-    ],
-}
-ABOVE_0, WITHIN_1 = ("log", "log1p", "sqrt", "rsqrt", "pow"), ("asin", "acos", "atanh", "tan")
-OF_TWO = ("atan2", "pow", "add", "sub", "mul", "div", "rem", "max", "min")
-COMPARED, LOGICAL = ("eq", "ne", "lt", "le", "gt", "ge"), ("and", "or", "xor", "not")
-
-
-def steps_of(name, options):
-    """Steps of a function of two inputs that ends in the named one, on bools if it needs them."""
-    options = tuple(options.items())
-    if name in LOGICAL:
-        first = [Step("gt", (0, 1)), Step("lt", (0, 2))]
-        return [*first, Step(name, (3,) if name == "not" else (3, 4))]
-    if name == "select_n":
-        return [Step("gt", (0, 2)), Step(name, (3, 0, 1))]
-    if name == "clamp":
-        return [Step(name, (2, 0, 1))]
-    return [Step(name, (0, 1) if name in OF_TWO + COMPARED else (0,), options)]
-
-
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", STEPS)
 def test_steps_in_floats_are_those_of_jax(name):
-    x, y = images(5, (7,)), images(5, (7,), seed=2)
-    x = np.abs(x) + 0.01 if name in ABOVE_0 else x / 10 if name in WITHIN_1 else x
-    x = 1 + np.abs(x) if name == "acosh" else np.rint(x) if name in COMPARED else x
-    y = np.rint(y) if name in COMPARED else y
-    for options in OPTIONS.get(name, [{}]):
-        op = p.Function(("x", "y"), "z", tuple(steps_of(name, options)), (np.float32(0.5),))
-        tensors = dict.fromkeys("xyz", Tensor((7,)))
-        program = Program(("x", "y"), "z", tensors, (op,))
-        want = np.asarray(p.run(program)(x, y))
-        got = litert.litert_session(litert.to_litert(program))(x, y)
-        assert np.abs(got - want).max() <= 2e-6 * max(np.abs(want).max(), 1)
+    program = expression(*STEPS[name])
+    session = litert.litert_session(litert.to_litert(program), len(PAIR[0]))
+    (got, _), (want, _) = session(*PAIR), p.run(program)(*PAIR)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
 def test_a_constant_stands_before_every_example():

@@ -18,11 +18,15 @@ from operation_cases import (
     EVERY,
     FORMS,
     ONES,
+    PAIR,
     RELU,
     RELU6,
+    STEPS,
     A,
     B,
     alone,
+    cast,
+    expression,
     inputs,
     together,
     weights,
@@ -30,7 +34,6 @@ from operation_cases import (
 
 from hybrid_jax import deploy, models
 from hybrid_jax import program as p
-from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.deploy import artifact, onnx_operations, onnx_sessions, onnx_writer
 from hybrid_jax.program import UNBOUNDED, operations
 
@@ -169,72 +172,36 @@ def test_any_convolution_agrees(
     assert steps_apart(onnx_sessions.onnx_session, program, xs).max() == 0
 
 
-# What a step takes beside floats.
-OPTIONS = {
-    "round": {"rounding_method": "AWAY_FROM_ZERO"},
-    "integer_pow": {"y": -3},
-    "convert_element_type": {"new_dtype": "int8"},
-}
-OPERANDS = {
-    **dict.fromkeys(("and", "or", "xor"), 2),
-    **dict.fromkeys(("add", "sub", "mul", "div", "rem", "max", "min", "pow", "atan2"), 2),
-    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), 2),
-    **dict.fromkeys(("clamp", "select_n"), 3),
-}
-X = np.float32([[-3, -2.5, -1.5, -1, -0.75, -1e-6, 0, 1e-6, 0.5, 0.75, 1, 1.5, 2.5, 3, 200, -200]])
-
-
-def of_floats(steps, constants=()):
-    """A program of an expression of two inputs and their maximum, and its inputs."""
-    tensors = {name: p.Tensor((16,)) for name in "abcy"}
-    op = p.Function(("a", "b", "c"), "y", tuple(steps), tuple(constants))
-    # Both outputs read all inputs: one that nothing reads is none of OpenVINO's.
-    program = p.Program(("a", "b"), ("y", "c"), tensors, (p.Maximum(("a", "b"), "c"), op))
-    return program, (np.concatenate([X, -X]), np.concatenate([X[:, ::-1], X]))
-
-
-def to(dtype, place=0):
-    return p.Step("convert_element_type", (place,), (("new_dtype", dtype),))
-
-
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", STEPS)
 def test_every_step_of_an_expression_is_written_or_refused(session, name):
-    options, operands = tuple(OPTIONS.get(name, {}).items()), range(OPERANDS.get(name, 1))
-    logic = name in ("and", "or", "xor", "not")
-    if logic or name == "select_n":  # of booleans first
-        first = [p.Step("lt", (0, 1)), p.Step("gt", (0, 2))]
-        rest = (3, 4)[: len(operands)] if logic else (3, 0, 1)
-    else:
-        first, rest = [], tuple(operands)
-    program, xs = of_floats([*first, p.Step(name, rest, options)])
+    program = expression(*STEPS[name])
     if name == "atan2":
-        with pytest.raises(ValueError, match="of steps that ONNX has, got 'atan2' in 'y'; write"):
+        with pytest.raises(ValueError, match="of steps that ONNX has, got 'atan2' in 'z'; write"):
             contents(program)
         return
-    (got, _), (want, _) = session(contents(program))(*xs), p.run(program)(*xs)
-    want = np.asarray(want)
+    got, want = (np.asarray(run(*PAIR)[0]) for run in (session(contents(program)), p.run(program)))
     if session is not onnx_sessions.onnx_session:  # which has no NaN
         got, want = (array[np.isfinite(want)] for array in (got, want))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_integers_and_booleans_within_an_expression(session):
-    # (int8(100 · a) + 3) wrapped, as uint8, chosen from by whether a > b, as a number of cases
+    # (int8(50 · x) + 100) wrapped, as uint8, chosen from by whether x > y, as a number of cases
     steps = [
-        p.Step("mul", (0, 3)),
-        to("int8", 6),
-        p.Step("add", (7, 4)),
-        to("uint8", 8),
-        to("int32", 9),
+        p.Step("mul", (0, 2)),
+        cast("int8", 5),
+        p.Step("add", (6, 3)),
+        cast("uint8", 7),
+        cast("int32", 8),
         p.Step("gt", (0, 1)),
-        to("int32", 11),
-        p.Step("select_n", (12, 5, 10)),
-        p.Step("rem", (13, 5)),
-        p.Step("ne", (14, 12)),
-        p.Step("select_n", (15, 13, 14)),
+        cast("int32", 10),
+        p.Step("select_n", (11, 4, 9)),
+        p.Step("rem", (12, 4)),
+        p.Step("ne", (13, 11)),
+        p.Step("select_n", (14, 12, 13)),
     ]
-    program, xs = of_floats(steps, [np.float32(50), np.int8(100), np.int32(7)])
-    (got, _), (want, _) = session(contents(program))(*xs), p.run(program)(*xs)
+    program = expression(*steps, constants=[np.float32(50), np.int8(100), np.int32(7)])
+    (got, _), (want, _) = session(contents(program))(*PAIR), p.run(program)(*PAIR)
     assert len(set(np.asarray(want).ravel())) > 5
     np.testing.assert_array_equal(got, want)
 
@@ -242,17 +209,14 @@ def test_integers_and_booleans_within_an_expression(session):
 @pytest.mark.parametrize(
     ("steps", "refused"),
     [
-        ([to("uint32")], "'convert_element_type' of uint32"),
+        ([cast("uint32")], "'convert_element_type' of uint32"),
         ([p.Step("gt", (0, 1)), p.Step("mul", (3, 3))], "'mul' of bool"),
-        (
-            [to("int32", 0), p.Step("not", (3,))],
-            "'not'",
-        ),
+        ([cast("int32"), p.Step("not", (3,))], "'not'"),
     ],
 )
 def test_steps_of_dtypes_that_onnx_has_no_form_of(steps, refused):
     with pytest.raises(ValueError, match=refused):
-        contents(of_floats(steps)[0])
+        contents(expression(*steps))
 
 
 def network(seed=0):
