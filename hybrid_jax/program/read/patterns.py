@@ -13,7 +13,7 @@ from jax.extend import core as jex
 
 from hybrid_jax.core.functions import SAME
 from hybrid_jax.program.operations import Normalize, Softmax
-from hybrid_jax.program.read.node import Builder, Node, Value
+from hybrid_jax.program.read.node import Builder, Node
 
 _VIEWS = (*SAME, "broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 Sources = Mapping[Any, jex.JaxprEqn]
@@ -221,13 +221,8 @@ def applied(builder: Builder, node: Node, axes: tuple[int, ...], epsilon: float 
     """The softmax of a node, or with an epsilon its normalization over axes."""
     order = node.natural
     name = builder.placed(node, order)
-    shape = builder.tensors[name].shape
     places = tuple(sorted(order.index(axis) - 1 for axis in axes))
-    normalized = epsilon is not None
-    op = (
-        Normalize((name,), "", places, float(epsilon))
-        if normalized
-        else Softmax((name,), "", *places)
-    )
-    value = Value(builder.add(op, shape), shape)
-    return node.replace(value=value, axes=tuple(order.index(i) for i in range(len(order))))
+    ends = (name,), ""
+    op = Softmax(*ends, *places) if epsilon is None else Normalize(*ends, places, float(epsilon))
+    made = builder.add(op, builder.tensors[name].shape)
+    return builder.node(made, order, node.sizes, node.dtype).replace(merged=node.merged)
