@@ -102,8 +102,7 @@ def simulate(program: Program | Choice, forms: Forms | None = None) -> Callable[
 def in_floats(op: Any, values: list, encodings: list, output: Any, **options: Any) -> jax.Array:
     """An operation of what is encoded, on the floats that the integers stand for."""
     if isinstance(op, Conv | Dense) and encodings[0] is not None:
-        step = np.float32(encodings[0].scale) * op.weights.scale
-        bias = (arithmetic.integer_bias(op.weights, encodings[0]) * step).astype(np.float32)
+        bias = arithmetic.rounded_bias(op.weights, encodings[0])
         op = dataclasses.replace(op, weights=dataclasses.replace(op.weights, bias=bias))
     return rounded(op.floats(*values, **options), output)
 
