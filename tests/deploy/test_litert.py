@@ -10,7 +10,6 @@ from lowered import deployed
 from operation_cases import (
     B4,
     CASES,
-    CLASSES,
     IMAGE,
     ONES,
     PAIR,
@@ -26,8 +25,7 @@ from operation_cases import (
 )
 
 from hybrid_jax import program as p
-from hybrid_jax.core.functions import FUNCTIONS
-from hybrid_jax.deploy import artifact, litert, litert_functions, litert_operations
+from hybrid_jax.deploy import artifact, litert, litert_operations
 from hybrid_jax.program import Encoding, Program, Tensor, arithmetic
 
 POOLED = (4, 4, 4)
@@ -148,14 +146,6 @@ def test_floats_are_those_of_the_program_at_any_batch(form):
             want = np.asarray(theirs)
             room = 1e-5 * np.abs(want).max()
             np.testing.assert_allclose(ours, want[:batch], atol=room, err_msg=name)
-
-
-def test_every_operation_has_a_rule():
-    assert set(litert_operations.RULES) == CLASSES
-
-
-def test_functions_write_every_step():
-    assert set(litert_functions.STEPS) == set(FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -413,24 +403,7 @@ def test_a_trained_network_on_real_images(digits, trained):
         assert np.abs(got - want).mean() <= atol / 100
 
 
-def test_export(tmp_path):
-    program = expert(0)
-    path = tmp_path / "model.tflite"
-    manifest = litert.export_litert(path, program)
-    data, read = artifact.read(path)
-    assert data == litert.to_litert(program)
-    assert read == manifest
-    assert manifest["kind"] == "litert"
-    assert manifest["litert_converter"].startswith("0.5.")
-    assert manifest["inputs"] == [{"shape": ["b", 8, 8, 4], "dtype": "float32"}]
-    assert manifest["outputs"] == [{"shape": ["b", 5], "dtype": "float32"}]
-    got, want = (litert.litert_session(file)(images()) for file in (path, data))
-    np.testing.assert_array_equal(got, want)
-
-
 def test_refuses_what_is_no_such_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        litert.litert_session(tmp_path / "missing")
     artifact.write(tmp_path / "other", b"abc", {"kind": "stablehlo"})
     with pytest.raises(ValueError, match="other must be of kind 'litert', got 'stablehlo'"):
         litert.litert_session(tmp_path / "other")
