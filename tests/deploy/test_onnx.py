@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import Build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowered import deployed
@@ -38,7 +39,7 @@ from hybrid_jax.program import UNBOUNDED, operations
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-IMAGE, SMALL = (6, 6, 16), (3, 3, 16)
+IMAGE, NONE = (6, 6, 16), ((0, 0), (0, 0))
 OUT = p.Encoding(0.0297, 120)
 FOUR_BITS = p.Encoding(0.293, 0, 0, 15)
 # Whose largest value of no value at all ONNX has not.
@@ -215,59 +216,27 @@ def test_steps_of_dtypes_that_onnx_has_no_form_of(steps, refused):
 
 def network(seed=0):
     """A program with every kind of operation, all in integers but the first and the last tensor."""
-    rng = np.random.default_rng(seed)
-
-    def kernel(*shape):
-        return weights(*shape, bits=7, seed=int(rng.integers(1 << 30)))
-
-    encoded = {
-        "q": (IMAGE, p.Encoding(0.0303, 128)),
-        "stem": (IMAGE, B),
-        "conv": (IMAGE, A),
-        "sum": (IMAGE, p.Encoding(0.0419)),
-        "pooled": (SMALL, p.Encoding(0.0419)),
-        "depthwise": (SMALL, p.Encoding(0.111, 0, 0, 15)),
-        "pointwise": ((3, 3, 32), p.Encoding(0.0117)),
-        "average": ((2, 2, 32), p.Encoding(0.0117)),
-        "means": ((32,), p.Encoding(0.0083)),
-        "squeezed": ((8,), p.Encoding(0.0061)),
-        "excited": ((32,), p.Encoding(0.0101, 128)),
-        "gates": ((32,), p.Encoding(1 / 255)),
-        "gate": ((1, 1, 32), p.Encoding(1 / 255)),
-        "gated": ((2, 2, 32), p.Encoding(0.0117)),
-        "both": ((2, 2, 64), p.Encoding(0.0117)),
-        "some": ((2, 2, 32), p.Encoding(0.0117)),
-        "padded": ((4, 4, 32), p.Encoding(0.0117)),
-        "capped": ((2, 2, 16), p.Encoding(0.0171)),
-        "flat": ((64,), p.Encoding(0.0171)),
-        "hidden": ((32,), p.Encoding(0.0121)),
-    }
-    tensors = {name: p.Tensor(*how) for name, how in encoded.items()}
-    tensors |= {"x": p.Tensor(IMAGE), "y": p.Tensor((10,))}
-    steps = (
-        p.Convert(("x",), "q"),
-        p.Conv(("q",), "stem", "stem", kernel(3, 3, 16, 16), padding=ONES, clip=RELU),
-        p.Conv(("stem",), "conv", "conv", kernel(3, 3, 16, 16), padding=ONES),
-        p.Add(("conv", "stem"), "sum", RELU),
-        p.MaxPool(("sum",), "pooled", (2, 2), (2, 2)),
-        p.Conv(("pooled",), "depthwise", "depthwise", kernel(3, 3, 1, 16), padding=ONES, groups=16),
-        p.Conv(("depthwise",), "pointwise", "pointwise", kernel(1, 1, 16, 32), clip=RELU),
-        p.AveragePool(("pointwise",), "average", (2, 2), (1, 1)),
-        p.Mean(("average",), "means"),
-        p.Dense(("means",), "squeezed", "squeezed", kernel(32, 8), RELU),
-        p.Dense(("squeezed",), "excited", "excited", kernel(8, 32)),
-        p.Function(("excited",), "gates", (p.Step("logistic", (0,)),)),
-        p.Reshape(("gates",), "gate", (1, 1, 32)),
-        p.Multiply(("average", "gate"), "gated"),
-        p.Concatenate(("gated", "average"), "both", 2),
-        p.Slice(("both",), "some", (0, 0, 16), (2, 2, 48), (1, 1, 1)),
-        p.Pad(("some",), "padded", ((1, 1), (1, 1), (0, 0))),
-        p.Conv(("padded",), "capped", "capped", kernel(3, 3, 32, 16), clip=(0.0, 2.0)),
-        p.Reshape(("capped",), "flat", (64,)),
-        p.Dense(("flat",), "hidden", "hidden", kernel(64, 32), RELU),
-        p.Dense(("hidden",), "y", "y", kernel(32, 10)),
-    )
-    return p.Program("x", "y", tensors, steps)
+    sums, wide, capped = p.Encoding(0.0419), p.Encoding(0.0117), p.Encoding(0.0171)
+    b = Build(IMAGE, p.Encoding(0.0303, 128), seed).conv(16, clip=RELU, to=B, bits=7)
+    stem = b.last
+    b.conv(16, to=A, bits=7)
+    b.add(p.Add, IMAGE, sums, RELU, inputs=(b.last, stem))
+    b.pool(p.MaxPool, (2, 2), (2, 2)).conv(16, groups=16, to=p.Encoding(0.111, 0, 0, 15), bits=7)
+    b.conv(32, (1, 1), padding=NONE, clip=RELU, to=wide, bits=7)
+    b.pool(p.AveragePool, (2, 2), (1, 1))
+    average = b.last
+    b.add(p.Mean, (32,), p.Encoding(0.0083)).dense(8, p.Encoding(0.0061), RELU, 7)
+    b.dense(32, p.Encoding(0.0101, 128), bits=7)
+    gates = p.Encoding(1 / 255)
+    b.add(p.Function, (32,), gates, (p.Step("logistic", (0,)),))
+    b.add(p.Reshape, (1, 1, 32), gates, (1, 1, 32))
+    b.add(p.Multiply, (2, 2, 32), wide, inputs=(average, b.last))
+    b.add(p.Concatenate, (2, 2, 64), wide, 2, inputs=(b.last, average))
+    b.add(p.Slice, (2, 2, 32), wide, (0, 0, 16), (2, 2, 48), (1, 1, 1))
+    b.add(p.Pad, (4, 4, 32), wide, ((1, 1), (1, 1), (0, 0)))
+    b.conv(16, padding=NONE, clip=(0.0, 2.0), to=capped, bits=7)
+    b.add(p.Reshape, (64,), capped, (64,)).dense(32, p.Encoding(0.0121), RELU, 7)
+    return b.dense(10, bits=7).program()
 
 
 @pytest.fixture(scope="module")
