@@ -70,7 +70,7 @@ class Build:
 
     def dense(self, features, to=None, clip=UNBOUNDED, bits=8):
         weights = self.weights((*self.shape, features), bits)
-        return self.add(Dense, (features,), to, "head", weights, clip)
+        return self.add(Dense, (features,), to, f"dense {len(self.tensors)}", weights, clip)
 
     def pool(self, kind, window, strides, padding=((0, 0), (0, 0)), to=None):
         size = _sizes(self.shape[:2], window, strides, padding, (1, 1))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax import program as p
+from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.program import Encoding, Step, Tensor, Weights
 
 RELU, RELU6 = (0.0, math.inf), (0.0, 6.0)
@@ -243,6 +244,46 @@ CASES = {
     "softmax of six": Case(one(p.Softmax, 1), (SIX,), most=1),
     "normalize six": Case(one(p.Normalize, (1, 4), 1e-5), (SIX,), most=1),
 }
+
+
+def cast(dtype, place=0):
+    return Step("convert_element_type", (place,), (("new_dtype", dtype),))
+
+
+_OF_TWO = "add sub mul div rem max min pow atan2 eq ne lt le gt ge".split()
+_WITH_OPTIONS = {
+    "integer_pow": [("y", 3), ("y", -2)],
+    "round": [("rounding_method", way) for way in ("AWAY_FROM_ZERO", "TO_NEAREST_EVEN")],
+    "convert_element_type": [
+        ("new_dtype", dtype) for dtype in ("int32", "int8", "uint8", "bool", "float32")
+    ],
+}
+HALF = np.float32(0.5)
+_BOOLS = Step("gt", (0, 1)), Step("gt", (0, 2))
+STEPS = {name: (Step(name, (0, 1) if name in _OF_TWO else (0,)),) for name in FUNCTIONS} | {
+    **{name: (*_BOOLS, Step(name, (3, 4))) for name in ("and", "or", "xor")},
+    "not": (*_BOOLS, Step("not", (3,))),
+    "select_n": (*_BOOLS, Step("select_n", (4, 0, 1))),
+    "clamp": (Step("clamp", (2, 0, 1)),),
+}
+for _name, _all in _WITH_OPTIONS.items():
+    del STEPS[_name]
+    STEPS |= {f"{_name} {own[1]}": (Step(_name, (0,), (own,)),) for own in _all}
+"""{name: an expression of inputs 0 and 1, and of a half, that ends in that step}: of each one."""
+NUMBERS = np.float32(
+    [[-3, -2.5, -1.5, -1, -0.75, -1e-6, 0, 1e-6, 0.5, 0.75, 1, 1.5, 2.5, 3, 200, -200]]
+)
+PAIR = np.concatenate([NUMBERS, -NUMBERS]), np.concatenate([NUMBERS[:, ::-1], NUMBERS])
+
+
+def expression(*steps, constants=(HALF,)):
+    """A program of an expression of two inputs, 'z', that reads both, and of their maximum."""
+    tensors = {name: Tensor((16,)) for name in ("x", "y", "z", "most")}
+    made = p.Function(("x", "y"), "z", steps, tuple(constants))
+    both = p.Maximum(("x", "y"), "most")
+    return p.Program(("x", "y"), ("z", "most"), tensors, (both, made))
+
+
 FORMS = ("integers", "floats", "integers to floats")
 EVERY = [
     (name, form) for name, case in CASES.items() for form in FORMS[: 2 + case.op.returns_floats]

@@ -4,6 +4,7 @@ from hybrid_jax.core.arrangement import Kernel
 from hybrid_jax.core.channels import Group, Member, expand, keep_indices
 from hybrid_jax.core.checks import (
     batch_size,
+    check_arrays,
     check_batches,
     check_choice,
     check_finite,

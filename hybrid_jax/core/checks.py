@@ -4,7 +4,7 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +109,26 @@ def check_masks(params: Any, masks: Any) -> None:
         expected = _describe(jax.ShapeDtypeStruct(np.shape(leaves[path]), np.bool_))
         if _describe(mask) != expected:
             raise ValueError(f"masks must have {expected} at {path!r}, got {_describe(mask)}")
+
+
+def check_arrays(
+    ends: Sequence[tuple[str, Sequence[int], Any]], arrays: Sequence[Any], multiple: int = 0
+) -> None:
+    """Raises unless arrays are (B, *shape) of the `ends` (name, shape, dtype), bytes only as bytes.
+
+    With a `multiple` B is one, above 0.
+    """
+    if len(arrays) != len(ends):
+        raise ValueError(f"inputs must be {len(ends)} arrays, got {len(arrays)}")
+    for (name, shape, dtype), x in zip(ends, arrays, strict=True):
+        size, *own = np.shape(x) or (0, None)
+        if own != list(shape) or (multiple and (not size or size % multiple)):
+            wanted = f"({', '.join(map(str, ('B', *shape)))})"
+            wanted += f" with B = {multiple}, {2 * multiple}, …" if multiple else ""
+            raise ValueError(f"{name} must have shape {wanted}, got {np.shape(x)}")
+        got = jax.numpy.result_type(x)
+        if (np.dtype(dtype) == np.uint8) != (got == np.uint8):
+            raise ValueError(f"{name} must be of dtype {np.dtype(dtype)}, got {got}")
 
 
 def check_finite(name: str, tree: Any) -> None:

@@ -24,7 +24,8 @@ _PATCHES = 2**18
 class Conv(NamedTuple):
     """How a window meets an input, along each axis of space; negative padding cuts.
 
-    `spread` and `dilation` are the distances of the input's and of the window's entries.
+    `spread` and `dilation` are the distances of the input's and of the window's entries, `dtype` is
+    that of the sums, by default the operands'.
     """
 
     strides: tuple[int, ...]
@@ -33,6 +34,7 @@ class Conv(NamedTuple):
     dilation: tuple[int, ...]
     groups: int = 1
     precision: Any = None
+    dtype: Any = None
 
     def places(self, space: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
         """How many places the window has along each axis."""
@@ -56,10 +58,15 @@ class Conv(NamedTuple):
 
 def channels_last(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """One convolution of x (B, *space, C) with (*window, C / groups, O): (B, *places, O)."""
-    strides, padding, spread, dilation, groups, precision = conv
-    numbers = last_numbers(x.ndim)
+    *along, groups, precision, dtype = conv
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, spread, dilation, numbers, groups, precision=precision
+        x,
+        kernel,
+        *along,
+        last_numbers(x.ndim),
+        groups,
+        precision=precision,
+        preferred_element_type=dtype,
     )
 
 
@@ -69,28 +76,33 @@ def last_numbers(rank: int) -> lax.ConvDimensionNumbers:
     return lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
 
 
-def patches(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def at_once(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same as the product of what every place sees with the kernel."""
     *window, inner, outputs = kernel.shape
     places = conv.places(x.shape[1:-1], window)
-    weights = kernel.reshape(math.prod(window), inner, conv.groups, -1)
+    weights = kernel.reshape(math.prod(window) * inner, conv.groups, -1)
+    y = _product(conv, _side_by_side(conv, x, window, places), weights, "mgk,kgo->mgo")
+    return y.reshape(-1, *places, outputs)
 
-    def part(x):
-        y = _product(conv, _side_by_side(conv, x, window, places), weights, "mtgc,tcgo->mgo")
-        return y.reshape(-1, *places, outputs)
 
-    count = _steps(window, places, x)
+def patches(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same, so few images at a time that a cache holds what they see."""
+    window = kernel.shape[:-2]
+    count = _steps(window, conv.places(x.shape[1:-1], window), x)
     if count == 1:
-        return part(x)
-    return lax.map(part, x.reshape(count, -1, *x.shape[1:])).reshape(-1, *places, outputs)
+        return at_once(conv, x, kernel)
+    parts = x.reshape(count, -1, *x.shape[1:])
+    y = lax.map(lambda part: at_once(conv, part, kernel), parts)
+    return y.reshape(-1, *y.shape[2:])
 
 
 def taps(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same of a depthwise convolution, as a sum over the taps, element by element."""
     *window, _, channels = kernel.shape
+    dtype = conv.dtype or x.dtype
     seen = _taps(conv, x, window, conv.places(x.shape[1:-1], window))
-    weights = kernel.reshape(-1, *[1] * (x.ndim - 1), channels)
-    return sum(tap * weight for tap, weight in zip(seen, weights, strict=True))
+    weights = kernel.reshape(-1, *[1] * (x.ndim - 1), channels).astype(dtype)
+    return sum(tap.astype(dtype) * weight for tap, weight in zip(seen, weights, strict=True))
 
 
 def tall(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -98,7 +110,7 @@ def tall(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.
 
     def part(x, dy):
         seen = _side_by_side(conv, x, window, dy.shape[1:-1])
-        return _product(conv, seen, dy.reshape(len(seen), conv.groups, -1), "mtgc,mgo->tcgo")
+        return _product(conv, seen, dy.reshape(len(seen), conv.groups, -1), "mgk,mgo->kgo")
 
     count = _steps(window, dy.shape[1:-1], x)
     return _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
@@ -110,7 +122,8 @@ def wide(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.
 
     def part(x, dy):
         seen = _side_by_side(turned, dy, window, x.shape[1:-1])
-        return _product(conv, x.reshape(len(seen), conv.groups, -1), seen, "mgc,mtgo->tcgo")
+        seen = seen.reshape(len(seen), conv.groups, math.prod(window), -1)
+        return _product(conv, x.reshape(len(seen), conv.groups, -1), seen, "mgc,mgto->tcgo")
 
     count = _steps(window, x.shape[1:-1], dy)
     gradient = _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
@@ -153,9 +166,10 @@ def _taps(conv, x, window, places):
 
 
 def _side_by_side(conv, x, window, places):
-    """(positions, taps, groups, channels of one)."""
-    seen = jnp.concatenate(_taps(conv, x, window, places), -1)
-    return seen.reshape(-1, math.prod(window), conv.groups, x.shape[-1] // conv.groups)
+    """(positions, groups, taps and channels of a group)."""
+    inner = x.shape[-1] // conv.groups
+    seen = [tap.reshape(-1, conv.groups, inner) for tap in _taps(conv, x, window, places)]
+    return jnp.concatenate(seen, -1)
 
 
 def _product(conv, a, b, subscripts):
@@ -165,7 +179,7 @@ def _product(conv, a, b, subscripts):
         a, b = jnp.squeeze(a, left), jnp.squeeze(b, right)
         y = _product(conv._replace(groups=0), a, b, subscripts.replace("g", ""))
         return jnp.expand_dims(y, out)
-    return jnp.einsum(subscripts, a, b, precision=conv.precision)
+    return jnp.einsum(subscripts, a, b, precision=conv.precision, preferred_element_type=conv.dtype)
 
 
 def _steps(window, places, seen):

@@ -1,18 +1,27 @@
 """Element-wise primitives: they tie the axes of their operands, and act on numbers as on arrays."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core as jex
 
+from hybrid_jax.core.functions import FUNCTIONS, SAME, options
 from hybrid_jax.core.labels import UNIFORM, Labels, Origin, Rest, Value, common, sizes
 
-
-def _unary(f: Callable[[float], float]) -> Callable[..., float | None]:
-    return lambda params, x: None if x is None else f(x)
+_PASSING = (
+    *(*SAME, "convert_element_type", "reduce_precision", "name", "real", "pvary"),
+    "sharding_constraint",
+)
+# What holds at a masked channel is a number, and what is compared may be infinite there.
+_UNKNOWN = frozenset(
+    "eq ne lt le gt ge is_finite and or xor not shift_left shift_right_logical "
+    "shift_right_arithmetic nextafter erf_inv lgamma digamma imag complex conj population_count "
+    "clz select_n".split()
+)
+ELEMENTWISE = frozenset([*FUNCTIONS, *_PASSING, *_UNKNOWN, "add_any"])
+"""Element-wise primitives."""
 
 
 def product(x: float | None, y: float | None) -> float | None:
@@ -22,72 +31,28 @@ def product(x: float | None, y: float | None) -> float | None:
     return x * y
 
 
-def _quotient(params, x, y):
-    if x is None or y is None:
-        return 0.0 if x == 0 else None
-    return x / y
-
-
-def _binary(f: Callable[[float, float], float]) -> Callable[..., float | None]:
-    return lambda params, x, y: None if x is None or y is None else f(x, y)
-
-
-def _clamp(params, low, x, high):
-    return None if None in (low, x, high) else min(max(x, low), high)
-
-
-def _round(params, x):
-    if x is None:
+def _value(eqn: jex.JaxprEqn, args: Sequence[float | None]) -> float | None:
+    """What an equation makes of these numbers, where None means not known."""
+    name = eqn.primitive.name
+    if name in _PASSING:
+        return args[0]
+    if name == "select_n":
+        return common(args[1:])
+    if name == "mul":
+        return product(*args)
+    if name == "div" and args[0] == 0 and args[1] is None:
+        return 0.0
+    if None in args or name in _UNKNOWN:
         return None
-    if params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN:
-        return round(x)
-    return math.copysign(math.floor(abs(x) + 0.5), x)
-
-
-def _table() -> dict[str, Callable[..., float | None]]:
-    same = _unary(lambda x: x)
-    passing = "copy copy_p convert_element_type reduce_precision stop_gradient name real pvary"
-    table = dict.fromkeys([*passing.split(), "sharding_constraint"], same)
-    table |= {
-        "add": _binary(lambda x, y: x + y),
-        "add_any": _binary(lambda x, y: x + y),
-        "sub": _binary(lambda x, y: x - y),
-        "max": _binary(max),
-        "min": _binary(min),
-        "mul": lambda params, x, y: product(x, y),
-        "div": _quotient,
-        "integer_pow": lambda params, x: None if x is None else x ** params["y"],
-        "select_n": lambda params, which, *cases: common(cases),
-        "clamp": _clamp,
-        "neg": _unary(lambda x: -x),
-        "abs": _unary(abs),
-        "sign": _unary(lambda x: float(np.sign(x))),
-        "round": _round,
-        "square": _unary(lambda x: x * x),
-        "rsqrt": _unary(lambda x: 1 / math.sqrt(x)),
-        "logistic": _unary(lambda x: 1 / (1 + math.exp(-x))),
-    }
-    functions = "floor ceil sqrt exp expm1 log log1p tanh erf erfc sin cos"
-    table |= {name: _unary(getattr(math, name)) for name in functions.split()}
-    unknown = (
-        "pow rem nextafter atan2 exp2 tan asin acos atan sinh cosh asinh acosh atanh erf_inv "
-        "lgamma digamma cbrt is_finite eq ne lt le gt ge and or xor not shift_left "
-        "shift_right_logical shift_right_arithmetic imag complex conj population_count clz"
-    )
-    return table | dict.fromkeys(unknown.split(), lambda params, *args: None)
-
-
-ELEMENTWISE = _table()
-"""Element-wise primitives -> their value on numbers, where None means not known."""
+    function = FUNCTIONS["add" if name == "add_any" else name]
+    return function(np, *map(np.float64, args), **options(eqn))
 
 
 def _at_rest(eqn: jex.JaxprEqn, args: Sequence[float | None]) -> float | None:
     """What an equation makes of these numbers, in the type of its output; NaN if not finite."""
     dtype = eqn.outvars[0].aval.dtype
-    try:
-        value = ELEMENTWISE[eqn.primitive.name](eqn.params, *args)
-    except (ArithmeticError, ValueError):
-        return math.nan
+    with np.errstate(all="ignore"):
+        value = _value(eqn, args)
     if value is None or jnp.issubdtype(dtype, jnp.complexfloating):
         return value
     if jnp.issubdtype(dtype, jnp.integer):

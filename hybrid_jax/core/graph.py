@@ -77,11 +77,8 @@ class Graph:
 
     def site(self, name: str) -> Site:
         """The site of this name; the error lists all names."""
-        for site in self.sites:
-            if site.name == name:
-                return site
-        names = ", ".join(site.name for site in self.sites)
-        raise ValueError(f"name must be a site of the graph, got {name!r}, expected one of {names}")
+        sites = {site.name: site for site in self.sites}
+        return sites[checks.check_choice("name of a site", name, sites)]
 
 
 def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:

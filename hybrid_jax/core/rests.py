@@ -15,14 +15,7 @@ from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter
 from hybrid_jax.core.labels import UNIFORM, Value
-from hybrid_jax.core.rules import counting
-
-_JOINED: dict[str, Callable[..., jax.Array]] = {
-    "reduce_sum": lambda kept, rest, n: kept + jnp.asarray(n, kept.dtype) * rest,
-    "reduce_max": lambda kept, rest, n: jnp.maximum(kept, rest),
-    "reduce_min": lambda kept, rest, n: jnp.minimum(kept, rest),
-}
-"""Reductions -> that of what is left together with n equal entries."""
+from hybrid_jax.core.rules import MADE_UP, counting
 
 
 class Rests:
@@ -64,7 +57,7 @@ class Rests:
             if not keep[axis].all():
                 own = self._slice(eqn.invars[0], values[0], known.rest[axis], axis)
                 (rest,) = interpreter.bind(eqn, [own])
-                result = _JOINED[eqn.primitive.name](result, rest, int((~keep[axis]).sum()))
+                result = MADE_UP[eqn.primitive.name](result, rest, int((~keep[axis]).sum()))
         return [result]
 
     def _slice(self, atom, value, rest, axis):

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -14,8 +16,12 @@ from hybrid_jax.core.labels import Labels, Value, join_origins, sizes
 
 NEUTRAL = {"reduce_sum": 0.0, "reduce_prod": 1.0}
 """Reductions -> what changes nothing in them; of the others nothing is known to."""
-MADE_UP = ("reduce_sum", "reduce_max", "reduce_min")
-"""Reductions that `resize` lets lose equal entries, making up for them."""
+MADE_UP: dict[str, Callable[..., jax.Array]] = {
+    "reduce_sum": lambda kept, rest, n: kept + jnp.asarray(n, kept.dtype) * rest,
+    "reduce_max": lambda kept, rest, n: jnp.maximum(kept, rest),
+    "reduce_min": lambda kept, rest, n: jnp.minimum(kept, rest),
+}
+"""Reductions that may lose n equal entries -> that of what is left together with these."""
 
 
 def counting(name: str, axes: Sequence[int], x: Value) -> list[int]:
@@ -62,20 +68,16 @@ def _along(parameter: str):
     return rule
 
 
-def _dynamic(sizes: Callable[[dict, list[Value]], Sequence[int]]):
-    """dynamic_slice: an axis taken whole passes, another is frozen."""
-
-    def rule(labels, params, values, outvars):
-        x, out_labels, out_rest = values[0], [], []
-        for axis, size in enumerate(sizes(params, values)):
-            whole = size == len(x.labels[axis])
-            if not whole:
-                labels.freeze(x.labels[axis], "is sliced at a computed index")
-            out_labels.append(x.labels[axis] if whole else np.zeros(size, np.int32))
-            out_rest.append(x.rest[axis] if whole else None)
-        return [Value(tuple(out_labels), tuple(out_rest), x.origin)]
-
-    return rule
+def _dynamic_slice(labels, params, values, outvars):
+    """An axis taken whole passes, another is frozen."""
+    x, out_labels, out_rest = values[0], [], []
+    for axis, size in enumerate(params["slice_sizes"]):
+        whole = size == len(x.labels[axis])
+        if not whole:
+            labels.freeze(x.labels[axis], "is sliced at a computed index")
+        out_labels.append(x.labels[axis] if whole else np.zeros(size, np.int32))
+        out_rest.append(x.rest[axis] if whole else None)
+    return [Value(tuple(out_labels), tuple(out_rest), x.origin)]
 
 
 def gather_axes(params, shape: Sequence[int]) -> dict[int, int]:
@@ -210,7 +212,7 @@ RULES = layout.RULES | {
     "rev": _along("dimensions"),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis")),
     "sort": _along("dimension"),
-    "dynamic_slice": _dynamic(lambda params, values: params["slice_sizes"]),
+    "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "dot_general": _dot,
     "conv_general_dilated": _convolution,

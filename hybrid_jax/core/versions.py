@@ -27,8 +27,6 @@ REMAT = ("remat2",)
 """Those that may run it again for the gradient."""
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Those that hold derivative rules beside it."""
-CONTROL = ("scan", "while", "cond")
-"""Those that run theirs many times, or one of several."""
 
 
 def jaxprs(eqn: jex.JaxprEqn) -> dict[str, jex.ClosedJaxpr]:

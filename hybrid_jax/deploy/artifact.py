@@ -62,6 +62,12 @@ def _is_end(value):
     return isinstance(shape, list) and bool(shape) and all(type(n) is int for n in shape[1:])
 
 
+def described(shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+    """What a manifest says of an input or output; a length that is open is a name."""
+    lengths = [n if isinstance(n, int) else str(n) for n in shape]
+    return {"shape": lengths, "dtype": str(dtype)}
+
+
 def end_names(
     inputs: Sequence[str],
     outputs: Sequence[str],

@@ -36,8 +36,8 @@ def export_c(
         "flash": code.flash,
         "ram": code.ram,
         "kernel_bits": code.kernel_bits,
-        "inputs": [_facts(argument) for argument in code.inputs],
-        "outputs": [_facts(argument) for argument in code.outputs],
+        "inputs": [artifact.described((1, *end.shape), end.dtype) for end in code.inputs],
+        "outputs": [artifact.described((1, *end.shape), end.dtype) for end in code.outputs],
     }
     return artifact.write(path, code.text.encode(), facts)
 
@@ -84,10 +84,6 @@ class _Code(NamedTuple):
     kernel_bits: list[int]
     inputs: list[c_arguments.Argument]
     outputs: list[c_arguments.Argument]
-
-
-def _facts(argument):
-    return {"shape": [1, *argument.shape], "dtype": argument.dtype}
 
 
 def _write(program, name, pack):

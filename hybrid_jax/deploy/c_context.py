@@ -7,7 +7,7 @@ import numpy as np
 
 from hybrid_jax import program as p
 from hybrid_jax.deploy import c_arguments, c_text
-from hybrid_jax.program import UNBOUNDED, arithmetic, memory
+from hybrid_jax.program import UNBOUNDED, arithmetic, memory, operations
 
 _ONE = p.Encoding(1.0)
 _MOST = np.finfo(np.float32).max
@@ -30,10 +30,6 @@ class Context(NamedTuple):
         """Of an edge."""
         return self.program.encoding(name)
 
-    def in_floats(self, op: p.Operation) -> bool:
-        """Whether an operation reads floats and makes floats."""
-        return in_floats(self.program, op)
-
     def operand(self, name: str) -> c_text.Operand:
         """An edge: in the arena, in an argument, or in flash."""
         if name in self.plan.offsets:
@@ -53,15 +49,9 @@ class Context(NamedTuple):
             return self.inputs[program.inputs.index(name)].name
         maker = program.makers[name]
         if isinstance(maker, p.Constant):
-            encoding = self.encoding(name)
-            stored = maker.floats() if encoding is None else maker.integers([], [], encoding)
+            stored = operations.compute(maker, [], [], self.encoding(name))
             return self.constants.array("constant", np.asarray(stored))
         return self.outputs[program.outputs.index(name)].name
-
-
-def in_floats(program: p.Program, op: p.Operation) -> bool:
-    """Whether an operation reads floats and makes floats."""
-    return all(program.encoding(name) is None for name in (*op.inputs, op.output))
 
 
 def stored(program: p.Program) -> p.Program:

@@ -40,12 +40,12 @@ def _of_two(op, context):
         values = f"{converted('{a}', a, output)}, {converted('{b}', b, output)}"
         return f"{kind}({values})" if output is None else f"(uint8_t){kind}_int({values})"
     if isinstance(op, p.Multiply):
-        if context.in_floats(op):
+        if context.program.in_floats(op):
             return clamped("{a} * {b}", op.clip)
         product = f"{steps('{a}', a)} * {steps('{b}', b)}"
         return requantized(product, multiplier([a, b], output), output, op.clip)
     sign = "-" if op.minus else "+"
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         return clamped(f"{{a}} {sign} {{b}}", op.clip)
     first, second, factor = arithmetic.addition(a, b, output)
     terms = f"{steps('{a}', a)} * {first} {sign} {steps('{b}', b)} * {second}"
@@ -142,44 +142,20 @@ def mean(op: p.Mean, context: Context) -> str:
     (name,) = op.inputs
     encoding, output = context.encoding(name), context.encoding(op.output)
     count = op.count(context.shape(name))
-    if context.in_floats(op):
-        value = f"(float)(sum / {count})"
-        return _reduced(op, context, ("double sum = 0.0", "sum += {x}", value))
-    value = requantized("sum", multiplier([encoding], output, count), output)
-    return _reduced(op, context, ("int32_t sum = 0", f"sum += {steps('{x}', encoding)}", value))
+    if context.program.in_floats(op):
+        lines = "double sum = 0.0;", ("sum += {x}",), f"{{y}} = (float)(sum / {count});"
+    else:
+        value = requantized("sum", multiplier([encoding], output, count), output)
+        lines = "int32_t sum = 0;", (f"sum += {steps('{x}', encoding)}",), f"{{y}} = {value};"
+    return _along(op, context, op.axes, lines)
 
 
 def largest(op: p.Largest, context: Context) -> str:
-    if context.in_floats(op):
-        start, pick = "float most = {x}", "most = larger({x}, most)"
+    if context.program.in_floats(op):
+        start, pick = "float most = {x};", "most = larger({x}, most)"
     else:
-        start, pick = "uint8_t most = {x}", "most = {x} > most ? {x} : most"
-    return _reduced(op, context, (start, pick, "most"))
-
-
-def _reduced(op, context, parts):
-    """For each entry of the output: a start, a statement for each entry of the input, a result."""
-    x, y = context.pair(op).values()
-    shape = context.shape(op.inputs[0])
-    kept = [axis for axis in range(len(shape)) if axis not in op.axes]
-    start, step, value = parts
-
-    def entry(at):
-        sizes, along = _over(at["x"], x, shape, op.axes)
-        return "\n".join(
-            [
-                f"{start.format(x=at['x'].entry)};",
-                c_text.each(sizes, {"x": along}, step, "k"),
-                f"{at['y'].entry} = {value};",
-            ]
-        )
-
-    return c_text.each([shape[axis] for axis in kept], {"x": x.axes(kept), "y": y}, entry)
-
-
-def _over(there, whole, shape, axes):
-    """Lengths of axes, and the operand along them from where it is."""
-    return [shape[a] for a in axes], there._replace(strides=whole.axes(axes).strides)
+        start, pick = "uint8_t most = {x};", "most = {x} > most ? {x} : most"
+    return _along(op, context, op.axes, (start, (pick,), "{y} = most;"))
 
 
 def softmax(op: p.Softmax, context: Context) -> str:
@@ -210,11 +186,13 @@ def normalize(op: p.Normalize, context: Context) -> str:
 
 def _along(op, context, axes, lines):
     """For each entry of the other axes these lines; those in tuples are loops over the axes."""
-    whole, shape = context.pair(op), context.shape(op.output)
+    (x, y), shape = context.pair(op).values(), context.shape(op.inputs[0])
     kept = [axis for axis in range(len(shape)) if axis not in axes]
+    # A reduced result has none of the axes.
+    whole = {"x": x, "y": y} if len(y.strides) == len(shape) else {"x": x}
 
     def entry(at):
-        along = {k: _over(at[k], whole[k], shape, axes)[1] for k in whole}
+        along = {k: at[k]._replace(strides=own.axes(axes).strides) for k, own in whole.items()}
         sizes = [shape[axis] for axis in axes]
         first = {k: operand.entry for k, operand in at.items()}
         return "\n".join(
@@ -224,7 +202,7 @@ def _along(op, context, axes, lines):
             for line in lines
         )
 
-    outer = {k: operand.axes(kept) for k, operand in whole.items()}
+    outer = {"x": x, "y": y} | {k: operand.axes(kept) for k, operand in whole.items()}
     return c_text.each([shape[axis] for axis in kept], outer, entry)
 
 
@@ -232,7 +210,7 @@ def matmul(op: p.MatMul, context: Context) -> str:
     a, b, y = (context.operand(name) for name in (*op.inputs, op.output))
     encodings = [context.encoding(name) for name in op.inputs]
     output, inner = context.encoding(op.output), context.shape(op.inputs[0])[-1]
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         start, step, value = "float sum = 0.0f;", "sum += {a} * {b}", "sum"
     else:
         arithmetic.check_product(op.output, *encodings, inner)

@@ -12,7 +12,7 @@ from hybrid_jax.program import arithmetic, functions
 
 def function(op: p.Function, context: Context) -> str:
     """A table of what is encoded, an expression of floats."""
-    return _expression(op, context) if context.in_floats(op) else _table(op, context)
+    return _expression(op, context) if context.program.in_floats(op) else _table(op, context)
 
 
 def _table(op, context):

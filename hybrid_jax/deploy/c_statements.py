@@ -28,7 +28,7 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     """
     inputs, outputs = c_arguments.inputs(program), c_arguments.outputs(program)
     program = c_context.stored(program)
-    in_integers = [op for op in program.weighted if not c_context.in_floats(program, op)]
+    in_integers = [op for op in program.weighted if not program.in_floats(op)]
     packed = [op for op in in_integers if pack and op.weights.bits <= 4]
     scratch = {op.output: c_windows.kernels(op)[0].size for op in packed}
     plan = memory.plan(program, scratch)
@@ -52,7 +52,7 @@ def _check(op, context):
     """Raises ValueError if the edges of an operation are not stored as its rule takes them."""
     if isinstance(
         op, p.Convert | p.Concatenate | p.Maximum | p.Constant | p.Call
-    ) or context.in_floats(op):
+    ) or context.program.in_floats(op):
         return
     *inputs, output = (context.encoding(name) for name in (*op.inputs, op.output))
     wanted = None

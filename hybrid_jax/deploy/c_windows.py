@@ -1,14 +1,23 @@
 """Convolutions, dense layers and pools in C.
 
-Of integers they are calls of the functions in kernels.c with constant descriptors, of floats loops
-over the entries of each window that lie on the input.
+Products of integers are calls of the functions in kernels.c with constant descriptors; pools, and
+all in floats, are loops over the entries of each window that lie on the input.
 """
+
+import math
 
 import numpy as np
 
 from hybrid_jax import program as p
 from hybrid_jax.deploy import c_text
-from hybrid_jax.deploy.c_context import Context, clamped, result
+from hybrid_jax.deploy.c_context import (
+    Context,
+    clamped,
+    multiplier,
+    requantized,
+    result,
+    steps,
+)
 from hybrid_jax.deploy.packed import pack_bits
 from hybrid_jax.program import arithmetic, integer_step
 
@@ -16,7 +25,7 @@ _ONE = p.Encoding(1.0)
 
 
 def weighted(op: p.Conv | p.Dense, context: Context) -> str:
-    if context.in_floats(op):
+    if context.program.in_floats(op):
         return _weighted_floats(op, context)
     (x,), y, weights = op.inputs, op.output, op.weights
     encoding, output = context.encoding(x), context.encoding(y)
@@ -65,32 +74,27 @@ def _pack(rows):
 
 
 def max_pool(op: p.MaxPool, context: Context) -> str:
-    if context.in_floats(op):
-        return _windows(op, context, "-INFINITY", "value = larger({x}, value)", "value")
-    return c_text.block(
-        context.constants.descriptor("Window", _window(op, context)),
-        f"max_pool({_ends(op, context)}, &window);",
-    )
+    if context.program.in_floats(op):
+        start, step = "float value = -INFINITY", "value = larger({x}, value)"
+    else:
+        start, step = "uint8_t value = 0", "value = {x} > value ? {x} : value"
+    return _windows(op, context, start, step, "value")
 
 
 def average_pool(op: p.AveragePool, context: Context) -> str:
-    (x,), (height, width) = op.inputs, op.window
-    count = height * width if op.count_padding else 0
-    if context.in_floats(op):
-        step = "value += {x}" if count else "value += {x};\ncount++"
-        return _windows(op, context, "0.0f", step, f"value / {count or 'count'}")
-    encoding, output = context.encoding(x), context.encoding(op.output)
-    scales = (c_text.literal(np.float32(e.scale)) for e in (encoding, output or _ONE))
-    return c_text.block(
-        context.constants.descriptor("Window", _window(op, context)),
-        context.constants.descriptor("Result", result(output)),
-        f"average_pool({_ends(op, context)}, &window, "
-        f"{encoding.zero_point}, {', '.join(scales)}, {count}, &result);",
-    )
-
-
-def _ends(op, context):
-    return ", ".join(operand.pointer for operand in context.pair(op).values())
+    encoding, output = context.encoding(op.inputs[0]), context.encoding(op.output)
+    count = math.prod(op.window) if op.count_padding else 0
+    counted = "" if count else ";\ncount++"
+    if context.program.in_floats(op):
+        value = f"value / {count or 'count'}"
+        return _windows(op, context, "float value = 0.0f", "value += {x}" + counted, value)
+    if count:
+        factor = multiplier([encoding], output, count)
+    else:
+        given, made = (c_text.literal(np.float32(e.scale)) for e in (encoding, output or _ONE))
+        factor = f"({given} / ({made} * (float)(count ? count : 1)))"
+    step = f"value += {steps('{x}', encoding)}" + counted
+    return _windows(op, context, "int32_t value = 0", step, requantized("value", factor, output))
 
 
 def _window(op, context):
@@ -130,7 +134,7 @@ def _weighted_floats(op, context):
         context.constants.array(*pair) for pair in (("weights", values), ("bias", weights.bias))
     ]
     value = clamped("value", op.clip)
-    return _windows(op, context, "{b}", "value += {x} * {w}", value, arrays)
+    return _windows(op, context, "float value = {b}", "value += {x} * {w}", value, arrays)
 
 
 def _windows(op, context, start, step, value, arrays=()):
@@ -176,7 +180,7 @@ def _windows(op, context, start, step, value, arrays=()):
     def entry(at):
         along = {k: at[k]._replace(strides=inner) for k, (_, inner) in made.items() if k != "b"}
         lines = [
-            f"float value = {start.format(**{k: operand.entry for k, operand in at.items()})};",
+            f"{start.format(**{k: operand.entry for k, operand in at.items()})};",
             c_text.each((*window, depth), along, tap, "k"),
             f"{at['y'].entry} = {value};",
         ]

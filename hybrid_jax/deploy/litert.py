@@ -82,10 +82,7 @@ def export_litert(path: str | os.PathLike, program: p.Program | p.Choice) -> dic
     batch = "b" if isinstance(program, p.Program) else 1
     part = program if batch == "b" else program.answering[0]
     inputs, outputs = (
-        [
-            {"shape": [batch, *tensor.shape], "dtype": tensor.dtype}
-            for tensor in map(part.tensors.get, names)
-        ]
+        [artifact.described((batch, *own.shape), own.dtype) for own in map(part.tensors.get, names)]
         for names in (part.inputs, part.outputs)
     )
     facts = {
@@ -118,7 +115,7 @@ def litert_session(
         raise ValueError(f"batch must be 1 for a mixture or cascade, got {batch}")
     first = next(iter(runners.values()))
     inputs, outputs = _in_order(interpreter, first)
-    shapes = [(batch, *(int(size) for size in d["shape"][1:])) for d in inputs.values()]
+    ends = [(name, d["shape"][1:].tolist(), d["dtype"]) for name, d in inputs.items()]
 
     def one_batch(*arrays):
         if _PROGRAM in runners:
@@ -137,29 +134,14 @@ def litert_session(
                 return [given["before"]]
 
     def fn(*arrays):
-        if len(arrays) != len(inputs):
-            raise ValueError(f"inputs must be {len(inputs)} arrays, got {len(arrays)}")
-        arrays = [
-            _checked(name, x, shape, inputs[name]["dtype"])
-            for name, x, shape in zip(inputs, arrays, shapes, strict=True)
-        ]
+        core.check_arrays(ends, arrays, batch)
+        arrays = [np.asarray(x, dtype) for x, (*_, dtype) in zip(arrays, ends, strict=True)]
         split = [np.split(x, len(x) // batch) for x in arrays]
         made = [one_batch(*xs) for xs in zip(*split, strict=True)]
         ys = [np.concatenate(parts) for parts in zip(*made, strict=True)]
         return ys[0] if len(ys) == 1 else tuple(ys)
 
     return fn
-
-
-def _checked(name, x, shape, dtype):
-    x = np.asarray(x)
-    if x.shape[1:] != shape[1:] or not x.ndim or not len(x) or len(x) % shape[0]:
-        raise ValueError(
-            f"{name} must have shape {shape} or a multiple of its batch, got {x.shape}"
-        )
-    if (x.dtype == np.uint8) != (dtype == np.uint8):
-        raise ValueError(f"{name} must be of dtype {np.dtype(dtype)}, got {x.dtype}")
-    return x.astype(dtype)
 
 
 def _in_order(interpreter, runner):

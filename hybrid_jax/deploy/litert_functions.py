@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 
 from hybrid_jax import program as p
+from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.deploy.litert_marks import mark
 from hybrid_jax.program import arithmetic, functions
-from hybrid_jax.program.functions import FIXED, FUNCTIONS
+from hybrid_jax.program.functions import FIXED
 
 
 def in_floats(op: p.Function, values: Sequence[jax.Array]) -> jax.Array:

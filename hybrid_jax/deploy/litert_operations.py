@@ -117,8 +117,7 @@ def _weighted(at, x):
         scale = weights.scale.reshape(-1, *[1] * (kernel.ndim - 1))
         kernel = mark_kernel(kernel * scale, weights.scale)
     if encoding is not None:
-        step = np.float32(encoding.scale) * weights.scale
-        bias = arithmetic.integer_bias(weights, encoding).astype(np.float32) * step
+        bias = arithmetic.rounded_bias(weights, encoding)
     if isinstance(op, p.Dense):
         y = lax.dot_general(x, kernel, (((1,), (1,)), ((), ())))
     else:

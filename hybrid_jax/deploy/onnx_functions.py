@@ -194,4 +194,4 @@ _STEPS: dict[str, Callable[..., Typed]] = {
     "select_n": _select,
     "convert_element_type": _convert,
 }
-"""{step: what writes it}: of `functions.FUNCTIONS` all but 'atan2'."""
+"""{step: what writes it}: of `core.functions.FUNCTIONS` all but 'atan2'."""

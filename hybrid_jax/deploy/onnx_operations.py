@@ -13,7 +13,7 @@ import numpy as np
 from hybrid_jax import program as p
 from hybrid_jax.deploy.onnx_functions import FLOAT, converted, expression
 from hybrid_jax.deploy.onnx_graph import WHOLE, Graph, arranged, axis_order, file_dtype, pads
-from hybrid_jax.program import UNBOUNDED, arithmetic
+from hybrid_jax.program import UNBOUNDED, arithmetic, operations
 
 OF_HALVES = 21  # the first opset that casts an int4
 
@@ -42,23 +42,11 @@ def written(
     """
     graph = Graph(onnx, program, inputs, prefix, **options)
     for op in program.operations:
-        graph.stored[op.output] = _rule(op)(graph, op)
+        graph.stored[op.output] = RULES[type(op)](graph, op)
         if graph.single.issuperset(op.inputs):
             graph.single.add(op.output)
     results = [_result(graph, program, edge) for edge in program.outputs]
     return graph.ended(dict(zip(outputs, results, strict=True)))
-
-
-def _rule(op):
-    if isinstance(op, p.Call):
-        raise op.refused("ONNX")
-    if type(op) not in RULES:
-        known = ", ".join(kind.__name__ for kind in RULES)
-        raise ValueError(
-            f"program must be of operations that ONNX is written for ({known}), "
-            f"got {type(op).__name__} {op.output!r}"
-        )
-    return RULES[type(op)]
 
 
 def _result(graph, program, name):
@@ -305,9 +293,13 @@ def _normalize(graph, op):
 
 def _constant(graph, op):
     encoding = graph.encoding(op.output)
-    value = op.floats() if encoding is None else op.integers([], [], encoding)
+    value = operations.compute(op, [], [], encoding)
     order = [0, *(axis + 1 for axis in axis_order(len(graph.shape(op.output))))]
     return graph.constant(np.asarray(value).transpose(order))
+
+
+def _refused(graph, op):
+    raise op.refused("ONNX")
 
 
 RULES = {
@@ -335,5 +327,6 @@ RULES = {
     p.Normalize: _normalize,
     p.Constant: _constant,
     p.Convert: _convert,
+    p.Call: _refused,
 }
-"""{class of operation: rule}: of every class but `Call`."""
+"""{class of operation: rule}."""

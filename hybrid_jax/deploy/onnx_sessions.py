@@ -81,16 +81,9 @@ def _checked(ends, run):
     """fn(*arrays) -> what the runtime makes of them by name; `ends` are (name, shape, dtype)."""
 
     def fn(*arrays):
-        if len(arrays) != len(ends):
-            raise ValueError(f"inputs must be {len(ends)} arrays, got {len(arrays)}")
-        given = {}
-        for (name, shape, dtype), x in zip(ends, map(np.asarray, arrays), strict=True):
-            if (dtype == np.uint8) != (x.dtype == np.uint8):
-                raise ValueError(f"{name} must be of dtype {dtype}, got {x.dtype}")
-            if x.ndim == 0 or not len(x) or list(x.shape[1:]) != list(shape):
-                wanted = ", ".join(map(str, ("n", *shape)))
-                raise ValueError(f"{name} must have shape ({wanted}) with n >= 1, got {x.shape}")
-            given[name] = x.astype(dtype)
+        core.check_arrays(ends, arrays, 1)
+        pairs = zip(ends, arrays, strict=True)
+        given = {name: np.asarray(x, dtype) for (name, _, dtype), x in pairs}
         outputs = run(given)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

@@ -109,4 +109,4 @@ def export_onnx(
 def _describe(onnx, value):
     kind = value.type.tensor_type
     shape = [axis.dim_param or axis.dim_value for axis in kind.shape.dim]
-    return {"shape": shape, "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))}
+    return artifact.described(shape, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))

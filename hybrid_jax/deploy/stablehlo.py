@@ -80,8 +80,8 @@ def _write(path, fn, params, inputs, platforms, symbolic_batch, facts):
         "jax": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
         "platforms": list(exported.platforms),
-        "inputs": [_describe(aval) for aval in exported.in_avals],
-        "outputs": [_describe(aval) for aval in exported.out_avals],
+        "inputs": [artifact.described(aval.shape, aval.dtype) for aval in exported.in_avals],
+        "outputs": [artifact.described(aval.shape, aval.dtype) for aval in exported.out_avals],
     }
     return artifact.write(path, bytes(exported.serialize()), facts)
 
@@ -157,8 +157,3 @@ def _specs(inputs, symbolic_batch):
         batch = jax.export.symbolic_shape(_BATCH, scope=scope) if symbolic_batch else x.shape[:1]
         specs.append(jax.ShapeDtypeStruct((*batch, *x.shape[1:]), x.dtype))
     return specs
-
-
-def _describe(aval):
-    shape = [size if isinstance(size, int) else str(size) for size in aval.shape]
-    return {"shape": shape, "dtype": str(aval.dtype)}

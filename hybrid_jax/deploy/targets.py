@@ -45,12 +45,8 @@ def _stablehlo_session(path, batch, threads):
     return lambda *inputs: jax.tree.map(np.asarray, fn(*inputs))
 
 
-def _onnx_session(path, batch, threads):
-    return onnx_session(path, threads)
-
-
-def _openvino_session(path, batch, threads):
-    return openvino_session(path, threads)
+def _of_any_batch(open_session):
+    return lambda path, batch, threads: open_session(path, threads)
 
 
 def _tflite_session(path, batch, threads):
@@ -93,8 +89,10 @@ def _c_session(path, batch, threads):
 
 TARGETS = {
     "stablehlo": Target(".stablehlo", _stablehlo_export, _stablehlo_session),
-    "onnx": Target(".onnx", export_onnx, _onnx_session),
-    "openvino": Target(".openvino.onnx", export_onnx, _openvino_session),
+    "onnx": Target(".onnx", export_onnx, _of_any_batch(onnx_session)),
+    "openvino": Target(
+        ".openvino.onnx", export_onnx, lambda path, batch, threads: openvino_session(path, threads)
+    ),
     "tflite": Target(".tflite", litert.export_litert, _tflite_session),
     "packed": Target(".safetensors", packed.save_program, _packed_session),
     "c": Target(".c", c.export_c, _c_session),

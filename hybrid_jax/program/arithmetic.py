@@ -48,6 +48,12 @@ def integer_bias(weights: Weights, x: Encoding) -> np.ndarray:
     return bias.astype(np.int32)
 
 
+def rounded_bias(weights: Weights, x: Encoding) -> np.ndarray:
+    """The values that `integer_bias` stands for, float32 (O,)."""
+    step = np.float32(x.scale) * weights.scale
+    return (integer_bias(weights, x) * step).astype(np.float32)
+
+
 def check_product(name: str, a: Encoding, b: Encoding, count: int) -> None:
     """Raises ValueError if a sum of `count` products of the tensor `name` may leave int32."""
     most = count

@@ -41,16 +41,8 @@ def edges(program: Program, inputs: Sequence[jax.Array], rule: Rule = compute) -
 
 def check_inputs(program: Program, inputs: Sequence[Any]) -> Sequence[Any]:
     """Returns the inputs if they are those of the program: how many, their shapes and dtypes."""
-    if len(inputs) != len(program.inputs):
-        raise ValueError(f"inputs must be {len(program.inputs)} arrays, got {len(inputs)}")
-    for name, x in zip(program.inputs, inputs, strict=True):
-        wanted = program.tensors[name]
-        if jnp.shape(x)[:1] == () or jnp.shape(x)[1:] != wanted.shape:
-            shape = ", ".join(map(str, ("B", *wanted.shape)))
-            raise ValueError(f"{name} must have shape ({shape}), got {jnp.shape(x)}")
-        dtype = np.dtype(jnp.result_type(x))
-        if (np.dtype(wanted.dtype) == np.uint8) != (dtype == np.uint8):
-            raise ValueError(f"{name} must be of dtype {wanted.dtype}, got {dtype}")
+    tensors = [(name, program.tensors[name]) for name in program.inputs]
+    core.check_arrays([(name, own.shape, own.dtype) for name, own in tensors], inputs)
     return inputs
 
 
@@ -110,8 +102,7 @@ def simulate(program: Program | Choice, forms: Forms | None = None) -> Callable[
 def in_floats(op: Any, values: list, encodings: list, output: Any, **options: Any) -> jax.Array:
     """An operation of what is encoded, on the floats that the integers stand for."""
     if isinstance(op, Conv | Dense) and encodings[0] is not None:
-        step = np.float32(encodings[0].scale) * op.weights.scale
-        bias = (arithmetic.integer_bias(op.weights, encodings[0]) * step).astype(np.float32)
+        bias = arithmetic.rounded_bias(op.weights, encodings[0])
         op = dataclasses.replace(op, weights=dataclasses.replace(op.weights, bias=bias))
     return rounded(op.floats(*values, **options), output)
 

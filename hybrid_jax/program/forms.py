@@ -5,14 +5,13 @@ each output position sees with the kernel, and a little faster for others. The s
 integers to the last bit, so the choice is a matter of speed alone.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
+from hybrid_jax.core.convolution import Conv, at_once, channels_last, taps
 
 
 def convolve(
@@ -26,7 +25,9 @@ def convolve(
     x = pad(x, [*op.padding, (0, 0)], zero)
     # A border of zeros XLA makes part of the convolution, and of int8 with more than 16 outputs
     # reads memory then that is not its own.
-    return FORMS[form](op, lax.optimization_barrier(x) if dtype == jnp.int32 else x, kernel, dtype)
+    x = lax.optimization_barrier(x) if dtype == jnp.int32 else x
+    conv = Conv(op.strides, ((0, 0),) * 2, (1, 1), op.dilation, op.groups, "highest", dtype)
+    return FORMS[form](conv, x, kernel)
 
 
 def pad(x: jax.Array, padding, zero: int | float) -> jax.Array:
@@ -35,51 +36,10 @@ def pad(x: jax.Array, padding, zero: int | float) -> jax.Array:
     return lax.pad(x, jnp.asarray(zero, x.dtype), widths)
 
 
-def _conv(op, x, kernel, dtype):
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        op.strides,
-        "VALID",
-        rhs_dilation=op.dilation,
-        dimension_numbers=_NHWC,
-        feature_group_count=op.groups,
-        precision="highest",
-        preferred_element_type=dtype,
-    )
+def _matmul(conv, x, kernel):
+    depthwise = conv.groups == x.shape[-1] == kernel.shape[-1]
+    return (taps if depthwise else at_once)(conv, x, kernel)
 
 
-def _matmul(op, x, kernel, dtype):
-    taps = _taps(op, x, kernel.shape[:2])
-    if op.groups == x.shape[-1] == kernel.shape[-1]:  # depthwise: a product of one entry each
-        weights = kernel.reshape(len(taps), 1, 1, 1, -1).astype(dtype)
-        return sum(tap.astype(dtype) * weight for tap, weight in zip(taps, weights, strict=True))
-    outputs = kernel.shape[-1] // op.groups
-    # (groups, batch and positions, taps and channels of the group) times (groups, the same, O / G)
-    seen = jnp.stack([tap.reshape(-1, op.groups, kernel.shape[2]) for tap in taps], 2)
-    seen = seen.reshape(-1, op.groups, len(taps) * kernel.shape[2])
-    rows = kernel.reshape(-1, op.groups, outputs)
-    if op.groups == 1:
-        y = _dot(seen[:, 0], rows[:, 0], dtype)
-    else:
-        y = jax.vmap(functools.partial(_dot, dtype=dtype), (1, 1), 1)(seen, rows)
-    return y.reshape(*taps[0].shape[:-1], kernel.shape[-1])
-
-
-def _taps(op, x, window):
-    """What the positions of the result see of x through each entry of the kernel."""
-    spans = []
-    for size, length, stride, dilation in zip(
-        window, x.shape[1:3], op.strides, op.dilation, strict=True
-    ):
-        reach = length - (size - 1) * dilation
-        spans.append([slice(i * dilation, i * dilation + reach, stride) for i in range(size)])
-    return [x[:, rows, columns] for rows in spans[0] for columns in spans[1]]
-
-
-def _dot(a, b, dtype):
-    return lax.dot(a, b, precision="highest", preferred_element_type=dtype)
-
-
-FORMS = {"conv": _conv, "matmul": _matmul}
+FORMS = {"conv": channels_last, "matmul": _matmul}
 """The forms of a convolution."""

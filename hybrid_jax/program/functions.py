@@ -1,18 +1,18 @@
-"""Functions of each value: what element-wise primitives compute, in NumPy and in JAX alike.
+"""Functions of each value, as steps of `core.functions`.
 
 A chain of element-wise equations over one tensor is one function of one value, whatever wrote it:
 GELU, hard-swish, a leaky ReLU, a square root after an addition. It is kept as its steps, so that
 nothing has to be recognized. Of integers it is a table.
 """
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
+
+from hybrid_jax.core.functions import FUNCTIONS
 
 
 class Step(NamedTuple):
@@ -38,94 +38,6 @@ def evaluate(steps: Sequence[Step], values: Sequence[Any]) -> Any:
         made.append(FUNCTIONS[step.name](library, *operands, **dict(step.options)))
     return made[-1] if steps else made[0]
 
-
-def _special(name):
-    def call(library, *operands):
-        module = jax.scipy.special if library is jnp else scipy.special
-        return getattr(module, name)(*operands)
-
-    return call
-
-
-def _plain(name):
-    return lambda library, *operands: getattr(library, name)(*operands)
-
-
-def _operator(name):
-    return lambda library, *operands: getattr(operator, name)(*operands)
-
-
-def _logistic(library, x):
-    # Of NumPy's only the branch that does not overflow.
-    return jax.nn.sigmoid(x) if library is jnp else scipy.special.expit(x)
-
-
-def _div(library, x, y):
-    if not library.issubdtype(library.result_type(x, y), np.integer):
-        return x / y
-    # Of integers towards zero, as in C.
-    return (library.sign(x) * library.sign(y) * (abs(x) // abs(y))).astype(x.dtype)
-
-
-def _round(library, x, rounding_method):
-    if rounding_method == "TO_NEAREST_EVEN":
-        return library.round(x)
-    return library.sign(x) * library.floor(abs(x) + 0.5)
-
-
-def _convert(library, x, new_dtype):
-    if library is np and new_dtype.startswith(("float", "bfloat")):
-        return np.asarray(x, np.float64)
-    info = np.dtype(new_dtype)
-    if np.issubdtype(info, np.integer) and library.issubdtype(x.dtype, np.floating):
-        limits = np.iinfo(info)
-        whole = library.clip(library.trunc(x), limits.min, limits.max)
-        # The greatest integer of 32 bits is no float of 32.
-        top = library.asarray(limits.max, info)
-        return library.where(x >= limits.max, top, whole.astype(info))
-    return library.asarray(x).astype(info)
-
-
-def _select(library, which, *cases):
-    if len(cases) == 2:
-        return library.where(which, cases[1], cases[0])
-    return library.choose(which.astype(np.int32), list(cases), mode="clip")
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        name: _plain(name)
-        for name in (
-            *("abs", "sign", "floor", "ceil", "exp", "exp2", "log", "log1p", "expm1", "sqrt"),
-            *("cbrt", "square", "tanh", "sin", "cos", "tan", "sinh", "cosh"),
-        )
-    },
-    **{name: _plain(f"arc{name[1:]}") for name in ("asin", "acos", "atan", "asinh", "acosh")},
-    **{
-        name: _operator(name)
-        for name in ("add", "sub", "mul", "neg", "eq", "ne", "lt", "le", "gt", "ge")
-    },
-    **{"and": _operator("and_"), "or": _operator("or_"), "xor": _operator("xor")},
-    "not": _operator("invert"),
-    "atanh": _plain("arctanh"),
-    "atan2": _plain("arctan2"),
-    "rsqrt": lambda library, x: 1 / library.sqrt(x),
-    "logistic": _logistic,
-    "erf": _special("erf"),
-    "erfc": _special("erfc"),
-    "is_finite": _plain("isfinite"),
-    "round": _round,
-    "integer_pow": lambda library, x, y: x**y,
-    "pow": _plain("power"),
-    "div": _div,
-    "rem": _plain("fmod"),
-    "max": _plain("maximum"),
-    "min": _plain("minimum"),
-    "clamp": lambda library, low, x, high: library.minimum(library.maximum(x, low), high),
-    "select_n": _select,
-    "convert_element_type": _convert,
-}
-"""{primitive: function(library, *operands, **options)}, of NumPy in float64."""
 
 FIXED = {"logistic": (1 / 256, 0), "tanh": (1 / 128, 128)}
 """{function of one step: scale and zero point that its kernel in LiteRT returns}."""

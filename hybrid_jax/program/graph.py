@@ -145,6 +145,10 @@ class Program:
         """The encoding of the edge of that name."""
         return self.tensors[name].encoding
 
+    def in_floats(self, op: Operation) -> bool:
+        """Whether an operation reads floats and makes floats."""
+        return all(self.encoding(name) is None for name in (*op.inputs, op.output))
+
     def __repr__(self) -> str:
         kinds = collections.Counter(type(op).__name__ for op in self.operations)
         ends = [

@@ -1,7 +1,6 @@
 """The C file as a whole: what it takes and states, and trained networks in it, compiled and run."""
 
 import dataclasses
-import json
 import re
 import subprocess
 
@@ -135,10 +134,9 @@ def test_it_is_a_program_that_prints_what_it_needs(tmp_path):
     assert done.stderr.decode() == f"flash {manifest['flash']} bytes, RAM {manifest['ram']} bytes\n"
 
 
-def test_export_writes_a_manifest(tmp_path):
+def test_the_manifest_says_what_it_needs(tmp_path):
     program = low_bits()
     manifest = c.export_c(tmp_path / "net.c", program, name="net")
-    assert manifest == json.loads((tmp_path / "net.c.json").read_text())
     assert (tmp_path / "net.c").read_text() == c.to_c(program, "net")
     # What is live at once is most in the depthwise convolution: 6 · 5 · 5 bytes in, as many out,
     # and its kernel of 45 entries unpacked; whole words of them.
@@ -146,11 +144,6 @@ def test_export_writes_a_manifest(tmp_path):
     # Weights, two to a byte; bias and multiplier of each channel; Window, Layer and Result of 14, 6
     # and 4 words for each of four layers.
     assert manifest["flash"] == 70 + 15 + 23 + 12 + 8 * 19 + 4 * 4 * 24
-    assert manifest["inputs"] == [{"shape": [1, 6, 5, 3], "dtype": "float32"}]
-
-
-def test_the_text_is_the_same_each_time():
-    assert c.to_c(choices.mixture()) == c.to_c(choices.mixture())
 
 
 @pytest.mark.parametrize("name", ["", "1net", "a-b", "_net", "größe", "a b", "net;"])

@@ -1,7 +1,6 @@
 import collections
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 
@@ -9,20 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import Build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowered import deployed
 from operation_cases import (
     CASES,
-    CLASSES,
     EVERY,
     FORMS,
     ONES,
+    PAIR,
     RELU,
     RELU6,
+    STEPS,
     A,
     B,
     alone,
+    cast,
+    expression,
     inputs,
     together,
     weights,
@@ -30,13 +33,13 @@ from operation_cases import (
 
 from hybrid_jax import deploy, models
 from hybrid_jax import program as p
-from hybrid_jax.deploy import artifact, onnx_operations, onnx_sessions, onnx_writer
-from hybrid_jax.program import UNBOUNDED, functions, operations
+from hybrid_jax.deploy import artifact, onnx_sessions, onnx_writer
+from hybrid_jax.program import UNBOUNDED, operations
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-IMAGE, SMALL = (6, 6, 16), (3, 3, 16)
+IMAGE, NONE = (6, 6, 16), ((0, 0), (0, 0))
 OUT = p.Encoding(0.0297, 120)
 FOUR_BITS = p.Encoding(0.293, 0, 0, 15)
 # Whose largest value of no value at all ONNX has not.
@@ -72,10 +75,6 @@ def steps_apart(session, program, xs):
     got, want = session(contents(program))(*xs), np.asarray(jax.jit(p.run(program))(*xs))
     (last,) = program.operations[-1].inputs
     return np.abs(np.rint((got - want) / program.encoding(last).scale)).astype(int)
-
-
-def test_every_operation_has_a_rule():
-    assert set(onnx_operations.RULES) == CLASSES - {p.Call}
 
 
 def walked(form):
@@ -168,72 +167,36 @@ def test_any_convolution_agrees(
     assert steps_apart(onnx_sessions.onnx_session, program, xs).max() == 0
 
 
-# What a step takes beside floats.
-OPTIONS = {
-    "round": {"rounding_method": "AWAY_FROM_ZERO"},
-    "integer_pow": {"y": -3},
-    "convert_element_type": {"new_dtype": "int8"},
-}
-OPERANDS = {
-    **dict.fromkeys(("and", "or", "xor"), 2),
-    **dict.fromkeys(("add", "sub", "mul", "div", "rem", "max", "min", "pow", "atan2"), 2),
-    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), 2),
-    **dict.fromkeys(("clamp", "select_n"), 3),
-}
-X = np.float32([[-3, -2.5, -1.5, -1, -0.75, -1e-6, 0, 1e-6, 0.5, 0.75, 1, 1.5, 2.5, 3, 200, -200]])
-
-
-def of_floats(steps, constants=()):
-    """A program of an expression of two inputs and their maximum, and its inputs."""
-    tensors = {name: p.Tensor((16,)) for name in "abcy"}
-    op = p.Function(("a", "b", "c"), "y", tuple(steps), tuple(constants))
-    # Both outputs read all inputs: one that nothing reads is none of OpenVINO's.
-    program = p.Program(("a", "b"), ("y", "c"), tensors, (p.Maximum(("a", "b"), "c"), op))
-    return program, (np.concatenate([X, -X]), np.concatenate([X[:, ::-1], X]))
-
-
-def to(dtype, place=0):
-    return p.Step("convert_element_type", (place,), (("new_dtype", dtype),))
-
-
-@pytest.mark.parametrize("name", sorted(functions.FUNCTIONS))
+@pytest.mark.parametrize("name", STEPS)
 def test_every_step_of_an_expression_is_written_or_refused(session, name):
-    options, operands = tuple(OPTIONS.get(name, {}).items()), range(OPERANDS.get(name, 1))
-    logic = name in ("and", "or", "xor", "not")
-    if logic or name == "select_n":  # of booleans first
-        first = [p.Step("lt", (0, 1)), p.Step("gt", (0, 2))]
-        rest = (3, 4)[: len(operands)] if logic else (3, 0, 1)
-    else:
-        first, rest = [], tuple(operands)
-    program, xs = of_floats([*first, p.Step(name, rest, options)])
+    program = expression(*STEPS[name])
     if name == "atan2":
-        with pytest.raises(ValueError, match="of steps that ONNX has, got 'atan2' in 'y'; write"):
+        with pytest.raises(ValueError, match="of steps that ONNX has, got 'atan2' in 'z'; write"):
             contents(program)
         return
-    (got, _), (want, _) = session(contents(program))(*xs), p.run(program)(*xs)
-    want = np.asarray(want)
+    got, want = (np.asarray(run(*PAIR)[0]) for run in (session(contents(program)), p.run(program)))
     if session is not onnx_sessions.onnx_session:  # which has no NaN
         got, want = (array[np.isfinite(want)] for array in (got, want))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_integers_and_booleans_within_an_expression(session):
-    # (int8(100 · a) + 3) wrapped, as uint8, chosen from by whether a > b, as a number of cases
+    # (int8(50 · x) + 100) wrapped, as uint8, chosen from by whether x > y, as a number of cases
     steps = [
-        p.Step("mul", (0, 3)),
-        to("int8", 6),
-        p.Step("add", (7, 4)),
-        to("uint8", 8),
-        to("int32", 9),
+        p.Step("mul", (0, 2)),
+        cast("int8", 5),
+        p.Step("add", (6, 3)),
+        cast("uint8", 7),
+        cast("int32", 8),
         p.Step("gt", (0, 1)),
-        to("int32", 11),
-        p.Step("select_n", (12, 5, 10)),
-        p.Step("rem", (13, 5)),
-        p.Step("ne", (14, 12)),
-        p.Step("select_n", (15, 13, 14)),
+        cast("int32", 10),
+        p.Step("select_n", (11, 4, 9)),
+        p.Step("rem", (12, 4)),
+        p.Step("ne", (13, 11)),
+        p.Step("select_n", (14, 12, 13)),
     ]
-    program, xs = of_floats(steps, [np.float32(50), np.int8(100), np.int32(7)])
-    (got, _), (want, _) = session(contents(program))(*xs), p.run(program)(*xs)
+    program = expression(*steps, constants=[np.float32(50), np.int8(100), np.int32(7)])
+    (got, _), (want, _) = session(contents(program))(*PAIR), p.run(program)(*PAIR)
     assert len(set(np.asarray(want).ravel())) > 5
     np.testing.assert_array_equal(got, want)
 
@@ -241,74 +204,39 @@ def test_integers_and_booleans_within_an_expression(session):
 @pytest.mark.parametrize(
     ("steps", "refused"),
     [
-        ([to("uint32")], "'convert_element_type' of uint32"),
+        ([cast("uint32")], "'convert_element_type' of uint32"),
         ([p.Step("gt", (0, 1)), p.Step("mul", (3, 3))], "'mul' of bool"),
-        (
-            [to("int32", 0), p.Step("not", (3,))],
-            "'not'",
-        ),
+        ([cast("int32"), p.Step("not", (3,))], "'not'"),
     ],
 )
 def test_steps_of_dtypes_that_onnx_has_no_form_of(steps, refused):
     with pytest.raises(ValueError, match=refused):
-        contents(of_floats(steps)[0])
+        contents(expression(*steps))
 
 
 def network(seed=0):
     """A program with every kind of operation, all in integers but the first and the last tensor."""
-    rng = np.random.default_rng(seed)
-
-    def kernel(*shape):
-        return weights(*shape, bits=7, seed=int(rng.integers(1 << 30)))
-
-    encoded = {
-        "q": (IMAGE, p.Encoding(0.0303, 128)),
-        "stem": (IMAGE, B),
-        "conv": (IMAGE, A),
-        "sum": (IMAGE, p.Encoding(0.0419)),
-        "pooled": (SMALL, p.Encoding(0.0419)),
-        "depthwise": (SMALL, p.Encoding(0.111, 0, 0, 15)),
-        "pointwise": ((3, 3, 32), p.Encoding(0.0117)),
-        "average": ((2, 2, 32), p.Encoding(0.0117)),
-        "means": ((32,), p.Encoding(0.0083)),
-        "squeezed": ((8,), p.Encoding(0.0061)),
-        "excited": ((32,), p.Encoding(0.0101, 128)),
-        "gates": ((32,), p.Encoding(1 / 255)),
-        "gate": ((1, 1, 32), p.Encoding(1 / 255)),
-        "gated": ((2, 2, 32), p.Encoding(0.0117)),
-        "both": ((2, 2, 64), p.Encoding(0.0117)),
-        "some": ((2, 2, 32), p.Encoding(0.0117)),
-        "padded": ((4, 4, 32), p.Encoding(0.0117)),
-        "capped": ((2, 2, 16), p.Encoding(0.0171)),
-        "flat": ((64,), p.Encoding(0.0171)),
-        "hidden": ((32,), p.Encoding(0.0121)),
-    }
-    tensors = {name: p.Tensor(*how) for name, how in encoded.items()}
-    tensors |= {"x": p.Tensor(IMAGE), "y": p.Tensor((10,))}
-    steps = (
-        p.Convert(("x",), "q"),
-        p.Conv(("q",), "stem", "stem", kernel(3, 3, 16, 16), padding=ONES, clip=RELU),
-        p.Conv(("stem",), "conv", "conv", kernel(3, 3, 16, 16), padding=ONES),
-        p.Add(("conv", "stem"), "sum", RELU),
-        p.MaxPool(("sum",), "pooled", (2, 2), (2, 2)),
-        p.Conv(("pooled",), "depthwise", "depthwise", kernel(3, 3, 1, 16), padding=ONES, groups=16),
-        p.Conv(("depthwise",), "pointwise", "pointwise", kernel(1, 1, 16, 32), clip=RELU),
-        p.AveragePool(("pointwise",), "average", (2, 2), (1, 1)),
-        p.Mean(("average",), "means"),
-        p.Dense(("means",), "squeezed", "squeezed", kernel(32, 8), RELU),
-        p.Dense(("squeezed",), "excited", "excited", kernel(8, 32)),
-        p.Function(("excited",), "gates", (p.Step("logistic", (0,)),)),
-        p.Reshape(("gates",), "gate", (1, 1, 32)),
-        p.Multiply(("average", "gate"), "gated"),
-        p.Concatenate(("gated", "average"), "both", 2),
-        p.Slice(("both",), "some", (0, 0, 16), (2, 2, 48), (1, 1, 1)),
-        p.Pad(("some",), "padded", ((1, 1), (1, 1), (0, 0))),
-        p.Conv(("padded",), "capped", "capped", kernel(3, 3, 32, 16), clip=(0.0, 2.0)),
-        p.Reshape(("capped",), "flat", (64,)),
-        p.Dense(("flat",), "hidden", "hidden", kernel(64, 32), RELU),
-        p.Dense(("hidden",), "y", "y", kernel(32, 10)),
-    )
-    return p.Program("x", "y", tensors, steps)
+    sums, wide, capped = p.Encoding(0.0419), p.Encoding(0.0117), p.Encoding(0.0171)
+    b = Build(IMAGE, p.Encoding(0.0303, 128), seed).conv(16, clip=RELU, to=B, bits=7)
+    stem = b.last
+    b.conv(16, to=A, bits=7)
+    b.add(p.Add, IMAGE, sums, RELU, inputs=(b.last, stem))
+    b.pool(p.MaxPool, (2, 2), (2, 2)).conv(16, groups=16, to=p.Encoding(0.111, 0, 0, 15), bits=7)
+    b.conv(32, (1, 1), padding=NONE, clip=RELU, to=wide, bits=7)
+    b.pool(p.AveragePool, (2, 2), (1, 1))
+    average = b.last
+    b.add(p.Mean, (32,), p.Encoding(0.0083)).dense(8, p.Encoding(0.0061), RELU, 7)
+    b.dense(32, p.Encoding(0.0101, 128), bits=7)
+    gates = p.Encoding(1 / 255)
+    b.add(p.Function, (32,), gates, (p.Step("logistic", (0,)),))
+    b.add(p.Reshape, (1, 1, 32), gates, (1, 1, 32))
+    b.add(p.Multiply, (2, 2, 32), wide, inputs=(average, b.last))
+    b.add(p.Concatenate, (2, 2, 64), wide, 2, inputs=(b.last, average))
+    b.add(p.Slice, (2, 2, 32), wide, (0, 0, 16), (2, 2, 48), (1, 1, 1))
+    b.add(p.Pad, (4, 4, 32), wide, ((1, 1), (1, 1), (0, 0)))
+    b.conv(16, padding=NONE, clip=(0.0, 2.0), to=capped, bits=7)
+    b.add(p.Reshape, (64,), capped, (64,)).dense(32, p.Encoding(0.0121), RELU, 7)
+    return b.dense(10, bits=7).program()
 
 
 @pytest.fixture(scope="module")
@@ -368,21 +296,15 @@ def test_openvino_computes_a_network_in_integers(images):
         assert layers[kind] == {"u8"}, kind
 
 
-def test_a_network_agrees(session, images):
+def test_a_network_agrees_at_any_batch(session, images):
     # Logits have a deviation of 0.55; measured differences are below 0.021.
     program = network()
-    want = np.asarray(jax.jit(p.run(program))(images))
-    got = session(contents(program))(images)
+    run, want = session(contents(program), 2), np.asarray(jax.jit(p.run(program))(images))
+    got = run(images)
     assert np.abs(got - want).max() < 0.05
     assert (got.argmax(-1) == want.argmax(-1)).all()
-
-
-def test_any_batch_and_threads(session, images):
-    program = network()
-    run = session(contents(program), 2)
-    whole = run(images)
     for count in (1, 5):
-        np.testing.assert_array_equal(run(images[:count]), whole[:count])
+        np.testing.assert_array_equal(run(images[:count]), got[:count])
 
 
 def test_a_scale_of_a_tensor_has_no_axis():
@@ -570,24 +492,8 @@ def test_a_transformer_of_two_inputs_and_three_outputs(session, tmp_path):
         run(inputs[0])
     with pytest.raises(ValueError, match=r"must be of dtype uint8, got float32"):
         run(np.float32(inputs[0]), inputs[1])
-    with pytest.raises(ValueError, match=r"must have shape \(n, 2\) with n >= 1"):
+    with pytest.raises(ValueError, match=r"must have shape \(B, 2\) with B = 1, 2"):
         run(inputs[0], inputs[1][:, :1])
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    """A trained network in integers, and what the reference makes of real images."""
-    program = deployed(digits.fn, digits.params, digits.images[:256]).integers
-    return program, np.asarray(jax.jit(p.run(program))(digits.held_out_images))
-
-
-def test_a_trained_network_keeps_its_answers(session, trained, digits):
-    # Logits have a deviation of 5.7. Most differ by nothing in ONNX Runtime; in OpenVINO, which
-    # leaves the residual block's convolution unrounded, by 0.05 on average.
-    program, want = trained
-    got = session(contents(program))(np.asarray(digits.held_out_images))
-    assert np.abs(got - want).max() < (0.4 if allowed(session) else 0.1)
-    assert (got.argmax(-1) == want.argmax(-1)).all()
 
 
 def test_a_network_in_floats(session, digits):
@@ -654,13 +560,8 @@ def test_what_is_no_model(session):
         session(b"no model")
 
 
-def test_operations_that_onnx_has_no_form_of():
-    class Unknown(p.Operation):
-        pass
-
+def test_a_pool_that_onnx_has_no_form_of():
     tensors = {"x": p.Tensor(IMAGE), "y": p.Tensor(IMAGE)}
-    with pytest.raises(ValueError, match=r"written for .*MaxPool.*, got Unknown 'y'"):
-        deploy.to_onnx(p.Program("x", "y", tensors, (Unknown(("x",), "y"),)))
     far = p.MaxPool(("x",), "y", (2, 2), (1, 1), ((2, 0), (0, 0)))
     with pytest.raises(ValueError, match="MaxPool 'y' must have padding below its window"):
         deploy.to_onnx(p.Program("x", "y", tensors, (far,)))
@@ -676,25 +577,14 @@ def test_an_accumulator_that_may_overflow():
 def test_a_file_and_its_manifest(tmp_path, session, images):
     path = tmp_path / "net.onnx"
     manifest = onnx_writer.export_onnx(path, network())
-    assert manifest == json.loads((tmp_path / "net.onnx.json").read_text())
-    assert {key: manifest[key] for key in ("kind", "onnx", "opset", "inputs", "outputs")} == {
-        "kind": "onnx",
-        "onnx": onnx.__version__,
-        "opset": 21,
-        "inputs": [{"shape": ["N", *IMAGE], "dtype": "float32"}],
-        "outputs": [{"shape": ["N", 10], "dtype": "float32"}],
-    }
-    assert onnx_writer.export_onnx(tmp_path / "again", network())["sha256"] == manifest["sha256"]
+    assert (manifest["onnx"], manifest["opset"]) == (onnx.__version__, 21)
     want = session(contents(network()))(images)
     np.testing.assert_array_equal(session(path)(images), want)
     for wrong in (images[:0], images[:, :5], images[0]):
-        with pytest.raises(ValueError, match=r"x must have shape \(n, 6, 6, 16\)"):
+        with pytest.raises(ValueError, match=r"x must have shape \(B, 6, 6, 16\)"):
             session(path)(wrong)
     with pytest.raises(ValueError, match="threads must be an integer"):
         session(path, 0)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="changed or damaged"):
-        session(path)
     artifact.write(path, b"", {"kind": "stablehlo"})
     with pytest.raises(ValueError, match="must be of kind 'onnx'"):
         session(path)

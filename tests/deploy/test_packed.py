@@ -203,12 +203,6 @@ def test_header_and_graph_are_a_small_part_of_a_file(tmp_path):
     assert same(deploy.load_program(tmp_path / "model"), mixture)
 
 
-def test_the_same_program_makes_the_same_file(tmp_path):
-    for name in "ab":
-        deploy.save_program(tmp_path / name, chain(2, 4))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
 def test_what_would_not_be_read_back_is_not_written(tmp_path):
     weights = graph.Weights(np.ones((2, 2)), None, np.ones(2))
     wide = graph.Weights(np.int64([0, 2**32]), None, np.ones(2, np.float32))

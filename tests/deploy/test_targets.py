@@ -14,10 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from built import Build, Q
+from operation_cases import CLASSES
 
 from hybrid_jax import deploy
 from hybrid_jax import program as p
-from hybrid_jax.deploy import litert
+from hybrid_jax.core.functions import FUNCTIONS
+from hybrid_jax.deploy import (
+    artifact,
+    c_statements,
+    litert,
+    litert_functions,
+    litert_operations,
+    onnx_functions,
+    onnx_operations,
+)
 
 EXTRAS = {"openvino": "openvino"}
 
@@ -59,6 +69,29 @@ def test_the_answers_of_fake_quantization_on_real_images(target, write, lowered)
     assert set(checked.latencies) == {1, 32}
     if target in ("packed", "tflite"):  # elsewhere the graph outweighs 3 kB of weights
         assert not checked.larger
+
+
+@pytest.mark.parametrize("target", deploy.TARGETS)
+def test_a_file_says_what_it_takes_is_the_same_each_time_and_whole(target, write, lowered):
+    path, again = (write(target, lowered.integers, name) for name in ("model", "again"))
+    assert path.read_bytes() == again.read_bytes()
+    _, manifest = artifact.read(path)
+    batch = {"stablehlo": "b", "tflite": "b", "onnx": "N", "openvino": "N", "c": 1}.get(target)
+    if batch:
+        assert manifest["inputs"] == [{"shape": [batch, 8, 8, 1], "dtype": "float32"}]
+        assert manifest["outputs"] == [{"shape": [batch, 10], "dtype": "float32"}]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="it was changed or damaged"):
+        installed(target).session(path, batch=1, threads=1)
+
+
+@pytest.mark.parametrize("module", [c_statements, onnx_operations, litert_operations])
+def test_every_operation_has_a_rule(module):
+    assert set(module.RULES) == CLASSES
+
+
+def test_every_step_is_written():
+    assert set(litert_functions.STEPS) == set(FUNCTIONS) == {*onnx_functions._STEPS, "atan2"}
 
 
 @pytest.mark.parametrize("target", deploy.TARGETS)

@@ -25,6 +25,35 @@ def test_three_images_by_hand(share, want):
             np.testing.assert_array_equal(fn(x[i : i + 1]), np.float32(want[i : i + 1]))
 
 
+def test_each_image_has_one_expert():
+    mixture, x = choices.mixture(), choices.images()
+    gate, *experts = (jax.jit(p.run(part))(x) for part in mixture.parts)
+    chosen = np.asarray(gate.argmax(-1))
+    assert set(chosen) == {0, 1, 2}
+    want, got = np.stack(experts)[chosen, np.arange(len(x))], jax.jit(p.run(mixture))
+    np.testing.assert_array_equal(got(x), want)
+    np.testing.assert_array_equal(got(x[:1]), want[:1])
+
+
+def test_a_gate_that_is_not_a_number():
+    tensors = {"x": Tensor((2,)), "y": Tensor((2,))}
+    expert = Program("x", "y", tensors, (p.Clip(("x",), "y", 0.0, 1.0),))
+    x = jnp.float32([[2, 1], [np.nan, 1]])
+    got = p.run(p.Mixture(identity(2), (expert, identity(2))))(x)
+    np.testing.assert_array_equal(got, [[1, 1], [np.nan, np.nan]])
+
+
+def test_the_simulation_is_the_integers_up_to_halves():
+    mixture, x = choices.mixture(), choices.images()
+    for program in (*mixture.experts, mixture):
+        integers, floats = (jax.jit(way(program))(x) for way in (p.run, p.simulate))
+        # Two steps of the mean, 0.02, through the largest entry of a head.
+        assert float(jnp.abs(integers).max()) > 0.1
+        np.testing.assert_allclose(floats, integers, atol=2 * 0.02 * 1.5 / 5**0.5)
+        # Halves are rare: almost every logit is the same, but for the bias in whole steps.
+        assert float(np.isclose(floats, integers, atol=1e-4).mean()) > 0.8
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_cascade_is_that_of_experts(share):
     cascade, x = dataclasses.replace(choices.cascade(), share=share), choices.images()
@@ -115,3 +144,12 @@ def test_parts_of_a_mixture_return_floats():
     tensors = gate.tensors | {gate.output: Tensor((3,), dtype="int32")}
     with pytest.raises(ValueError, match="a choice must return float32, got float32, int32"):
         p.Mixture(dataclasses.replace(gate, tensors=tensors), (choices.part(1),) * 3)
+
+
+def test_gate_and_experts_have_inputs_of_one_dtype():
+    def part(dtype):
+        tensors = {"x": p.Tensor((2,), None, dtype), "y": p.Tensor((2,))}
+        return p.Program("x", "y", tensors, (p.Clip(("x",), "y", 0.0, 1.0),))
+
+    with pytest.raises(ValueError, match=r"inputs of one dtype, got \['float32', 'uint8'\]"):
+        p.Mixture(part("uint8"), (part("uint8"), part("float32")))

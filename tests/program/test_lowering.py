@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +50,23 @@ def in_floats(fn, params, x):
     return program
 
 
+class Sites(NamedTuple):
+    """A function quantized at its sites, and in integers with the ranges that these have."""
+
+    program: p.Program
+    fake: Callable[..., Any]  # of its inputs
+    spec: Any
+    ranges: Any
+
+
+def of_sites(fn, params, x, rules=None, **options):
+    spec = quantization.spec(core.trace(fn, params, x), rules, **options)
+    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    q_fn = jax.jit(quantization.fake_quantized(fn, spec))
+    program = in_integers(fn, params, spec, ranges, x)
+    return Sites(program, lambda x: q_fn(params, ranges, x), spec, ranges)
+
+
 def draw(*shape):
     return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), jnp.float32)
 
@@ -68,10 +87,7 @@ def test_every_model_that_we_ship(small_model, name):
 @pytest.mark.parametrize("name", models.names())
 def test_integers_of_every_model_that_we_ship(small_model, name):
     model = small_model(name)
-    graph = core.trace(model.fn, model.params, model.images)
-    spec = quantization.spec(graph, weight_bits=4)
-    ranges = quantization.calibrate(model.fn, model.params, [(model.images,)], spec)
-    program = in_integers(model.fn, model.params, spec, ranges, model.images)
+    program, fake, spec, ranges = of_sites(model.fn, model.params, model.images, weight_bits=4)
     kernels = stored_kernels(model.fn, spec, model.params, ranges, model.images)
     weights = {op.name: op.weights for op in program.weighted}
     for site, stored in kernels.items():
@@ -85,23 +101,16 @@ def test_integers_of_every_model_that_we_ship(small_model, name):
     # Between the input and the logits nothing is a float.
     floats = {name for name, t in program.tensors.items() if t.encoding is None}
     assert floats == {program.input, program.output}
-    fake = jax.jit(quantization.fake_quantized(model.fn, spec))(model.params, ranges, model.images)
-    got = jax.jit(p.run(program))(model.images)
+    expected, got = fake(model.images), jax.jit(p.run(program))(model.images)
     # What enters no site is rounded to 8 bits by the graph alone.
-    assert float(jnp.abs(got - fake).max()) < 0.06 * float(jnp.abs(fake).max())
+    assert float(jnp.abs(got - expected).max()) < 0.06 * float(jnp.abs(expected).max())
 
 
 def test_digits_agree_with_fake_quantization(digits):
-    graph = core.trace(digits.fn, digits.params, digits.images[:1])
-    spec = quantization.spec(graph)
-    ranges = quantization.calibrate(digits.fn, digits.params, [(digits.images,)], spec)
-    program = in_integers(digits.fn, digits.params, spec, ranges, digits.images[:256])
-    fake = jax.jit(quantization.fake_quantized(digits.fn, spec))
+    program, fake, *_ = of_sites(digits.fn, digits.params, digits.images)
     images = jnp.concatenate([digits.images, digits.held_out_images])
-    expected = fake(digits.params, ranges, images)
-    got = jax.jit(p.run(program))(images)
-    agreement = float((got.argmax(-1) == expected.argmax(-1)).mean(dtype=jnp.float32))
-    assert agreement >= 0.999
+    same = jax.jit(p.run(program))(images).argmax(-1) == fake(images).argmax(-1)
+    assert float(same.mean(dtype=jnp.float32)) >= 0.999
 
 
 def test_a_chain_of_sites_is_fake_quantization_to_rounding(digits):
@@ -115,12 +124,9 @@ def test_a_chain_of_sites_is_fake_quantization_to_rounding(digits):
         return jax.nn.relu6(x @ params["b"]) @ params["c"]
 
     x = digits.images
-    spec = quantization.spec(core.trace(fn, params, x), weight_bits=3, activation_bits=4)
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x[:1])
+    program, fake, *_ = of_sites(fn, params, x, weight_bits=3, activation_bits=4)
     assert kinds(program) == {Convert: 1, Reshape: 1, Dense: 3}
-    expected = jax.jit(quantization.fake_quantized(fn, spec))(params, ranges, x)
-    got = jax.jit(p.run(program))(x)
+    expected, got = fake(x), jax.jit(p.run(program))(x)
     # Where the float sum lies next to half a step, the integer sum may fall on the other side.
     close = np.isclose(got, expected, atol=1e-4).all(-1)
     assert close.mean() > 0.97
@@ -128,11 +134,7 @@ def test_a_chain_of_sites_is_fake_quantization_to_rounding(digits):
     assert float(agreement) >= 0.999
 
 
-def of_four_bits(fn, params, x):
-    """A program whose kernels have 4 bits and whose activations have 8, and its ranges."""
-    spec = quantization.spec(core.trace(fn, params, x), [(".*", {"weight": 4, "activation": 8})])
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    return in_integers(fn, params, spec, ranges, x), spec, ranges
+FOUR_BITS = [(".*", {"weight": 4, "activation": 8})]
 
 
 def test_a_bias_is_kept_to_an_eighth_of_the_step_of_four_bits():
@@ -141,7 +143,7 @@ def test_a_bias_is_kept_to_an_eighth_of_the_step_of_four_bits():
 
     params = {"w": jnp.float32([[7.0], [-3.0]]), "b": jnp.float32([0.4])}
     x = jnp.float32([[1.0, 2.0], [255.0, 0.0]])
-    program, *_ = of_four_bits(fn, params, x)
+    program = of_sites(fn, params, x, FOUR_BITS).program
     # The kernel is 7 and −3 steps of 1 and the inputs are steps of 1, so 0.4 is 0 of the sums'
     # steps. Stored, the kernel is 56 and −24 steps of 1/8, and 0.4 is 3 of them: 7 − 6 + 0.375.
     weights = next(program.weighted).weights
@@ -161,7 +163,7 @@ def test_integers_of_four_bits_are_those_of_the_exact_bias(digits):
         x = x.reshape(x.shape[0], -1) @ params["a"] + params["bias"][None]
         return jax.nn.relu(x) @ params["b"]
 
-    program, *_ = of_four_bits(fn, params, digits.images)
+    program = of_sites(fn, params, digits.images, FOUR_BITS).program
     made = jax.jit(lambda x: p.edges(program, [x]))(digits.images)
     op = next(program.weighted)
     (x,), y = map(program.encoding, op.inputs), program.encoding(op.output)
@@ -177,14 +179,13 @@ def test_a_kernel_of_many_inputs_keeps_its_integers_lower():
         return x @ params["w"]
 
     params, x = {"w": jnp.full((200_000, 1), 7.0)}, jnp.full((1, 200_000), 255.0)
-    program, spec, ranges = of_four_bits(fn, params, x)
+    program, fake, *_ = of_sites(fn, params, x, FOUR_BITS)
     weights = next(program.weighted).weights
     # Sums reach 255 · 7 · 200000 = 3.6e8 steps: 7.1e8 if the steps are halved, and 2^30 = 1.1e9 is
     # the most that leaves as much to the bias.
     assert weights.bits == 6
     assert set(weights.values.ravel()) == {14}
-    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
-    np.testing.assert_allclose(p.run(program)(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(p.run(program)(x), fake(x), rtol=1e-5)
 
 
 class Squeeze(nn.Module):
@@ -219,10 +220,7 @@ def test_squeeze_and_excite_pools_and_softmax(squeeze):
 
 def test_squeeze_and_excite_in_integers(squeeze):
     fn, params, x = squeeze
-    spec = quantization.spec(core.trace(fn, params, x))
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x)
-    got, expected = jax.jit(p.run(program))(x), fn(params, x)
+    got, expected = jax.jit(p.run(of_sites(*squeeze).program))(x), fn(params, x)
     assert float(jnp.abs(got - expected).max()) < 0.03
 
 
@@ -344,10 +342,7 @@ def test_fewer_bits_before_a_site_than_a_sum_needs():
         return y @ params["c"]
 
     params, x = {"a": draw(6, 6), "b": draw(6, 6), "c": draw(6, 2)}, draw(64, 6)
-    graph = core.trace(fn, params, x)
-    spec = quantization.spec(graph, activation_bits=3, first_last_bits=2)
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x)
+    program = of_sites(fn, params, x, activation_bits=3, first_last_bits=2).program
     assert program.encoding("a").high == 255
     # One before each site that reads a tensor of other bits, and one for the input.
     assert kinds(program)[Convert] == 2
@@ -360,11 +355,8 @@ def test_floats_where_a_site_has_32_bits():
 
     params, x = {"a": draw(6, 6), "b": draw(6, 6), "c": draw(6, 2)}, draw(16, 6)
     rules = [("b", {"weight": 32, "activation": 32}), ("c", {"activation": 32}), (".*", {})]
-    spec = quantization.spec(core.trace(fn, params, x), rules)
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x)
-    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
-    np.testing.assert_allclose(jax.jit(p.run(program))(x), expected, atol=1e-4)
+    program, fake, *_ = of_sites(fn, params, x, rules)
+    np.testing.assert_allclose(jax.jit(p.run(program))(x), fake(x), atol=1e-4)
 
 
 def test_a_scale_of_zero():
@@ -373,13 +365,9 @@ def test_a_scale_of_zero():
 
     params = {"a": draw(3, 4), "scale": jnp.float32([[1.0, 0.0, -2.0, 0.5]]), "b": draw(4, 2)}
     x = draw(64, 3)
-    spec = quantization.spec(core.trace(fn, params, x))
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x)
-    first = next(program.weighted).weights
-    assert (first.scale > 0).all()
-    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
-    np.testing.assert_allclose(p.run(program)(x), expected, atol=0.05)
+    program, fake, *_ = of_sites(fn, params, x)
+    assert (next(program.weighted).weights.scale > 0).all()
+    np.testing.assert_allclose(p.run(program)(x), fake(x), atol=0.05)
 
 
 BAD = {
@@ -389,6 +377,19 @@ BAD = {
     "take any number of examples": lambda params, x: x + jnp.arange(8.0).reshape(2, 4),
     "fn must return": lambda params, x: (x @ params).T,
 }
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda params, x: jnp.split(x, 2, -1)[0],
+        lambda params, x: jnp.pad(x, ((0, 0), (1, 1), (0, 0)), constant_values=1.5),
+    ],
+)
+def test_lengths_of_edges_are_ints(fn):
+    program = p.lower(fn, {"unused": jnp.ones(1)}, jnp.ones((2, 4, 6)))
+    lengths = [length for tensor in program.tensors.values() for length in tensor.shape]
+    assert {type(length) for length in lengths} == {int}
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -431,11 +432,8 @@ def test_binary_kernels_and_symmetric_activations():
         "weight": quantization.Quantizer(1, "binary", per_channel=True, learning="fixed"),
         "activation": quantization.Quantizer(6, "symmetric"),
     }
-    spec = quantization.spec(core.trace(fn, params, x), [("w", sides)])
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x)
-    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
-    np.testing.assert_allclose(p.run(program)(x), expected, atol=1e-4)
+    program, fake, *_ = of_sites(fn, params, x, [("w", sides)])
+    np.testing.assert_allclose(p.run(program)(x), fake(x), atol=1e-4)
     assert set(np.unique(next(program.weighted).weights.values)) == {-32, 32}
 
 
@@ -445,11 +443,8 @@ def test_a_binary_channel_that_is_multiplied_by_zero():
 
     params, x = {"w": draw(16, 3), "scale": jnp.float32([[1.0, 0.0, -2.0]])}, draw(32, 16)
     binary = quantization.Quantizer(1, "binary", per_channel=True, learning="fixed")
-    spec = quantization.spec(core.trace(fn, params, x), [("w", {"weight": binary})])
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    program = in_integers(fn, params, spec, ranges, x)
-    expected = quantization.fake_quantized(fn, spec)(params, ranges, x)
-    np.testing.assert_allclose(p.run(program)(x), expected, atol=1e-4)
+    program, fake, *_ = of_sites(fn, params, x, [("w", {"weight": binary})])
+    np.testing.assert_allclose(p.run(program)(x), fake(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
@@ -464,11 +459,8 @@ def test_a_channel_that_is_all_but_dead_beside_its_bias(bits):
     own = quantization.Quantizer(
         bits, "binary" if bits == 1 else "symmetric", True, "fixed" if bits == 1 else "lsq"
     )
-    spec = quantization.spec(core.trace(fn, params, x), [("a", {"weight": own})])
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
-    q_fn = quantization.fake_quantized(fn, spec)
-    got = p.run(in_integers(fn, params, spec, ranges, x))(x)
-    np.testing.assert_allclose(got, q_fn(params, ranges, x), atol=0.02)
+    program, fake, *_ = of_sites(fn, params, x, [("a", {"weight": own})])
+    np.testing.assert_allclose(p.run(program)(x), fake(x), atol=0.02)
 
 
 def test_an_activation_that_was_always_zero_is_zero_on_other_images_too():
@@ -478,8 +470,7 @@ def test_an_activation_that_was_always_zero_is_zero_on_other_images_too():
 
     params = {"a": jnp.eye(2), "b": jnp.eye(2), "beta": jnp.array([[0.25, 0.5]])}
     x, other = -jnp.ones((2, 2)), jnp.array([[1.0, 0.5], [0.25, 1.0]])
-    spec = quantization.spec(core.trace(fn, params, x))
-    ranges = quantization.calibrate(fn, params, [(x,)], spec)
+    *_, spec, ranges = of_sites(fn, params, x)
     ranges["a"]["activation"] = quantization.Range(jnp.float32(-1), jnp.float32(1))
     trained = quantization.fake_quantized(fn, spec)(params, ranges, other)
     deployed = p.run(in_integers(fn, params, spec, ranges, x))(other)
@@ -493,8 +484,7 @@ def test_an_activation_that_is_always_zero_has_no_scale_that_runtimes_refuse():
         return jax.nn.relu(x @ params["a"] - 100.0) @ params["b"]
 
     params, x = {"a": draw(4, 3), "b": draw(3, 2)}, draw(16, 4)
-    spec = quantization.spec(core.trace(fn, params, x))
-    program = in_integers(fn, params, spec, quantization.calibrate(fn, params, [(x,)], spec), x)
+    program = of_sites(fn, params, x).program
     first, second = program.weighted
     scales = [program.encoding(op.inputs[0]).scale for op in (first, second)]
     assert scales[1] == scales[0] / 128
@@ -507,11 +497,7 @@ def test_an_accumulator_that_may_overflow():
     program = p.Program(
         "x",
         "y",
-        {
-            "x": p.Tensor((1,)),
-            "q": p.Tensor((1,), p.Encoding(1.0)),
-            "y": p.Tensor((1,)),
-        },
+        {"x": p.Tensor((1,)), "q": p.Tensor((1,), p.Encoding(1.0)), "y": p.Tensor((1,))},
         (Convert(("x",), "q"), Dense(("q",), "y", "dense", weights)),
     )
     with pytest.raises(ValueError, match="accumulator below"):

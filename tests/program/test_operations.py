@@ -1,8 +1,8 @@
 """The inference graph in JAX: every operation by hand, in exact integers, compiled as well."""
 
-import dataclasses
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ from hybrid_jax.program import (
     MaxPool,
     Mean,
     Minimum,
-    Mixture,
     Multiply,
     Normalize,
     Pad,
@@ -53,6 +52,7 @@ from hybrid_jax.program import (
 
 HALF = Encoding(0.5, 10)  # 12 is 1.0
 QUARTER = Encoding(0.25)  # 6 is 1.5
+UNIT, FIVE, BOTH = Encoding(1.0), Encoding(1.0, 5), [HALF, QUARTER]
 
 
 def kernel(values, scale=None):
@@ -71,43 +71,38 @@ def one(name):
 
 # max(x, 0) + slope · min(x, 0), of the constants slope and 0.
 PRELU = {
-    "steps": (
-        Step("max", (0, 2)),
-        Step("min", (0, 2)),
-        Step("mul", (1, 4)),
-        Step("add", (3, 5)),
-    ),
+    "steps": (Step("max", (0, 2)), Step("min", (0, 2)), Step("mul", (1, 4)), Step("add", (3, 5))),
     "constants": (np.float32([0.5, 0.25]), np.array(0, np.float32)),
 }
 SORTED = {"function": lambda x: jnp.sort(x, -1), "examples": 3, "equation": "", "reason": ""}
-CROSS = [[[[3]], [[-4]]]]  # (1, 2, 1, 1)
+SQUARE, TAPS = kernel(np.ones((2, 2, 1, 1)), 1.0), kernel([[[[3]], [[-4]]]], 1.0)
+ROW = kernel([[3], [-4]], 0.25)
+POOL = {"window": (2, 2), "strides": (2, 2), "padding": ((1, 1), (0, 0))}
 IMAGE = [[[1], [2]], [[3], [4]]]
 AROUND = ((1, 0), (0, 1))
+WITHIN = {"window": (2, 2), "strides": (1, 1), "padding": AROUND, "count_padding": False}
 
-# Operation, its inputs, their encodings, that of the output, the result.
+
+class Hand(NamedTuple):
+    """An operation on one example, worked out by hand."""
+
+    kind: type
+    facts: dict  # its fields
+    given: list  # values of its inputs, as they are stored
+    encodings: list  # of its inputs
+    output: Encoding | None  # encoding of the result
+    result: list
+
+
 BY_HAND = {
     # 2·3 − 3·4 + 1
-    "dense": (Dense, {"weights": kernel([[3], [-4]])}, [[2, 3]], [None], None, [-5]),
+    "dense": Hand(Dense, {"weights": kernel([[3], [-4]])}, [[2, 3]], [None], None, [-5]),
     # Steps 2 and −1: 6 + 4 = 10, the bias 1 is 8 steps of 0.5 · 0.25. 18 · 0.125 = 2.25
     # = 4.5 · 0.5, to even 4, and 4.
-    "dense q": (
-        Dense,
-        {"weights": kernel([[3], [-4]], 0.25)},
-        [[12, 9]],
-        [HALF],
-        Encoding(0.5, 4),
-        [8],
-    ),
-    "dense q to floats": (
-        Dense,
-        {"weights": kernel([[3], [-4]], 0.25)},
-        [[12, 9]],
-        [HALF],
-        None,
-        [2.25],
-    ),
+    "dense q": Hand(Dense, {"weights": ROW}, [[12, 9]], [HALF], Encoding(0.5, 4), [8]),
+    "dense q to floats": Hand(Dense, {"weights": ROW}, [[12, 9]], [HALF], None, [2.25]),
     # −6 − 4 = −10 and 8: −0.25, which a ReLU makes the zero point.
-    "dense q relu": (
+    "dense q relu": Hand(
         Dense,
         {"weights": kernel([[-3], [4]], 0.25), "clip": RELU},
         [[12, 9]],
@@ -118,7 +113,7 @@ BY_HAND = {
     # 0 0 0      1 + 2          2
     # 1 2 0  →   1 + 2 + 3 + 4  2 + 4   and the bias 1.
     # 3 4 0
-    "conv": (
+    "conv": Hand(
         Conv,
         {"weights": kernel(np.ones((2, 2, 1, 1))), "padding": AROUND},
         [IMAGE],
@@ -127,85 +122,66 @@ BY_HAND = {
         [[[4], [3]], [[11], [7]]],
     ),
     # The same values at zero point 5; halves go to even: 4 / 2, 3 / 2 → 2, 11 / 2 → 6, 7 / 2 → 4.
-    "conv q": (
+    "conv q": Hand(
         Conv,
-        {"weights": kernel(np.ones((2, 2, 1, 1)), 1.0), "padding": AROUND},
+        {"weights": SQUARE, "padding": AROUND},
         [np.add(IMAGE, 5)],
-        [Encoding(1.0, 5)],
+        [FIVE],
         Encoding(2.0),
         [[[2], [2]], [[6], [4]]],
     ),
     # At stride 2 the first row of the above at its first column.
-    "conv q strides": (
+    "conv q strides": Hand(
         Conv,
-        {"weights": kernel(np.ones((2, 2, 1, 1)), 1.0), "padding": AROUND, "strides": (2, 2)},
+        {"weights": SQUARE, "padding": AROUND, "strides": (2, 2)},
         [np.add(IMAGE, 5)],
-        [Encoding(1.0, 5)],
-        Encoding(1.0),
+        [FIVE],
+        UNIT,
         [[[4]]],
     ),
     # Taps two apart: 3·1 − 4·3, 3·2 − 4·4, 3·3 − 4·5, and 1: −8, −9, −10.
-    "conv q dilation": (
+    "conv q dilation": Hand(
         Conv,
-        {"weights": kernel(CROSS, 1.0), "dilation": (1, 2)},
+        {"weights": TAPS, "dilation": (1, 2)},
         [[[[1], [2], [3], [4], [5]]]],
-        [Encoding(1.0)],
+        [UNIT],
         Encoding(1.0, 20),
         [[[12], [11], [10]]],
     ),
     # Output 0 reads channels 0, 1 by 1, 3: 1 + 6; output 1 reads 2, 3 by 2, 4: 6 + 16.
-    "conv q groups": (
+    "conv q groups": Hand(
         Conv,
         {"weights": kernel([[[[1, 2], [3, 4]]]], 1.0), "groups": 2},
         [[[[1, 2, 3, 4]]]],
-        [Encoding(1.0)],
-        Encoding(1.0),
+        [UNIT],
+        UNIT,
         [[[8, 23]]],
     ),
-    "conv q depthwise": (
+    "conv q depthwise": Hand(
         Conv,
         {"weights": kernel([[[[2, -3]]]], 1.0), "groups": 2},
         [[[[5, 7]]]],
-        [Encoding(1.0)],
+        [UNIT],
         Encoding(1.0, 100),
         [[[111, 80]]],
     ),
-    "add": (Add, {"clip": RELU}, [[1, -2], [2, 1]], [None, None], None, [3, 0]),
+    "add": Hand(Add, {"clip": RELU}, [[1, -2], [2, 1]], [None] * 2, None, [3, 0]),
     # 1 + 1.5 = 2.5, to even 2, and 1; −5 + 0 is clipped at 0.
-    "add q": (Add, {"clip": RELU}, [[12, 0], [6, 0]], [HALF, QUARTER], Encoding(1.0, 1), [3, 1]),
-    "multiply": (Multiply, {}, [[[[2, 3]]], [[[4, 5]]]], [None, None], None, [[[8, 15]]]),
+    "add q": Hand(Add, {"clip": RELU}, [[12, 0], [6, 0]], BOTH, Encoding(1.0, 1), [3, 1]),
+    "multiply": Hand(Multiply, {}, [[[[2, 3]]], [[[4, 5]]]], [None] * 2, None, [[[8, 15]]]),
     # 1 · 1.5 = 3 steps of 0.5; −5 · 1.5 ends at 0 of the integers.
-    "multiply q": (Multiply, {}, [[12, 0], [6, 6]], [HALF, QUARTER], Encoding(0.5, 1), [4, 0]),
-    "multiply q broadcast": (
-        Multiply,
-        {},
-        [[[[12], [14]]], [[[6]]]],
-        [HALF, QUARTER],
-        Encoding(0.5),
-        [[[3], [6]]],
+    "multiply q": Hand(Multiply, {}, [[12, 0], [6, 6]], BOTH, Encoding(0.5, 1), [4, 0]),
+    "multiply q broadcast": Hand(
+        Multiply, {}, [[[[12], [14]]], [[[6]]]], BOTH, Encoding(0.5), [[[3], [6]]]
     ),
-    "clip": (Clip, {"low": 0.0, "high": 3.0}, [[-1, 2, 9]], [None], None, [0, 2, 3]),
+    "clip": Hand(Clip, {"low": 0.0, "high": 3.0}, [[-1, 2, 9]], [None], None, [0, 2, 3]),
     # 0 is 10, 3 is 16.
-    "clip q": (Clip, {"low": 0.0, "high": 3.0}, [[3, 12, 40]], [HALF], HALF, [10, 12, 16]),
+    "clip q": Hand(Clip, {"low": 0.0, "high": 3.0}, [[3, 12, 40]], [HALF], HALF, [10, 12, 16]),
     # A window of the padding and the first row, one of the second and the padding.
-    "max pool": (
-        MaxPool,
-        {"window": (2, 2), "strides": (2, 2), "padding": ((1, 1), (0, 0))},
-        [np.negative(IMAGE)],
-        [None],
-        None,
-        [[[-1]], [[-3]]],
-    ),
-    "max pool q": (
-        MaxPool,
-        {"window": (2, 2), "strides": (2, 2), "padding": ((1, 1), (0, 0))},
-        [IMAGE],
-        [HALF],
-        HALF,
-        [[[2]], [[4]]],
-    ),
+    "max pool": Hand(MaxPool, POOL, [np.negative(IMAGE)], [None], None, [[[-1]], [[-3]]]),
+    "max pool q": Hand(MaxPool, POOL, [IMAGE], [HALF], HALF, [[[2]], [[4]]]),
     # Steps 2, 4 after a 0: (0 + 2) / 2 and 3 halves, in quarters.
-    "average pool q": (
+    "average pool q": Hand(
         AveragePool,
         {"window": (2, 1), "strides": (1, 1), "padding": ((1, 0), (0, 0))},
         [[[[12]], [[14]]]],
@@ -213,37 +189,20 @@ BY_HAND = {
         QUARTER,
         [[[2]], [[6]]],
     ),
-    "average pool": (
-        AveragePool,
-        {"window": (2, 2), "strides": (2, 2)},
-        [IMAGE],
-        [None],
-        None,
-        [[[2.5]]],
+    "average pool": Hand(
+        AveragePool, {"window": (2, 2), "strides": (2, 2)}, [IMAGE], [None], None, [[[2.5]]]
     ),
-    "mean": (Mean, {}, [IMAGE], [None], None, [2.5]),
+    "mean": Hand(Mean, {}, [IMAGE], [None], None, [2.5]),
     # Steps 1, 2, 4, 4: 11 / 4 halves are 5.5 quarters, to even 6.
-    "mean q": (Mean, {}, [[[[11], [12]], [[14], [14]]]], [HALF], QUARTER, [6]),
-    "mean q to floats": (Mean, {}, [[[[11], [12]], [[14], [14]]]], [HALF], None, [1.375]),
-    "concatenate": (Concatenate, {"axis": 0}, [[1], [2, 3]], [None, None], None, [1, 2, 3]),
+    "mean q": Hand(Mean, {}, [[[[11], [12]], [[14], [14]]]], [HALF], QUARTER, [6]),
+    "mean q to floats": Hand(Mean, {}, [[[[11], [12]], [[14], [14]]]], [HALF], None, [1.375]),
+    "concatenate": Hand(Concatenate, {"axis": 0}, [[1], [2, 3]], [None] * 2, None, [1, 2, 3]),
     # 1 and 1.5 are 2 and 3 halves.
-    "concatenate q": (
-        Concatenate,
-        {"axis": 0},
-        [[12], [6]],
-        [HALF, QUARTER],
-        Encoding(0.5, 1),
-        [3, 4],
+    "concatenate q": Hand(Concatenate, {"axis": 0}, [[12], [6]], BOTH, Encoding(0.5, 1), [3, 4]),
+    "reshape": Hand(
+        Reshape, {"shape": (2, 3)}, [[0, 1, 2, 3, 4, 5]], [HALF], HALF, [[0, 1, 2], [3, 4, 5]]
     ),
-    "reshape": (
-        Reshape,
-        {"shape": (2, 3)},
-        [[0, 1, 2, 3, 4, 5]],
-        [HALF],
-        HALF,
-        [[0, 1, 2], [3, 4, 5]],
-    ),
-    "transpose": (
+    "transpose": Hand(
         Transpose,
         {"permutation": (1, 0)},
         [[[1, 2, 3], [4, 5, 6]]],
@@ -251,10 +210,10 @@ BY_HAND = {
         HALF,
         [[1, 4], [2, 5], [3, 6]],
     ),
-    "pad": (Pad, {"padding": ((1, 2),)}, [[7]], [None], None, [0, 7, 0, 0]),
+    "pad": Hand(Pad, {"padding": ((1, 2),)}, [[7]], [None], None, [0, 7, 0, 0]),
     # Zero is 10.
-    "pad q": (Pad, {"padding": ((1, 2),)}, [[7]], [HALF], HALF, [10, 7, 10, 10]),
-    "slice": (
+    "pad q": Hand(Pad, {"padding": ((1, 2),)}, [[7]], [HALF], HALF, [10, 7, 10, 10]),
+    "slice": Hand(
         Slice,
         {"starts": (1,), "stops": (5,), "strides": (2,)},
         [[0, 1, 2, 3, 4, 5]],
@@ -262,27 +221,17 @@ BY_HAND = {
         HALF,
         [1, 3],
     ),
-    "logistic": (Function, one("logistic"), [[0, math.log(3)]], [None], None, [0.5, 0.75]),
+    "logistic": Hand(Function, one("logistic"), [[0, math.log(3)]], [None], None, [0.5, 0.75]),
     # 0.5 of 1/256; the greatest, 1 / (1 + e^−12.7), is 256 and clipped.
-    "logistic q": (
-        Function,
-        one("logistic"),
-        [[128, 255]],
-        [Encoding(0.1, 128)],
-        Encoding(1 / 256),
-        [128, 255],
+    "logistic q": Hand(
+        Function, one("logistic"), [[128, 255]], [Encoding(0.1, 128)], Encoding(1 / 256), [128, 255]
     ),
     # 1 in steps of 1/64; e^1 = 2.71828 is 173.97 of them.
-    "exp q": (
-        Function,
-        one("exp"),
-        [[128, 138]],
-        [Encoding(0.1, 128)],
-        Encoding(1 / 64),
-        [64, 174],
+    "exp q": Hand(
+        Function, one("exp"), [[128, 138]], [Encoding(0.1, 128)], Encoding(1 / 64), [64, 174]
     ),
     # tanh(0.5) = 0.46212 is 59.15 of 1/128.
-    "tanh q": (
+    "tanh q": Hand(
         Function,
         one("tanh"),
         [[128, 133]],
@@ -291,85 +240,55 @@ BY_HAND = {
         [100, 159],
     ),
     # A channel of slope 0.5 and one of 0.25, below zero.
-    "prelu": (
-        Function,
-        PRELU,
-        [[[-4, -4], [2, 2]]],
-        [None],
-        None,
-        [[-2, -1], [2, 2]],
-    ),
+    "prelu": Hand(Function, PRELU, [[[-4, -4], [2, 2]]], [None], None, [[-2, -1], [2, 2]]),
     # 4 is −3 and 12 is 1 of halves: −1.5 and −0.75, 1 and 1, in quarters from 10.
-    "prelu q": (
-        Function,
-        PRELU,
-        [[[4, 4], [12, 12]]],
-        [HALF],
-        Encoding(0.25, 10),
-        [[4, 7], [14, 14]],
+    "prelu q": Hand(
+        Function, PRELU, [[[4, 4], [12, 12]]], [HALF], Encoding(0.25, 10), [[4, 7], [14, 14]]
     ),
     # −1 / 2 and 3 / 4, of two tensors.
-    "quotient": (
+    "quotient": Hand(
         Function,
         {"steps": (Step("div", (0, 1)),)},
         [[-1, 3], [2, 4]],
-        [None, None],
+        [None] * 2,
         None,
         [-0.5, 0.75],
     ),
-    "softmax": (Softmax, {}, [[0, math.log(3)]], [None], None, [0.25, 0.75]),
-    "softmax of rows": (
-        Softmax,
-        {"axis": 0},
-        [[[0, 1], [math.log(3), 1]]],
-        [None],
-        None,
-        [[0.25, 0.5], [0.75, 0.5]],
+    "softmax": Hand(Softmax, {}, [[0, math.log(3)]], [None], None, [0.25, 0.75]),
+    "softmax of rows": Hand(
+        Softmax, {"axis": 0}, [[[0, 1], [math.log(3), 1]]], [None], None, [[0.25, 0.5], [0.75, 0.5]]
     ),
     # Mean 2, deviation 1; the squares' mean and 3 are 4.
-    "normalize": (Normalize, {"axes": (0,), "epsilon": 3.0}, [[1, 3]], [None], None, [-0.5, 0.5]),
-    "matmul": (MatMul, {}, [[[1, 2]], [[3], [4]]], [None] * 2, None, [[11]]),
+    "normalize": Hand(
+        Normalize, {"axes": (0,), "epsilon": 3.0}, [[1, 3]], [None], None, [-0.5, 0.5]
+    ),
+    "matmul": Hand(MatMul, {}, [[[1, 2]], [[3], [4]]], [None] * 2, None, [[11]]),
     # 1 and −1 of halves by 2 and 4 of quarters: 2 − 4 = −2 eighths are −0.25.
-    "matmul q": (MatMul, {}, [[[11, 9]], [[2], [4]]], [HALF, QUARTER], Encoding(0.125, 5), [[3]]),
-    "matmul q to floats": (MatMul, {}, [[[11, 9]], [[2], [4]]], [HALF, QUARTER], None, [[-0.25]]),
-    "minus": (Add, {"minus": True}, [[5, 1], [2, 3]], [None] * 2, None, [3, -2]),
+    "matmul q": Hand(MatMul, {}, [[[11, 9]], [[2], [4]]], BOTH, Encoding(0.125, 5), [[3]]),
+    "matmul q to floats": Hand(MatMul, {}, [[[11, 9]], [[2], [4]]], BOTH, None, [[-0.25]]),
+    "minus": Hand(Add, {"minus": True}, [[5, 1], [2, 3]], [None] * 2, None, [3, -2]),
     # 1 − 1.5 = −0.5 and −5 − 0 = −5, which ends at 0.
-    "minus q": (Add, {"minus": True}, [[12, 0], [6, 0]], [HALF, QUARTER], HALF, [9, 0]),
+    "minus q": Hand(Add, {"minus": True}, [[12, 0], [6, 0]], BOTH, HALF, [9, 0]),
     # The row (1, 2) to each of two rows.
-    "add a row": (
-        Add,
-        {},
-        [[[1, 2]], [[10, 20], [30, 40]]],
-        [None] * 2,
-        None,
-        [[11, 22], [31, 42]],
+    "add a row": Hand(
+        Add, {}, [[[1, 2]], [[10, 20], [30, 40]]], [None] * 2, None, [[11, 22], [31, 42]]
     ),
-    "maximum": (Maximum, {}, [[1, 5], [3, 2]], [None] * 2, None, [3, 5]),
+    "maximum": Hand(Maximum, {}, [[1, 5], [3, 2]], [None] * 2, None, [3, 5]),
     # 1 and −5 in halves, 1.5 and 0.5 in quarters: 1.5 and 0.5 in halves from 10.
-    "maximum q": (Maximum, {}, [[12, 0], [6, 2]], [HALF, QUARTER], HALF, [13, 11]),
-    "minimum": (Minimum, {}, [[1, 5], [3, 2]], [None] * 2, None, [1, 2]),
-    "minimum q": (Minimum, {}, [[12, 0], [6, 2]], [HALF, QUARTER], HALF, [12, 0]),
-    "mean of rows": (Mean, {"axes": (1,)}, [[[1, 3], [5, 9]]], [None], None, [2, 7]),
-    "largest": (Largest, {"axes": (0,)}, [[[1, 9], [5, 3]]], [HALF], HALF, [5, 9]),
+    "maximum q": Hand(Maximum, {}, [[12, 0], [6, 2]], BOTH, HALF, [13, 11]),
+    "minimum": Hand(Minimum, {}, [[1, 5], [3, 2]], [None] * 2, None, [1, 2]),
+    "minimum q": Hand(Minimum, {}, [[12, 0], [6, 2]], BOTH, HALF, [12, 0]),
+    "mean of rows": Hand(Mean, {"axes": (1,)}, [[[1, 3], [5, 9]]], [None], None, [2, 7]),
+    "largest": Hand(Largest, {"axes": (0,)}, [[[1, 9], [5, 3]]], [HALF], HALF, [5, 9]),
     # The corner sees 4 values, the edge 6; all are 3 here, whatever the padding.
-    "average pool of what is there": (
-        AveragePool,
-        {"window": (2, 2), "strides": (1, 1), "padding": AROUND, "count_padding": False},
-        [IMAGE],
-        [None],
-        None,
-        [[[1.5], [2]], [[2.5], [3]]],
+    "average pool of what is there": Hand(
+        AveragePool, WITHIN, [IMAGE], [None], None, [[[1.5], [2]], [[2.5], [3]]]
     ),
-    "average pool of what is there q": (
-        AveragePool,
-        {"window": (2, 2), "strides": (1, 1), "padding": AROUND, "count_padding": False},
-        [np.add(IMAGE, 5)],
-        [Encoding(1.0, 5)],
-        Encoding(0.5),
-        [[[3], [4]], [[5], [6]]],
+    "average pool of what is there q": Hand(
+        AveragePool, WITHIN, [np.add(IMAGE, 5)], [FIVE], Encoding(0.5), [[[3], [4]], [[5], [6]]]
     ),
-    "broadcast": (Broadcast, {"shape": (2, 3)}, [[[1], [2]]], [HALF], HALF, [[1] * 3, [2] * 3]),
-    "gather": (
+    "broadcast": Hand(Broadcast, {"shape": (2, 3)}, [[[1], [2]]], [HALF], HALF, [[1] * 3, [2] * 3]),
+    "gather": Hand(
         Gather,
         {"axis": 1, "indices": (2, 0, 0)},
         [[[1, 2, 3], [4, 5, 6]]],
@@ -378,45 +297,23 @@ BY_HAND = {
         [[3, 1, 1], [6, 4, 4]],
     ),
     # 1.2 is 2.4 halves from 10.
-    "pad with a value": (
-        Pad,
-        {"padding": ((1, 1),), "value": 1.2},
-        [[7]],
-        [HALF],
-        HALF,
-        [12, 7, 12],
+    "pad with a value": Hand(
+        Pad, {"padding": ((1, 1),), "value": 1.2}, [[7]], [HALF], HALF, [12, 7, 12]
     ),
-    "constant": (Constant, {"value": np.float32([1.5, -2])}, [], [], None, [1.5, -2]),
-    "constant q": (Constant, {"value": np.float32([1.5, -2])}, [], [], HALF, [13, 6]),
+    "constant": Hand(Constant, {"value": np.float32([1.5, -2])}, [], [], None, [1.5, -2]),
+    "constant q": Hand(Constant, {"value": np.float32([1.5, -2])}, [], [], HALF, [13, 6]),
     # Pairs are sorted, three examples at a time.
-    "call": (
-        Call,
-        SORTED,
-        [[3, 1]],
-        [None],
-        None,
-        [1, 3],
-    ),
+    "call": Hand(Call, SORTED, [[3, 1]], [None], None, [1, 3]),
     # 1.5 to even 2, 2.5 to even 2; what is too large or small is the end, NaN is zero.
-    "quantize": (
-        Convert,
-        {},
-        [[0.75, 1.25, -99, math.inf, math.nan]],
-        [None],
-        HALF,
-        [12, 12, 0, 255, 10],
+    "quantize": Hand(
+        Convert, {}, [[0.75, 1.25, -99, math.inf, math.nan]], [None], HALF, [12, 12, 0, 255, 10]
     ),
-    "quantize to 4 bits": (
-        Convert,
-        {},
-        [[0.75, 9.0, -9.0]],
-        [None],
-        Encoding(0.5, 8, 1, 15),
-        [10, 15, 1],
+    "quantize to 4 bits": Hand(
+        Convert, {}, [[0.75, 9.0, -9.0]], [None], Encoding(0.5, 8, 1, 15), [10, 15, 1]
     ),
     # 1 is 4 quarters; −5 ends at 0.
-    "requantize": (Convert, {}, [[12, 0]], [HALF], QUARTER, [4, 0]),
-    "dequantize": (Convert, {}, [[12, 0]], [HALF], None, [1.0, -5.0]),
+    "requantize": Hand(Convert, {}, [[12, 0]], [HALF], QUARTER, [4, 0]),
+    "dequantize": Hand(Convert, {}, [[12, 0]], [HALF], None, [1.0, -5.0]),
 }
 
 
@@ -441,43 +338,32 @@ def results():
 
     def compute(values):
         outputs = {}
-        for name, (kind, facts, given_, encodings, output, _) in BY_HAND.items():
-            op = operation(kind, facts, len(given_))
-            for form in forms_of(kind):
-                y = compute_op(op, values[name], encodings, output, form)
+        for name, case in BY_HAND.items():
+            op = operation(case.kind, case.facts, len(case.given))
+            for form in forms_of(case.kind):
+                y = compute_op(op, values[name], case.encodings, case.output, form)
                 outputs[name, form] = y[0]
         return outputs
 
-    dtypes = {
-        name: [np.float32 if e is None else np.uint8 for e in case[3]]
-        for name, case in BY_HAND.items()
-    }
     values = {
-        name: [np.asarray(v, d)[None] for v, d in zip(case[2], dtypes[name], strict=True)]
+        name: [
+            np.asarray(value, np.float32 if encoding is None else np.uint8)[None]
+            for value, encoding in zip(case.given, case.encodings, strict=True)
+        ]
         for name, case in BY_HAND.items()
     }
     return jax.jit(compute)(values)
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [(name, form) for name, case in BY_HAND.items() for form in forms_of(case[0])]
+    ("name", "form"),
+    [(name, form) for name, case in BY_HAND.items() for form in forms_of(case.kind)],
 )
 def test_by_hand(results, name, form):
-    output, expected = BY_HAND[name][-2:]
-    got = results[name, form]
-    np.testing.assert_allclose(got, np.asarray(expected), rtol=1e-6)
-    assert got.shape == np.shape(expected)
-    assert got.dtype == (np.float32 if output is None else np.uint8)
-
-
-def draw_weights(shape, seed=0):
-    rng = np.random.default_rng(seed)
-    return Weights(
-        rng.integers(-127, 128, shape).astype(np.int8),
-        rng.uniform(0.001, 0.004, shape[-1]).astype(np.float32),
-        rng.standard_normal(shape[-1]).astype(np.float32),
-        8,
-    )
+    case, got = BY_HAND[name], results[name, form]
+    np.testing.assert_allclose(got, np.asarray(case.result), rtol=1e-6)
+    assert got.shape == np.shape(case.result)
+    assert got.dtype == (np.float32 if case.output is None else np.uint8)
 
 
 CASES = {
@@ -492,7 +378,7 @@ ENCODED = [name for name, (op, _) in CASES.items() if op.integral]
 
 
 def test_every_operation_has_its_tests():
-    assert {case[0] for case in BY_HAND.values()} == CLASSES
+    assert {case.kind for case in BY_HAND.values()} == CLASSES
     assert {type(op) for op, _ in CASES.values()} == CLASSES
 
 
@@ -802,72 +688,6 @@ def test_a_shape_that_is_not_the_programs():
     program = Program("x", "x", {"x": Tensor((2, 3))}, ())
     with pytest.raises(ValueError, match=r"x must have shape \(B, 2, 3\), got \(4, 2\)"):
         p.run(program)(jnp.ones((4, 2)))
-
-
-def network(seed, outputs, convolutions=1):
-    """An image of 6 × 6 × 3 to `outputs`, in integers but for the result."""
-    image, logits = Encoding(0.02, 128), Encoding(0.1)
-    tensors = {"x": Tensor((6, 6, 3)), "q": Tensor((6, 6, 3), image)}
-    operations, name, channels = [Convert(("x",), "q")], "q", 3
-    for i in range(convolutions):
-        weights, out = draw_weights((3, 3, channels, 8), seed + i), f"conv{i}"
-        padding = ((1, 1), (1, 1))
-        operations.append(Conv((name,), out, out, weights, padding=padding, clip=RELU))
-        tensors[out], name, channels = Tensor((6, 6, 8), logits), out, 8
-    operations += [
-        Mean((name,), "mean"),
-        Dense(("mean",), "y", "head", draw_weights((channels, outputs), seed + 9)),
-    ]
-    tensors |= {"mean": Tensor((channels,), Encoding(0.019)), "y": Tensor((outputs,))}
-    return Program("x", "y", tensors, tuple(operations))
-
-
-IMAGES = np.random.default_rng(3).standard_normal((8, 6, 6, 3)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    gate = network(20, 2)
-    head = gate.operations[-1]
-    # As many images for one expert as for the other.
-    bias = head.weights.bias - np.median(p.run(gate)(IMAGES), 0)
-    head = dataclasses.replace(head, weights=dataclasses.replace(head.weights, bias=bias))
-    gate = dataclasses.replace(gate, operations=(*gate.operations[:-1], head))
-    return Mixture(gate, (network(0, 4), network(40, 4, convolutions=2)))
-
-
-def test_each_image_has_one_expert(mixture):
-    gate, *experts = (jax.jit(p.run(part))(IMAGES) for part in mixture.parts)
-    chosen = np.asarray(gate.argmax(-1))
-    assert set(chosen) == {0, 1}
-    want = np.where(chosen[:, None] == 0, *experts)
-    got = jax.jit(p.run(mixture))
-    np.testing.assert_array_equal(got(IMAGES), want)
-    np.testing.assert_array_equal(got(IMAGES[:1]), want[:1])
-
-
-def test_a_gate_that_is_not_a_number():
-    tensors = {"x": Tensor((2,)), "y": Tensor((2,))}
-    gate = Program("x", "x", tensors, ())
-    expert = Program("x", "y", tensors, (Clip(("x",), "y", 0.0, 1.0),))
-    x = jnp.float32([[2, 1], [math.nan, 1]])
-    got = p.run(Mixture(gate, (expert, gate)))(x)
-    np.testing.assert_array_equal(got, [[1, 1], [math.nan, math.nan]])
-
-
-def test_the_simulation_is_the_integers_up_to_halves(mixture):
-    for program in mixture.experts:
-        integers = jax.jit(p.run(program))(IMAGES)
-        floats = jax.jit(p.simulate(program))(IMAGES)
-        # One step of the mean through the largest kernel of the head.
-        weights = next(op for op in program.weighted if op.name == "head").weights
-        step = 0.019 * 127 * float(weights.scale.max())
-        assert float(jnp.abs(integers).max()) > 0
-        np.testing.assert_allclose(floats, integers, atol=2 * step)
-        # Halves are rare: almost every logit is the same, but for the bias in whole steps.
-        assert float(np.isclose(floats, integers, atol=1e-4).mean()) > 0.8
-    one = jax.jit(p.simulate(mixture))(IMAGES)
-    np.testing.assert_allclose(one, jax.jit(p.run(mixture))(IMAGES), atol=4 * step)
 
 
 def test_the_simulation_rounds_every_encoded_tensor():

@@ -9,7 +9,7 @@ from jax.extend import core as jex
 from hybrid_jax.core import interpreter
 from hybrid_jax.program.operations import Call
 from hybrid_jax.program.read.flat import EXAMPLES
-from hybrid_jax.program.read.node import Builder, Node, Value
+from hybrid_jax.program.read.node import Builder, Node
 
 
 def call(
@@ -23,13 +23,11 @@ def call(
     for value in values:
         if not isinstance(value, Node):
             continue
-        batch = value.axes.index(0)
-        order = (batch, *(i for i in range(len(value.sizes)) if i != batch))
         try:
-            names.append(builder.placed(value, order))
+            names.append(builder.placed(value, value.batch_first))
         except ValueError as error:
             raise ValueError(f"fn must keep its examples apart, got {text}: {error}") from None
-        orders.append(np.argsort(order))
+        orders.append(np.argsort(value.batch_first))
     dtypes = [v.dtype for v in values if isinstance(v, Node)]
     outs = []
     for place, var in enumerate(eqn.outvars):
@@ -51,10 +49,9 @@ def call(
 
         shape = tuple(n for i, n in enumerate(sizes) if i != axis)
         call = Call(tuple(names), "", function, EXAMPLES, text, reason)
-        value = Value(builder.add(call, shape, eqn.primitive.name), shape)
-        rest = iter(range(1, len(sizes)))
-        axes = tuple(0 if i == axis else next(rest) for i in range(len(sizes)))
-        outs.append(Node(value, axes, sizes, np.dtype(var.aval.dtype)))
+        name = builder.add(call, shape, eqn.primitive.name)
+        order = (axis, *(i for i in range(len(sizes)) if i != axis))
+        outs.append(builder.node(name, order, sizes, np.dtype(var.aval.dtype)))
     return outs
 
 

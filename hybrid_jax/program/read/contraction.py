@@ -23,7 +23,7 @@ from hybrid_jax.program.read.flat import Known
 from hybrid_jax.program.read.node import Builder, Node, Pending, Value
 
 
-def convolution(builder: Builder, eqn: Any, values: list[Any], site: str | None) -> list[Node]:
+def convolution(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     """`conv_general_dilated`, over one or two axes of space; also transposed."""
     x, kernel = values
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
@@ -54,11 +54,11 @@ def convolution(builder: Builder, eqn: Any, values: list[Any], site: str | None)
         strides, dilation, spread = (*strides, 1), (*dilation, 1), (*spread, 1)
     if taken is not None and np.any(taken[1] != 0) and any(map(any, pairs)):
         name, pairs = _bordered(builder, name, pairs, taken), [(0, 0), (0, 0)]
-    source = Source(site, order, kernel.sizes, taken)
+    source = Source(builder.site, order, kernel.sizes, taken)
     weights = _with_bias(weights, taken)
     if flat:
         name, pairs = _with_pad(builder, *builder.cropped(name, pairs))
-        title = site or builder.unique("kernel")
+        title = builder.site or builder.unique("kernel")
         op = Conv((name,), "", title, weights, strides, tuple(pairs), dilation, groups)
         pending = Pending(op, source)
     else:
@@ -185,7 +185,7 @@ def _transposed(builder, name, weights, pairs, spread, places, source):
     return Pending(op, source, tuple(after), (*counts, copies * outputs))
 
 
-def product(builder: Builder, eqn: Any, values: list[Any], site: str | None) -> list[Node]:
+def product(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     """`dot_general`: with a kernel that comes from parameters alone, or of two tensors."""
     contracted, batched = eqn.params["dimension_numbers"]
     if isinstance(values[0], Node) and isinstance(values[1], Node):
@@ -208,7 +208,7 @@ def product(builder: Builder, eqn: Any, values: list[Any], site: str | None) -> 
     order = (*theirs, *shared_theirs, *outs)
     flat = np.transpose(kernel.whole(), order).reshape(inputs, groups * outputs)
     bias = np.zeros(groups * outputs, np.float32)
-    title = site or builder.unique("kernel")
+    title = builder.site or builder.unique("kernel")
     if not middle and groups == 1:
         name = builder.shaped(name, (inputs,))
         op: Any = Dense((name,), "", title, Weights(flat, None, bias))
@@ -221,7 +221,7 @@ def product(builder: Builder, eqn: Any, values: list[Any], site: str | None) -> 
         kernel_ = flat.reshape(1, 1, inputs, groups * outputs)
         op = Conv((name,), "", title, Weights(kernel_, None, bias), groups=groups)
         held = (*space, groups * outputs)
-    source = Source(site, order, kernel.sizes)
+    source = Source(builder.site, order, kernel.sizes)
     node = Node(
         Value(Pending(op, source), held), tuple(range(len(held) + 1)), (x.sizes[batch], *held)
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_jax.core.functions import options
 from hybrid_jax.program.encoding import UNBOUNDED
 from hybrid_jax.program.operations import Add, Constant, Conv, Dense, Maximum, Minimum, Multiply
 from hybrid_jax.program.read.flat import Known
@@ -21,7 +22,7 @@ _JOINS = ("add", "sub", "mul", "max", "min")
 
 
 def elementwise(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
-    """An equation of `functions.FUNCTIONS`; operands are nodes, and known ones."""
+    """An equation of `core.functions.FUNCTIONS`; operands are nodes, and known ones."""
     name, dtype = eqn.primitive.name, np.dtype(eqn.outvars[0].aval.dtype)
     values = [_widened(value, tuple(eqn.outvars[0].aval.shape)) for value in values]
     nodes = [value for value in values if isinstance(value, Node)]
@@ -258,7 +259,7 @@ def _expression(builder, eqn, values):
             made = builder.terms.edge(name)
             dtype = held.dtype if isinstance(held, Node) else held.value.dtype
             operands.append(_typed(builder, made, np.dtype(dtype)))
-    made = builder.terms.step(eqn.primitive.name, *operands, options=_options(eqn))
+    made = builder.terms.step(eqn.primitive.name, *operands, options=tuple(options(eqn).items()))
     return Node(Value(made, tuple(shape)), axes, sizes)
 
 
@@ -274,14 +275,3 @@ def _typed(builder, number, dtype):
         return number
     options = (("new_dtype", str(dtype)),)
     return builder.terms.step("convert_element_type", number, options=options)
-
-
-def _options(eqn):
-    params = eqn.params
-    if eqn.primitive.name == "convert_element_type":
-        return (("new_dtype", str(np.dtype(params["new_dtype"]))),)
-    if eqn.primitive.name == "integer_pow":
-        return (("y", params["y"]),)
-    if eqn.primitive.name == "round":
-        return (("rounding_method", params["rounding_method"].name),)
-    return ()

@@ -11,7 +11,7 @@ from jax.extend import core as jex
 
 from hybrid_jax import core
 from hybrid_jax.core import interpreter
-from hybrid_jax.program.functions import FUNCTIONS
+from hybrid_jax.core.functions import FUNCTIONS, SAME
 
 EXAMPLES = 3
 """Examples that a function is traced with: what mixes them, or takes one for all, shows."""
@@ -139,7 +139,7 @@ def _axes(eqn, operands):
             return tuple(n != 1 and next(each) for n in shape)
     if name == "iota":
         return tuple(axis == eqn.params["dimension"] for axis in range(len(shape)))
-    if (name in FUNCTIONS or name in ("copy", "copy_p", "stop_gradient")) and len(eqn.outvars) == 1:
+    if (name in FUNCTIONS or name in SAME) and len(eqn.outvars) == 1:
         whole = [own for own in operands if own is not None and len(own) == len(shape)]
         return tuple(any(own[axis] for own in whole) for axis in range(len(shape)))
     return None

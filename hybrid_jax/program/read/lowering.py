@@ -15,8 +15,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax import core
+from hybrid_jax.core.functions import FUNCTIONS, SAME
 from hybrid_jax.program.encoding import Tensor
-from hybrid_jax.program.functions import FUNCTIONS
 from hybrid_jax.program.graph import Program
 from hybrid_jax.program.read import contraction, merged, moves, patterns, reduce
 from hybrid_jax.program.read.call import call
@@ -25,7 +25,7 @@ from hybrid_jax.program.read.elementwise import elementwise
 from hybrid_jax.program.read.flat import EXAMPLES, Known, known_values, literal, sources, traced
 from hybrid_jax.program.read.node import Builder, Node, Pending, Value
 
-_SAME = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+_SAME = (*SAME, "optimization_barrier")
 _RULES = {
     "reshape": moves.reshape,
     "squeeze": moves.reshape,
@@ -46,7 +46,10 @@ _RULES = {
     "reduce_min": reduce.reduced,
     "reduce_window_max": reduce.pooled,
     "reduce_window_sum": reduce.pooled,
+    "conv_general_dilated": contraction.convolution,
+    "dot_general": contraction.product,
 }
+"""{primitive: rule(builder, equation, values) -> nodes}, of all but `FUNCTIONS` and `_SAME`."""
 
 
 class Reading:
@@ -95,7 +98,8 @@ class Reading:
             return
         site = self.graph.site_at.get((index,))
         try:
-            outs = self._pattern(eqn) or self._plain(eqn, values, site.name if site else None)
+            self.builder.site = site and site.name
+            outs = self._pattern(eqn) or self._plain(eqn, values)
             for var, out in zip(eqn.outvars, outs, strict=True):
                 if out.traced != tuple(var.aval.shape):
                     raise ValueError(f"it was read as {out.traced} where it is {var.aval.shape}")
@@ -107,20 +111,16 @@ class Reading:
                 out = self.builder.as_edge(out)
             self.env[var] = out
 
-    def _plain(self, eqn, values, site=None):
+    def _plain(self, eqn, values):
         name, builder = eqn.primitive.name, self.builder
         as_one = any(isinstance(value, Node) and value.merged > 1 for value in values)
         if as_one and name not in ("reshape", *_SAME):
             eqn, values, count = merged.apart(eqn, values)
-            return [out.replace(merged=count) for out in self._plain(eqn, values, site)]
+            return [out.replace(merged=count) for out in self._plain(eqn, values)]
         if name in _SAME:
             if not all(isinstance(value, Node) for value in values):
                 raise ValueError("a constant and a value cannot pass one equation")
             return values
-        if name == "conv_general_dilated":
-            return contraction.convolution(builder, eqn, values, site)
-        if name == "dot_general":
-            return contraction.product(builder, eqn, values, site)
         if name in FUNCTIONS:
             return reduce.uncounted(builder, eqn, values) or elementwise(builder, eqn, values)
         if name in _RULES:

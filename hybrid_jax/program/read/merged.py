@@ -12,7 +12,7 @@ import jax
 from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter
-from hybrid_jax.program.functions import FUNCTIONS
+from hybrid_jax.core.functions import FUNCTIONS
 from hybrid_jax.program.read.flat import Known
 from hybrid_jax.program.read.node import Builder, Node
 

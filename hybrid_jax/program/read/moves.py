@@ -58,8 +58,7 @@ def _concatenated(builder, values, axis, length):
     sizes = tuple(length if i == axis else n for i, n in enumerate(first.sizes))
     shape = tuple(sizes[i] for i in order[1:])
     name = builder.add(Concatenate(tuple(names), "", order.index(axis) - 1), shape)
-    axes = tuple(order.index(i) for i in range(len(sizes)))
-    return Node(Value(name, shape), axes, sizes, first.dtype)
+    return builder.node(name, order, sizes, first.dtype)
 
 
 def _places(node):
@@ -167,8 +166,7 @@ def pad(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     held = tuple(n + low + high for n, (low, high) in zip(shape, pairs, strict=True))
     if held != shape:
         name = builder.add(Pad((name,), "", tuple(pairs), value.number), held)
-    axes = tuple(order.index(i) for i in range(len(sizes)))
-    return [Node(Value(name, held), axes, tuple(sizes), node.dtype)]
+    return [builder.node(name, order, sizes, node.dtype)]
 
 
 def indexed(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
@@ -179,10 +177,7 @@ def indexed(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     node = values[0]
     if any(isinstance(v, Node) or not v.static for v in values[1:]) or not isinstance(node, Node):
         raise ValueError("indices must be known")
-    if 0 not in node.axes:
-        raise ValueError("examples cannot meet each other")
-    batch = node.axes.index(0)
-    order = (batch, *(i for i in range(len(node.sizes)) if i != batch))
+    order = node.batch_first
     count = int(np.prod([node.sizes[i] for i in order[1:]]))
     numbers = np.arange(EXAMPLES * count, dtype=np.int32).reshape([node.sizes[i] for i in order])
     back = np.argsort(order)
@@ -192,12 +187,9 @@ def indexed(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     entries = np.moveaxis(taken, place, 0)[0]
     if entries.size and entries.min() < 0:
         raise ValueError("indices must lie within the values")
-    name = builder.placed(node, order)
-    name, shape = _gathered(builder, name, entries)
-    axes = [0] * len(sizes)
-    for i, axis in enumerate(j for j in range(len(sizes)) if j != place):
-        axes[axis] = i + 1
-    return [Node(Value(name, shape), tuple(axes), tuple(sizes), node.dtype)]
+    name = _gathered(builder, builder.placed(node, order), entries)
+    order = (place, *(i for i in range(len(sizes)) if i != place))
+    return [builder.node(name, order, sizes, node.dtype)]
 
 
 def _examples(taken, count):
@@ -229,11 +221,7 @@ def _gathered(builder, name, entries):
                     shape[axis] = len(indices)
                     op = Gather((name,), "", axis, tuple(indices.tolist()))
                     name = builder.add(op, shape)
-            return name, after
-    flat = (int(np.prod(before)),)
-    if before != flat:
-        name = builder.shaped(name, flat)
+            return name
+    name = builder.shaped(name, (int(np.prod(before)),))
     name = builder.add(Gather((name,), "", 0, tuple(entries.ravel().tolist())), (entries.size,))
-    if after != (entries.size,):
-        name = builder.shaped(name, after)
-    return name, after
+    return builder.shaped(name, after)

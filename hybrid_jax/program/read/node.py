@@ -104,6 +104,13 @@ class Node:
             range(len(self.axes)), key=lambda i: (self.axes[i] is None, self.axes[i] or 0)
         )
 
+    @property
+    def batch_first(self) -> tuple[int, ...]:
+        """The traced value's axes in their order, but for the batch."""
+        if 0 not in self.axes:
+            raise ValueError("examples cannot meet each other")
+        return tuple(sorted(range(len(self.axes)), key=lambda i: self.axes[i] != 0))
+
     def replace(self, **changes: Any) -> "Node":
         """A node that differs in these fields."""
         return dataclasses.replace(self, **changes)
@@ -117,9 +124,8 @@ class Builder:
         self.tensors: dict[str, Tensor] = {}
         self.operations: list[Operation] = []
         self.sources: dict[str, Source] = {}  # of the outputs of convolutions and dense layers
-        self.moves: dict[
-            str, Operation
-        ] = {}  # {edge: the operation that makes it by moving entries}
+        self.moves: dict[str, Operation] = {}  # {edge: what makes it by moving entries}
+        self.site: str | None = None  # the name of the site that is being read
         self.terms = Terms()
         self._again: dict[Any, str] = {}
         self._edges: dict[int, str] = {}
@@ -178,6 +184,11 @@ class Builder:
         self.tensors[output] = Tensor(tuple(map(int, shape)))  # of NumPy's some are
         self.operations.append(dataclasses.replace(op, output=output))
         return output
+
+    def node(self, name: str, order: Sequence[int], sizes: Sequence[int], dtype=_FLOAT) -> Node:
+        """The node of an edge, whose axes are those of the traced value in that order."""
+        axes = tuple(order.index(i) for i in range(len(sizes)))
+        return Node(Value(name, self.tensors[name].shape), axes, tuple(sizes), dtype)
 
     def made(self, op: Operation, shape: Sequence[int], sizes: Sequence[int], **node: Any) -> Node:
         """The node of an operation that nothing changes any more, its axes in the traced order."""
@@ -298,14 +309,11 @@ class Builder:
         image = value.shape
         if len(image) != 3:
             image = (math.prod(value.shape[:-1]), 1, channels)
-            name = self.add(Reshape((name,), "", image), image)
+            name = self.shaped(name, image)
         scale, shift = (
             np.broadcast_to(np.float32(own), (channels,)) for own in (value.scale, value.shift)
         )
         title = self.unique(f"{name}/affine")
         weights = Weights(scale.reshape(1, 1, 1, channels), None, shift)
         conv = Conv((name,), "", title, weights, groups=channels, clip=value.clip)
-        name = self.add(conv, image, title)
-        if image == value.shape:
-            return name
-        return self.add(Reshape((name,), "", value.shape), value.shape)
+        return self.shaped(self.add(conv, image, title), value.shape)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core as jex
 
+from hybrid_jax.core.functions import SAME
 from hybrid_jax.program.operations import Normalize, Softmax
-from hybrid_jax.program.read.node import Builder, Node, Value
+from hybrid_jax.program.read.node import Builder, Node
 
-_SAME = ("stop_gradient", "copy", "copy_p")
-_VIEWS = (*_SAME, "broadcast_in_dim", "reshape", "squeeze", "expand_dims")
+_VIEWS = (*SAME, "broadcast_in_dim", "reshape", "squeeze", "expand_dims")
 Sources = Mapping[Any, jex.JaxprEqn]
 """{variable: the equation that makes it}."""
 
@@ -42,7 +42,7 @@ class Facts(NamedTuple):
         eqn = None if isinstance(atom, jex.Literal) else self.sources.get(atom)
         return eqn if eqn is not None and eqn.primitive.name in names else None
 
-    def behind(self, atom: Any, names: tuple[str, ...] = _SAME, bound: float | None = None) -> Any:
+    def behind(self, atom: Any, names: tuple[str, ...] = SAME, bound: float | None = None) -> Any:
         """What an atom is a view of; with `bound` also behind a maximum with that number."""
         while not isinstance(atom, jex.Literal) and atom in self.sources:
             eqn = self.sources[atom]
@@ -130,7 +130,7 @@ def normalization(eqn: jex.JaxprEqn, facts: Facts) -> Found | None:
             continue
         x, shape = difference.invars[0], eqn.outvars[0].aval.shape
         summed, axes = mean.invars[0], tuple(mean.params["axes"])
-        viewed = facts.behind(summed, (*_SAME, "reshape")) is facts.behind(x, (*_SAME, "reshape"))
+        viewed = facts.behind(summed, (*SAME, "reshape")) is facts.behind(x, (*SAME, "reshape"))
         if (
             not viewed
             or x.aval.shape != shape
@@ -221,13 +221,8 @@ def applied(builder: Builder, node: Node, axes: tuple[int, ...], epsilon: float 
     """The softmax of a node, or with an epsilon its normalization over axes."""
     order = node.natural
     name = builder.placed(node, order)
-    shape = builder.tensors[name].shape
     places = tuple(sorted(order.index(axis) - 1 for axis in axes))
-    normalized = epsilon is not None
-    op = (
-        Normalize((name,), "", places, float(epsilon))
-        if normalized
-        else Softmax((name,), "", *places)
-    )
-    value = Value(builder.add(op, shape), shape)
-    return node.replace(value=value, axes=tuple(order.index(i) for i in range(len(order))))
+    ends = (name,), ""
+    op = Softmax(*ends, *places) if epsilon is None else Normalize(*ends, places, float(epsilon))
+    made = builder.add(op, builder.tensors[name].shape)
+    return builder.node(made, order, node.sizes, node.dtype).replace(merged=node.merged)

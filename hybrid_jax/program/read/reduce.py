@@ -32,8 +32,7 @@ def reduced(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     order += [axis for axis in kept if node.axes[axis] is None]
     held = builder.placed(node, order + [a for a in axes if a not in real], expand=False)
     shape = builder.tensors[held].shape[: len(order) - 1]
-    if shape != builder.tensors[held].shape:
-        held = builder.shaped(held, shape)
+    held = builder.shaped(held, shape)
     places = tuple(sorted(order.index(axis) - 1 for axis in real))
     left = [axis for axis in order if axis not in real]
     result = tuple(n for i, n in enumerate(shape) if i not in places)
@@ -90,10 +89,7 @@ def pooled(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
     shape = (*along(sizes, 1), image[-1])
     pool = builder.add(kind((name,), "", size, step, pairs), shape)
     full = tuple(sizes[axis] for axis in order[1:])
-    if shape != full:
-        pool = builder.shaped(pool, full)
-    axes = tuple(order.index(axis) for axis in range(len(sizes)))
-    made = Node(Value(pool, full), axes, tuple(sizes))
+    made = builder.node(builder.shaped(pool, full), order, sizes)
     # The window's sum is its mean times its size; the division that follows cancels it.
     return [made if kind is MaxPool else affine(builder, made, np.float32(math.prod(size)))]
 
