@@ -3,6 +3,7 @@
 import importlib
 import math
 import operator
+import pathlib
 import types
 import typing
 
@@ -290,6 +291,12 @@ def test_the_table_has_a_row_for_each_key_and_a_sentence_in_it():
         assert known.doc.endswith(".")
         assert ". " not in known.doc
         assert isinstance(known.kind, type | types.GenericAlias | types.UnionType)
+
+
+def test_the_readme_has_the_table():
+    """If not: python -c 'from hybrid_jax.recipes import usage; print(usage.table())'."""
+    readme = pathlib.Path(__file__).parents[2] / "README.md"
+    assert usage.table() in readme.read_text()
 
 
 def test_no_name_of_the_recipes_is_hidden_by_a_file_of_that_name():
