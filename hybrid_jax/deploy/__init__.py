@@ -4,6 +4,8 @@
 beside the dense float model's. `export_program` writes StableHLO, `save_program` and `load_program`
 a packed file; `to_c` is C99, `to_litert` a .tflite flatbuffer, `to_onnx` an ONNX model.
 
+`emulate` compiles a C file for a Cortex-M, one of `PROCESSORS`, and says what it takes there.
+
 `export` writes any function with its parameters to a StableHLO file, `load` reads it back.
 `latency` times one function against another, `width_latencies` the widths that channels may be cut
 to.
@@ -14,6 +16,9 @@ from hybrid_jax.deploy.checking import Check as Check
 from hybrid_jax.deploy.checking import check as check
 from hybrid_jax.deploy.checking import export_to as export_to
 from hybrid_jax.deploy.litert import to_litert as to_litert
+from hybrid_jax.deploy.microcontroller import PROCESSORS as PROCESSORS
+from hybrid_jax.deploy.microcontroller import Emulation as Emulation
+from hybrid_jax.deploy.microcontroller import emulate as emulate
 from hybrid_jax.deploy.onnx_writer import to_onnx as to_onnx
 from hybrid_jax.deploy.packed import load_program as load_program
 from hybrid_jax.deploy.packed import save_program as save_program
