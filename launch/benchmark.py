@@ -3,13 +3,15 @@
     python -m launch.benchmark --what=pruning
     python -m launch.benchmark --what=experts --output=experts.json
 
-`--what` is core, pruning, quantization, experts, deploy or training; `--size=small` runs it on tiny
-models, which no target is meant for. A value is a median, with its quartiles behind it; seconds are
-of this machine, ratios carry over to similar ones. Nothing else should run meanwhile. Quantization
-is measured against Qwix too, deployment in OpenVINO, and training against PyTorch, where these are
-installed: `pip install -e '.[benchmark]'`, and PyTorch by oneself. The runtimes of deploy have one
-thread each; XLA and PyTorch have all that the process is given: `taskset -c 0` before the command
-gives them one too.
+`--what` is core, pruning, quantization, experts, deploy, training or microcontroller;
+`--size=small` runs it on tiny models, which no target is meant for. A value is a median, with its
+quartiles behind it; seconds are of this machine, ratios carry over to similar ones. Nothing else
+should run meanwhile. Quantization is measured against Qwix too, deployment in OpenVINO, and
+training against PyTorch, where these are installed: `pip install -e '.[benchmark]'`, and PyTorch by
+oneself. The runtimes of deploy have one thread each; XLA and PyTorch have all that the process is
+given: `taskset -c 0` before the command gives them one too. Microcontrollers are emulated: counted
+are instructions, which are no cycles, of what Clang makes of a C file, where
+`pip install -e '.[microcontroller]'` was.
 """
 
 import json

@@ -3,7 +3,15 @@
 `BENCHMARKS[what]` are the benchmarks of a part, `SIZES[name]` what they run on.
 """
 
-from launch.benchmarks import core, deploy, experts, pruning, quantization, training
+from launch.benchmarks import (
+    core,
+    deploy,
+    experts,
+    microcontroller,
+    pruning,
+    quantization,
+    training,
+)
 from launch.benchmarks.measure import SIZES, Row, Size
 
 BENCHMARKS = {
@@ -13,6 +21,7 @@ BENCHMARKS = {
     "experts": experts.BENCHMARKS,
     "deploy": deploy.BENCHMARKS,
     "training": training.BENCHMARKS,
+    "microcontroller": microcontroller.BENCHMARKS,
 }
 
 __all__ = ["BENCHMARKS", "SIZES", "Row", "Size"]

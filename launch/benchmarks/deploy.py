@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hybrid_jax import core, deploy, pruning, quantization
+from hybrid_jax import core, deploy, pruning
 from hybrid_jax import program as p
 from launch.benchmarks import measure
 from launch.benchmarks.measure import Row, Size
@@ -33,7 +33,7 @@ def kernels(size: Size) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for name, module in size.deployed.items():
             model, images = _model(module, size)
-            programs = {bits: _integers(model, images, bits) for bits in (7, 8)}
+            programs = {bits: measure.integers(model, images, bits) for bits in (7, 8)}
             for target in ("onnx", "openvino"):
                 runtime, written = deploy.TARGETS[target], {}
                 for form, (bits, vnni) in forms.items():
@@ -56,14 +56,6 @@ def _model(module, size):
     return (measure.predict(module), measure.variables(module, size.small_image)), images
 
 
-def _integers(model, images, bits):
-    graph = core.trace(*model, images[:1])
-    spec = quantization.spec(graph, weight_bits=bits, first_last_bits=bits)
-    planned = quantization.plan(p.lower(*model, images), spec)
-    ranges = quantization.calibrate_edges(planned, [(images,)])
-    return quantization.encode(planned, ranges, images)
-
-
 def _variants(module, size):
     """{variant: its program}; 'dense float32' first."""
     (fn, params), images = _model(module, size)
@@ -73,7 +65,7 @@ def _variants(module, size):
     small_fn, small, _ = core.shrink(fn, params, masks, images[:1])
     for width, model in {"dense": (fn, params), "half": (small_fn, small)}.items():
         yield f"{width} float32", p.lower(*model, images)
-        yield f"{width} int8", _integers(model, images, 7)
+        yield f"{width} int8", measure.integers(model, images, 7)
 
 
 def _rows(folder, name, target, programs, size):

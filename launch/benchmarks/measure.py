@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybrid_jax import core, deploy, models, training
+from hybrid_jax import core, deploy, models, quantization, training
+from hybrid_jax import program as p
 
 Batch = dict[str, jax.Array]
 Sparse = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -57,6 +58,9 @@ class Size:
       deployed: {name: model} whose inference is measured in every runtime, for the small image.
       deployed_batches: Batch sizes of it.
       trained: {name: model} whose training steps are measured.
+      embedded: {name: (model, (H, W, C))} that run on microcontrollers; choices are of the first.
+      embedded_images: How many images each answers there.
+      processors: Those microcontrollers, of `deploy.PROCESSORS`.
     """
 
     large: nn.Module
@@ -70,6 +74,11 @@ class Size:
     deployed: Mapping[str, nn.Module]
     deployed_batches: tuple[int, ...] = (1, 32)
     trained: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    embedded: Mapping[str, tuple[nn.Module, tuple[int, int, int]]] = dataclasses.field(
+        default_factory=dict
+    )
+    embedded_images: int = 2
+    processors: Sequence[str] = ("Cortex-M4F", "Cortex-M0+")
 
 
 _TINY = models.ResNet(10, blocks=(1,), widths=(4,))
@@ -86,6 +95,7 @@ SIZES = {
         deployed={"tiny": _TINY},
         deployed_batches=(1, 2),
         trained={"tiny": _TINY},
+        embedded={"tiny": (_TINY, (8, 8, 3))},
     ),
     "full": Size(
         large=models.create("resnet50", 1000),
@@ -110,6 +120,13 @@ SIZES = {
             "mobilenet_v2": models.create("mobilenet_v2", 10, stem="cifar"),
             "resnet8 of 64, 256, 256": models.create("resnet8", 10, widths=(64, 256, 256)),
         },
+        embedded={
+            # That of MLPerf Tiny: 12.5 M MACs.
+            "resnet8": (models.create("resnet8", 10, shortcut="project"), (32, 32, 3)),
+            "mobilenet_v2 × 0.35": (models.create("mobilenet_v2", 10, width=0.35), (96, 96, 3)),
+        },
+        embedded_images=3,
+        processors=("Cortex-M4F", "Cortex-M7", "Cortex-M3", "Cortex-M0+"),
     ),
 }
 
@@ -160,6 +177,21 @@ def variables(module: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> 
     """Initializes `module` for images (H, W, C)."""
     # XLA's own generator: the default one takes longer to compile than to run.
     return _jitted_init(module)(jax.random.key(seed, impl="rbg"), jnp.zeros((1, *shape)))
+
+
+def integers(
+    model: tuple[Callable[..., Any], Any],
+    images: jax.Array,
+    bits: int,
+    first_last_bits: int | None = None,
+) -> p.Program:
+    """Makes a program with kernels of so many bits of (fn, params), calibrated on the images."""
+    graph = core.trace(*model, images[:1])
+    ends = first_last_bits or bits
+    spec = quantization.spec(graph, weight_bits=bits, first_last_bits=ends)
+    planned = quantization.plan(p.lower(*model, images), spec)
+    ranges = quantization.calibrate_edges(planned, [(images,)])
+    return quantization.encode(planned, ranges, images)
 
 
 def predict(module: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:

@@ -48,7 +48,14 @@ ROWS = {
         "the same, parameters as arguments / one expert",
         "top-1 mixture, all experts / one expert",
     ],
+    "microcontroller": [
+        f"{network}, {processor} {optimize}"
+        for network in ("tiny int8", "tiny int4", "mixture of two int8", "cascade, int4 then int8")
+        for processor in ("Cortex-M4F", "Cortex-M0+")
+        for optimize in ("-O2", "-Os")
+    ],
 }
+SLOW = ("quantization", "microcontroller")
 QWIX = ["QAT step / Qwix OdmlQatProvider", "QAT step / Qwix QtProvider"]
 
 
@@ -91,17 +98,26 @@ def deployed():
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param(what, marks=pytest.mark.slow) if what == "quantization" else what
+        pytest.param(what, marks=pytest.mark.slow if what in SLOW else ())
         for what in benchmarks.BENCHMARKS
     ],
 )
 def test_every_row_is_there_and_finite(what):
+    if what == "microcontroller":
+        pytest.importorskip("ziglang")
+        pytest.importorskip("unicorn")
     results = benchmark.main(what, "small")
     assert [row["name"] for row in results["rows"]] == names(what)
     for row in results["rows"]:
         assert 0 < row["low"] <= row["value"] <= row["high"] < math.inf, row
         assert row["name"] in text(results)
     json.dumps(results)
+
+
+def test_microcontrollers_are_left_out_with_a_word(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert benchmark.main("microcontroller", "small")["rows"] == []
+    assert "left out without ziglang and unicorn" in capsys.readouterr().err
 
 
 def test_identity_at_sites_compiles_to_as_much():
@@ -135,7 +151,7 @@ def test_output(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--what=prunning": "--what must be one of core, pruning, quantization, experts, "
-    "deploy, training, got 'prunning'; did you mean pruning?",
+    "deploy, training, microcontroller, got 'prunning'; did you mean pruning?",
     "--size=big": "--size must be one of small, full, got 'big'",
     "--output=/no/such/place.json": "--output must be a file in a directory that exists, "
     "got /no/such/place.json",
