@@ -45,7 +45,7 @@ BENCHMARKS = (instructions,)
 
 def _row(name, ran, macs):
     millions = [count / 1e6 for count in ran.instructions]
-    low, median, high = np.percentile(millions, [25, 50, 75])
+    low, median, high = np.percentile(millions, [25, 50, 75]).tolist()
     facts = [f"{1e6 * median / macs:.3g} a MAC" if macs else f"{max(millions):.3g} M at most"]
     if ran.accesses:
         loads, stores = (count / 1e6 for count in ran.accesses)
