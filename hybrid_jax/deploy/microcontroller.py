@@ -25,15 +25,15 @@ from hybrid_jax.deploy.extras import require
 class Processor(NamedTuple):
     """A Cortex-M as the compiler and the emulator know it."""
 
-    target: str  # of Zig: 'eabihf' passes floats in registers, 'eabi' computes them by software
-    cpu: str
+    target: str  # of Zig: 'eabi' computes floats by software
+    cpu: str  # with its floating-point unit, which Zig does not take for granted
     model: str  # of Unicorn
 
 
 PROCESSORS = {
-    "Cortex-M4F": Processor("eabihf", "cortex_m4", "CORTEX_M4"),
-    "Cortex-M7": Processor("eabihf", "cortex_m7", "CORTEX_M7"),
-    "Cortex-M33": Processor("eabihf", "cortex_m33", "CORTEX_M33"),
+    "Cortex-M4F": Processor("eabihf", "cortex_m4+vfp4d16sp", "CORTEX_M4"),
+    "Cortex-M7": Processor("eabihf", "cortex_m7+fp_armv8d16", "CORTEX_M7"),
+    "Cortex-M33": Processor("eabihf", "cortex_m33+fp_armv8d16sp", "CORTEX_M33"),
     "Cortex-M3": Processor("eabi", "cortex_m3", "CORTEX_M3"),
     # The instructions of an M0+ are those of an M0.
     "Cortex-M0+": Processor("eabi", "cortex_m0plus", "CORTEX_M0"),

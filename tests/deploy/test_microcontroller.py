@@ -133,3 +133,12 @@ def test_names_the_extra_that_is_missing(loop, monkeypatch):
     monkeypatch.setitem(sys.modules, "ziglang", None)
     with pytest.raises(ImportError, match=r"hybrid_jax\[microcontroller\]"):
         deploy.emulate(loop, np.zeros((1, 1), np.float32))
+
+
+def test_floats_are_computed_by_the_unit_that_a_processor_has(tmp_path):
+    text = "void f_run(const float *x, float *y) { *y = (float)(int)(*x * *x); }"
+    path = written(tmp_path / "f.c", text, [((), "float32")], [((), "float32")])
+    for processor in deploy.PROCESSORS:
+        ran = deploy.emulate(path, np.float32([2.5]), processor=processor)
+        assert ran.outputs[0] == [6]
+        assert (ran.library > 0) == (processor in ("Cortex-M3", "Cortex-M0+"))
