@@ -54,8 +54,8 @@ def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) 
     standard input to outputs on its standard output, and prints what it needs.
 
     The parts of a choice run one after another in the same memory. With `pack` the integer weights
-    of a layer of up to 4 bits lie two to a byte; they are unpacked one kernel at a time, which
-    takes the RAM of one, and a tenth to a quarter of the time more where a layer has few positions
+    of a layer of up to 4 bits lie two to a byte; they are unpacked two kernels at a time, which
+    takes the RAM of two, and a tenth to a quarter of the time more where a layer has few positions
     (8×8 images).
 
     Example:

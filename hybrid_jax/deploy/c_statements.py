@@ -30,7 +30,7 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     program = c_context.stored(program)
     in_integers = [op for op in program.weighted if not program.in_floats(op)]
     packed = [op for op in in_integers if pack and op.weights.bits <= 4]
-    scratch = {op.output: c_windows.kernels(op)[0].size for op in packed}
+    scratch = {op.output: c_windows.kernels(op)[:2].size for op in packed}
     plan = memory.plan(program, scratch)
     context = Context(program, inputs, outputs, constants, plan)
     texts = []

@@ -139,45 +139,92 @@ static const int8_t *unpack(const int8_t *packed, uint8_t *to, int32_t n)
     return (const int8_t *)to;
 }
 
-static int32_t dot(const uint8_t *x, const int8_t *w, int32_t n, int32_t zero)
+#if defined(__ARM_FEATURE_DSP) && defined(__GNUC__)
+/* Four bytes, of which an even and an odd pair are widened at a time. */
+static uint32_t word(const void *bytes)
 {
-    int32_t sum = 0;
-    for (int32_t i = 0; i < n; i++) {
-        sum += (int32_t)(int16_t)(x[i] - zero) * w[i];
+    uint32_t four;
+    __builtin_memcpy(&four, bytes, sizeof four); /* a load, without a C library too */
+    return four;
+}
+#endif
+
+/* Two runs of the input with two of kernels. Inlined it spills its sums, above all with -Os. */
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
+static void square(const uint8_t *x, int32_t x_next, const int8_t *w, int32_t w_next, int32_t n,
+                   int32_t zero, int32_t *sums)
+{
+    int32_t s00 = sums[0], s01 = sums[1], s10 = sums[2], s11 = sums[3];
+    const uint8_t *end = x + n;
+#if defined(__ARM_FEATURE_DSP) && defined(__GNUC__)
+    const uint32_t minus = (uint32_t)(-zero & 65535) * 65537u;
+    for (; end - x >= 4; x += 4, w += 4) {
+        const uint32_t p = word(x), q = word(x + x_next), a = word(w), b = word(w + w_next);
+        const uint32_t p0 = __uxtab16(minus, p), p1 = __uxtab16(minus, __ror(p, 8));
+        const uint32_t q0 = __uxtab16(minus, q), q1 = __uxtab16(minus, __ror(q, 8));
+        const uint32_t a0 = __sxtb16(a), a1 = __sxtb16(__ror(a, 8));
+        const uint32_t b0 = __sxtb16(b), b1 = __sxtb16(__ror(b, 8));
+        s00 = __smlad(p1, a1, __smlad(p0, a0, s00));
+        s01 = __smlad(q1, a1, __smlad(q0, a0, s01));
+        s10 = __smlad(p1, b1, __smlad(p0, b0, s10));
+        s11 = __smlad(q1, b1, __smlad(q0, b0, s11));
     }
-    return sum;
+#endif
+    for (; x < end; x++, w++) {
+        const int16_t p = (int16_t)(x[0] - zero), q = (int16_t)(x[x_next] - zero);
+        const int16_t a = w[0], b = w[w_next];
+        s00 += (int32_t)p * a;
+        s01 += (int32_t)q * a;
+        s10 += (int32_t)p * b;
+        s11 += (int32_t)q * b;
+    }
+    sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
 }
 
+/* Two kernels at two pixels at once, where both have the same taps. */
 static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer, const Result *to,
                  uint8_t *unpacked)
 {
-    const int32_t depth = at->channels / layer->groups;
+    const int32_t depth = at->channels / layer->groups, features = at->features / layer->groups;
     const int32_t size = at->down.window * at->across.window * depth;
+    const int32_t bytes = layer->packed ? (size + 1) / 2 : size;
     /* Taps side by side are side by side in the input and in the kernel. */
     const int32_t whole = layer->groups == 1 && at->across.dilation == 1;
-    for (int32_t o = 0; o < at->features; o++) {
-        const uint8_t *group = x + o / (at->features / layer->groups) * depth;
-        const int8_t *kernel = layer->packed
-                                   ? unpack(layer->weights + o * ((size + 1) / 2), unpacked, size)
-                                   : layer->weights + o * size;
-        int32_t i = o;
+    for (int32_t o = 0, last; o < at->features; o = last + 1) {
+        last = (o + 1) % features ? o + 1 : o;
+        const uint8_t *group = x + o / features * depth;
+        const int8_t *kernel = layer->weights + o * bytes;
+        if (layer->packed) {
+            unpack(layer->weights + last * bytes, unpacked + (last - o) * size, size);
+            kernel = unpack(kernel, unpacked, size);
+        }
+        int32_t i = 0;
         for (int32_t row = 0; row < at->down.outputs; row++) {
             const Taps down = taps(&at->down, row);
-            for (int32_t column = 0; column < at->across.outputs; column++) {
+            for (int32_t column = 0, beside; column < at->across.outputs; column += beside + 1) {
                 const Taps across = taps(&at->across, column);
+                const Taps next = taps(&at->across, column + 1);
+                beside = column + 1 < at->across.outputs && next.first == across.first &&
+                         next.end == across.end;
                 const int32_t run = whole ? across.end - across.first : 1;
-                int32_t sum = layer->bias[o];
+                int32_t sums[4] = {layer->bias[o], layer->bias[o], layer->bias[last],
+                                   layer->bias[last]};
                 for (int32_t k = down.first; k < down.end; k++) {
                     const int32_t line = (down.start + k * at->down.dilation) * at->across.length;
                     for (int32_t l = across.first; l < across.end; l += run) {
                         const int32_t pixel = line + across.start + l * at->across.dilation;
-                        sum += dot(group + pixel * at->channels,
-                                   kernel + (k * at->across.window + l) * depth, run * depth,
-                                   layer->zero);
+                        square(group + pixel * at->channels,
+                               beside * at->across.stride * at->channels,
+                               kernel + (k * at->across.window + l) * depth, (last - o) * size,
+                               run * depth, layer->zero, sums);
                     }
                 }
-                put(y, i, sum, layer->multiplier[o], to);
-                i += at->features;
+                for (int32_t j = 0; j <= beside; j++, i += at->features) {
+                    put(y, i + o, sums[j], layer->multiplier[o], to);
+                    put(y, i + last, sums[2 + j], layer->multiplier[last], to);
+                }
             }
         }
     }

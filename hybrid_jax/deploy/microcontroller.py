@@ -26,14 +26,14 @@ class Processor(NamedTuple):
     """A Cortex-M as the compiler and the emulator know it."""
 
     target: str  # of Zig: 'eabi' computes floats by software
-    cpu: str  # with its floating-point unit, which Zig does not take for granted
+    cpu: str  # with its floating-point unit, of which Unicorn knows no more than FPv4
     model: str  # of Unicorn
 
 
 PROCESSORS = {
     "Cortex-M4F": Processor("eabihf", "cortex_m4+vfp4d16sp", "CORTEX_M4"),
-    "Cortex-M7": Processor("eabihf", "cortex_m7+fp_armv8d16", "CORTEX_M7"),
-    "Cortex-M33": Processor("eabihf", "cortex_m33+fp_armv8d16sp", "CORTEX_M33"),
+    "Cortex-M7": Processor("eabihf", "cortex_m7+vfp4d16sp", "CORTEX_M7"),
+    "Cortex-M33": Processor("eabihf", "cortex_m33+vfp4d16sp", "CORTEX_M33"),
     "Cortex-M3": Processor("eabi", "cortex_m3", "CORTEX_M3"),
     # The instructions of an M0+ are those of an M0.
     "Cortex-M0+": Processor("eabi", "cortex_m0plus", "CORTEX_M0"),

@@ -78,7 +78,7 @@ def _check(name, value, expected, *kinds):
 
 
 def _row_of_c(op):
-    return c_windows.kernels(op)[0].size
+    return c_windows.kernels(op)[:2].size
 
 
 _FEW = (4, 8)

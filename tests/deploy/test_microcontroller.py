@@ -6,10 +6,12 @@ import sys
 import choices
 import numpy as np
 import pytest
+from built import RELU, Build
 from compiled import COMPILERS
 
 from hybrid_jax import deploy
 from hybrid_jax.deploy import artifact
+from hybrid_jax.program import UNBOUNDED, Encoding
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"no {name}")
@@ -112,6 +114,44 @@ def test_networks_answer_with_the_bits_of_this_machine(networks, processor, opti
         assert ran.constants == pytest.approx(manifest["flash"], abs=200)
         assert 0 < ran.stack < 2048
         assert len(set(ran.instructions)) > 1  # not every image takes the same way
+
+
+def drawn(seed):
+    """A chain of convolutions of all kinds, whose last returns floats."""
+    rng = np.random.default_rng(seed)
+    b = Build((*rng.integers(6, 12, 2).tolist(), 6), seed=seed)
+    for i in range(5):
+        groups = int(rng.choice([1, 1, 2, 3]))
+        window = tuple(rng.integers(1, 4, 2).tolist())
+        b.conv(
+            6 * int(rng.integers(1, 5)),
+            window,
+            tuple(rng.integers(1, 3, 2).tolist()) if i == 1 else (1, 1),
+            tuple((int(rng.integers(2)), k - 1) for k in window),
+            dilation=(1, int(rng.integers(1, 3)) if window[1] > 1 else 1),
+            groups=groups,
+            clip=RELU if rng.integers(2) else UNBOUNDED,
+            to=None if i == 4 else Encoding(0.03, int(rng.integers(256))),
+            bits=int(rng.choice([8, 4])),
+        )
+    return b.program()
+
+
+@pytest.mark.skipif(not COMPILERS, reason="no C compiler")
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_layers_have_the_same_bits_with_the_dsp_extension_and_without(tmp_path, seed):
+    program = drawn(seed)
+    x = np.random.default_rng(seed).normal(size=(2, *program.input_shape)).astype(np.float32)
+    deploy.export_to("c", tmp_path / "model.c", program)
+    want = deploy.TARGETS["c"].session(tmp_path / "model.c", 1, 1)(x)
+    assert len(np.unique(want)) > 20
+    runs = {
+        processor: deploy.emulate(tmp_path / "model.c", x, processor=processor)
+        for processor in ("Cortex-M4F", "Cortex-M3")
+    }
+    for ran in runs.values():
+        assert ran.outputs[0].tobytes() == want.tobytes()
+    assert runs["Cortex-M4F"].instructions < runs["Cortex-M3"].instructions
 
 
 def test_bad_input(loop, tmp_path):
