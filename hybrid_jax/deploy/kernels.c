@@ -84,8 +84,29 @@ static uint8_t nearest(float x, float low, float high, int32_t zero)
     return (uint8_t)((int32_t)(clamp(x, low, high) + 12582912.0f - 12582912.0f) + zero);
 }
 
+/* Where floats are computed by software: the product with 16 bits of fraction, which is within 2^-16
+   of that of floats, and so to be rounded alike but next to a half; beyond 2^16 it is clamped. */
 static uint8_t requantize(int32_t sum, float multiplier, float low, float high, int32_t zero)
 {
+#if defined(__arm__) && !defined(__ARM_FP)
+    const union {
+        float value;
+        uint32_t bits;
+    } m = {multiplier};
+    const uint32_t size = sum < 0 ? 0u - (uint32_t)sum : (uint32_t)sum;
+    const int32_t shift = 134 - (int32_t)(m.bits >> 23);
+    if (size < 1u << 24 && shift > 0 && shift < 32) {
+        const uint64_t product = (uint64_t)size * ((m.bits & 0x7FFFFF) | 0x800000);
+        const uint32_t high_word = (uint32_t)(product >> 32), beyond = high_word >> shift;
+        const uint32_t fixed = (uint32_t)product >> shift | high_word << (32 - shift);
+        if (beyond || (fixed & 65535) - 32767 > 1) {
+            const int32_t steps = beyond ? 65536 : (int32_t)((fixed >> 16) + (fixed >> 15 & 1));
+            const int32_t q = sum < 0 ? -steps : steps;
+            const int32_t least = (int32_t)low, most = (int32_t)high;
+            return (uint8_t)((q < least ? least : q > most ? most : q) + zero);
+        }
+    }
+#endif
     return nearest((float)sum * multiplier, low, high, zero);
 }
 

@@ -47,6 +47,39 @@ def assert_right(folder, program, flags, **options):
     assert_same(got, expected(program, xs), program)
 
 
+def test_requantization_without_a_unit_for_floats_has_the_same_bits(tmp_path):
+    kernels = "\n".join(c._called("requantize("))
+    main = """
+        int main(void) {
+            struct { int32_t sum, zero; float multiplier, low, high; } x;
+            while (fread(&x, sizeof x, 1, stdin) == 1)
+                putchar(requantize(x.sum, x.multiplier, x.low, x.high, x.zero));
+            return 0;
+        }"""
+    (tmp_path / "main.c").write_text(f"#include <stdint.h>\n#include <stdio.h>\n{kernels}{main}")
+    rng, n = np.random.default_rng(0), 400_000
+    fields = [("sum", "<i4"), ("zero", "<i4"), *((k, "<f4") for k in ("multiplier", "low", "high"))]
+    rows = np.zeros(n, fields)
+    rows["multiplier"] = 2.0 ** rng.uniform(-26, 3, n)
+    rows["multiplier"][::3] = 2.0 ** rng.integers(-26, 3, len(rows[::3]))  # which make ties
+    # Half of them next to a half, the others of all sizes.
+    halves = np.rint((rng.integers(-300, 300, n) + 0.5) / rows["multiplier"].astype(np.float64))
+    sums = np.where(rng.integers(2, size=n), halves, rng.integers(-(2**25), 2**25, n))
+    rows["sum"] = np.clip(sums, -(2**31) + 1, 2**31 - 1)
+    rows["zero"] = rng.integers(0, 256, n)
+    rows["low"], rows["high"] = -rows["zero"], 255 - rows["zero"]
+    found = []
+    for flags in ([], ["-D__arm__"]):
+        compiled([COMPILERS[0], *STRICT, *SANITIZED, *flags, "-o", "all", "main.c"], tmp_path)
+        done = subprocess.run(
+            tmp_path / "all", input=rows.tobytes(), capture_output=True, check=True
+        )
+        found.append(np.frombuffer(done.stdout, np.uint8))
+    np.testing.assert_array_equal(*found)
+    assert len(found[0]) == n
+    assert len(np.unique(found[0])) == 256
+
+
 def low_bits(seed=0, shape=(6, 5, 3), classes=4):
     # Kernels of 27, 5 and 45 entries: an odd number of them must not shift the next kernel.
     b = Build(shape, seed=seed).conv(5, bits=4, clip=RELU, to=Encoding(0.03))
