@@ -20,7 +20,7 @@ def scale_by_width() -> optax.GradientTransformation:
     logarithm.
 
     Example:
-      >>> tx = optax.chain(optax.scale_by_adam(), scale_by_width(), optax.scale(-0.01))
+      >>> tx = optax.chain(optax.scale_by_sign(), scale_by_width(), optax.scale(-0.01))
       >>> ranges = Range(jax.numpy.float32(-0.03), jax.numpy.float32(0.01))
       >>> gradient = Range(jax.numpy.float32(-5.0), jax.numpy.float32(2.0))
       >>> updates, _ = tx.update(gradient, tx.init(ranges), ranges)

@@ -17,6 +17,7 @@ class Held:
       came: The first that came, or None.
 
     Example:
+      >>> before = signal.signal(signal.SIGINT, signal.default_int_handler)
       >>> try:
       ...     with Held() as held:
       ...         signal.raise_signal(signal.SIGINT)
@@ -25,6 +26,7 @@ class Held:
       ...     print('stopped')
       saved
       stopped
+      >>> _ = signal.signal(signal.SIGINT, before)
     """
 
     def __init__(self):
