@@ -39,15 +39,13 @@ CASCADE = {
     "mixture.kind": "cascade",
     "mixture.members": ("half ResNet-56", "half ResNet-20"),
 }
+UNTRAINED = {"mixture.members": ("ResNet-20 W4A8 PTQ", "ResNet-56 W4A8 PTQ")}
 
 STUDY = {
-    "ResNet-20 W4A8 without training": {**RESNET20, "effort": "ptq", "ptq.weight_bits": 4},
-    "ResNet-56 W4A8 without training": {**RESNET56, "effort": "ptq", "ptq.weight_bits": 4},
-    "cascade without training": {
-        **CASCADE,
-        "mixture.members": ("ResNet-20 W4A8 without training", "ResNet-56 W4A8 without training"),
-        "budget.macs": 0.5,
-    },
+    "ResNet-20 W4A8 PTQ": {**RESNET20, "effort": "ptq", "ptq.weight_bits": 4},
+    "ResNet-56 W4A8 PTQ": {**RESNET56, "effort": "ptq", "ptq.weight_bits": 4},
+    "cascade of PTQ at 0.5": {**CASCADE, **UNTRAINED, "budget.macs": 0.5},
+    "cascade of PTQ at 0.4": {**CASCADE, **UNTRAINED, "budget.macs": 0.4},
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
     "half ResNet-56": {**RESNET56, **HALF, "experts.steps": LONG},
     "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 16 * EPOCH},
@@ -65,7 +63,7 @@ STUDY = {
         "experts.steps": 6 * EPOCH,
     },
     "ResNet-56 W4A8": {**RESNET56, "experts.sparsity": 0.0, "experts.steps": 4 * EPOCH},
-    "ResNet-56 at 1 / 2.5": {**RESNET56, "budget.macs": 0.4, "experts.steps": LONG},
+    "ResNet-56 at 0.4": {**RESNET56, "budget.macs": 0.4, "experts.steps": LONG},
 }
 
 

@@ -15,6 +15,7 @@ misses its goal stays.
 
 import json
 import pathlib
+import re
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -151,25 +152,26 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
 def figure(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Returns the plot of accuracy against mean BOPs of what was judged last, over the seeds.
 
-    That is the test images where any run was. Each run shows what it made, the first one of each
-    parent this one too.
+    That is the test images where any run was. What several runs have, as their parent, is shown of
+    the first.
     """
     runs = _runs(records)
     parts = [part for _, part in runs]
-    points, parents = [], set()
+    points: dict[tuple, plots.Point] = {}
     for (run, part), every in runs.items():
         if part != ("test" if "test" in parts else "validation"):
             continue
         for model in _models(every):
             rows = [own["rows"][i] for own, i in _found(every, model)]
-            role, bops = rows[0]["role"], rows[0]["bops"]
-            if role not in DRAWN or (role == "parent" and bops in parents):
+            role = rows[0]["role"]
+            if role not in DRAWN:
                 continue
-            parents |= {bops} if role == "parent" else set()
             bops, accuracy = (Mean([row[key] for row in rows]) for key in ("bops", "accuracy"))
-            name = run if role in ("single", "mixture") else f"{model}, {run}"
-            points.append(plots.Point(name, role, bops, accuracy))
-    return plots.accuracy_against(points, "mean BOPs of an image", "", "accuracy")
+            name = run if role in ("single", "mixture") else f"{model}: {run}"
+            same = (model, bops, accuracy) if name != run else name
+            points.setdefault(same, plots.Point(name, role, bops, accuracy))
+    every = list(points.values())
+    return plots.accuracy_against(every, "mean BOPs of an image", "", "accuracy")
 
 
 def _runs(records):
@@ -270,7 +272,7 @@ def load(study: str) -> tuple[dict[str, Any], str]:
 
 def place(workdir: str | pathlib.Path, run: str, seed: int) -> pathlib.Path:
     """Returns the work directory of a run."""
-    return pathlib.Path(workdir) / run.replace(" ", "_") / str(seed)
+    return pathlib.Path(workdir) / re.sub(r"[^\w.-]+", "_", run) / str(seed)
 
 
 def _append(path, value):
