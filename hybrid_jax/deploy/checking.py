@@ -68,6 +68,7 @@ def check(
     batches: Sequence[int] = (1, 32),
     threads: int = 1,
     pairs: int = 30,
+    parts: int = 1,
 ) -> Check:
     """Runs an exported file in its target's runtime, beside the dense float model's.
 
@@ -75,7 +76,8 @@ def check(
     number of `threads` where times are taken (XLA's are those of the process). `path` and
     `dense_path` are what `export_to` wrote of the model and of the dense float one, `x` (n, …) real
     inputs and `expected` (n, …) the outputs of the model for them. `pairs` are timed at each of the
-    batch sizes.
+    batch sizes, each over `parts` different batches: more than one for a mixture or a cascade, in
+    which an image may take more time than another.
     """
     core.check_choice("target", target, TARGETS)
     x, expected = np.asarray(x), np.asarray(expected)
@@ -85,11 +87,11 @@ def check(
     largest = max(batches, default=1)
     run = open_session(path, batch=largest, threads=None)
     whole = len(x) - len(x) % largest
-    parts = [run(x[i : i + largest]) for i in range(0, whole, largest)]
+    ran = [run(x[i : i + largest]) for i in range(0, whole, largest)]
     if whole < len(x):
         one = open_session(path, batch=1, threads=None)
-        parts += [one(x[i : i + 1]) for i in range(whole, len(x))]
-    outputs = np.concatenate([np.asarray(part) for part in parts])
+        ran += [one(x[i : i + 1]) for i in range(whole, len(x))]
+    outputs = np.concatenate([np.asarray(part) for part in ran])
     if outputs.shape != expected.shape:
         raise ValueError(f"expected must have shape {outputs.shape}, got {expected.shape}")
     named, wanted = (np.asarray(core.top_class(logits)) for logits in (outputs, expected))
@@ -98,7 +100,8 @@ def check(
         ours, dense = (
             open_session(file, batch=batch, threads=threads) for file in (path, dense_path)
         )
-        latencies[batch] = latency(ours, dense, x[:batch], pairs=pairs)
+        count = min(parts, len(x) // batch)
+        latencies[batch] = latency(ours, dense, x[: batch * count], pairs=pairs, parts=count)
     return Check(
         target,
         *(_stored_bytes(file) for file in (path, dense_path)),

@@ -28,6 +28,7 @@ def latency(
     *inputs: Any,
     pairs: int = 50,
     warmup: int = 3,
+    parts: int = 1,
 ) -> Latency:
     """Times `fn` and `reference` by turns, so that what else the machine does weighs on both.
 
@@ -36,7 +37,8 @@ def latency(
     network would be timed at reading them. Compilation is not timed; transfer of NumPy inputs is.
 
     Both are jitted and called with the same inputs, usually one image `(1, H, W, C)`, until their
-    outputs are ready; `warmup` pairs go before the `pairs` that are timed.
+    outputs are ready; `warmup` pairs go before the `pairs` that are timed. Where a call goes
+    through as many `parts`, as through single images, times are those of one of them, in the mean.
 
     Example:
       >>> small, large = jax.jit(lambda x: x @ x), jax.jit(lambda x: x @ (x @ (x @ x)))
@@ -46,12 +48,14 @@ def latency(
     """
     core.check_integer("pairs", pairs, 1)
     core.check_integer("warmup", warmup, 1)
+    core.check_integer("parts", parts, 1)
     for _ in range(warmup):
         core.seconds(fn, *inputs), core.seconds(reference, *inputs)
     times = np.empty((pairs, 2))
     for i in range(pairs):
         for j in (0, 1) if i % 2 else (1, 0):
             _, times[i, j] = (core.seconds((fn, reference)[j], *inputs) for _ in range(2))
+    times /= parts
     p50, p95 = np.percentile(times, [50, 95], axis=0)
     low, ratio, high = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75]).tolist()
     medians = map(float, (p50[0], p95[0], p50[1], p95[1]))

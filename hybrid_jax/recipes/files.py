@@ -17,6 +17,8 @@ from hybrid_jax.report import File, Row
 
 LOOPS = 10**11
 """MACs of all test images that files of C, whose loops are plain, run at most: minutes."""
+TIMED = 32
+"""Images that a mixture or a cascade is timed on: one takes more time than another."""
 MEMORY = 2**31
 """Bytes of test images, in floats, that files are run on at most."""
 
@@ -62,6 +64,7 @@ def write(
                     own.outputs[:count],
                     batches=[1],
                     pairs=pairs,
+                    parts=TIMED if isinstance(own.program, p.Choice) else 1,
                 )
                 files[name][target] = _file(task, artifact, manifest, checked)
             except (ValueError, ImportError, RuntimeError) as error:

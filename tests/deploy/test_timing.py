@@ -49,6 +49,13 @@ def two_layers(params, x):
 PARAMS = {"a": np.ones((4, 8), np.float32), "b": np.ones((8, 2), np.float32)}
 
 
+def test_the_time_of_a_part_is_a_mean(monkeypatch):
+    monkeypatch.setattr(core, "seconds", lambda fn, x: {"f": 2.0, "r": 4.0}[fn])
+    measured = deploy.latency("f", "r", np.zeros(4), pairs=3, parts=4)
+    assert (measured.p50, measured.reference_p50, measured.ratio) == (0.5, 1.0, 0.5)
+    assert measured.quartiles == (0.5, 0.5)
+
+
 def test_widths_are_really_cut_and_timed_against_the_whole(monkeypatch):
     timed = []
 
