@@ -24,13 +24,14 @@ MODES = {
 """Names by which a module is told its mode -> what they are in training."""
 
 
-def take(given: Any, x: Any, training: str | None = None, seed: int = 0) -> Network:
+def take(given: Any, x: Any, training: str | None = None, seed: int | None = 0) -> Network:
     """Takes a network as it was written: (predict, train, params), with every mode as functions.
 
     `given` is
 
-    - a Linen module, whose variables are then initialised from `seed`, or (module, variables):
-      params are the variables. It draws from the key, and what it changes, it returns.
+    - a Linen module, whose variables are then initialised from `seed`, or stay shapes where that is
+      None, as `restore` takes them; or (module, variables): params are the variables. It draws from
+      the key, and what it changes, it returns.
     - an NNX module: params are its state as a pure dictionary, without its generators, which are
       made of the key. The module itself stays as it is.
     - a Keras model on its JAX backend: params are {path of a variable: array}, without the seeds.
@@ -56,9 +57,11 @@ def take(given: Any, x: Any, training: str | None = None, seed: int = 0) -> Netw
     for path, leaf in leaves.items():
         if not hasattr(leaf, "dtype"):
             raise ValueError(f"given must have arrays as parameters, got {leaf!r} at {path!r}")
-    out = _traced("predict(params, x)", network.predict, network.params, shapes)
+    out = _traced("predict(params, x)", jax.eval_shape, network.predict, network.params, shapes)
     if network.train is not None:
-        both = _traced("train(params, x, key)", network.train, network.params, shapes, KEY)
+        both = _traced(
+            "train(params, x, key)", jax.eval_shape, network.train, network.params, shapes, KEY
+        )
         if not isinstance(both, tuple) or len(both) != 2:
             raise ValueError(
                 f"train(params, x, key) must return (out, new params), got {type(both).__name__}"
@@ -124,7 +127,9 @@ def _initialized(module, arguments, shapes, seed):
         x = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return module.init(_streams(key), x, **arguments)
 
-    return _traced("init(rngs, x)", jax.jit(init), jax.random.key(seed), run=True)
+    if seed is None:
+        return _traced("init(rngs, x)", jax.eval_shape, init, KEY)
+    return _traced("init(rngs, x)", jax.jit(init), jax.random.key(seed))
 
 
 def _streams(key):
@@ -264,9 +269,9 @@ def _set(names: Mapping[str, bool], mode: bool) -> dict[str, bool]:
     return {name: value == mode for name, value in names.items()}
 
 
-def _traced(what: str, fn: Callable[..., Any], *arguments: Any, run: bool = False) -> Any:
+def _traced(what: str, fn: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return fn(*arguments) if run else jax.eval_shape(fn, *arguments)
+        return fn(*arguments)
     except Exception as error:
         raise ValueError(f"given must run as {what}, got {one_line(error)}") from error
 

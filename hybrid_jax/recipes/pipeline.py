@@ -395,7 +395,7 @@ def _network(section: str, settings: Any, splits: data.Splits) -> Any:
     if not settings.weights:
         return given
     image = jax.ShapeDtypeStruct((1, *splits.image_shape), np.float32)
-    network = models.take(given, image, settings.training or None)
+    network = models.take(given, image, settings.training or None, seed=None)
     try:
         params = models.restore(network, pathlib.Path(settings.weights).expanduser(), table)
     except (ValueError, OSError) as error:
