@@ -274,6 +274,8 @@ def prepare(
         config.evaluation.batch_size,
         config.evaluation.part,
         None if teacher is None else _taken_network(teacher, few, None, 0, "teacher"),
+        config.teacher.views,
+        pathlib.Path(config.teacher.answers).expanduser() if config.teacher.answers else None,
         tuple(_member(*pair) for pair in enumerate(members)),
         given=not isinstance(network, nn.Module),
         labelled=labelled,

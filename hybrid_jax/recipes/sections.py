@@ -143,6 +143,14 @@ class Teacher(Model):
     name: Annotated[str, Choice("hybrid_jax.models:names", none=True), "A network by its name."] = (
         ""
     )
+    views: Annotated[
+        int,
+        Integer(0, 64),
+        "Augmentations of an image, of which it answers once; 0 answers each step.",
+    ] = 0
+    answers: Annotated[
+        String, "Directory of these answers, for runs to share; '' is the run's."
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True)

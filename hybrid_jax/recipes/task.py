@@ -15,6 +15,7 @@ import optax
 from hybrid_jax import core, data, models, quantization, training
 from hybrid_jax.recipes import workdir
 from hybrid_jax.recipes.cut import Cut, Model
+from hybrid_jax.recipes.taught import UNTAUGHT, Taught, answers
 
 PIXELS = 2**21
 """Of all images that networks are checked on, of which there are 8 to 512."""
@@ -35,6 +36,8 @@ class Task:
       batch_size: Of evaluation.
       judged_on: The part of `splits` that judges what was made.
       teacher: What compressed networks learn from; None for the parent.
+      views: Augmentations of each image, of which the teacher answers once; 0 for new ones.
+      answers: The directory of these answers.
       members: Compressed networks of finished runs, to be the experts of a mixture.
       given: Whether the network came with its weights.
       labelled: Whether labels came with the images, and are not what the network says of them.
@@ -50,6 +53,8 @@ class Task:
     batch_size: int = 256
     judged_on: str = "test"
     teacher: models.Network | None = None
+    views: int = 0
+    answers: pathlib.Path | None = None
     members: tuple[Model, ...] = ()
     given: bool = True
     labelled: bool = True
@@ -110,10 +115,16 @@ class Task:
         """Returns the loss function of a step, of which `alpha` is the teacher's share."""
         return training.loss_of(forward, self.objective, alpha)
 
-    def teach(self, parent: Model) -> Callable[[jax.Array], jax.Array]:
-        """Returns what the teacher says of images (B, H, W, C); where there is none, the parent."""
+    def taught(self, parent: Model) -> Taught:
+        """Returns what compressed networks learn from: the teacher, or where there is none this."""
         own = self.teacher or parent.cut.network._replace(params=parent.cut.variables)
-        return functools.partial(own.predict, own.params)
+        if not self.views:
+            return Taught(functools.partial(own.predict, own.params))
+        if not self._answers:
+            whose, where = workdir.digest(self.splits), self.answers or self.workdir / "teacher"
+            arguments = (own, self.splits.train, self.augmented, self.views)
+            self._answers.append(answers(*arguments, where, whose, self.batch_size))
+        return Taught(answers=self._answers[0])
 
     def start(
         self, name: str, params: Any, state: Any, tx: optax.GradientTransformation
@@ -133,17 +144,19 @@ class Task:
         steps: int,
         batch_size: int,
         weights: np.ndarray | None = None,
+        taught: Taught = UNTAUGHT,
         **options: Any,
     ) -> training.TrainState:
         """Trains the stage `name`, or goes on from its checkpoint.
 
         The name decides the order of the data. `weights` (E, n), of each training image for each
-        expert, become batch['weight'] (E, B); `options` are for `training.fit`.
+        expert, become batch['weight'] (E, B); what was `taught` before is added to batches as well.
+        `options` are for `training.fit`.
         """
         return training.fit(
             step,
             state,
-            self.batches(name, batch_size, weights),
+            self.batches(name, batch_size, weights, taught),
             steps=steps,
             name=name,
             checkpoint=training.Checkpoints(
@@ -155,7 +168,11 @@ class Task:
         )
 
     def batches(
-        self, name: str, batch_size: int, weights: np.ndarray | None = None
+        self,
+        name: str,
+        batch_size: int,
+        weights: np.ndarray | None = None,
+        taught: Taught = UNTAUGHT,
     ) -> Callable[[int], Iterator[dict]]:
         """Returns the batches of the stage `name` from a first step on; arguments as of `fit`."""
         train = self.splits.train
@@ -163,9 +180,10 @@ class Task:
         seed = (self.seed * 1_000_003 + _number(name)) % 2**31
 
         def batches(first: int) -> Iterator[dict]:
-            for batch in data.batches(train, size, seed=seed, start_step=first):
+            given = data.batches(train, size, seed=seed, start_step=first)
+            for step, batch in enumerate(given, first):
                 own = {} if weights is None else {"weight": weights[:, batch["index"]]}
-                yield batch | own
+                yield batch | own | taught.entries(batch, step // self.epoch(size))
 
         return batches
 
@@ -194,6 +212,11 @@ class Task:
         """Returns the scores (E, n) of deployed models."""
         each = [self.outputs(model.fn, model.params, arrays) for model in made]
         return np.stack([self.score(outputs, arrays) for outputs in each])
+
+    @functools.cached_property
+    def _answers(self) -> list[np.ndarray]:
+        """Those of the one teacher that a run has, once they were needed."""
+        return []
 
     @functools.cached_property
     def _score(self) -> Callable:

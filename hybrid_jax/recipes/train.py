@@ -13,6 +13,7 @@ import optax
 from hybrid_jax import experts, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, deployed, with_functions
 from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.taught import UNTAUGHT, Taught
 
 CALIBRATION_BATCHES = 8
 BATCHNORM_BATCHES = 20
@@ -57,7 +58,7 @@ def compress(
     fit = functools.partial(
         fit_each,
         task,
-        teach=task.teach(parent),
+        taught=task.taught(parent) if alpha else UNTAUGHT,
         alpha=alpha,
         batch_size=settings.batch_size,
         method=settings.method,
@@ -220,7 +221,7 @@ def fit_each(
     states: Sequence[Any],
     optimizers: Sequence[optax.GradientTransformation],
     *,
-    teach: Callable[[jax.Array], jax.Array],
+    taught: Taught,
     steps: int,
     batch_size: int,
     alpha: float,
@@ -230,8 +231,7 @@ def fit_each(
     """Trains E networks, those of one forward function as one stack; returns (params, state) each.
 
     `optimizers` of one forward function differ in their state alone, `weights` (E, n) are as of
-    `Task.fit`; `alpha` is the share in the loss of `teach`, (images as a network takes them) ->
-    outputs.
+    `Task.fit`; `alpha` is the share in the loss of what is `taught`.
     """
     key = task.key(name)
     trained: list[Any] = [None] * len(params)
@@ -249,7 +249,7 @@ def fit_each(
         step = training.make_stacked_step(
             task.loss(forward, alpha),
             task.augmented,
-            teach if alpha else None,
+            taught.teach,
             per_expert=() if weights is None else ("weight",),
             method=method if len(members) > 1 else "unroll",
             choices=task.choices,
@@ -261,6 +261,7 @@ def fit_each(
             steps,
             batch_size,
             None if weights is None else weights[members],
+            taught,
         )
         for e, own in zip(members, experts.unstack(stack), strict=True):
             trained[e] = own.params, own.state

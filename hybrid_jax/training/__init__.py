@@ -22,4 +22,4 @@ from hybrid_jax.training.records import read_records, write_record
 from hybrid_jax.training.sharding import data_mesh, replicate, shard_batch
 from hybrid_jax.training.state import TrainState, copy, create_state, stack_states
 from hybrid_jax.training.statistics import running_statistics
-from hybrid_jax.training.steps import make_stacked_step, make_step
+from hybrid_jax.training.steps import make_stacked_step, make_step, of_views
