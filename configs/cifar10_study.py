@@ -30,7 +30,7 @@ RESNET56 = {
 
 HALF = {"budget.macs": 0.5}
 TAUGHT = {"teacher.name": "resnet56", "teacher.weights": RESNET56["model.weights"]}
-LONG = 7 * EPOCH
+LONG = 5 * EPOCH
 ALONE = {"controls.same_bytes": False, "controls.same_bops": False}
 CASCADE = {
     **RESNET56,
@@ -48,7 +48,7 @@ STUDY = {
     "cascade of PTQ at 0.4": {**CASCADE, **UNTRAINED, "budget.macs": 0.4},
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
     "half ResNet-56": {**RESNET56, **HALF, "experts.steps": LONG},
-    "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 12 * EPOCH},
+    "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 8 * EPOCH},
     "cascade at a third": {**CASCADE, "budget.macs": 1 / 3},
     "cascade at a quarter": {**CASCADE, "budget.macs": 0.25},
     "cascade at a fifth": {**CASCADE, "budget.macs": 0.2},

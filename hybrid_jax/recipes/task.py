@@ -122,7 +122,8 @@ class Task:
             return Taught(functools.partial(own.predict, own.params))
         if not self._answers:
             whose, where = workdir.digest(self.splits), self.answers or self.workdir / "teacher"
-            arguments = (own, self.splits.train, self.augmented, self.views)
+            raw = own._replace(predict=self._on_raw(own.predict))
+            arguments = (raw, self.splits.train, self.augment, self.views)
             self._answers.append(answers(*arguments, where, whose, self.batch_size))
         return Taught(answers=self._answers[0])
 

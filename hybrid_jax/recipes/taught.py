@@ -54,6 +54,7 @@ def answers(
 ) -> np.ndarray:
     """Returns what a network says of `views` augmentations of each image, (views, n, …) float32.
 
+    The network takes what `augment` returns, uint8 as the images, so that it is the same anywhere.
     Each view is a file of `folder`, by a name that changes with the network, the images, their
     augmentation and `whose`; what is there and whole is not computed again.
 
