@@ -228,16 +228,18 @@ class Experts:
         Each(Real(0, 1, "[)"), SOME),
         "With width, the sparsity of expert e is sparsities[e % len].",
     ] = (0.75, 0.5)
-    sparsity: Annotated[BelowOne, "Fraction of channels removed."] = 0.5
+    sparsity: Annotated[BelowOne, "Fraction of channels removed, where no budget is."] = 0.5
     allocation: Annotated[
-        Allocation, "How removed channels are spread over layers, unless a budget decides."
+        Allocation, "How removed channels are spread over layers, where no budget is."
     ] = "uniform"
     recovery: Annotated[
         str,
         Choice("hybrid_jax.pruning:RECOVERIES", none=True),
         "How weights that stay make up for those removed, before they are trained.",
     ] = ""
-    multiple: Annotated[int, Integer(1, 256), "Widths kept are rounded to multiples of this."] = 1
+    multiple: Annotated[
+        int, Integer(1, 256), "Widths kept are multiples of it, where no budget is."
+    ] = 1
     weight_sparsity: Annotated[BelowOne, "Fraction of zeros among the weights that stay."] = 0.0
     weight_allocation: Annotated[Allocation, "How zeros are spread over kernels."] = "uniform"
     schedule: Annotated[
