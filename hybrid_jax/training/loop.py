@@ -1,5 +1,6 @@
 """The training loop: progress, records, checkpoints, resumption, and a check on the loss."""
 
+import collections
 import contextlib
 import itertools
 import time
@@ -16,6 +17,9 @@ from hybrid_jax.training.records import Path, drop_records, write_record
 from hybrid_jax.training.signals import Held
 from hybrid_jax.training.state import TrainState, copy
 from hybrid_jax.training.steps import Batch, Metrics, Step
+
+_AHEAD = 2
+"""Steps that the device is given before it has done them: a signal has to wait for them all."""
 
 
 def fit(
@@ -70,12 +74,15 @@ def fit(
     if records is not None:
         drop_records(records, name, after=done)
 
-    begun = time.monotonic()
+    begun, underway = time.monotonic(), collections.deque()
     saving = checkpoint or contextlib.nullcontext()
     with Held() as held, saving, progress(name, steps, start=done) as show:
         for batch in itertools.islice(batches(done), steps - done):
             state, metrics = step(state, batch)
             window.append(metrics)
+            underway.append(metrics)
+            if len(underway) > _AHEAD:
+                jax.block_until_ready(underway.popleft())
             done += 1
             note = ""
             boundary = done % every == 0 or done == steps
