@@ -9,7 +9,9 @@ training images, so validation images are 1,000 of the test images; the other 4,
 
 in a directory that has the weights in weights/.
 
-Sized for two cores: 4 to 16 epochs where papers take hundreds. The records say what was reached.
+Sized for two cores: 4 to 8 epochs where papers take hundreds, and four views of each image, to
+which the teacher answers once for all runs where `--config.teacher.answers` names a directory. The
+records say what was reached.
 """
 
 from ml_collections import ConfigDict
@@ -40,12 +42,15 @@ CASCADE = {
     "mixture.members": ("half ResNet-56", "half ResNet-20"),
 }
 UNTRAINED = {"mixture.members": ("ResNet-20 W4A8 PTQ", "ResNet-56 W4A8 PTQ")}
+PARTLY = {"mixture.members": ("half ResNet-20", "ResNet-56 W4A8 PTQ")}
 
 STUDY = {
     "ResNet-20 W4A8 PTQ": {**RESNET20, "effort": "ptq", "ptq.weight_bits": 4},
     "ResNet-56 W4A8 PTQ": {**RESNET56, "effort": "ptq", "ptq.weight_bits": 4},
     "cascade of PTQ at 0.5": {**CASCADE, **UNTRAINED, "budget.macs": 0.5},
     "cascade of PTQ at 0.4": {**CASCADE, **UNTRAINED, "budget.macs": 0.4},
+    "cascade of half and whole at a third": {**CASCADE, **PARTLY, "budget.macs": 1 / 3},
+    "cascade of half and whole at a quarter": {**CASCADE, **PARTLY, "budget.macs": 0.25},
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
     "half ResNet-56": {**RESNET56, **HALF, "experts.steps": LONG},
     "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 8 * EPOCH},

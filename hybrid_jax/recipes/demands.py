@@ -8,7 +8,7 @@ import jax
 import jax.extend
 
 from hybrid_jax import core, data, models
-from hybrid_jax.recipes import budget
+from hybrid_jax.recipes import budget, cascade
 from hybrid_jax.recipes.prune import channel_scores
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.training import cross_entropy
@@ -119,7 +119,7 @@ def batchnorm(task: Task) -> None:
 
 def mixture(task: Task, config: Any) -> None:
     """Raises ValueError unless the configuration of a mixture is of what there is."""
-    kept = set() if config.mixture.kind == "gate" else {"macs"}
+    kept = () if config.mixture.kind == "gate" else cascade.COSTS
     for name in (*budget.NAMES, "latency"):
         if (asked := getattr(config.budget, name)) and name not in kept:
             raise ValueError(

@@ -86,7 +86,7 @@ def mixture(task: Task, config: Any) -> list[Stage]:
     sources = diversity_sources(c)
     owned = {"cluster", "classes"} & set(sources) and not task.members
     specs = expert_specs(c)
-    most = within.limits(task.parent, c).get("macs")
+    most = within.limits(task.parent, c)
     demands.training(task, "mixture")
     demands.mixture(task, c)
     if not task.members:
