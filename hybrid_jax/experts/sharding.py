@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from hybrid_jax import core
 from hybrid_jax.experts.stacking import count
@@ -40,7 +40,7 @@ def shard_stack(stack: Tree, mesh: Mesh) -> Tree:
     if _EXPERT not in mesh.axis_names:
         raise ValueError(f"mesh must have an axis 'expert', got {mesh.axis_names}")
     _check_divides(count(stack), mesh)
-    return jax.device_put(stack, NamedSharding(mesh, PartitionSpec(_EXPERT)), may_alias=False)
+    return core.place(stack, mesh, [(".*", PartitionSpec(_EXPERT))])
 
 
 def share(axes: Sequence[int | None], args: Sequence[Any]) -> list[Any]:

@@ -117,7 +117,8 @@ class Run:
         text = f"the network takes (pixel / 255 - mean) / std, with mean {mean} and std {std}"
         if not (told.mean and told.std):
             text += "; where it was trained with others, data.mean and data.std say so"
-        return "\n".join([text, *files.lacking(self.config.deploy.targets)])
+        lacking = files.lacking(self.config.deploy.targets)
+        return "\n".join([text, *demands.undivided(self.task, self.config), *lacking])
 
 
 def compress(
@@ -277,7 +278,9 @@ def prepare(
         tuple(_member(*pair) for pair in enumerate(members)),
         given=not isinstance(network, nn.Module),
         labelled=labelled,
+        devices=demands.devices(config.devices),
     )
+    demands.divided(task, config)
     outputs = jax.eval_shape(taken.predict, taken.params, few)
     demands.outputs(outputs, splits)
     demands.alike(task, outputs)
