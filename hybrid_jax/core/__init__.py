@@ -48,7 +48,7 @@ from hybrid_jax.core.paths import (
     path_string,
 )
 from hybrid_jax.core.placing import copy, gathered, is_key, place, put, whole
-from hybrid_jax.core.processes import is_first, of_first
+from hybrid_jax.core.processes import is_first, of_first, say
 from hybrid_jax.core.replacement import at_sites
 from hybrid_jax.core.sealed import Damaged, digest, read_sealed, seal, unseal, write_sealed
 from hybrid_jax.core.shrink import (

@@ -6,6 +6,7 @@ time, is the first one's. The others see the same files.
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,6 +24,12 @@ _ALONE: list[bool] = []
 def is_first() -> bool:
     """Whether this process is the one that writes files: the only one, or number 0 of several."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr at once; of several processes the first one does."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def of_first(act: Callable[[], T]) -> T:
@@ -54,5 +61,5 @@ def of_first(act: Callable[[], T]) -> T:
         raise
     finally:
         _ALONE.pop()
-    versions.from_first_process(name, json.dumps({"value": value}))
+    versions.from_first_process(name, json.dumps({"value": value}, default=float))
     return value

@@ -76,7 +76,14 @@ def on_each_device(
         axis_names={_EXPERT},  # the batch is left to the partitioner, as in any data parallel step
         check_vma=False,  # functions of users hold loops whose first carry is the same everywhere
     )
-    return jax.jit(on_each)  # eager, it could not leave an axis to the partitioner
+    compiled = jax.jit(on_each)
+
+    def run(*args: Any) -> Any:
+        # Eager, it could not leave an axis to the partitioner: also where jit is turned off.
+        with jax.disable_jit(False):
+            return compiled(*args)
+
+    return run
 
 
 def _mesh_of(axes, args):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,7 +178,7 @@ def _batchnorm(task, cut: Cut, forward, params, state, settings):
         found = training.running_statistics(forward, *one, task.images[:2], key)
     except ValueError as error:
         # Statistics of another kind than BatchNorm's are what training has left.
-        print(f"running statistics are not estimated anew: {error}", file=sys.stderr)
+        core.say(f"running statistics are not estimated anew: {error}")
         return state
     return core.gathered(
         training.reestimate_batchnorm(mapped, params, state, images, key, statistics=found)

@@ -116,7 +116,7 @@ class Checkpoints:
                 self._manager.reload()
                 before = self.latest()
                 on = "begins anew" if before is None else f"goes on from step {before}"
-                print(f"{error}; it is now {name}, and training {on}", file=sys.stderr, flush=True)
+                core.say(f"{error}; it is now {name}, and training {on}")
         return None
 
     def _put_aside(self, step: int, name: str) -> None:

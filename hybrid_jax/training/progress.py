@@ -72,6 +72,6 @@ def _lines(name: str, total: int, start: int) -> Iterator[Callable[..., None]]:
         if done >= total or now - printed >= _SECONDS_BETWEEN_LINES:
             printed = now
             line = f"{name}: {done}/{total}, {now - began:.0f} s  {latest}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            core.say(line.rstrip())
 
     yield show
