@@ -49,7 +49,7 @@ def learn_gate(
     cut = Cut(network, task.images, params, origin="gate")
     cut = cut.with_bits(settings.bits, settings.bits, settings.bits)
     sample = [(images,) for images in task.sample(settings.batch_size, CALIBRATION_BATCHES)]
-    ranges = quantization.calibrate_edges(cut.plan, sample)
+    ranges = core.gathered(quantization.calibrate_edges(cut.plan, sample))
     weights_, ranges = jax.tree.map(jnp.asarray, (dict(cut.plan.program.params), ranges))
     return with_functions([Model(cut, {}, ranges, weights_, facts=facts)])[0]
 

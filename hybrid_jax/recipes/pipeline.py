@@ -1,12 +1,12 @@
 """One call, from a trained network to the files that a device runs."""
 
+import contextlib
 import dataclasses
 import datetime
 import pathlib
 import platform
-import sys
 from collections.abc import Callable, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -52,14 +52,27 @@ class Run:
     start: State
     command: str
 
-    def claim(self) -> IO[str]:
-        """Makes the work directory the run's own; returns its lock, see `workdir.claim`."""
-        task = self.task
+    def claim(self) -> contextlib.ExitStack:
+        """Makes the work directory the run's own; returns its lock, see `workdir.claim`.
+
+        The first of several processes holds it, and all must see the directory.
+        """
+        task, lock = self.task, contextlib.ExitStack()
         weights = [task.network.params] if task.given else []
         weights += [task.teacher.params] if task.teacher else []
         weights += [model.params for model in task.members]
         config = schema.flatten(self.config)
-        return workdir.claim(task.workdir, config, task.splits, weights or None)
+
+        def claim() -> str:
+            lock.enter_context(workdir.claim(task.workdir, config, task.splits, weights or None))
+            return task.whose
+
+        if core.of_first(claim) != task.whose:
+            raise ValueError(
+                f"workdir must be one that all processes see, got {task.workdir}, which process "
+                f"{jax.process_index()} does not"
+            )
+        return lock
 
     def describe(self) -> str:
         """Returns what it would do."""
@@ -80,7 +93,7 @@ class Run:
 
     def finish(self) -> Result:
         """Does so in a directory that is claimed."""
-        print(self._notes(), file=sys.stderr, flush=True)
+        core.say(self._notes())
         task = self.task
         made = state.run(self.stages, self.start, task.workdir, self._source, task.whose)
         return _result(task, made, self.config, self.command)
@@ -110,7 +123,8 @@ class Run:
         text = f"the network takes (pixel / 255 - mean) / std, with mean {mean} and std {std}"
         if not (told.mean and told.std):
             text += "; where it was trained with others, data.mean and data.std say so"
-        return "\n".join([text, *files.lacking(self.config.deploy.targets)])
+        lacking = files.lacking(self.config.deploy.targets)
+        return "\n".join([text, *demands.undivided(self.task, self.config), *lacking])
 
 
 def compress(
@@ -261,7 +275,9 @@ def prepare(
         tuple(given.member(*pair) for pair in enumerate(members)),
         given=not isinstance(network, nn.Module),
         labelled=labelled,
+        devices=demands.devices(config.devices),
     )
+    demands.divided(task, config)
     outputs = jax.eval_shape(taken.predict, taken.params, few)
     demands.outputs(outputs, splits)
     demands.alike(task, outputs)
@@ -293,8 +309,19 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
 
 
 def _result(task: Task, made: State, config: Any, command: str) -> Result:
-    """Evaluates what was made, writes its files, and reports."""
+    """Evaluates what was made, writes its files, and reports: the first process does, for all."""
     found = rows.evaluate(task, made, config.gate.k)
+    page = core.of_first(lambda: _report(task, made, found, config, command))
+    results = report.read(task.workdir)
+    own = _shipped(results.rows)
+    ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
+    measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]
+    accuracy = measured[0] if measured else own.accuracy
+    return Result(accuracy, ready, pathlib.Path(page), results, made)
+
+
+def _report(task: Task, made: State, found: rows.Evaluated, config: Any, command: str) -> str:
+    """Writes the files of a run, its results and its report, and returns the path of that."""
     table = files.write(
         task,
         found.rows,
@@ -303,9 +330,8 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
         config.evaluation.latency_calls,
         config.deploy.platforms,
     )
-    own = next((row for row in table if row.role in ("mixture", "single")), table[0])
-    for line in within.above(made.parent, config, own.files):
-        print(line, file=sys.stderr, flush=True)
+    for line in within.above(made.parent, config, _shipped(table).files):
+        core.say(line)
     records = training.read_records(task.workdir / "records.jsonl")
     results = report.Results(
         rows=tuple(table),
@@ -322,10 +348,12 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
         **found.facts,
     )
     report.save(results, task.workdir)
-    page = report.write(results, task.workdir)
-    ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
-    measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]
-    return Result(measured[0] if measured else own.accuracy, ready, page, results, made)
+    return str(report.write(results, task.workdir))
+
+
+def _shipped(table: Sequence[report.Row]) -> report.Row:
+    """The row of what the run was for."""
+    return next((row for row in table if row.role in ("mixture", "single")), table[0])
 
 
 def _dataset(splits: data.Splits, config: Any) -> dict[str, Any]:

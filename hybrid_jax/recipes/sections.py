@@ -394,6 +394,11 @@ class Config:
     ] = "mixture"
     seed: Annotated[Seed, "Of all that is random, but for what is held out of the data."] = 0
     checkpoint_every: Annotated[SomeSteps, "Steps between checkpoints."] = 500
+    devices: Annotated[
+        int,
+        Integer(0, 2**20),
+        "Devices that divide stacks by expert and batches by image; 0 is all.",
+    ] = 0
     data: Data = Data()
     model: Model = Model()
     budget: Budget = Budget()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from hybrid_jax import core, data, models, quantization, training
 from hybrid_jax.recipes import workdir
@@ -41,6 +42,7 @@ class Task:
       members: Compressed networks of finished runs, to be the experts of a mixture.
       given: Whether the network came with its weights.
       labelled: Whether labels came with the images, and are not what the network says of them.
+      devices: What trains and evaluates, in all processes; () is the default device alone.
     """
 
     network: models.Network
@@ -58,6 +60,7 @@ class Task:
     members: tuple[Model, ...] = ()
     given: bool = True
     labelled: bool = True
+    devices: Sequence[jax.Device] = ()
 
     @property
     def judged(self) -> data.Arrays:
@@ -137,6 +140,15 @@ class Task:
         key = self.key(name)
         return jax.jit(lambda *parts: training.create_state(*parts, tx, key))(params, state)
 
+    def mesh(self, batch_size: int, count: int = 1, local: bool = False) -> Mesh | None:
+        """Returns the mesh for batches of this size and `count` stacked networks.
+
+        None where they run on one device. `local` is of the devices of this process alone, on which
+        it does what needs no others.
+        """
+        own = [d for d in self.devices if not local or d.process_index == jax.process_index()]
+        return training.fitting_mesh(batch_size, count, own) if own else None
+
     def fit(
         self,
         name: str,
@@ -152,12 +164,15 @@ class Task:
 
         The name decides the order of the data. `weights` (E, n), of each training image for each
         expert, become batch['weight'] (E, B); what was `taught` before is added to batches as well.
-        `options` are for `training.fit`.
+        `options` are for `training.fit`. On several devices a stack is divided by expert and each
+        batch by example; what is returned is on one again.
         """
-        return training.fit(
+        size = self._batch(batch_size)
+        mesh = self.mesh(size, *np.shape(state.step))
+        state = training.fit(
             step,
-            state,
-            self.batches(name, batch_size, weights, taught),
+            state if mesh is None else training.place_state(state, mesh),
+            self.batches(name, batch_size, weights, taught, mesh),
             steps=steps,
             name=name,
             checkpoint=training.Checkpoints(
@@ -167,6 +182,7 @@ class Task:
             every=self.checkpoint_every,
             **options,
         )
+        return core.gathered(state)
 
     def batches(
         self,
@@ -174,35 +190,48 @@ class Task:
         batch_size: int,
         weights: np.ndarray | None = None,
         taught: Taught = UNTAUGHT,
+        mesh: Mesh | None = None,
     ) -> Callable[[int], Iterator[dict]]:
         """Returns the batches of the stage `name` from a first step on; arguments as of `fit`."""
-        train = self.splits.train
-        size = min(batch_size, len(train.images))
-        seed = (self.seed * 1_000_003 + _number(name)) % 2**31
+        size, seed = self._batch(batch_size), (self.seed * 1_000_003 + _number(name)) % 2**31
+        rows = training.own_rows(mesh, size)
 
         def batches(first: int) -> Iterator[dict]:
-            given = data.batches(train, size, seed=seed, start_step=first)
+            train = self.splits.train
+            given = data.batches(train, size, seed=seed, start_step=first, rows=rows)
             for step, batch in enumerate(given, first):
                 own = {} if weights is None else {"weight": weights[:, batch["index"]]}
-                yield batch | own | taught.entries(batch, step // self.epoch(size))
+                batch = batch | own | taught.entries(batch, step // self.epoch(size))
+                yield batch if mesh is None else training.shard_batch(batch, mesh, own, size)
 
         return batches
+
+    def _batch(self, batch_size: int) -> int:
+        """As many, or all training images where there are fewer."""
+        return min(batch_size, len(self.splits.train.images))
 
     def epoch(self, batch_size: int) -> int:
         """Returns how many steps are one pass over the training images."""
         return max(1, len(self.splits.train.labels) // batch_size)
 
     def sample(self, batch_size: int, count: int) -> Iterator[jax.Array]:
-        """Yields `count` batches of training images, normalized, not augmented, always the same."""
-        train = self.splits.train
-        size = min(batch_size, len(train.labels))
-        for batch in data.batches(train, size, seed=self.seed, steps=count):
-            yield self.normalize(batch["image"])
+        """Yields `count` batches of training images, normalized, not augmented, always the same.
+
+        They are divided among the devices of this process; what is made of them comes back to one
+        by `core.gathered`.
+        """
+        size = self._batch(batch_size)
+        mesh = self.mesh(size, local=True)
+        for batch in data.batches(self.splits.train, size, seed=self.seed, steps=count):
+            own = {"image": batch["image"]}
+            own = own if mesh is None else training.shard_batch(own, mesh)
+            yield self.normalize(own["image"])
 
     def outputs(self, predict: Callable, params: Any, arrays: data.Arrays) -> np.ndarray:
         """Returns the outputs (n, ...); `predict` is compiled once if it is kept."""
+        mesh = self.mesh(self.batch_size)
         return training.predict_logits(
-            self._on_raw(predict), params, arrays, self.batch_size, fill=True
+            self._on_raw(predict), params, arrays, self.batch_size, fill=True, mesh=mesh
         )
 
     def score(self, outputs: np.ndarray, arrays: data.Arrays) -> np.ndarray:

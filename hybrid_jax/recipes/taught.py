@@ -87,17 +87,24 @@ def _view(answer, arrays, view, batch_size) -> np.ndarray:
 
 
 def _kept(path: pathlib.Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array of a file that is as it was written; made where there is none."""
+    """The array of a file, made where it is not as it was written; the first process makes it."""
     array, seal = path.with_suffix(".npy"), path.with_suffix(".json")
-    try:
-        made = np.load(array, allow_pickle=False)
-        if core.read_sealed(seal)["digest"] == core.digest(made):
-            return made
-    except (OSError, ValueError, EOFError, KeyError):
-        pass
-    made = make()
-    content = io.BytesIO()
-    np.save(content, made)
-    core.write_atomically({array: content.getvalue()})
-    core.write_sealed(seal, {"digest": core.digest(made)})
+
+    def written() -> str:
+        try:
+            digest = core.read_sealed(seal)["digest"]
+            if digest == core.digest(np.load(array, allow_pickle=False)):
+                return digest
+        except (OSError, ValueError, EOFError, KeyError):
+            pass
+        made, content = make(), io.BytesIO()
+        np.save(content, made)
+        core.write_atomically({array: content.getvalue()})
+        core.write_sealed(seal, {"digest": core.digest(made)})
+        return core.digest(made)
+
+    digest = core.of_first(written)
+    made = np.load(array, allow_pickle=False)
+    if core.digest(made) != digest:
+        raise ValueError(f"teacher.answers must be a directory that all see, got {path.parent}")
     return made

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from hybrid_jax import experts, pruning, quantization, training
+from hybrid_jax import core, experts, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, deployed, with_functions
 from hybrid_jax.recipes.task import Task, optimizer
 from hybrid_jax.recipes.taught import UNTAUGHT, Taught
@@ -163,7 +162,8 @@ def _starts(task, cuts: Sequence[Cut], settings) -> list[tuple[Any, Any]]:
         bits=state["bits"],
         stacked=True,
     )
-    own = [{"params": p, "ranges": r} for p, r in zip(params, experts.unstack(ranges))]
+    ranges = experts.unstack(core.gathered(ranges))
+    own = [{"params": p, "ranges": r} for p, r in zip(params, ranges)]
     return list(zip(own, states, strict=True))
 
 
@@ -179,9 +179,11 @@ def _batchnorm(task, cut: Cut, forward, params, state, settings):
         found = training.running_statistics(forward, *one, task.images[:2], key)
     except ValueError as error:
         # Statistics of another kind than BatchNorm's are what training has left.
-        print(f"running statistics are not estimated anew: {error}", file=sys.stderr)
+        core.say(f"running statistics are not estimated anew: {error}")
         return state
-    return training.reestimate_batchnorm(mapped, params, state, images, key, statistics=found)
+    return core.gathered(
+        training.reestimate_batchnorm(mapped, params, state, images, key, statistics=found)
+    )
 
 
 def in_training(cut: Cut, train: Callable) -> Callable:
