@@ -175,14 +175,18 @@ def _signature(inputs, outputs):
     )
 
 
+# What a part of kernels.c defines: a type, a macro or a function.
+_NAMES = r"^(?:\} (\w+);|#define (\w+)\(|static .*?(\w+)\()"
+
+
 def _called(code):
     """The parts of kernels.c that the code needs, in order: compilers warn of any other."""
     source = importlib.resources.files("hybrid_jax.deploy").joinpath("kernels.c").read_text()
     found = []
     for part in reversed(source.strip().split("\n\n")):
-        [names] = re.findall(r"^(?:\} (\w+);|enum \{ (\w+) = |static .*?(\w+)\()", part, re.M)
-        *types, function = names
-        needs = rf"\b{function}\(" if function else rf"\b{''.join(types)}\b"
+        [names] = re.findall(_NAMES, part, re.M)
+        kind, macro, function = names
+        needs = rf"\b{kind}\b" if kind else rf"\b{macro or function}\("
         if re.search(needs, code):
             found.append(part)
             code += part
