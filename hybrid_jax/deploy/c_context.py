@@ -136,4 +136,3 @@ def converted(entry: str, encoding: p.Encoding | None, output: p.Encoding | None
         ends = ", ".join(c_text.literal(np.float32(end)) for end in (low, high))
         return f"quantize({entry}, {factor}, {ends}, {zero})"
     return requantized(steps(entry, encoding), multiplier([encoding], output), output)
-

@@ -32,11 +32,12 @@ def weighted(op: p.Conv | p.Dense, context: Context) -> str:
     packed, constants = y in context.packed, context.constants
     bias = arithmetic.integer_bias(weights, encoding) - encoding.zero_point * sums(weights)
     factor = arithmetic.multiplier(encoding.scale, weights.scale, output=output or _ONE)
-    # The kernel computes with twice what packed weights are.
+    # What is packed is read as twice what it is.
+    bias, factor = bias << packed, np.broadcast_to(factor, bias.shape) / np.float32(1 << packed)
     layer = {
         "weights": constants.array("weights", stored(op, packed)),
-        "bias": constants.array("bias", (bias << packed).astype(np.int32)),
-        "multiplier": constants.array("multiplier", np.broadcast_to(factor, bias.shape) / (1 << packed)),
+        "bias": constants.array("bias", bias.astype(np.int32)),
+        "multiplier": constants.array("multiplier", factor),
         "groups": getattr(op, "groups", 1),
         "packed": int(packed),
         "zero": encoding.zero_point,
@@ -80,27 +81,28 @@ def stored(op: p.Conv | p.Dense, packed: bool) -> np.ndarray:
 
 
 def _in_pairs(rows, packed):
-    """Two features together, and the last of an odd number alone."""
+    """Two features together, four entries at a time, and the last of an odd number alone."""
     even, n = len(rows) // 2 * 2, rows.shape[1]
     low, high = rows[:even:2], rows[1:even:2]
     if packed:
         return _halves(low, high).ravel(), _neighbours(rows[even:]).ravel()
-    fours = [np.stack([low[:, i : i + 4], high[:, i : i + 4]], 1) for i in range(0, n, 4)]
-    pairs = [four.reshape(len(four), -1) for four in fours]
-    return np.concatenate(pairs, 1).ravel(), rows[even:].ravel()
+    fours = (np.hstack([low[:, i : i + 4], high[:, i : i + 4]]) for i in range(0, n, 4))
+    return np.hstack([*fours]).ravel(), rows[even:].ravel()
 
 
 def _in_fours(taps, packed):
-    """(taps, C) as `depthwise` reads it."""
-    n, channels = taps.shape
-    blocks = taps[:, : channels // 4 * 4].reshape(n, -1, 2, 2).transpose(1, 2, 0, 3)
-    parts = [blocks[:, :, i : i + 2].reshape(len(blocks), 2, -1) for i in range(0, n, 2)]
+    """(taps, C): four channels together, two of two taps at a time; those beyond alone."""
+    even = taps.shape[1] // 4 * 4
+    halves = [np.stack([taps[:, i:even:4], taps[:, i + 1 : even : 4]], 2) for i in (0, 2)]
+    # (C / 4, taps · 2) each: the first and the last two channels.
+    first, last = (half.transpose(1, 0, 2).reshape(even // 4, 2 * len(taps)) for half in halves)
+    rows = taps[:, even:].T
     if packed:
-        parts = [_halves(*part.transpose(1, 0, 2)) for part in parts]
-    parts = [part.reshape(len(blocks), -1) for part in parts]
-    rows = taps[:, channels // 4 * 4 :].T
-    last = _neighbours(rows) if packed else np.ascontiguousarray(rows)
-    return np.concatenate([np.concatenate(parts, 1).ravel(), last.ravel()])
+        return np.concatenate([_halves(first, last).ravel(), _neighbours(rows).ravel()])
+    fours = (
+        np.hstack([first[:, i : i + 4], last[:, i : i + 4]]) for i in range(0, 2 * len(taps), 4)
+    )
+    return np.concatenate([np.hstack([*fours]).ravel(), rows.ravel()])
 
 
 def _is_depthwise(op):
@@ -132,7 +134,7 @@ def scratch(op: p.Conv | p.Dense, output: Sequence[int]) -> int:
         return taps * (8 + op.weights.values.shape[-1])
     size = -(-taps * op.weights.values.shape[2] // 4) * 4
     copied = taps > 1 or any(map(any, op.padding))
-    return size * (4 * (math.prod(output[:2]) > 1) + copied)
+    return size * (6 if copied else 4) if math.prod(output[:2]) > 1 else size * copied
 
 
 def max_pool(op: p.MaxPool, context: Context) -> str:

@@ -190,7 +190,7 @@ static const uint8_t *window(const uint8_t *x, const Window *at, const Layer *la
     const int32_t run = depth == at->channels && at->across.dilation == 1 ? inside : 1;
     const uint8_t *from = x + (across.start + across.first * at->across.dilation) * at->channels;
     const int32_t line = at->across.length * at->channels;
-    if (at->down.window == 1 && down.end - down.first == 1 && run == taps_across) {
+    if (at->down.window == 1 && down.end == 1 && inside == taps_across && run == inside) {
         return from + down.start * line;
     }
     const uint8_t *made = to;
@@ -278,19 +278,19 @@ static inline uint32_t odd_unsigned(uint32_t bytes)
 /* Both products of int16, added. */
 static inline int32_t dual(uint32_t a, uint32_t b, int32_t sum)
 {
-    __asm__("smlad %0, %1, %2, %0" : "+r"(sum) : "r"(a), "r"(b));
+    __asm__ volatile("smlad %0, %1, %2, %0" : "+r"(sum) : "r"(a), "r"(b));
     return sum;
 }
 #endif
 
 #ifdef DSP
-/* Bytes as int16, 0 and 2 before 1 and 3 of each four; those of another window lie between. */
-static void spread(const uint8_t *from, uint32_t *to, int32_t n)
+/* Two windows as int16: of four entries 0 and 2 of both, then 1 and 3. */
+static void spread(const uint8_t *a, const uint8_t *b, uint32_t *to, int32_t n)
 {
-    for (; n > 0; n -= 4, from += 4, to += 4) {
-        const uint32_t four = n >= 4 ? word(from) : rest(from, n);
-        to[0] = even_unsigned(four);
-        to[2] = odd_unsigned(four);
+    for (; n > 0; n -= 4, a += 4, b += 4, to += 4) {
+        const uint32_t p = n < 4 ? rest(a, n) : word(a), q = n < 4 ? rest(b, n) : word(b);
+        to[0] = even_unsigned(p), to[1] = even_unsigned(q);
+        to[2] = odd_unsigned(p), to[3] = odd_unsigned(q);
     }
 }
 #endif
@@ -329,9 +329,6 @@ static void spread(const uint8_t *from, uint32_t *to, int32_t n)
 #endif
 
 /* Two windows, or columns of them, with two kernels. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
 static void square(const void *first, const uint8_t *second, const int8_t *w, int32_t n,
                    int32_t packed, int32_t *sums)
 {
@@ -339,21 +336,24 @@ static void square(const void *first, const uint8_t *second, const int8_t *w, in
 #ifdef DSP
     const uint32_t *x = first;
     (void)second;
+    const uint32_t *end = x + (n & ~7);
     if (packed) {
-        for (; n >= 4; n -= 4, w += 4) {
-            const uint32_t four = word(w);
+        for (; x < end; w += 8) {
+            const uint32_t four = word(w), next = word(w + 4);
             SIXTEEN(LOW(four), HIGH(four));
+            SIXTEEN(LOW(next), HIGH(next));
         }
-        if (n) {
-            const uint32_t four = rest(w, n);
+        for (n &= 7; n > 0; n -= 4, w += 4) {
+            const uint32_t four = n < 4 ? rest(w, n) : word(w);
             SIXTEEN(LOW(four), HIGH(four));
         }
     } else {
-        for (; n >= 4; n -= 4, w += 8) {
+        for (; x < end; w += 16) {
             SIXTEEN(word(w), word(w + 4));
+            SIXTEEN(word(w + 8), word(w + 12));
         }
-        if (n) {
-            SIXTEEN(rest(w, n), rest(w + n, n));
+        for (n &= 7; n > 0; n -= 4, w += 8) {
+            SIXTEEN(n < 4 ? rest(w, n) : word(w), n < 4 ? rest(w + n, n) : word(w + 4));
         }
     }
 #else
@@ -380,9 +380,6 @@ static void square(const void *first, const uint8_t *second, const int8_t *w, in
 }
 
 /* One window with two kernels. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
 static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
     int32_t s00 = sums[0], s10 = sums[2];
@@ -431,16 +428,67 @@ static void alone(const void *first, const uint8_t *second, const int8_t *w, int
     }
 }
 
+/* n results of one or two windows: those of the second lie `beyond` after those of the first. */
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
+static const int8_t *features_of(const void *first, const uint8_t *second, const int8_t *w,
+                                 int32_t size, const Layer *layer, void *y, int32_t i,
+                                 int32_t beyond, int32_t o, int32_t n, const Result *to)
+{
+    const int32_t packed = layer->packed;
+    const int32_t low = to->low, high = to->high, zero = to->zero, encoded = to->encoded;
+    const int32_t *bias = layer->bias + o;
+    const float *multiplier = layer->multiplier + o;
+    for (i += o; n > 1; n -= 2, i += 2, bias += 2, multiplier += 2) {
+        int32_t sums[4] = {bias[0], bias[0], bias[1], bias[1]};
+        if (second) {
+            square(first, second, w, size, packed, sums);
+        } else {
+            pair(first, w, size, packed, sums);
+        }
+        w += packed ? size : 2 * size;
+        const float f = multiplier[0], g = multiplier[1];
+        if (encoded) {
+            uint8_t *out = (uint8_t *)y + i;
+            if (second) {
+                out[beyond] = requantize(sums[1], f, low, high, zero);
+                out[beyond + 1] = requantize(sums[3], g, low, high, zero);
+            }
+            out[0] = requantize(sums[0], f, low, high, zero);
+            out[1] = requantize(sums[2], g, low, high, zero);
+        } else {
+            float *out = (float *)y + i;
+            if (second) {
+                out[beyond] = (float)sums[1] * f;
+                out[beyond + 1] = (float)sums[3] * g;
+            }
+            out[0] = (float)sums[0] * f;
+            out[1] = (float)sums[2] * g;
+        }
+    }
+    if (n) {
+        int32_t sums[2] = {bias[0], bias[0]};
+        alone(first, second, w, size, packed, sums);
+        w += packed ? (size + 1) / 2 : size;
+        if (second) {
+            put(y, i + beyond, sums[1], *multiplier, to);
+        }
+        put(y, i, sums[0], *multiplier, to);
+    }
+    return w;
+}
+
 /* Two pixels with two kernels at a time. */
 static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer, const Result *to,
                  uint8_t *scratch)
 {
     const int32_t depth = at->channels / layer->groups, features = at->features / layer->groups;
-    const int32_t size = at->down.window * at->across.window * depth, packed = layer->packed;
+    const int32_t size = at->down.window * at->across.window * depth;
     const int32_t columns = at->across.outputs, pixels = at->down.outputs * columns;
 #ifdef DSP
-    uint32_t *spreads = (uint32_t *)(void *)scratch;
-    scratch += 4 * ((size + 3) & ~3);
+    uint32_t *laid = (uint32_t *)(void *)scratch;
+    scratch += pixels > 1 ? 4 * ((size + 3) & ~3) : 0;
 #endif
     int32_t row = 0, column = 0;
     for (int32_t pixel = 0; pixel < pixels; pixel += 2) {
@@ -452,42 +500,15 @@ static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer
             const uint8_t *from = x + group * depth;
             const uint8_t *second = 0;
             const void *first = window(from, at, layer, depth, row, column, scratch);
-#ifdef DSP
-            if (two) {
-                spread(first, spreads, size);
-                second = window(from, at, layer, depth, below, beside, scratch);
-                spread(second, spreads + 1, size);
-                first = spreads;
-            }
-#else
             if (two) {
                 second = window(from, at, layer, depth, below, beside, scratch + size);
-            }
+#ifdef DSP
+                spread(first, second, laid, size);
+                first = laid;
 #endif
-            const int32_t end = (group + 1) * features;
-            for (int32_t o = group * features; o < end; o += 2) {
-                const int32_t last = o + 1 < end ? o + 1 : o;
-                int32_t sums[4] = {layer->bias[o], layer->bias[o], layer->bias[last],
-                                   layer->bias[last]};
-                if (last == o) {
-                    alone(first, second, w, size, packed, sums);
-                    w += packed ? (size + 1) / 2 : size;
-                } else {
-                    if (two) {
-                        square(first, second, w, size, packed, sums);
-                    } else {
-                        pair(first, w, size, packed, sums);
-                    }
-                    w += packed ? size : 2 * size;
-                }
-                for (int32_t j = 0; j <= two; j++) {
-                    const int32_t i = (pixel + j) * at->features;
-                    if (last != o) {
-                        put(y, i + last, sums[2 + j], layer->multiplier[last], to);
-                    }
-                    put(y, i + o, sums[j], layer->multiplier[o], to);
-                }
             }
+            w = features_of(first, second, w, size, layer, y, pixel * at->features,
+                            two * at->features, group * features, features, to);
         }
         column = columns == 1 ? 0 : beside + 1;
         row = columns == 1 ? row + 2 : below;
@@ -550,7 +571,7 @@ static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *
                       const Result *to, uint8_t *scratch)
 {
     const int32_t channels = at->channels, across = at->across.window, packed = layer->packed;
-    const int32_t n = at->down.window * across;
+    const int32_t n = at->down.window * across, whole = channels & ~3;
     /* Where taps lie on the input, and in a window that is copied. */
     int32_t *spaced = (int32_t *)(void *)scratch, *close = spaced + n;
     for (int32_t i = 0; i < n; i++) {
@@ -569,22 +590,22 @@ static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *
                 inside ? x + (down.start * at->across.length + beside.start) * channels
                        : window(x, at, layer, channels, row, column, (uint8_t *)(close + n));
             const int8_t *w = layer->weights;
-            int32_t c = 0;
-            for (; c + 4 <= channels; c += 4, w += packed ? 2 * n : 4 * n) {
+            for (int32_t c = 0; c < whole; c += 4, w += packed ? 2 * n : 4 * n) {
                 int32_t sums[4] = {layer->bias[c], layer->bias[c + 1], layer->bias[c + 2],
                                    layer->bias[c + 3]};
                 four(from + c, places, n, w, packed, sums);
                 for (int32_t j = 0; j < 4; j++) {
-                    put(y, i++, sums[j], layer->multiplier[c + j], to);
+                    put(y, i + c + j, sums[j], layer->multiplier[c + j], to);
                 }
             }
-            for (; c < channels; c++, w += packed ? (n + 1) / 2 : n) {
+            for (int32_t c = whole; c < channels; c++, w += packed ? (n + 1) / 2 : n) {
                 int32_t sum = layer->bias[c];
                 for (int32_t k = 0; k < n; k++) {
                     sum += from[places[k] + c] * weight(w, packed, k);
                 }
-                put(y, i++, sum, layer->multiplier[c], to);
+                put(y, i + c, sum, layer->multiplier[c], to);
             }
+            i += channels;
         }
     }
 }
