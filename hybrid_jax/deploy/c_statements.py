@@ -1,5 +1,6 @@
 """The operations of a program as C, by one table of rules: calls of kernels.c, and plain loops."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from types import NoneType
@@ -30,9 +31,10 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     program = c_context.stored(program)
     in_integers = [op for op in program.weighted if not program.in_floats(op)]
     packed = {op.output for op in in_integers if pack and c_windows.packs(op)}
-    needs = {
-        op.output: c_windows.scratch(op, program.tensors[op.output].shape) for op in in_integers
-    }
+    needs = {}
+    for op in in_integers:
+        axes, each, beside = c_windows.scratch(op, program.tensors[op.output].shape)
+        needs[op.output] = math.prod(op.weights.values.shape[:axes]) * each + beside
     plan = memory.plan(program, {name: size for name, size in needs.items() if size})
     context = Context(program, inputs, outputs, constants, plan, packed)
     texts = []

@@ -125,16 +125,20 @@ def _neighbours(rows):
     return _halves(even[:, ::2], even[:, 1::2])
 
 
-def scratch(op: p.Conv | p.Dense, output: Sequence[int]) -> int:
-    """Bytes of memory in which kernels.c lays out the windows of a layer."""
-    if not isinstance(op, p.Conv):
-        return 0
+def scratch(op: p.Conv | p.Dense, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Memory in which kernels.c lays out the windows of a layer, whose output has this shape.
+
+    It is (how many of the first axes of its kernel, bytes for each entry along these, bytes
+    beside).
+    """
     taps = math.prod(op.weights.values.shape[:2])
     if _is_depthwise(op):
-        return taps * (8 + op.weights.values.shape[-1])
-    size = -(-taps * op.weights.values.shape[2] // 4) * 4
-    copied = taps > 1 or any(map(any, op.padding))
-    return size * (6 if copied else 4) if math.prod(output[:2]) > 1 else size * copied
+        return 4, 1, 8 * taps
+    pixels = math.prod(shape[:2]) if isinstance(op, p.Conv) else 1
+    copied = isinstance(op, p.Conv) and (taps > 1 or any(map(any, op.padding)))
+    # Of two pixels in int16, whole words of them; and byte by byte.
+    each = 6 if copied else 4
+    return (3, each, 3 * each) if pixels > 1 else (3, int(copied), 0)
 
 
 def max_pool(op: p.MaxPool, context: Context) -> str:

@@ -104,8 +104,10 @@ def lifetimes(program: Program, scratch: Mapping[str, int] | None = None) -> Lif
 
 
 def size(buffers: Mapping[_Key, Buffer], placed: Mapping[_Key, int]) -> int:
-    """Bytes of the block that holds the buffers at their places."""
-    return max((placed[key] + buffer.size for key, buffer in buffers.items()), default=0)
+    """Bytes of the block that holds the buffers at their places: a multiple of their alignment."""
+    ends = (placed[key] + buffer.size for key, buffer in buffers.items())
+    align = max((buffer.align for buffer in buffers.values()), default=1)
+    return -(-max(ends, default=0) // align) * align
 
 
 def place(buffers: Mapping[_Key, Buffer]) -> dict[_Key, int]:
