@@ -176,7 +176,7 @@ def _signature(inputs, outputs):
 
 
 # What a part of kernels.c defines: a type, a macro or a function.
-_NAMES = r"^(?:\} (\w+);|#define (\w+)\(|static .*?(\w+)\()"
+_NAMES = r"^(?:\} (\w+);|(?:#define|static .*?) ?\*?(\w+)\()"
 
 
 def _called(code):
@@ -184,10 +184,8 @@ def _called(code):
     source = importlib.resources.files("hybrid_jax.deploy").joinpath("kernels.c").read_text()
     found = []
     for part in reversed(source.strip().split("\n\n")):
-        [names] = re.findall(_NAMES, part, re.M)
-        kind, macro, function = names
-        needs = rf"\b{kind}\b" if kind else rf"\b{macro or function}\("
-        if re.search(needs, code):
+        names = re.findall(_NAMES, part, re.M)
+        if any(re.search(rf"\b{kind}\b" if kind else rf"\b{name}\(", code) for kind, name in names):
             found.append(part)
             code += part
     return found[::-1]

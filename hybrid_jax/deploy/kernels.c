@@ -209,10 +209,15 @@ static const uint8_t *window(const uint8_t *x, const Window *at, const Layer *la
     return made;
 }
 
+/* The halves of a byte. */
+#define LOW(W) ((int32_t)((uint32_t)(W) << 28) >> 28)
+
+#define HIGH(W) ((W) >> 4)
+
 /* A weight of a row of its own. */
 static int32_t weight(const int8_t *row, int32_t packed, int32_t i)
 {
-    return packed ? (int8_t)((uint8_t)row[i / 2] << 4 * (1 - i % 2) & 240) : row[i];
+    return !packed ? row[i] : i % 2 ? HIGH(row[i / 2]) * 16 : LOW(row[i / 2]) * 16;
 }
 
 #ifdef DSP
@@ -321,65 +326,18 @@ static void spread(const uint8_t *a, const uint8_t *b, uint32_t *to, int32_t n)
 #endif
 
 #ifdef DSP
-#define LOW(W) ((W) << 4 & 0xF0F0F0F0u)
+/* The halves of each byte of a word, times 16. */
+#define LOWS(W) ((W) << 4 & 0xF0F0F0F0u)
 #endif
 
 #ifdef DSP
-#define HIGH(W) ((W)&0xF0F0F0F0u)
+#define HIGHS(W) ((W)&0xF0F0F0F0u)
 #endif
-
-/* Two windows, or columns of them, with two kernels. */
-static void square(const void *first, const uint8_t *second, const int8_t *w, int32_t n,
-                   int32_t packed, int32_t *sums)
-{
-    int32_t s00 = sums[0], s01 = sums[1], s10 = sums[2], s11 = sums[3];
-#ifdef DSP
-    const uint32_t *x = first;
-    (void)second;
-    const uint32_t *end = x + (n & ~7);
-    if (packed) {
-        for (; x < end; w += 8) {
-            const uint32_t four = word(w), next = word(w + 4);
-            SIXTEEN(LOW(four), HIGH(four));
-            SIXTEEN(LOW(next), HIGH(next));
-        }
-        for (n &= 7; n > 0; n -= 4, w += 4) {
-            const uint32_t four = n < 4 ? rest(w, n) : word(w);
-            SIXTEEN(LOW(four), HIGH(four));
-        }
-    } else {
-        for (; x < end; w += 16) {
-            SIXTEEN(word(w), word(w + 4));
-            SIXTEEN(word(w + 8), word(w + 12));
-        }
-        for (n &= 7; n > 0; n -= 4, w += 8) {
-            SIXTEEN(n < 4 ? rest(w, n) : word(w), n < 4 ? rest(w + n, n) : word(w + 4));
-        }
-    }
-#else
-    const uint8_t *x = first;
-    if (packed) {
-        for (const uint8_t *end = x + n; x < end; x++, second++, w++) {
-            const int32_t p = *x, q = *second, a = (int8_t)(*w * 16 & 255), b = *w & -16;
-            s00 += p * a, s01 += q * a, s10 += p * b, s11 += q * b;
-        }
-    } else {
-        for (; n >= 4; n -= 4, w += 8) {
-            for (int32_t k = 0; k < 4; k++, x++, second++) {
-                const int32_t p = *x, q = *second, a = w[k], b = w[4 + k];
-                s00 += p * a, s01 += q * a, s10 += p * b, s11 += q * b;
-            }
-        }
-        for (int32_t k = 0; k < n; k++, x++, second++) {
-            const int32_t p = *x, q = *second, a = w[k], b = w[n + k];
-            s00 += p * a, s01 += q * a, s10 += p * b, s11 += q * b;
-        }
-    }
-#endif
-    sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
-}
 
 /* One window with two kernels. */
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
 static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
     int32_t s00 = sums[0], s10 = sums[2];
@@ -387,12 +345,14 @@ static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, i
 #ifdef DSP
         for (; n >= 4; n -= 4, x += 4, w += 4) {
             const uint32_t both = word(w);
-            EIGHT(word(x), LOW(both), HIGH(both));
+            EIGHT(word(x), LOWS(both), HIGHS(both));
         }
 #endif
+        int32_t low = 0, high = 0;
         for (; n > 0; n--, x++, w++) {
-            s00 += *x * (int8_t)(*w * 16 & 255), s10 += *x * (*w & -16);
+            low += *x * LOW(*w), high += *x * HIGH(*w);
         }
+        s00 += low * 16, s10 += high * 16;
     } else {
         for (; n >= 4; n -= 4, x += 4, w += 8) {
 #ifdef DSP
@@ -410,6 +370,71 @@ static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, i
     sums[0] = s00, sums[2] = s10;
 }
 
+#ifndef DSP
+/* An entry of two windows with one of two kernels. */
+#define FOUR(P, Q, A, B)                                                                           \
+    do {                                                                                           \
+        const int32_t p = (P), q = (Q), a = (A), b = (B);                                          \
+        s00 += p * a, s01 += q * a, s10 += p * b, s11 += q * b;                                    \
+    } while (0)
+#endif
+
+/* Two windows, or columns of them, with two kernels. */
+static void square(const void *first, const uint8_t *second, const int8_t *w, int32_t n,
+                   int32_t packed, int32_t *sums)
+{
+#if defined(DSP)
+    int32_t s00 = sums[0], s01 = sums[1], s10 = sums[2], s11 = sums[3];
+    const uint32_t *x = first;
+    (void)second;
+    const uint32_t *end = x + (n & ~7);
+    if (packed) {
+        for (; x < end; w += 8) {
+            const uint32_t four = word(w), next = word(w + 4);
+            SIXTEEN(LOWS(four), HIGHS(four));
+            SIXTEEN(LOWS(next), HIGHS(next));
+        }
+        for (n &= 7; n > 0; n -= 4, w += 4) {
+            const uint32_t four = n < 4 ? rest(w, n) : word(w);
+            SIXTEEN(LOWS(four), HIGHS(four));
+        }
+    } else {
+        for (; x < end; w += 16) {
+            SIXTEEN(word(w), word(w + 4));
+            SIXTEEN(word(w + 8), word(w + 12));
+        }
+        for (n &= 7; n > 0; n -= 4, w += 8) {
+            SIXTEEN(n < 4 ? rest(w, n) : word(w), n < 4 ? rest(w + n, n) : word(w + 4));
+        }
+    }
+    sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
+#elif defined(THUMB_1)
+    /* Eight registers hold no more. */
+    pair(first, w, n, packed, sums);
+    pair(second, w, n, packed, sums + 1);
+#else
+    const int32_t unit = packed ? 16 : 1;
+    int32_t s00 = 0, s01 = 0, s10 = 0, s11 = 0;
+    const uint8_t *x = first;
+    if (packed) {
+        for (const uint8_t *end = x + n; x < end; x++, second++, w++) {
+            FOUR(*x, *second, LOW(*w), HIGH(*w));
+        }
+    } else {
+        for (; n >= 4; n -= 4, x += 4, second += 4, w += 8) {
+            FOUR(x[0], second[0], w[0], w[4]);
+            FOUR(x[1], second[1], w[1], w[5]);
+            FOUR(x[2], second[2], w[2], w[6]);
+            FOUR(x[3], second[3], w[3], w[7]);
+        }
+        for (int32_t k = 0; k < n; k++) {
+            FOUR(x[k], second[k], w[k], w[n + k]);
+        }
+    }
+    sums[0] += s00 * unit, sums[1] += s01 * unit, sums[2] += s10 * unit, sums[3] += s11 * unit;
+#endif
+}
+
 /* One or two windows with one kernel. */
 static void alone(const void *first, const uint8_t *second, const int8_t *w, int32_t n,
                   int32_t packed, int32_t *sums)
@@ -418,8 +443,10 @@ static void alone(const void *first, const uint8_t *second, const int8_t *w, int
         const int32_t a = weight(w, packed, k);
 #ifdef DSP
         if (second) {
-            const uint16_t *x = (const uint16_t *)first + (k & ~3) * 2 + k % 2 * 4 + k / 2 % 2;
-            sums[0] += x[0] * a, sums[1] += x[2] * a;
+            const uint32_t *x = (const uint32_t *)first + (k & ~3) + k % 2 * 2;
+            const int32_t half = k / 2 % 2 * 16;
+            sums[0] += (int32_t)(x[0] >> half & 255) * a;
+            sums[1] += (int32_t)(x[1] >> half & 255) * a;
             continue;
         }
 #endif
@@ -534,13 +561,13 @@ static void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_
             p = (p & 0xFFFFu) | other << 16;
             q = (other & 0xFFFF0000u) | q;
             c = word(w);
-            d = packed ? HIGH(c) : word(w + 4);
-            c = packed ? LOW(c) : c;
+            d = packed ? HIGHS(c) : word(w + 4);
+            c = packed ? LOWS(c) : c;
             w += packed ? 4 : 8;
         } else {
             d = rest(w, packed ? 2 : 4);
-            c = packed ? LOW(d) : d & 0xFFFFu;
-            d = packed ? HIGH(d) : d >> 16;
+            c = packed ? LOWS(d) : d & 0xFFFFu;
+            d = packed ? HIGHS(d) : d >> 16;
         }
         s0 = dual(even_unsigned(p), even(c), s0);
         s1 = dual(odd_unsigned(p), odd(c), s1);
@@ -555,8 +582,8 @@ static void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_
             const uint8_t *at = x + places[tap];
             for (int32_t c = 0; c < 2; c++) {
                 const int8_t *near = w + 2 * tap + c;
-                sums[c] += at[c] * (packed ? (int8_t)(*near * 16 & 255) : *near);
-                sums[2 + c] += at[2 + c] * (packed ? *near & -16 : near[two ? 4 : 2]);
+                sums[c] += at[c] * (packed ? LOW(*near) * 16 : *near);
+                sums[2 + c] += at[2 + c] * (packed ? HIGH(*near) * 16 : near[two ? 4 : 2]);
             }
         }
         w += (packed ? 2 : 4) * (1 + two);
