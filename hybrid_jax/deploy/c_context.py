@@ -36,7 +36,7 @@ class Context(NamedTuple):
         if name in self.plan.offsets:
             kind, width = ("floats", 4) if self.encoding(name) is None else ("bytes", 1)
             offset = self.plan.offsets[name] // width
-            return c_text.Operand.whole(f"arena.{kind}", offset, self.shape(name))
+            return c_text.Operand.whole(f"arena->{kind}", offset, self.shape(name))
         return c_text.Operand.whole(self._end(self.plan.ends[name]), 0, self.shape(name))
 
     def pair(self, op: p.Operation) -> dict[str, c_text.Operand]:

@@ -45,7 +45,7 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
             texts.append(c_text.comment(f"{type(op).__name__} {op.output}") + "\n" + text)
     texts += _returned(context)
     code = re.sub(r"/\*.*?\*/", "", "\n".join(texts))
-    names = [argument.name for argument in inputs]
+    names = ["arena", *(argument.name for argument in inputs)]
     texts += [f"(void){name};" for name in names if not re.search(rf"\b{name}\b", code)]
     bits = {4 if op.output in packed else 8 for op in in_integers}
     bits |= {32 for op in program.weighted if op not in in_integers}

@@ -43,7 +43,7 @@ def weighted(op: p.Conv | p.Dense, context: Context) -> str:
         "zero": encoding.zero_point,
     }
     function = "depthwise" if _is_depthwise(op) else "conv"
-    place = f"arena.bytes + {context.plan.scratch[y]}" if y in context.plan.scratch else "0"
+    place = f"arena->bytes + {context.plan.scratch[y]}" if y in context.plan.scratch else "0"
     ends = f"{context.operand(x).pointer}, {context.operand(y).pointer}"
     call = c_text.block(
         constants.descriptor("Window", _window(op, context)),
