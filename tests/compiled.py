@@ -26,12 +26,15 @@ def arguments(program):
     return c_arguments.inputs(parts[0]), c_arguments.outputs(parts[-1])
 
 
-def run_c(folder, programs, flags, compiler="gcc", pack=False):
-    """{name: a tuple of outputs} in one process, of {name: (program, a tuple of inputs)}."""
+def run_c(folder, programs, flags, compiler="gcc", pack=False, rewrite=str):
+    """{name: a tuple of outputs} in one process, of {name: (program, a tuple of inputs)}.
+
+    `rewrite` makes another text of each file.
+    """
     folder = pathlib.Path(folder)
     main = [_calls(name, program, xs) for name, (program, xs) in programs.items()]
     for name, (program, _) in programs.items():
-        (folder / f"{name}.c").write_text(c.to_c(program, name, pack))
+        (folder / f"{name}.c").write_text(rewrite(c.to_c(program, name, pack)))
     text = "#include <stdint.h>\n#include <stdio.h>\nint main(void) {\n" + "\n".join(main)
     (folder / "all.c").write_text(text + "\nreturn 0; }\n")
     files = [f"{name}.c" for name in (*programs, "all")]

@@ -10,8 +10,7 @@ import jax
 
 from hybrid_jax import core
 from hybrid_jax import program as p
-from hybrid_jax.cost.arguments import FLOAT_BITS
-from hybrid_jax.cost.formula import Amount, Formula, Polynomial, Term, amount, formula, sizes
+from hybrid_jax.cost.formula import Formula, Polynomial, amount, formula, sizes
 from hybrid_jax.program import memory
 
 
@@ -20,23 +19,23 @@ class File(NamedTuple):
 
     It holds a kernel of b bits in the fewest of `kernel_bits` from b on; `layer` are bytes for each
     convolution and dense layer beside kernel, scales and bias, `channel` for each of its outputs,
-    `overhead` beside all of that. `scratch` gives the bytes of memory that such a layer takes to
-    run with a kernel of up to 4 bits; None where the file is not run from where it lies.
+    `overhead` beside all of that. `scratch(op, shape of its output)` gives what such a layer of
+    encoded values takes of memory to run: (how many of the first axes of its kernel, bytes for each
+    entry along these, bytes beside); None where the file is not run from where it lies.
     """
 
     kernel_bits: Collection[int] = range(1, 9)
     layer: int = 0
     channel: int = 0
     overhead: int = 0
-    scratch: Callable[[Any], int] | None = None
+    scratch: Callable[[Any, tuple[int, ...]], tuple[int, int, int]] | None = None
 
 
 class Block(NamedTuple):
-    """Bytes of memory, so many times a size; where `of` is, only if that kernel has ≤ 4 bits."""
+    """Bytes of memory, in widths, and when they are needed."""
 
     size: Polynomial
     buffer: memory.Buffer
-    of: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,17 +52,12 @@ class Stored:
     groups: tuple[core.Group, ...]
     blocks: Mapping[Hashable, Block]
 
-    def memory(
-        self,
-        widths: Mapping[str, int] | None = None,
-        weight_bits: Mapping[str, int] | None = None,
-    ) -> int:
+    def memory(self, widths: Mapping[str, int] | None = None) -> int:
         """Bytes of the block in which all finds its place, as `program.memory.plan` places it."""
         chosen = self.formula.widths | dict(widths or {})
         buffers = {
             key: block.buffer._replace(size=_at(block.size, chosen))
             for key, block in self.blocks.items()
-            if block.of is None or (weight_bits or {}).get(block.of, FLOAT_BITS) <= 4
         }
         return memory.size(buffers, memory.place(buffers))
 
@@ -94,14 +88,14 @@ def of_program(
     counted = formula(graph, groups=groups)
     groups = tuple(group for group in groups if group.name in counted.widths)
     measure = sizes(graph, groups)
-    blocks = _blocks(program, encodings or {}, files, edges, measure)
     arrays = dict(zip(graph.parameters, graph.arguments, strict=False))
+    blocks = _blocks(program, encodings or {}, files, edges, arrays, measure)
     outputs = [measure(arrays[f"{op.output}/bias"].labels) for op in program.weighted]
     [leaves] = counted.costs["bytes"]
     costs = {
         **counted.costs,
         "bytes": tuple(_held(leaves, file, outputs) for file in files),
-        "memory": _live(blocks, counted.kernels),
+        "memory": _live(blocks),
     }
     return Stored(dataclasses.replace(counted, costs=costs), groups, blocks)
 
@@ -148,51 +142,46 @@ def _whole(graph, edges):
     return tuple(filter(whole, graph.groups))
 
 
-def _blocks(program, encodings, files, edges, measure):
+def _blocks(program, encodings, files, edges, arrays, measure):
     """{edge, or (output of an operation,) for its scratch: block}."""
     tensors = {
         name: dataclasses.replace(tensor, encoding=encodings.get(name))
         for name, tensor in program.tensors.items()
     }
-    needs = [file.scratch for file in files if file.scratch]
-    scratch = {
-        op.output: max(need(op) for need in needs)
-        for op in program.weighted
-        if needs and encodings.get(op.inputs[0])
-    }
-    live = memory.lifetimes(dataclasses.replace(program, tensors=tensors), scratch)
+    scratch = {}
+    for op in program.weighted if any(file.scratch for file in files) else ():
+        needs = [file.scratch(op, tensors[op.output].shape) for file in files if file.scratch]
+        axes, each, beside = max(needs, key=lambda need: need[1:])
+        size = collections.Counter({(): beside})
+        labels = arrays[f"{op.output}/kernel"].labels
+        size.update({groups: n * each for groups, n in measure(labels[:axes]).items()})
+        if encodings.get(op.inputs[0]) and any(size.values()):
+            scratch[op.output] = size
+    live = memory.lifetimes(
+        dataclasses.replace(program, tensors=tensors), dict.fromkeys(scratch, 0)
+    )
     made = {}
     for key, buffer in live.buffers.items():
         if isinstance(key, tuple):
-            made[key] = Block({(): buffer.size}, buffer, *key)
+            made[key] = Block(scratch[key[0]], buffer)
         else:
             size = {groups: n * buffer.align for groups, n in measure(edges[key]).items()}
             made[key] = Block(size, buffer)
     return made
 
 
-def _live(blocks, kernels):
+def _live(blocks):
     """The rows of what is live at each time, but for those that are nowhere more than another."""
     moments = []
     for step in range(1 + max((block.buffer.last for block in blocks.values()), default=0)):
         now = collections.Counter()
-        for size, buffer, of in blocks.values():
+        for size, buffer in blocks.values():
             if buffer.first <= step <= buffer.last:
-                now.update({(groups, of): n for groups, n in size.items()})
+                now.update(size)
         moments.append(now)
     moments = list({frozenset(now.items()): now for now in moments}.values())
     most = [now for now in moments if not any(now < other for other in moments)]
-    return tuple(_row(now, kernels) for now in most)
-
-
-def _row(now, kernels):
-    plain = {groups: n for (groups, of), n in now.items() if of is None}
-    gated = ((n, ("weight", kernels[of])) for (_, of), n in now.items() if of is not None)
-    return (amount(plain), *(Amount((_if_few_bits(*each),)) for each in gated))
-
-
-def _if_few_bits(size, weight):
-    return Term((weight,), lambda bits: size if bits <= 4 else 0)
+    return tuple((amount(now),) for now in most)
 
 
 def _held(leaves, file, outputs):

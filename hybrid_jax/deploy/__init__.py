@@ -4,7 +4,8 @@
 beside the dense float model's. `export_program` writes StableHLO, `save_program` and `load_program`
 a packed file; `to_c` is C99, `to_litert` a .tflite flatbuffer, `to_onnx` an ONNX model.
 
-`emulate` compiles a C file for a Cortex-M, one of `PROCESSORS`, and says what it takes there.
+`emulate` compiles a C file for a Cortex-M, one of `PROCESSORS`, and says what it takes there;
+`export_c_test` writes a second file by which it is checked on a board.
 
 `export` writes any function with its parameters to a StableHLO file, `load` reads it back.
 `latency` times one function against another, `width_latencies` the widths that channels may be cut
@@ -12,6 +13,7 @@ to.
 """
 
 from hybrid_jax.deploy.c import to_c as to_c
+from hybrid_jax.deploy.c_check import export_c_test as export_c_test
 from hybrid_jax.deploy.checking import Check as Check
 from hybrid_jax.deploy.checking import check as check
 from hybrid_jax.deploy.checking import export_to as export_to

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hybrid_jax import core
 
 
@@ -52,6 +54,18 @@ def read(
         if not (ends and all(ends) if key in ("inputs", "outputs") else isinstance(value, str)):
             raise ValueError(f"{beside} must have {key}, as it was written, got {value!r:.80}")
     return data, manifest
+
+
+def examples(inputs: Sequence[Any], facts: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    """The inputs (n, …) as arrays, if they have the shapes and dtypes that a manifest says."""
+    inputs = [np.asarray(x) for x in inputs]
+    wanted = [(tuple(fact["shape"][1:]), fact["dtype"]) for fact in facts]
+    alike = [(x.shape[1:], x.dtype.name) for x in inputs] == wanted
+    if not alike or len({len(x) for x in inputs}) > 1 or not len(inputs[0]):
+        wanted = " and ".join(str(("n", *shape)) + f" {dtype}" for shape, dtype in wanted)
+        got = " and ".join(f"{x.shape} {x.dtype}" for x in inputs)
+        raise ValueError(f"inputs must be {wanted}, got {got or 'none'}".replace("'n'", "n"))
+    return inputs
 
 
 def _is_end(value):

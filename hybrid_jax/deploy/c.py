@@ -48,15 +48,19 @@ def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) 
     It takes one example: an array for each input, `const uint8_t *` where the traced function takes
     uint8, then one for each output; of several `input_<edge>`, `output_<edge>`. It needs <stdint.h>
     and <float.h>, for functions of floats <math.h>. Flash is what its constants take, equal arrays
-    once; RAM is the block of memory for what lies between inputs and outputs. Code, stack, inputs
-    and outputs come on top. The file states all of it in its head, the sizes also as `<NAME>_FLASH`
-    and `<NAME>_RAM`. Compiled with `<NAME>_MAIN` defined it is a program that maps inputs on its
-    standard input to outputs on its standard output, and prints what it needs.
+    once; RAM is the block of memory for what lies between inputs and outputs, and for the windows
+    of a layer. Code, stack, inputs and outputs come on top. The file states all of it in its head,
+    the sizes also as `<NAME>_FLASH` and `<NAME>_RAM`.
+
+    That block is static. `<name>_run_in(void *memory, …)` works in the caller's instead, at a
+    multiple of four, so that networks share it, or threads have their own; with `<NAME>_SHARED`
+    defined there is no other. Included in C++ the file declares both. Compiled with `<NAME>_MAIN`
+    defined it is a program that maps inputs on its standard input to outputs on its standard
+    output, and prints what it needs. `export_c_test` writes a check of it.
 
     The parts of a choice run one after another in the same memory. With `pack` the integer weights
-    of a layer of up to 4 bits lie two to a byte; they are unpacked two kernels at a time, which
-    takes the RAM of two, and a tenth to a quarter of the time more where a layer has few positions
-    (8×8 images).
+    of a layer of up to 4 bits lie two to a byte, and are read there. A layer is computed for two
+    pixels and two features at a time, on a Cortex-M4, M7 or M33 by the DSP extension.
 
     Example:
       >>> import numpy as np
@@ -70,7 +74,7 @@ def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) 
       >>> print(code[code.index('    /* Convert') : code.index('    /* Dense')])
           /* Convert q */
           for (int32_t i0 = 0; i0 < 2; i0++) {
-              arena.bytes[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
+              arena->bytes[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
           }
       <BLANKLINE>
     """
@@ -111,10 +115,11 @@ def _write(program, name, pack):
     text = environment.get_template("model.c.jinja").render(
         name=name,
         upper=name.upper(),
+        names=", ".join(argument.name for argument in (*inputs, *outputs)),
         inputs=inputs,
         outputs=outputs,
-        signature=_signature(inputs, outputs),
-        signatures=[_signature(*pair) for pair in ends],
+        signature=c_arguments.signature(inputs, outputs),
+        signatures=[c_arguments.signature(*pair) for pair in ends],
         choice=choice,
         flash=constants.flash,
         ram=ram,
@@ -130,12 +135,14 @@ def _write(program, name, pack):
 def _mixture(program):
     """The part that the gate's scores choose; NaN where one of them is."""
     count, size = len(program.experts), math.prod(program.output_shape)
-    cases = [f"case {i}:\n    part_{i + 1}(input, output);\n    break;" for i in range(count)]
+    cases = [
+        f"case {i}:\n    part_{i + 1}(arena, input, output);\n    break;" for i in range(count)
+    ]
     nan = f"for (int32_t k = 0; k < {size}; k++) {{\n    output[k] = NAN;\n}}"
     return "\n".join(
         [
             f"float scores[{count}];",
-            "part_0(input, scores);",
+            "part_0(arena, input, scores);",
             f"switch (best(scores, {count})) {{",
             *cases,
             f"default:\n{textwrap.indent(nan, '    ')}",
@@ -153,7 +160,7 @@ def _cascade(program):
         lines.append(f"float before[{size}];")
         ask += f"\nfor (int32_t k = 0; k < {size}; k++) {{\n    before[k] = output[k];\n}}"
     for i in range(last + 1):
-        given = ["input", *(["before"] if program.share and i else []), "output"]
+        given = ["arena", "input", *(["before"] if program.share and i else []), "output"]
         lines.append(f"part_{i}({', '.join([*given, *(['&unsure'] if i < last else [])])});")
         lines += [ask] if i < last else []
     return "\n".join(lines)
@@ -166,13 +173,8 @@ _CHOICES = {p.Mixture: _mixture, p.Cascade: _cascade}
 _MATH = r"\b(?:[a-z]+[0-9]*[a-z]*f\(|INFINITY|NAN)"
 
 
-def _signature(inputs, outputs):
-    return ", ".join(
-        [
-            *(f"const {argument.type} *{argument.name}" for argument in inputs),
-            *(f"{argument.type} *{argument.name}" for argument in outputs),
-        ]
-    )
+# What a part of kernels.c defines: a type, a macro or a function.
+_NAMES = r"^(?:\} (\w+);|(?:#define|static .*?) ?\*?(\w+)\()"
 
 
 def _called(code):
@@ -180,10 +182,8 @@ def _called(code):
     source = importlib.resources.files("hybrid_jax.deploy").joinpath("kernels.c").read_text()
     found = []
     for part in reversed(source.strip().split("\n\n")):
-        [names] = re.findall(r"^(?:\} (\w+);|enum \{ (\w+) = |static .*?(\w+)\()", part, re.M)
-        *types, function = names
-        needs = rf"\b{function}\(" if function else rf"\b{''.join(types)}\b"
-        if re.search(needs, code):
+        names = re.findall(_NAMES, part, re.M)
+        if any(re.search(rf"\b{kind}\b" if kind else rf"\b{name}\(", code) for kind, name in names):
             found.append(part)
             code += part
     return found[::-1]

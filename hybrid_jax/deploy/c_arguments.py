@@ -1,7 +1,7 @@
 """What the C function of a program takes and fills: one array for each input and output."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from hybrid_jax import program as p
@@ -51,6 +51,12 @@ def outputs(program: p.Program) -> list[Argument]:
         Argument(name, dtype if dtype in c_text.TYPES else "float32", tensors[edge].shape)
         for name, edge, dtype in zip(names, program.outputs, dtypes, strict=True)
     ]
+
+
+def signature(taken: Sequence[Argument], made: Sequence[Argument]) -> str:
+    """The parameters of the function."""
+    inputs = (f"const {argument.type} *{argument.name}" for argument in taken)
+    return ", ".join([*inputs, *(f"{argument.type} *{argument.name}" for argument in made)])
 
 
 def _names(program):

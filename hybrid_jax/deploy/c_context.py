@@ -1,6 +1,7 @@
 """What every rule of the C target needs: where tensors lie, and expressions of numbers."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ from hybrid_jax.deploy import c_arguments, c_text
 from hybrid_jax.program import UNBOUNDED, arithmetic, memory, operations
 
 _ONE = p.Encoding(1.0)
-_MOST = np.finfo(np.float32).max
 
 
 class Context(NamedTuple):
@@ -21,6 +21,7 @@ class Context(NamedTuple):
     outputs: list[c_arguments.Argument]  # what it fills, alike
     constants: c_text.Constants  # takes up what statements refer to
     plan: memory.Plan  # where its tensors lie
+    packed: Collection[str]  # the outputs of layers of which a byte holds two weights
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an edge, without the batch."""
@@ -35,7 +36,7 @@ class Context(NamedTuple):
         if name in self.plan.offsets:
             kind, width = ("floats", 4) if self.encoding(name) is None else ("bytes", 1)
             offset = self.plan.offsets[name] // width
-            return c_text.Operand.whole(f"arena.{kind}", offset, self.shape(name))
+            return c_text.Operand.whole(f"arena->{kind}", offset, self.shape(name))
         return c_text.Operand.whole(self._end(self.plan.ends[name]), 0, self.shape(name))
 
     def pair(self, op: p.Operation) -> dict[str, c_text.Operand]:
@@ -93,12 +94,11 @@ def multiplier(encodings: list[p.Encoding], output: p.Encoding | None, count: in
     return c_text.literal(arithmetic.multiplier(*scales, output=output or _ONE, count=count))
 
 
-def result(output: p.Encoding | None, clip: tuple[float, float] = UNBOUNDED) -> dict:
+def result(output: p.Encoding | None, clip: tuple[float, float] = UNBOUNDED) -> dict[str, int]:
     """The fields of a Result."""
     if output is None:
-        low, high = (np.float32(np.clip(end, -_MOST, _MOST)) for end in clip)
-        return {"low": low, "high": high, "zero": 0, "encoded": 0}
-    low, high = (np.float32(end - output.zero_point) for end in arithmetic.bounds(output, clip))
+        return {"low": 0, "high": 0, "zero": 0, "encoded": 0}
+    low, high = (int(end) - output.zero_point for end in arithmetic.bounds(output, clip))
     return {"low": low, "high": high, "zero": output.zero_point, "encoded": 1}
 
 
@@ -116,7 +116,8 @@ def requantized(
     """A result from its int32 sum; a float where it has no encoding."""
     if output is None:
         return clamped(f"(float)({total}) * {factor}", clip)
-    return f"requantize({total}, {factor}, {_limits(output, clip)})"
+    low, high, zero, _ = result(output, clip).values()
+    return f"requantize({total}, {factor}, {low}, {high}, {zero})"
 
 
 def steps(entry: str, encoding: p.Encoding) -> str:
@@ -131,10 +132,7 @@ def converted(entry: str, encoding: p.Encoding | None, output: p.Encoding | None
         return entry
     if encoding is None:
         factor = c_text.literal(np.float32(1) / np.float32(output.scale))
-        return f"quantize({entry}, {factor}, {_limits(output)})"
+        low, high, zero, _ = result(output).values()
+        ends = ", ".join(c_text.literal(np.float32(end)) for end in (low, high))
+        return f"quantize({entry}, {factor}, {ends}, {zero})"
     return requantized(steps(entry, encoding), multiplier([encoding], output), output)
-
-
-def _limits(output, clip=UNBOUNDED):
-    low, high, zero, _ = map(c_text.literal, result(output, clip).values())
-    return f"{low}, {high}, {zero}"

@@ -1,5 +1,6 @@
 """The operations of a program as C, by one table of rules: calls of kernels.c, and plain loops."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from types import NoneType
@@ -29,10 +30,13 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     inputs, outputs = c_arguments.inputs(program), c_arguments.outputs(program)
     program = c_context.stored(program)
     in_integers = [op for op in program.weighted if not program.in_floats(op)]
-    packed = [op for op in in_integers if pack and op.weights.bits <= 4]
-    scratch = {op.output: c_windows.kernels(op)[:2].size for op in packed}
-    plan = memory.plan(program, scratch)
-    context = Context(program, inputs, outputs, constants, plan)
+    packed = {op.output for op in in_integers if pack and c_windows.packs(op)}
+    needs = {}
+    for op in in_integers:
+        axes, each, beside = c_windows.scratch(op, program.tensors[op.output].shape)
+        needs[op.output] = math.prod(op.weights.values.shape[:axes]) * each + beside
+    plan = memory.plan(program, {name: size for name, size in needs.items() if size})
+    context = Context(program, inputs, outputs, constants, plan, packed)
     texts = []
     for op in program.operations:
         _check(op, context)
@@ -41,9 +45,9 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
             texts.append(c_text.comment(f"{type(op).__name__} {op.output}") + "\n" + text)
     texts += _returned(context)
     code = re.sub(r"/\*.*?\*/", "", "\n".join(texts))
-    names = [argument.name for argument in inputs]
+    names = ["arena", *(argument.name for argument in inputs)]
     texts += [f"(void){name};" for name in names if not re.search(rf"\b{name}\b", code)]
-    bits = {4 if op.output in scratch else 8 for op in in_integers}
+    bits = {4 if op.output in packed else 8 for op in in_integers}
     bits |= {32 for op in program.weighted if op not in in_integers}
     return Body("\n".join(texts), plan.size, bits)
 

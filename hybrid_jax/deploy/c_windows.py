@@ -5,6 +5,7 @@ all in floats, are loops over the entries of each window that lie on the input.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from hybrid_jax.deploy.c_context import (
     result,
     steps,
 )
-from hybrid_jax.deploy.packed import pack_bits
 from hybrid_jax.program import arithmetic, integer_step
 
 _ONE = p.Encoding(1.0)
@@ -29,35 +29,80 @@ def weighted(op: p.Conv | p.Dense, context: Context) -> str:
         return _weighted_floats(op, context)
     (x,), y, weights = op.inputs, op.output, op.weights
     encoding, output = context.encoding(x), context.encoding(y)
-    rows, features = kernels(op), weights.values.shape[-1]
-    packed = y in context.plan.scratch
+    packed, constants = y in context.packed, context.constants
+    bias = arithmetic.integer_bias(weights, encoding) - encoding.zero_point * sums(weights)
     factor = arithmetic.multiplier(encoding.scale, weights.scale, output=output or _ONE)
-    constants = context.constants
+    # What is packed is read as twice what it is.
+    bias, factor = bias << packed, np.broadcast_to(factor, bias.shape) / np.float32(1 << packed)
     layer = {
-        "weights": constants.array("weights", _pack(rows) if packed else rows),
-        "bias": constants.array("bias", arithmetic.integer_bias(weights, encoding)),
-        "multiplier": constants.array("multiplier", np.broadcast_to(factor, features)),
+        "weights": constants.array("weights", stored(op, packed)),
+        "bias": constants.array("bias", bias.astype(np.int32)),
+        "multiplier": constants.array("multiplier", factor),
         "groups": getattr(op, "groups", 1),
         "packed": int(packed),
         "zero": encoding.zero_point,
     }
     function = "depthwise" if _is_depthwise(op) else "conv"
-    scratch = f"arena.bytes + {context.plan.scratch[y]}" if packed else "0"
+    place = f"arena->bytes + {context.plan.scratch[y]}" if y in context.plan.scratch else "0"
     ends = f"{context.operand(x).pointer}, {context.operand(y).pointer}"
-    return c_text.block(
+    call = c_text.block(
         constants.descriptor("Window", _window(op, context)),
         constants.descriptor("Layer", layer),
         constants.descriptor("Result", result(output, op.clip)),
-        f"{function}({ends}, &window, &layer, &result, {scratch});",
+        f"{function}({ends}, &window, &layer, &result, {place});",
     )
+    value = "{y}" if output else clamped("{y}", op.clip)
+    if value == "{y}":
+        return call
+    made = {"y": context.operand(y)}
+    return f"{call}\n{c_text.each(context.shape(y), made, f'{{y}} = {value}')}"
 
 
-def kernels(op: p.Conv | p.Dense) -> np.ndarray:
-    """int8 (O, kh · kw · C / groups), or (1, kh · kw · C) of a depthwise convolution."""
-    values = op.weights.values
+def sums(weights: p.Weights) -> np.ndarray:
+    """Of the kernel of each feature, int64 (O,)."""
+    values = np.asarray(weights.values, np.int64)
+    return values.sum(tuple(range(values.ndim - 1)))
+
+
+def packs(op: p.Conv | p.Dense) -> bool:
+    """Whether its weights fit in half a byte, and twice their sums in an int32."""
+    reach = np.abs(np.asarray(op.weights.values, np.int64)).sum() * 255
+    return op.weights.bits <= 4 and reach < 2**30
+
+
+def stored(op: p.Conv | p.Dense, packed: bool) -> np.ndarray:
+    """The kernels as int8, in the order in which kernels.c reads them."""
+    values = np.asarray(op.weights.values)
     if _is_depthwise(op):
-        return values.reshape(1, -1)
-    return np.ascontiguousarray(np.moveaxis(values, -1, 0)).reshape(values.shape[-1], -1)
+        return _in_fours(values.reshape(-1, values.shape[-1]), packed)
+    rows = np.ascontiguousarray(np.moveaxis(values, -1, 0)).reshape(values.shape[-1], -1)
+    groups = rows.reshape(getattr(op, "groups", 1), -1, rows.shape[1])
+    return np.concatenate([part for group in groups for part in _in_pairs(group, packed)])
+
+
+def _in_pairs(rows, packed):
+    """Two features together, four entries at a time, and the last of an odd number alone."""
+    even, n = len(rows) // 2 * 2, rows.shape[1]
+    low, high = rows[:even:2], rows[1:even:2]
+    if packed:
+        return _halves(low, high).ravel(), _neighbours(rows[even:]).ravel()
+    fours = (np.hstack([low[:, i : i + 4], high[:, i : i + 4]]) for i in range(0, n, 4))
+    return np.hstack([*fours]).ravel(), rows[even:].ravel()
+
+
+def _in_fours(taps, packed):
+    """(taps, C): four channels together, two of two taps at a time; those beyond alone."""
+    even = taps.shape[1] // 4 * 4
+    halves = [np.stack([taps[:, i:even:4], taps[:, i + 1 : even : 4]], 2) for i in (0, 2)]
+    # (C / 4, taps · 2) each: the first and the last two channels.
+    first, last = (half.transpose(1, 0, 2).reshape(even // 4, 2 * len(taps)) for half in halves)
+    rows = taps[:, even:].T
+    if packed:
+        return np.concatenate([_halves(first, last).ravel(), _neighbours(rows).ravel()])
+    fours = (
+        np.hstack([first[:, i : i + 4], last[:, i : i + 4]]) for i in range(0, 2 * len(taps), 4)
+    )
+    return np.concatenate([np.hstack([*fours]).ravel(), rows.ravel()])
 
 
 def _is_depthwise(op):
@@ -68,9 +113,32 @@ def _is_depthwise(op):
     )
 
 
-def _pack(rows):
-    """Two eighths of entries to a byte, the low half first, each row from a whole byte."""
-    return pack_bits(rows // integer_step(4), 4).view(np.int8)
+def _halves(low, high):
+    """Two kernels of up to 4 bits in the halves of bytes."""
+    low, high = (np.asarray(values, np.int32) // integer_step(4) & 15 for values in (low, high))
+    return (low | high << 4).astype(np.uint8).view(np.int8)
+
+
+def _neighbours(rows):
+    """Two neighbours to a byte, the first in the low half; each row from a whole byte."""
+    even = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+    return _halves(even[:, ::2], even[:, 1::2])
+
+
+def scratch(op: p.Conv | p.Dense, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Memory in which kernels.c lays out the windows of a layer, whose output has this shape.
+
+    It is (how many of the first axes of its kernel, bytes for each entry along these, bytes
+    beside).
+    """
+    taps = math.prod(op.weights.values.shape[:2])
+    if _is_depthwise(op):
+        return 4, 1, 8 * taps
+    pixels = math.prod(shape[:2]) if isinstance(op, p.Conv) else 1
+    copied = isinstance(op, p.Conv) and (taps > 1 or any(map(any, op.padding)))
+    # Of two pixels in int16, whole words of them; and byte by byte.
+    each = 6 if copied else 4
+    return (3, each, 3 * each) if pixels > 1 else (3, int(copied), 0)
 
 
 def max_pool(op: p.MaxPool, context: Context) -> str:

@@ -14,24 +14,24 @@ typedef struct {
     int32_t features; /* of the output */
 } Window;
 
+/* Kernels are rows of [window down][window across][channels / groups], one for each feature; packed,
+   two features of a group share a row, the first in the low halves of its bytes, and of an odd last
+   feature two neighbours share a byte. `depthwise` says how its kernels lie. */
 typedef struct {
-    const int8_t *weights; /* [features][window down][window across][channels / groups] */
-    const int32_t *bias;
+    const int8_t *weights;
+    const int32_t *bias; /* less the sum of the kernel times the zero point of the input */
     const float *multiplier;
     int32_t groups;
-    int32_t packed; /* 1: two weights to a byte, low half first, a kernel in whole bytes */
+    int32_t packed; /* 1: two weights to a byte */
     int32_t zero;   /* of the input */
 } Layer;
 
 typedef struct {
-    float low;
-    float high;
+    int32_t low; /* of what is encoded, less the zero point */
+    int32_t high;
     int32_t zero;
     int32_t encoded; /* 0: a float */
 } Result;
-
-/* Channels that are summed together in a depthwise window. */
-enum { BLOCK = 16 };
 
 static float clamp(float x, float low, float high)
 {
@@ -84,11 +84,19 @@ static uint8_t nearest(float x, float low, float high, int32_t zero)
     return (uint8_t)((int32_t)(clamp(x, low, high) + 12582912.0f - 12582912.0f) + zero);
 }
 
-/* Where floats are computed by software: the product with 16 bits of fraction, which is within 2^-16
-   of that of floats, and so to be rounded alike but next to a half; beyond 2^16 it is clamped. */
-static uint8_t requantize(int32_t sum, float multiplier, float low, float high, int32_t zero)
+/* Clamped after it is rounded, which is the same between whole limits and needs no floats. Where they
+   are computed by software the product has 16 bits of fraction, and is within 2^-16 of that of
+   floats: so it is rounded alike but next to a half; beyond 2^16 it is clamped. */
+static uint8_t requantize(int32_t sum, float multiplier, int32_t low, int32_t high, int32_t zero)
 {
-#if defined(__arm__) && !defined(__ARM_FP)
+#if defined(__arm__) && defined(__ARM_FP) && defined(__GNUC__)
+    union {
+        float value;
+        int32_t bits;
+    } steps = {(float)sum * multiplier};
+    __asm__("vcvtr.s32.f32 %0, %0" : "+t"(steps.value)); /* ties to even; large ones saturate */
+    return (uint8_t)((steps.bits < low ? low : steps.bits > high ? high : steps.bits) + zero);
+#elif defined(__arm__) && !defined(__ARM_FP)
     const union {
         float value;
         uint32_t bits;
@@ -102,12 +110,11 @@ static uint8_t requantize(int32_t sum, float multiplier, float low, float high, 
         if (beyond || (fixed & 65535) - 32767 > 1) {
             const int32_t steps = beyond ? 65536 : (int32_t)((fixed >> 16) + (fixed >> 15 & 1));
             const int32_t q = sum < 0 ? -steps : steps;
-            const int32_t least = (int32_t)low, most = (int32_t)high;
-            return (uint8_t)((q < least ? least : q > most ? most : q) + zero);
+            return (uint8_t)((q < low ? low : q > high ? high : q) + zero);
         }
     }
 #endif
-    return nearest((float)sum * multiplier, low, high, zero);
+    return nearest((float)sum * multiplier, (float)low, (float)high, zero);
 }
 
 /* A NaN becomes the zero point. */
@@ -127,7 +134,7 @@ static void put(void *y, int32_t i, int32_t sum, float multiplier, const Result 
     if (to->encoded) {
         ((uint8_t *)y)[i] = requantize(sum, multiplier, to->low, to->high, to->zero);
     } else {
-        ((float *)y)[i] = clamp((float)sum * multiplier, to->low, to->high);
+        ((float *)y)[i] = (float)sum * multiplier;
     }
 }
 
@@ -150,142 +157,482 @@ static Taps taps(const Axis *axis, int32_t output)
     return on;
 }
 
-/* Each half of a byte, two's complement, becomes eight times what it is. */
-static const int8_t *unpack(const int8_t *packed, uint8_t *to, int32_t n)
+static uint8_t *filled(uint8_t *to, int32_t n, int32_t value)
 {
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t half = (uint8_t)packed[i / 2] >> 4 * (i % 2) & 15;
-        to[i] = (uint8_t)(8 * ((half ^ 8) - 8));
+    for (uint8_t *end = to + n; to < end; to++) {
+        *to = (uint8_t)value;
     }
-    return (const int8_t *)to;
+    return to;
 }
 
-#if defined(__ARM_FEATURE_DSP) && defined(__GNUC__)
-/* Four bytes, of which an even and an odd pair are widened at a time. */
-static uint32_t word(const void *bytes)
+static uint8_t *copied(uint8_t *to, const uint8_t *from, int32_t n)
+{
+    uint8_t *end = to + n;
+#ifdef __ARM_FEATURE_UNALIGNED
+    for (; end - to >= 4; to += 4, from += 4) {
+        __builtin_memcpy(to, from, 4); /* one load and one store */
+    }
+#endif
+    for (; to < end; to++, from++) {
+        *to = *from;
+    }
+    return to;
+}
+
+/* The window of a pixel, tap by tap and channel by channel: where it lies in the input, or else copied
+   to `to`, with the zero point where it is beside the input. */
+static const uint8_t *window(const uint8_t *x, const Window *at, const Layer *layer, int32_t depth,
+                             int32_t row, int32_t column, uint8_t *to)
+{
+    const Taps down = taps(&at->down, row), across = taps(&at->across, column);
+    const int32_t inside = across.end - across.first, taps_across = at->across.window;
+    /* Taps side by side are side by side in the input. */
+    const int32_t run = depth == at->channels && at->across.dilation == 1 ? inside : 1;
+    const uint8_t *from = x + (across.start + across.first * at->across.dilation) * at->channels;
+    const int32_t line = at->across.length * at->channels;
+    if (at->down.window == 1 && down.end == 1 && inside == taps_across && run == inside) {
+        return from + down.start * line;
+    }
+    const uint8_t *made = to;
+    for (int32_t k = 0; k < at->down.window; k++) {
+        if (k < down.first || k >= down.end) {
+            to = filled(to, taps_across * depth, layer->zero);
+            continue;
+        }
+        const uint8_t *tap = from + (down.start + k * at->down.dilation) * line;
+        to = filled(to, across.first * depth, layer->zero);
+        for (int32_t l = 0; l < inside; l += run) {
+            to = copied(to, tap + l * at->across.dilation * at->channels, run * depth);
+        }
+        to = filled(to, (taps_across - across.end) * depth, layer->zero);
+    }
+    return made;
+}
+
+/* The halves of a byte. */
+#define LOW(W) ((int32_t)((uint32_t)(W) << 28) >> 28)
+
+#define HIGH(W) ((W) >> 4)
+
+/* A weight of a row of its own. */
+static int32_t weight(const int8_t *row, int32_t packed, int32_t i)
+{
+    return !packed ? row[i] : i % 2 ? HIGH(row[i / 2]) * 16 : LOW(row[i / 2]) * 16;
+}
+
+#ifdef DSP
+static inline uint32_t word(const void *bytes)
 {
     uint32_t four;
-    __builtin_memcpy(&four, bytes, sizeof four); /* a load, without a C library too */
+    __builtin_memcpy(&four, bytes, sizeof four); /* a load */
     return four;
 }
 #endif
 
-/* Two runs of the input with two of kernels. Inlined it spills its sums, above all with -Os. */
+#ifdef DSP
+/* Up to four bytes, and zeros above. */
+static uint32_t rest(const void *bytes, int32_t n)
+{
+    uint32_t last = 0;
+    while (n > 0) {
+        last = last << 8 | ((const uint8_t *)bytes)[--n];
+    }
+    return last;
+}
+#endif
+
+#ifdef DSP
+/* Bytes 0 and 2 as int16. */
+static inline uint32_t even(uint32_t bytes)
+{
+    uint32_t pair;
+    __asm__("sxtb16 %0, %1" : "=r"(pair) : "r"(bytes));
+    return pair;
+}
+#endif
+
+#ifdef DSP
+/* Bytes 1 and 3 as int16. */
+static inline uint32_t odd(uint32_t bytes)
+{
+    uint32_t pair;
+    __asm__("sxtb16 %0, %1, ror #8" : "=r"(pair) : "r"(bytes));
+    return pair;
+}
+#endif
+
+#ifdef DSP
+static inline uint32_t even_unsigned(uint32_t bytes)
+{
+    uint32_t pair;
+    __asm__("uxtb16 %0, %1" : "=r"(pair) : "r"(bytes));
+    return pair;
+}
+#endif
+
+#ifdef DSP
+static inline uint32_t odd_unsigned(uint32_t bytes)
+{
+    uint32_t pair;
+    __asm__("uxtb16 %0, %1, ror #8" : "=r"(pair) : "r"(bytes));
+    return pair;
+}
+#endif
+
+#ifdef DSP
+/* Both products of int16, added. */
+static inline int32_t dual(uint32_t a, uint32_t b, int32_t sum)
+{
+    __asm__ volatile("smlad %0, %1, %2, %0" : "+r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+#endif
+
+#ifdef DSP
+/* Two windows as int16: of four entries 0 and 2 of both, then 1 and 3. */
+static void spread(const uint8_t *a, const uint8_t *b, uint32_t *to, int32_t n)
+{
+    for (; n > 0; n -= 4, a += 4, b += 4, to += 4) {
+        const uint32_t p = n < 4 ? rest(a, n) : word(a), q = n < 4 ? rest(b, n) : word(b);
+        to[0] = even_unsigned(p), to[1] = even_unsigned(q);
+        to[2] = odd_unsigned(p), to[3] = odd_unsigned(q);
+    }
+}
+#endif
+
+#ifdef DSP
+/* Four entries of two windows with four of two kernels. */
+#define SIXTEEN(A, B)                                                                              \
+    do {                                                                                           \
+        const uint32_t c = (A), d = (B);                                                           \
+        uint32_t p = x[0], q = x[1], a = even(c), b = even(d);                                     \
+        s00 = dual(p, a, s00), s01 = dual(q, a, s01);                                              \
+        s10 = dual(p, b, s10), s11 = dual(q, b, s11);                                              \
+        p = x[2], q = x[3], a = odd(c), b = odd(d);                                                \
+        s00 = dual(p, a, s00), s01 = dual(q, a, s01);                                              \
+        s10 = dual(p, b, s10), s11 = dual(q, b, s11);                                              \
+        x += 4;                                                                                    \
+    } while (0)
+#endif
+
+#ifdef DSP
+/* Of one window. */
+#define EIGHT(X, A, B)                                                                             \
+    do {                                                                                           \
+        const uint32_t c = (A), d = (B), p = even_unsigned(X), q = odd_unsigned(X);                \
+        s00 = dual(q, odd(c), dual(p, even(c), s00));                                              \
+        s10 = dual(q, odd(d), dual(p, even(d), s10));                                              \
+    } while (0)
+#endif
+
+#ifdef DSP
+/* The halves of each byte of a word, times 16. */
+#define LOWS(W) ((W) << 4 & 0xF0F0F0F0u)
+#endif
+
+#ifdef DSP
+#define HIGHS(W) ((W)&0xF0F0F0F0u)
+#endif
+
+/* One window with two kernels. */
 #ifdef __GNUC__
 __attribute__((noinline))
 #endif
-static void square(const uint8_t *x, int32_t x_next, const int8_t *w, int32_t w_next, int32_t n,
-                   int32_t zero, int32_t *sums)
+static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
-    int32_t s00 = sums[0], s01 = sums[1], s10 = sums[2], s11 = sums[3];
-    const uint8_t *end = x + n;
-#if defined(__ARM_FEATURE_DSP) && defined(__GNUC__)
-    const uint32_t minus = (uint32_t)(-zero & 65535) * 65537u;
-    for (; end - x >= 4; x += 4, w += 4) {
-        const uint32_t p = word(x), q = word(x + x_next), a = word(w), b = word(w + w_next);
-        const uint32_t p0 = __uxtab16(minus, p), p1 = __uxtab16(minus, __ror(p, 8));
-        const uint32_t q0 = __uxtab16(minus, q), q1 = __uxtab16(minus, __ror(q, 8));
-        const uint32_t a0 = __sxtb16(a), a1 = __sxtb16(__ror(a, 8));
-        const uint32_t b0 = __sxtb16(b), b1 = __sxtb16(__ror(b, 8));
-        s00 = __smlad(p1, a1, __smlad(p0, a0, s00));
-        s01 = __smlad(q1, a1, __smlad(q0, a0, s01));
-        s10 = __smlad(p1, b1, __smlad(p0, b0, s10));
-        s11 = __smlad(q1, b1, __smlad(q0, b0, s11));
-    }
+    int32_t s00 = sums[0], s10 = sums[2];
+    if (packed) {
+#ifdef DSP
+        for (; n >= 4; n -= 4, x += 4, w += 4) {
+            const uint32_t both = word(w);
+            EIGHT(word(x), LOWS(both), HIGHS(both));
+        }
 #endif
-    for (; x < end; x++, w++) {
-        const int16_t p = (int16_t)(x[0] - zero), q = (int16_t)(x[x_next] - zero);
-        const int16_t a = w[0], b = w[w_next];
-        s00 += (int32_t)p * a;
-        s01 += (int32_t)q * a;
-        s10 += (int32_t)p * b;
-        s11 += (int32_t)q * b;
+        int32_t low = 0, high = 0;
+        for (; n > 0; n--, x++, w++) {
+            low += *x * LOW(*w), high += *x * HIGH(*w);
+        }
+        s00 += low * 16, s10 += high * 16;
+    } else {
+        for (; n >= 4; n -= 4, x += 4, w += 8) {
+#ifdef DSP
+            EIGHT(word(x), word(w), word(w + 4));
+#else
+            for (int32_t k = 0; k < 4; k++) {
+                s00 += x[k] * w[k], s10 += x[k] * w[4 + k];
+            }
+#endif
+        }
+        for (int32_t k = 0; k < n; k++) {
+            s00 += x[k] * w[k], s10 += x[k] * w[n + k];
+        }
     }
-    sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
+    sums[0] = s00, sums[2] = s10;
 }
 
-/* Two kernels at two pixels at once, where both have the same taps. */
+#ifndef DSP
+/* An entry of two windows with one of two kernels. */
+#define FOUR(P, Q, A, B)                                                                           \
+    do {                                                                                           \
+        const int32_t p = (P), q = (Q), a = (A), b = (B);                                          \
+        s00 += p * a, s01 += q * a, s10 += p * b, s11 += q * b;                                    \
+    } while (0)
+#endif
+
+/* Two windows, or columns of them, with two kernels. */
+static void square(const void *first, const uint8_t *second, const int8_t *w, int32_t n,
+                   int32_t packed, int32_t *sums)
+{
+#if defined(DSP)
+    int32_t s00 = sums[0], s01 = sums[1], s10 = sums[2], s11 = sums[3];
+    const uint32_t *x = first;
+    (void)second;
+    const uint32_t *end = x + (n & ~7);
+    if (packed) {
+        for (; x < end; w += 8) {
+            const uint32_t four = word(w), next = word(w + 4);
+            SIXTEEN(LOWS(four), HIGHS(four));
+            SIXTEEN(LOWS(next), HIGHS(next));
+        }
+        for (n &= 7; n > 0; n -= 4, w += 4) {
+            const uint32_t four = n < 4 ? rest(w, n) : word(w);
+            SIXTEEN(LOWS(four), HIGHS(four));
+        }
+    } else {
+        for (; x < end; w += 16) {
+            SIXTEEN(word(w), word(w + 4));
+            SIXTEEN(word(w + 8), word(w + 12));
+        }
+        for (n &= 7; n > 0; n -= 4, w += 8) {
+            SIXTEEN(n < 4 ? rest(w, n) : word(w), n < 4 ? rest(w + n, n) : word(w + 4));
+        }
+    }
+    sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
+#elif defined(THUMB_1)
+    /* Eight registers hold no more. */
+    pair(first, w, n, packed, sums);
+    pair(second, w, n, packed, sums + 1);
+#else
+    const int32_t unit = packed ? 16 : 1;
+    int32_t s00 = 0, s01 = 0, s10 = 0, s11 = 0;
+    const uint8_t *x = first;
+    if (packed) {
+        for (const uint8_t *end = x + n; x < end; x++, second++, w++) {
+            FOUR(*x, *second, LOW(*w), HIGH(*w));
+        }
+    } else {
+        for (; n >= 4; n -= 4, x += 4, second += 4, w += 8) {
+            FOUR(x[0], second[0], w[0], w[4]);
+            FOUR(x[1], second[1], w[1], w[5]);
+            FOUR(x[2], second[2], w[2], w[6]);
+            FOUR(x[3], second[3], w[3], w[7]);
+        }
+        for (int32_t k = 0; k < n; k++) {
+            FOUR(x[k], second[k], w[k], w[n + k]);
+        }
+    }
+    sums[0] += s00 * unit, sums[1] += s01 * unit, sums[2] += s10 * unit, sums[3] += s11 * unit;
+#endif
+}
+
+/* One or two windows with one kernel. */
+static void alone(const void *first, const uint8_t *second, const int8_t *w, int32_t n,
+                  int32_t packed, int32_t *sums)
+{
+    for (int32_t k = 0; k < n; k++) {
+        const int32_t a = weight(w, packed, k);
+#ifdef DSP
+        if (second) {
+            const uint32_t *x = (const uint32_t *)first + (k & ~3) + k % 2 * 2;
+            const int32_t half = k / 2 % 2 * 16;
+            sums[0] += (int32_t)(x[0] >> half & 255) * a;
+            sums[1] += (int32_t)(x[1] >> half & 255) * a;
+            continue;
+        }
+#endif
+        sums[0] += ((const uint8_t *)first)[k] * a;
+        sums[1] += second ? second[k] * a : 0;
+    }
+}
+
+/* n results of one or two windows: those of the second lie `beyond` after those of the first. */
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
+static const int8_t *features_of(const void *first, const uint8_t *second, const int8_t *w,
+                                 int32_t size, const Layer *layer, void *y, int32_t i,
+                                 int32_t beyond, int32_t o, int32_t n, const Result *to)
+{
+    const int32_t packed = layer->packed;
+    const int32_t low = to->low, high = to->high, zero = to->zero, encoded = to->encoded;
+    const int32_t *bias = layer->bias + o;
+    const float *multiplier = layer->multiplier + o;
+    for (i += o; n > 1; n -= 2, i += 2, bias += 2, multiplier += 2) {
+        int32_t sums[4] = {bias[0], bias[0], bias[1], bias[1]};
+        if (second) {
+            square(first, second, w, size, packed, sums);
+        } else {
+            pair(first, w, size, packed, sums);
+        }
+        w += packed ? size : 2 * size;
+        const float f = multiplier[0], g = multiplier[1];
+        if (encoded) {
+            uint8_t *out = (uint8_t *)y + i;
+            if (second) {
+                out[beyond] = requantize(sums[1], f, low, high, zero);
+                out[beyond + 1] = requantize(sums[3], g, low, high, zero);
+            }
+            out[0] = requantize(sums[0], f, low, high, zero);
+            out[1] = requantize(sums[2], g, low, high, zero);
+        } else {
+            float *out = (float *)y + i;
+            if (second) {
+                out[beyond] = (float)sums[1] * f;
+                out[beyond + 1] = (float)sums[3] * g;
+            }
+            out[0] = (float)sums[0] * f;
+            out[1] = (float)sums[2] * g;
+        }
+    }
+    if (n) {
+        int32_t sums[2] = {bias[0], bias[0]};
+        alone(first, second, w, size, packed, sums);
+        w += packed ? (size + 1) / 2 : size;
+        if (second) {
+            put(y, i + beyond, sums[1], *multiplier, to);
+        }
+        put(y, i, sums[0], *multiplier, to);
+    }
+    return w;
+}
+
+/* Two pixels with two kernels at a time. */
 static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer, const Result *to,
-                 uint8_t *unpacked)
+                 uint8_t *scratch)
 {
     const int32_t depth = at->channels / layer->groups, features = at->features / layer->groups;
     const int32_t size = at->down.window * at->across.window * depth;
-    const int32_t bytes = layer->packed ? (size + 1) / 2 : size;
-    /* Taps side by side are side by side in the input and in the kernel. */
-    const int32_t whole = layer->groups == 1 && at->across.dilation == 1;
-    for (int32_t o = 0, last; o < at->features; o = last + 1) {
-        last = (o + 1) % features ? o + 1 : o;
-        const uint8_t *group = x + o / features * depth;
-        const int8_t *kernel = layer->weights + o * bytes;
-        if (layer->packed) {
-            unpack(layer->weights + last * bytes, unpacked + (last - o) * size, size);
-            kernel = unpack(kernel, unpacked, size);
-        }
-        int32_t i = 0;
-        for (int32_t row = 0; row < at->down.outputs; row++) {
-            const Taps down = taps(&at->down, row);
-            for (int32_t column = 0, beside; column < at->across.outputs; column += beside + 1) {
-                const Taps across = taps(&at->across, column);
-                const Taps next = taps(&at->across, column + 1);
-                beside = column + 1 < at->across.outputs && next.first == across.first &&
-                         next.end == across.end;
-                const int32_t run = whole ? across.end - across.first : 1;
-                int32_t sums[4] = {layer->bias[o], layer->bias[o], layer->bias[last],
-                                   layer->bias[last]};
-                for (int32_t k = down.first; k < down.end; k++) {
-                    const int32_t line = (down.start + k * at->down.dilation) * at->across.length;
-                    for (int32_t l = across.first; l < across.end; l += run) {
-                        const int32_t pixel = line + across.start + l * at->across.dilation;
-                        square(group + pixel * at->channels,
-                               beside * at->across.stride * at->channels,
-                               kernel + (k * at->across.window + l) * depth, (last - o) * size,
-                               run * depth, layer->zero, sums);
-                    }
-                }
-                for (int32_t j = 0; j <= beside; j++, i += at->features) {
-                    put(y, i + o, sums[j], layer->multiplier[o], to);
-                    put(y, i + last, sums[2 + j], layer->multiplier[last], to);
-                }
+    const int32_t columns = at->across.outputs, pixels = at->down.outputs * columns;
+#ifdef DSP
+    uint32_t *laid = (uint32_t *)(void *)scratch;
+    scratch += pixels > 1 ? 4 * ((size + 3) & ~3) : 0;
+#endif
+    int32_t row = 0, column = 0;
+    for (int32_t pixel = 0; pixel < pixels; pixel += 2) {
+        const int32_t two = pixel + 1 < pixels;
+        const int32_t wraps = column + 1 == columns, below = row + wraps;
+        const int32_t beside = wraps ? 0 : column + 1;
+        const int8_t *w = layer->weights;
+        for (int32_t group = 0; group < layer->groups; group++) {
+            const uint8_t *from = x + group * depth;
+            const uint8_t *second = 0;
+            const void *first = window(from, at, layer, depth, row, column, scratch);
+            if (two) {
+                second = window(from, at, layer, depth, below, beside, scratch + size);
+#ifdef DSP
+                spread(first, second, laid, size);
+                first = laid;
+#endif
             }
+            w = features_of(first, second, w, size, layer, y, pixel * at->features,
+                            two * at->features, group * features, features, to);
+        }
+        column = columns == 1 ? 0 : beside + 1;
+        row = columns == 1 ? row + 2 : below;
+        if (column == columns) {
+            column = 0, row++;
         }
     }
 }
 
-/* Weights are [window down][window across][channels]: the channels side by side. */
-static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *layer,
-                      const Result *to, uint8_t *unpacked)
+/* Four channels of a window, whose taps are at these places. */
+#ifdef __GNUC__
+__attribute__((noinline))
+#endif
+static void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_t *w,
+                 int32_t packed, int32_t *sums)
 {
-    const int32_t channels = at->channels;
-    const int32_t size = at->down.window * at->across.window * channels;
-    const int8_t *kernel =
-        layer->packed ? unpack(layer->weights, unpacked, size) : layer->weights;
-    for (int32_t first = 0; first < channels; first += BLOCK) {
-        const int32_t n = channels - first < BLOCK ? channels - first : BLOCK;
-        int32_t i = first;
-        for (int32_t row = 0; row < at->down.outputs; row++) {
-            const Taps down = taps(&at->down, row);
-            for (int32_t column = 0; column < at->across.outputs; column++) {
-                const Taps across = taps(&at->across, column);
-                int32_t sums[BLOCK];
-                for (int32_t c = 0; c < n; c++) {
-                    sums[c] = layer->bias[first + c];
-                }
-                for (int32_t k = down.first; k < down.end; k++) {
-                    const int32_t line = (down.start + k * at->down.dilation) * at->across.length;
-                    for (int32_t l = across.first; l < across.end; l++) {
-                        const int32_t pixel = line + across.start + l * at->across.dilation;
-                        const uint8_t *values = x + pixel * channels + first;
-                        const int8_t *w = kernel + (k * at->across.window + l) * channels + first;
-                        for (int32_t c = 0; c < n; c++) {
-                            sums[c] += (int32_t)(int16_t)(values[c] - layer->zero) * w[c];
-                        }
-                    }
-                }
-                for (int32_t c = 0; c < n; c++) {
-                    put(y, i + c, sums[c], layer->multiplier[first + c], to);
-                }
-                i += channels;
+#ifdef DSP
+    int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+    for (; n > 0; n -= 2, places += 2) {
+        uint32_t p = word(x + places[0]), q = p >> 16, c, d;
+        if (n > 1) {
+            const uint32_t other = word(x + places[1]);
+            p = (p & 0xFFFFu) | other << 16;
+            q = (other & 0xFFFF0000u) | q;
+            c = word(w);
+            d = packed ? HIGHS(c) : word(w + 4);
+            c = packed ? LOWS(c) : c;
+            w += packed ? 4 : 8;
+        } else {
+            d = rest(w, packed ? 2 : 4);
+            c = packed ? LOWS(d) : d & 0xFFFFu;
+            d = packed ? HIGHS(d) : d >> 16;
+        }
+        s0 = dual(even_unsigned(p), even(c), s0);
+        s1 = dual(odd_unsigned(p), odd(c), s1);
+        s2 = dual(even_unsigned(q), even(d), s2);
+        s3 = dual(odd_unsigned(q), odd(d), s3);
+    }
+    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+#else
+    for (; n > 0; n -= 2, places += 2) {
+        const int32_t two = n > 1;
+        for (int32_t tap = 0; tap <= two; tap++) {
+            const uint8_t *at = x + places[tap];
+            for (int32_t c = 0; c < 2; c++) {
+                const int8_t *near = w + 2 * tap + c;
+                sums[c] += at[c] * (packed ? LOW(*near) * 16 : *near);
+                sums[2 + c] += at[2 + c] * (packed ? HIGH(*near) * 16 : near[two ? 4 : 2]);
             }
+        }
+        w += (packed ? 2 : 4) * (1 + two);
+    }
+#endif
+}
+
+/* Kernels of four channels lie together, two taps at a time: two channels of both and then the other
+   two, packed in the high halves of the same bytes; then an odd last tap alike. Those of up to three
+   more channels are rows. */
+static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *layer,
+                      const Result *to, uint8_t *scratch)
+{
+    const int32_t channels = at->channels, across = at->across.window, packed = layer->packed;
+    const int32_t n = at->down.window * across, whole = channels & ~3;
+    /* Where taps lie on the input, and in a window that is copied. */
+    int32_t *spaced = (int32_t *)(void *)scratch, *close = spaced + n;
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t line = i / across * at->down.dilation * at->across.length;
+        spaced[i] = (line + i % across * at->across.dilation) * channels;
+        close[i] = i * channels;
+    }
+    int32_t i = 0;
+    for (int32_t row = 0; row < at->down.outputs; row++) {
+        const Taps down = taps(&at->down, row);
+        for (int32_t column = 0; column < at->across.outputs; column++) {
+            const Taps beside = taps(&at->across, column);
+            const int32_t inside = (down.end - down.first) * (beside.end - beside.first) == n;
+            const int32_t *places = inside ? spaced : close;
+            const uint8_t *from =
+                inside ? x + (down.start * at->across.length + beside.start) * channels
+                       : window(x, at, layer, channels, row, column, (uint8_t *)(close + n));
+            const int8_t *w = layer->weights;
+            for (int32_t c = 0; c < whole; c += 4, w += packed ? 2 * n : 4 * n) {
+                int32_t sums[4] = {layer->bias[c], layer->bias[c + 1], layer->bias[c + 2],
+                                   layer->bias[c + 3]};
+                four(from + c, places, n, w, packed, sums);
+                for (int32_t j = 0; j < 4; j++) {
+                    put(y, i + c + j, sums[j], layer->multiplier[c + j], to);
+                }
+            }
+            for (int32_t c = whole; c < channels; c++, w += packed ? (n + 1) / 2 : n) {
+                int32_t sum = layer->bias[c];
+                for (int32_t k = 0; k < n; k++) {
+                    sum += from[places[k] + c] * weight(w, packed, k);
+                }
+                put(y, i + c, sum, layer->multiplier[c], to);
+            }
+            i += channels;
         }
     }
 }

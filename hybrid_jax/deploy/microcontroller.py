@@ -82,7 +82,7 @@ def emulate(
     core.check_choice("processor", processor, PROCESSORS)
     core.check_choice("optimize", optimize, OPTIMIZATIONS)
     _, manifest = artifact.read(path, "c")
-    examples = _checked(inputs, manifest["inputs"])
+    examples = artifact.examples(inputs, manifest["inputs"])
     with tempfile.TemporaryDirectory() as folder:
         try:
             elf = _compiled(path, manifest["name"], PROCESSORS[processor], optimize, folder)
@@ -105,18 +105,6 @@ def emulate(
         (first.loads.value, first.stores.value) if accesses else None,
         tuple(np.stack(rows) for rows in zip(*outputs, strict=True)),
     )
-
-
-def _checked(inputs, facts):
-    """The inputs, of the shapes and dtypes that the file takes."""
-    inputs = [np.asarray(x) for x in inputs]
-    wanted = [(tuple(fact["shape"][1:]), fact["dtype"]) for fact in facts]
-    alike = [(x.shape[1:], x.dtype.name) for x in inputs] == wanted
-    if not alike or len({len(x) for x in inputs}) > 1 or not len(inputs[0]):
-        wanted = " and ".join(str(("n", *shape)) + f" {dtype}" for shape, dtype in wanted)
-        got = " and ".join(f"{x.shape} {x.dtype}" for x in inputs)
-        raise ValueError(f"inputs must be {wanted}, got {got or 'none'}".replace("'n'", "n"))
-    return inputs
 
 
 def _zig(*arguments):

@@ -54,7 +54,8 @@ def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
     memory of whoever calls. An edge lives from the operation that makes it to the last that reads
     it, an output to the end. A reshape lies where its input lies; an element-wise result takes the
     place of an operand of its size that is not read again. Floats lie on multiples of four bytes.
-    `scratch` are {name of an operation's output: bytes that it needs for itself while it runs}.
+    `scratch` are {name of an operation's output: bytes that it needs for itself while it runs},
+    which lie on multiples of four bytes, too.
     """
     buffers, homes, ends = lifetimes(program, scratch)
     placed = place(buffers)
@@ -98,13 +99,15 @@ def lifetimes(program: Program, scratch: Mapping[str, int] | None = None) -> Lif
     # An operation's own memory goes by a name that no tensor has.
     for i, op in enumerate(steps):
         if op.output in (scratch or {}):
-            buffers[(op.output,)] = Buffer(scratch[op.output], i, i)
+            buffers[(op.output,)] = Buffer(scratch[op.output], i, i, _FLOAT)
     return Lifetimes(buffers, homes, ends)
 
 
 def size(buffers: Mapping[_Key, Buffer], placed: Mapping[_Key, int]) -> int:
-    """Bytes of the block that holds the buffers at their places."""
-    return max((placed[key] + buffer.size for key, buffer in buffers.items()), default=0)
+    """Bytes of the block that holds the buffers at their places: a multiple of their alignment."""
+    ends = (placed[key] + buffer.size for key, buffer in buffers.items())
+    align = max((buffer.align for buffer in buffers.values()), default=1)
+    return -(-max(ends, default=0) // align) * align
 
 
 def place(buffers: Mapping[_Key, Buffer]) -> dict[_Key, int]:

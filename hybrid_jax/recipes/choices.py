@@ -113,8 +113,7 @@ def choose(
             )
         except CannotBeMet as error:
             raise CannotBeMet(f"{error}: {_effort(made, counted, spec, limits)}") from None
-        bits = {op: roles["weight"] for op, roles in found.bits.items()}
-        placed = counted.memory(found.widths, bits)
+        placed = counted.memory(found.widths)
         if placed <= limits.get("memory", placed):
             break
         # No place was found for all that is live at a time: less must be.

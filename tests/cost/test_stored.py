@@ -71,7 +71,7 @@ def test_by_hand(program):
 
 def test_files_by_hand(program):
     few = cost.File(
-        (4, 8), layer=7, channel=3, overhead=100, scratch=lambda op: len(op.weights.values)
+        (4, 8), layer=7, channel=3, overhead=100, scratch=lambda op, shape: (1, shape[0], 5)
     )
     edges = [op.output for op in program.operations]
     made = cost.of_program(program, dict.fromkeys([*program.inputs, *edges], E), [few])
@@ -84,10 +84,11 @@ def test_files_by_hand(program):
         program, None, [few._replace(layer=0, channel=0, overhead=0), cost.File(layer=99)]
     )
     assert both.formula.count(None, bits)["bytes"] == max(numbers, 8 + 63 + 10 + 22 * 8 + 3 * 99)
-    # A row of a kernel of up to 4 bits is unpacked: 10 inputs of c beside its input and output.
-    assert made.formula.count(None, {"b": 8, "c": 8})["memory"] == 20
-    assert made.formula.count(None, {"b": 4, "c": 8})["memory"] == 20 + 10
-    assert made.memory(None, {"b": 4, "c": 8}) == 30
+    # What b takes to run: 10 bytes for each of its 10 inputs, and 5, beside its input and output.
+    assert made.formula.count(None, bits)["memory"] == 10 + 100 + 5 + 10
+    # They are placed in a block of whole words.
+    assert made.memory({"a/kernel": 5}) == 5 + 50 + 5 + 5 + 3
+    assert made.memory() == 10 + 100 + 5 + 10 + 3
 
 
 def test_a_group_of_which_an_edge_has_a_part_has_no_width():

@@ -51,14 +51,14 @@ def test_requantization_without_a_unit_for_floats_has_the_same_bits(tmp_path):
     kernels = "\n".join(c._called("requantize("))
     main = """
         int main(void) {
-            struct { int32_t sum, zero; float multiplier, low, high; } x;
+            struct { float multiplier; int32_t sum, zero, low, high; } x;
             while (fread(&x, sizeof x, 1, stdin) == 1)
                 putchar(requantize(x.sum, x.multiplier, x.low, x.high, x.zero));
             return 0;
         }"""
     (tmp_path / "main.c").write_text(f"#include <stdint.h>\n#include <stdio.h>\n{kernels}{main}")
     rng, n = np.random.default_rng(0), 400_000
-    fields = [("sum", "<i4"), ("zero", "<i4"), *((k, "<f4") for k in ("multiplier", "low", "high"))]
+    fields = [("multiplier", "<f4"), *((k, "<i4") for k in ("sum", "zero", "low", "high"))]
     rows = np.zeros(n, fields)
     rows["multiplier"] = 2.0 ** rng.uniform(-26, 3, n)
     rows["multiplier"][::3] = 2.0 ** rng.integers(-26, 3, len(rows[::3]))  # which make ties
@@ -93,9 +93,9 @@ def test_packed_weights_take_half_the_flash_and_give_the_same(tmp_path):
         c.export_c(tmp_path / name, program, pack=pack)
         for name, pack in [("plain.c", False), ("packed.c", True)]
     )
-    # Bytes: 5 · 27 + 5 · 5 + 45 + 4 · 5 and, with whole bytes for each kernel of a convolution and
-    # of the depthwise one, 5 · 14 + 5 · 3 + 23 + 4 · 3.
-    assert plain["flash"] - packed["flash"] == (135 + 25 + 45 + 20) - (70 + 15 + 23 + 12)
+    # Bytes: 5 · 27 + 5 · 5 + 45 + 4 · 5 and, of two features a byte for each entry, with whole
+    # bytes for a fifth, 2 · 27 + 14 + 2 · 5 + 3 + 4 · 9 / 2 + 5 + 2 · 5.
+    assert plain["flash"] - packed["flash"] == (135 + 25 + 45 + 20) - (68 + 13 + 23 + 10)
     assert (plain["kernel_bits"], packed["kernel_bits"]) == ([8], [4])
     for flags in (["-O3"], SANITIZED):
         assert_right(tmp_path, program, flags, pack=True)
@@ -120,7 +120,7 @@ def test_a_mixture_takes_the_memory_of_its_largest_part_and_shares_equal_constan
     assert both["flash"] == sum(part["flash"] for part in alone)
     twice = c.export_c(tmp_path / "m.c", Mixture(two(gate), (a, a)))
     # Descriptors are counted again, arrays are not.
-    arrays = 70 + 15 + 23 + 12 + 8 * (5 + 5 + 5 + 4)
+    arrays = 68 + 13 + 23 + 10 + 8 * (5 + 5 + 5 + 4)
     assert twice["flash"] == alone[0]["flash"] + 2 * alone[1]["flash"] - arrays
 
 
@@ -172,11 +172,11 @@ def test_the_manifest_says_what_it_needs(tmp_path):
     manifest = c.export_c(tmp_path / "net.c", program, name="net")
     assert (tmp_path / "net.c").read_text() == c.to_c(program, "net")
     # What is live at once is most in the depthwise convolution: 6 · 5 · 5 bytes in, as many out,
-    # and its kernel of 45 entries unpacked; whole words of them.
-    assert manifest["ram"] == 150 + 150 + 45 + 3
+    # and for each of nine taps two places and five bytes of a window; whole words of them.
+    assert manifest["ram"] == 150 + 2 + 150 + 9 * (8 + 5) + 1
     # Weights, two to a byte; bias and multiplier of each channel; Window, Layer and Result of 14, 6
     # and 4 words for each of four layers.
-    assert manifest["flash"] == 70 + 15 + 23 + 12 + 8 * 19 + 4 * 4 * 24
+    assert manifest["flash"] == 68 + 13 + 23 + 10 + 8 * 19 + 4 * 4 * 24
 
 
 @pytest.mark.parametrize("name", ["", "1net", "a-b", "_net", "größe", "a b", "net;"])

@@ -127,7 +127,9 @@ def test_only_the_stages_that_an_image_needs_run(tmp_path):
     text = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes())).mlir_module()
     assert text.count('"stablehlo.case"') == 2
     code = c.to_c(made)
-    run = code[code.index("void model_run(const float *input, float *output)\n{") :]
+    run = code[
+        code.index("void model_run_in(void *memory, const float *input, float *output)\n{") :
+    ]
     assert re.findall(r"part_(\d)|(return)", run)[:5] == [
         ("0", ""), ("", "return"), ("1", ""), ("", "return"), ("2", ""),
     ]  # fmt: skip

@@ -132,7 +132,7 @@ def test_what_moves_has_room_of_its_own():
 def test_scratch_lies_beside_what_is_live_in_its_step():
     steps = (Convert(("x",), "a"), Concatenate(("a",), "b", 0), Convert(("b",), "y"))
     plan = memory.plan(program(*steps, a=(4,), b=(4,)), {"b": 5})
-    assert plan.size == 13
+    assert plan.size == 13 + 3  # whole words, as what an operation needs begins at one
     assert len({plan.offsets["a"], plan.offsets["b"], plan.scratch["b"]}) == 3
     # In the first step only `a` is there: 4 bytes, and 5 fit into what the second needs anyway.
     assert memory.plan(program(*steps, a=(4,), b=(4,)), {"a": 4}).size == 8
@@ -144,8 +144,8 @@ def test_floats_take_four_bytes_each_from_a_multiple_of_four_on():
     made = program(*steps, outputs="t", q=(5,), r=(5,), t=(10,))
     made.tensors.update(f=Tensor((5,)), g=Tensor((5,)))
     plan = memory.plan(made)
-    # In the softmax: two times 20 bytes, and the 5 that are read again.
-    assert plan.size == 45
+    # In the softmax: two times 20 bytes, and the 5 that are read again; whole words of them.
+    assert plan.size == 45 + 3
     assert plan.offsets["f"] % 4 == plan.offsets["g"] % 4 == 0
 
 
