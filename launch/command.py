@@ -67,18 +67,24 @@ def connect(told: str | None) -> None:
         return
     import jax
 
+    arguments = () if told == "auto" else _process(told)
     # It would take SIGTERM, at which training saves and ends.
     jax.config.update("jax_enable_preemption_service", False)
-    if told == "auto":
-        jax.distributed.initialize()
-        return
+    try:
+        jax.distributed.initialize(*arguments)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed={told}: {error}") from error
+
+
+def _process(told: str) -> tuple[str, int, int]:
+    """The address of the first process, how many there are, and the number of this one."""
     address, *numbers = told.split(",")
     if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
         raise ValueError(f"--distributed must be auto or HOST:PORT,PROCESSES,NUMBER, got {told!r}")
     count, number = map(int, numbers)
     if number >= count:
         raise ValueError(f"--distributed must have a NUMBER below {count}, got {number}")
-    jax.distributed.initialize(address, count, number)
+    return address, count, number
 
 
 def required(values: flags.FlagValues, *names: str) -> None:

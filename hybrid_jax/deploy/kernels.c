@@ -188,10 +188,10 @@ static const uint8_t *window(const uint8_t *x, const Window *at, const Layer *la
     const int32_t inside = across.end - across.first, taps_across = at->across.window;
     /* Taps side by side are side by side in the input. */
     const int32_t run = depth == at->channels && at->across.dilation == 1 ? inside : 1;
-    const uint8_t *from = x + (across.start + across.first * at->across.dilation) * at->channels;
+    const int32_t left = (across.start + across.first * at->across.dilation) * at->channels;
     const int32_t line = at->across.length * at->channels;
-    if (at->down.window == 1 && down.end == 1 && inside == taps_across && run == inside) {
-        return from + down.start * line;
+    if (at->down.window == 1 && down.first < down.end && run == taps_across && run == inside) {
+        return x + (down.start * line + left);
     }
     const uint8_t *made = to;
     for (int32_t k = 0; k < at->down.window; k++) {
@@ -199,10 +199,10 @@ static const uint8_t *window(const uint8_t *x, const Window *at, const Layer *la
             to = filled(to, taps_across * depth, layer->zero);
             continue;
         }
-        const uint8_t *tap = from + (down.start + k * at->down.dilation) * line;
+        const int32_t tap = (down.start + k * at->down.dilation) * line + left;
         to = filled(to, across.first * depth, layer->zero);
         for (int32_t l = 0; l < inside; l += run) {
-            to = copied(to, tap + l * at->across.dilation * at->channels, run * depth);
+            to = copied(to, x + (tap + l * at->across.dilation * at->channels), run * depth);
         }
         to = filled(to, (taps_across - across.end) * depth, layer->zero);
     }

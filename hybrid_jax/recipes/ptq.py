@@ -62,15 +62,16 @@ def calibrate(task: Task, model: Model, images: int, method: str) -> Model:
 
 def round_kernels(task: Task, model: Model, images: int, method: str) -> Model:
     """Returns the network with its kernels on their grids, by one of `quantization.ROUNDINGS`."""
-    planned, sample = model.cut.plan.replace(model.weights), batches(task, images)
+    planned = model.cut.plan.replace(model.weights)
+    sample = core.gathered(batches(task, images))  # what follows is of single layers, on the host
     rounded = quantization.ROUNDINGS[method](planned, model.ranges, sample, task.key(method))
-    return model._replace(weights=core.gathered(dict(rounded)))
+    return model._replace(weights=dict(rounded))
 
 
 def correct_biases(task: Task, dense: Model, model: Model, images: int) -> Model:
     """Returns the network with biases that make mean outputs those of the network in floats."""
     planned = model.cut.plan.replace(dense.weights)
     height, width, _ = task.splits.image_shape
-    sample = batches(task, min(images, max(CORRECTED // (height * width), 16)))
+    sample = core.gathered(batches(task, min(images, max(CORRECTED // (height * width), 16))))
     new = quantization.correct_biases(planned, model.ranges, sample, model.weights)
-    return model._replace(weights=core.gathered(new))
+    return model._replace(weights=new)

@@ -73,7 +73,7 @@ def fit(
     state = core.copy(state)
     saved = checkpoint.newest(state) if checkpoint else None
     state, window = saved or (state, [])  # the metrics that no record holds yet
-    done = int(np.ravel(state.step)[0])
+    done = int(np.ravel(core.whole(state.step))[0])
     if done > steps:
         raise ValueError(f"steps must be at least the {done} that {name} has done, got {steps}")
     if not core.is_first():

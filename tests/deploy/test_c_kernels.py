@@ -63,8 +63,38 @@ def layers(draw):
     )
     strides = draw(st.tuples(*[st.integers(1, 3)] * 2))
     options = {"dilation": dilation, "groups": groups, "clip": clip, "to": to, "bits": bits}
-    b.conv(groups * each, window, strides, padding, **options)
-    return b.program()
+    return b.conv(groups * each, window, strides, padding, **options).program()
+
+
+def edges():
+    """Windows of which rows or columns lie beside the input, and what is one, odd or alone."""
+    for i, (shape, features, window, padding, options) in enumerate([
+        ((4, 5, 6), 4, (1, 3), ((1, 2), (0, 2)), {}),
+        ((4, 5, 6), 4, (3, 1), ((0, 2), (1, 2)), {"dilation": (2, 1)}),
+        ((5, 4, 4), 6, (1, 1), ((1, 1), (1, 1)), {"groups": 2, "to": None}),
+        ((1, 1, 5), 3, (3, 3), ((1, 1), (1, 1)), {"clip": (0.0, 0.5), "to": None}),
+        ((3, 1, 7), 5, (2, 1), ((1, 0), (0, 0)), {"strides": (2, 1)}),
+        ((5, 6, 9), 9, (3, 3), ((2, 2), (2, 2)), {"groups": 9, "dilation": (2, 1)}),
+        ((6, 5, 4), 4, (2, 2), ((0, 1), (0, 1)), {"groups": 4, "strides": (2, 3)}),
+        ((2, 3, 16), 2, (1, 1), ((0, 0), (0, 0)), {}),
+    ]):  # fmt: skip
+        for bits in (8, 4):
+            b = Build(shape, Encoding(0.05, 77), seed=i)
+            yield b.conv(features, window, padding=padding, bits=bits, **options).program()
+
+
+def check_both(programs, pack):
+    given = {f"layer_{i}": (program, inputs(program)) for i, program in enumerate(programs)}
+    want = {name: expected(*pair) for name, pair in given.items()}
+    for rewrite in (str, as_c):
+        with tempfile.TemporaryDirectory() as folder:
+            got = run_c(folder, given, SANITIZED, pack=pack, rewrite=rewrite)
+        for name, (program, _) in given.items():
+            assert_same(got[name], want[name], program, f"{rewrite} {name}")
+
+
+def test_edges_give_the_bits_of_the_reference_by_both_kernels():
+    check_both(edges(), pack=True)
 
 
 @pytest.mark.parametrize("examples", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -72,11 +102,6 @@ def test_drawn_layers_give_the_bits_of_the_reference_by_both_kernels(examples):
     @settings(max_examples=examples, deadline=None)
     @given(st.lists(layers(), min_size=10, max_size=10), st.booleans())
     def check(drawn, pack):
-        given = {f"layer_{i}": (program, inputs(program)) for i, program in enumerate(drawn)}
-        for rewrite in (str, as_c):
-            with tempfile.TemporaryDirectory() as folder:
-                got = run_c(folder, given, SANITIZED, pack=pack, rewrite=rewrite)
-            for name, (program, xs) in given.items():
-                assert_same(got[name], expected(program, xs), program, f"{rewrite} {name}")
+        check_both(drawn, pack)
 
     check()
