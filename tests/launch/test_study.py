@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from hybrid_jax import recipes
 from launch import study
 
 STUDY = """
@@ -89,6 +90,17 @@ def test_what_does_not_fit_is_named(module, tmp_path):
         study.main(module, str(tmp_path), only=["eight"])
     with pytest.raises(ValueError, match="--config must be a file, or one of our studies"):
         study.main("nowhere", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted(study.RESULTS.parent.glob("*_study.py"))]
+)
+def test_every_run_of_our_studies_is_a_configuration(name):
+    made, _ = study.load(name)
+    for changes in made["STUDY"].values():
+        config = made["get_config"]()
+        recipes.override(config, changes)
+        recipes.check_read(recipes.read(config).effort, changes)
 
 
 def test_the_tables_of_our_studies_are_those_of_their_records():
