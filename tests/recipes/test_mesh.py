@@ -17,6 +17,13 @@ def settings():
     return recipes.read(several.tiny("mixture"))
 
 
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    """What the stages make on one device."""
+    task, _ = several.task(tmp_path_factory.mktemp("alone"))
+    return several.stages(task, settings)
+
+
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     """The same task on one device and on four; that every step keeps where its state lies."""
@@ -50,13 +57,13 @@ def assert_nearly_all_close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
-def test_stages_in_steps_of_one_network_and_of_a_stack(tasks, settings):
+def test_stages_in_steps_of_one_network_and_of_a_stack(tasks, alone, settings):
     """A plain one; two quantized at their sites, divided by expert, and then as deployed."""
     one, four = tasks
     assert [one.mesh(16), dict(four.mesh(16).shape)] == [None, {"batch": 4}]
     assert dict(four.mesh(16, 2).shape) == {"expert": 2, "batch": 2}
-    (dense, *got), (want, *others) = (several.stages(task, settings) for task in (four, one))
-    assert_close(dense, want)
+    (dense, *got), (expected, *others) = several.stages(four, settings), alone
+    assert_close(dense, expected)
     assert_nearly_all_close(got, others)
 
 
@@ -111,9 +118,9 @@ def test_devices_that_a_run_has(tasks, settings):
     ]
 
 
-def test_two_processes_of_two_devices(tasks, settings, tmp_path):
+def test_two_processes_of_two_devices(alone, tmp_path):
     """Both have the same, and all of it; the first has written the records."""
-    dense, *others = several.stages(tasks[0], settings)
+    dense, *others = alone
     made = several.run("stages", tmp_path / "run", 2, 2)
     assert made[0] == made[1]
     got, count = list(map(np.array, made[0]["leaves"])), len(jax.tree.leaves(dense))
