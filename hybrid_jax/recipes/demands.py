@@ -83,7 +83,7 @@ def divided(task: Task, config: Any) -> None:
 
 def undivided(task: Task, config: Any) -> list[str]:
     """Returns what is to be said of each batch that does not divide among all devices."""
-    found, count = [], len(task.devices)
+    found, count = [], max(len(task.devices), 1)
     for key, asked in flatten(config).items():
         section, _, name = key.partition(".")
         if name != "batch_size" or not is_read(config.effort, section):

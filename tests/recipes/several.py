@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import data, recipes
+from hybrid_jax import data, recipes, training
 from hybrid_jax.recipes import pipeline, prune, train
 from hybrid_jax.recipes.config import expert_specs
 from tests.recipes import strangers
@@ -102,25 +103,49 @@ def main(what, workdir):
     return {"rows": told, "leaves": leaves}
 
 
-def run(what, workdir, devices, processes=1):
-    """What each of so many processes made, each of so many devices."""
+def stopping(fit):
+    """`fit`, which in the last process gets a SIGTERM in the midst of the second stage."""
+
+    def stopped(step, state, batches, **options):
+        def own(first):
+            for i, batch in enumerate(batches(first), first):
+                if (options["name"], i) == ("experts", 7) and jax.process_index():
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return fit(step, state, own, **options)
+
+    return stopped
+
+
+def ended(what, workdir, devices, processes=1, **environment):
+    """So many processes, each of so many devices, when they have ended."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, __file__, what, str(workdir), str(devices)]
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    root = str(pathlib.Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, **environment}
 
     def one(number):
         others = [address, str(processes), str(number)] if processes > 1 else []
-        ended = subprocess.run(
+        return subprocess.run(
             [*command, *others], capture_output=True, env=environment, timeout=900, text=True
         )
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        return json.loads(ended.stdout.splitlines()[-1])
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return list(pool.map(one, range(processes)))
 
 
+def run(*arguments):
+    """What each of them made; arguments as of `ended`."""
+    found = ended(*arguments)
+    for own in found:
+        assert own.returncode == 0, own.stderr[-3000:]
+    return [json.loads(own.stdout.splitlines()[-1]) for own in found]
+
+
 if __name__ == "__main__":
+    if "STOPPED" in os.environ:
+        training.fit = stopping(training.fit)
     print(json.dumps(main(what, workdir)))

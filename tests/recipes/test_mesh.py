@@ -1,6 +1,7 @@
 """A run on several devices computes what it computes on one, stage by stage."""
 
 import dataclasses
+import signal
 
 import jax
 import numpy as np
@@ -14,6 +15,13 @@ from tests.recipes import several
 @pytest.fixture(scope="module")
 def settings():
     return recipes.read(several.tiny("mixture"))
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    """What the stages make on one device."""
+    task, _ = several.task(tmp_path_factory.mktemp("alone"))
+    return several.stages(task, settings)
 
 
 @pytest.fixture
@@ -49,13 +57,13 @@ def assert_nearly_all_close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
-def test_stages_in_steps_of_one_network_and_of_a_stack(tasks, settings):
+def test_stages_in_steps_of_one_network_and_of_a_stack(tasks, alone, settings):
     """A plain one; two quantized at their sites, divided by expert, and then as deployed."""
     one, four = tasks
     assert [one.mesh(16), dict(four.mesh(16).shape)] == [None, {"batch": 4}]
     assert dict(four.mesh(16, 2).shape) == {"expert": 2, "batch": 2}
-    (dense, *got), (want, *others) = (several.stages(task, settings) for task in (four, one))
-    assert_close(dense, want)
+    (dense, *got), (expected, *others) = several.stages(four, settings), alone
+    assert_close(dense, expected)
     assert_nearly_all_close(got, others)
 
 
@@ -110,14 +118,14 @@ def test_devices_that_a_run_has(tasks, settings):
     ]
 
 
-def test_two_processes_of_two_devices(tasks, settings, tmp_path):
+def test_two_processes_of_two_devices(alone, tmp_path):
     """Both have the same, and all of it; the first has written the records."""
-    dense, *others = several.stages(tasks[0], settings)
-    made = several.run("stages", tmp_path / "run", 2, processes=2)
+    dense, *others = alone
+    made = several.run("stages", tmp_path / "run", 2, 2)
     assert made[0] == made[1]
-    leaves = list(map(np.ravel, jax.tree.leaves(dense)))
-    assert_close(made[0]["leaves"][: len(leaves)], leaves)
-    assert_nearly_all_close(made[0]["leaves"][len(leaves) :], others)
+    got, count = list(map(np.array, made[0]["leaves"])), len(jax.tree.leaves(dense))
+    assert_close(got[:count], list(map(np.ravel, jax.tree.leaves(dense))))
+    assert_nearly_all_close(got[count:], others)
     records = training.read_records(tmp_path / "run" / "records.jsonl")
     assert [(own["name"], own["step"]) for own in records] == [
         ("parent", 20),
@@ -127,7 +135,17 @@ def test_two_processes_of_two_devices(tasks, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("effort", ["finetune", "mixture"])
+def test_processes_of_which_one_is_stopped_go_on(tmp_path):
+    """Both save and end, and then come to where those come that were not stopped, to the bit."""
+    whole = several.run("stages", tmp_path / "whole", 2, 2)
+    stopped = several.ended("stages", tmp_path / "run", 2, 2, STOPPED="1")
+    assert [own.returncode for own in stopped] == [-signal.SIGTERM] * 2, stopped[0].stderr
+    assert training.Checkpoints(tmp_path / "run/checkpoints/experts").latest() == 10
+    assert several.run("stages", tmp_path / "run", 2, 2) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effort", ["ptq", "finetune", "mixture"])
 @pytest.mark.parametrize(("devices", "processes"), [(8, 1), (2, 2)])
 def test_a_whole_run(tmp_path, effort, devices, processes):
     """Every process has the results, and the accuracies are near those of one device."""
