@@ -45,6 +45,48 @@ def define_cache(values: flags.FlagValues) -> None:
     )
 
 
+def define_distributed(values: flags.FlagValues) -> None:
+    """Adds the flag --distributed."""
+    flags.DEFINE_string(
+        "distributed",
+        None,
+        "auto, or HOST:PORT,PROCESSES,NUMBER, where this is one of several processes.",
+        flag_values=values,
+    )
+
+
+def connect(told: str | None) -> None:
+    """Joins the other processes that the flag --distributed speaks of; before JAX computes.
+
+    `auto` is what JAX finds out: of a TPU pod, of SLURM, of Open MPI or of Kubernetes.
+
+    Raises:
+      ValueError: If the flag is neither that nor an address and two numbers, or JAX finds nothing.
+    """
+    if told is None:
+        return
+    import jax
+
+    arguments = () if told == "auto" else _process(told)
+    # It would take SIGTERM, at which training saves and ends.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(*arguments)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed={told}: {error}") from error
+
+
+def _process(told: str) -> tuple[str, int, int]:
+    """The address of the first process, how many there are, and the number of this one."""
+    address, *numbers = told.split(",")
+    if ":" not in address or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise ValueError(f"--distributed must be auto or HOST:PORT,PROCESSES,NUMBER, got {told!r}")
+    count, number = map(int, numbers)
+    if number >= count:
+        raise ValueError(f"--distributed must have a NUMBER below {count}, got {number}")
+    return address, count, number
+
+
 def required(values: flags.FlagValues, *names: str) -> None:
     """Raises ValueError unless these flags are given."""
     for name in names:

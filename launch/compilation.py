@@ -4,6 +4,7 @@ JAX finds a program by its text, its options, its versions and what the processo
 do, so that a home directory may be shared by different machines.
 """
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -24,6 +25,8 @@ _SETTINGS = {
     "jax_persistent_cache_enable_xla_caches": "none",
 }
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
+
 _NEW_OBJECTS = 50_000
 """New objects between looks for garbage: tracing makes millions, hardly any of them garbage."""
 
@@ -42,6 +45,7 @@ def set_up(folder: str | None) -> None:
       ValueError: If `folder` cannot be made or written to.
     """
     gc.set_threshold(_NEW_OBJECTS)
+    _keep_memory()
     os.environ.setdefault("XLA_FLAGS", versions.QUICK_XLA)
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -64,3 +68,11 @@ def set_up(folder: str | None) -> None:
     for name, value in _SETTINGS.items():
         jax.config.update(name, value)
     jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what a step gives back, for which the kernel would clear new pages."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and sys.platform == "linux":
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)

@@ -16,6 +16,10 @@ would be done: sites, groups of channels, what is frozen and why, and costs besi
 
 What is compiled is kept for later runs in ~/.cache/hybrid_jax, which may be deleted at any time;
 `--compilation_cache=/scratch/mine` keeps it elsewhere, and `--compilation_cache=` not at all.
+
+All devices of the machine are used. Of several machines, each runs the same command with
+`--distributed=auto` on a TPU pod, under SLURM or Kubernetes, and elsewhere with
+`--distributed=HOST:PORT,PROCESSES,NUMBER`; the work directory is one that all of them see.
 """
 
 import pathlib
@@ -36,8 +40,8 @@ def main(config: ConfigDict, workdir: str, command: str = "") -> "recipes.Result
     return recipes.run(config, workdir, command)
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None, bool]:
-    """Returns what a command line says: configuration, work directory, cache, and whether dry.
+def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None, bool, str | None]:
+    """Returns what a command line says: configuration, work directory, cache, dry, distributed.
 
     A key that there is not is found without importing JAX.
 
@@ -54,7 +58,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, str | None, bool]:
     config = _load(values.config)
     recipes.override(config, changes)
     recipes.check_read(recipes.read(config).effort, changes)
-    return config, values.workdir, values.compilation_cache, values.dry_run
+    return config, values.workdir, values.compilation_cache, values.dry_run, values.distributed
 
 
 def cli(argv: list[str]) -> int:
@@ -67,10 +71,11 @@ def cli(argv: list[str]) -> int:
 
 
 def _compress(argv):
-    config, workdir, cache, dry = parse(argv)
+    config, workdir, cache, dry, distributed = parse(argv)
     from launch import compilation  # not before: it imports JAX
 
     compilation.set_up(cache)
+    command.connect(distributed)
     line = shlex.join(["python", "-m", "launch.compress", *argv[1:]])
     run = recipes.of_config(config, workdir or "", line)
     if dry:
@@ -79,15 +84,16 @@ def _compress(argv):
     lock = run.claim()
 
     def act():
-        from hybrid_jax import report
+        from hybrid_jax import core, report
 
         try:
             with lock:
                 made = run.finish()
         except recipes.CannotBeMet as error:  # what was measured does not keep what was counted
             raise command.Told(error) from error
-        report.show(made.results)
-        print(f"report: {made.report}")
+        if core.is_first():
+            report.show(made.results)
+            print(f"report: {made.report}")
 
     return act
 
@@ -97,6 +103,7 @@ def _define(values):
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print what would be done.", flag_values=values)
     command.define_cache(values)
+    command.define_distributed(values)
 
 
 def _load(name: str) -> ConfigDict:

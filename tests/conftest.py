@@ -22,6 +22,8 @@ from hybrid_jax.core import versions
 os.environ.setdefault("XLA_FLAGS", versions.QUICK_XLA)
 os.environ["HYBRID_JAX_CACHE"] = str(pathlib.Path(tempfile.gettempdir()) / "hybrid_jax_tests")
 jax.config.update("jax_num_cpu_devices", 4)
+# What is not about several devices runs on one, and compiles once.
+jax.config.update("jax_default_device", jax.devices()[0])
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of a run: what is tested is the program, not how hard XLA works on it.

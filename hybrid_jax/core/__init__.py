@@ -47,6 +47,8 @@ from hybrid_jax.core.paths import (
     match_rules,
     path_string,
 )
+from hybrid_jax.core.placing import copy, gathered, is_key, place, put, whole
+from hybrid_jax.core.processes import is_first, of_first, say
 from hybrid_jax.core.replacement import at_sites
 from hybrid_jax.core.sealed import Damaged, digest, read_sealed, seal, unseal, write_sealed
 from hybrid_jax.core.shrink import (

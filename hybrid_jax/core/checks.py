@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybrid_jax.core import paths
+from hybrid_jax.core import paths, placing
 
 
 def batch_size(inputs: Any) -> int:
@@ -136,7 +136,7 @@ def check_finite(name: str, tree: Any) -> None:
     for path, leaf in paths.flatten_paths(tree).items():
         if paths.is_masked_node(leaf) or not jax.numpy.issubdtype(leaf.dtype, np.inexact):
             continue
-        bad = int(np.size(leaf) - np.isfinite(np.asarray(leaf)).sum())
+        bad = int(np.size(leaf) - np.isfinite(placing.whole(leaf)).sum())
         if bad:
             values = "value" if bad == 1 else "values"
             raise ValueError(

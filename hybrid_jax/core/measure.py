@@ -8,7 +8,6 @@ same question twice.
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -23,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.core import sealed, versions
+from hybrid_jax.core import processes, sealed
 from hybrid_jax.core.files import cache_folder, write_json
 
 _ROUNDS = 3
-_ASKED = itertools.count()
 
 
 class Choices:
@@ -45,10 +43,8 @@ class Choices:
         """{question: what was chosen}."""
         self.moved: str | None = None
         """Where the run was begun, if that was another kind of machine."""
-        if self._file is not None and not self._file.exists():
-            self._keep()
-        elif self._file is not None:
-            stored = sealed.read_sealed(self._file)
+        stored = None if self._file is None else processes.of_first(self._begun)
+        if stored is not None:
             if set(stored) != {"machine", "choices"}:
                 raise ValueError(f"file must hold the choices of a run, got {self._file}")
             self.answers = stored["choices"]
@@ -71,23 +67,20 @@ class Choices:
         `args`, shapes and dtypes}, which agree up to rounding; one alone is chosen without a run.
         """
         if self.answers.get(question) not in forms:
-            self.answers[question] = self._agreed(question, dict(forms), args)
+            proposed = functools.partial(self._proposed, question, dict(forms), args)
+            self.answers[question] = processes.of_first(proposed)
             self._keep()
         return self.answers[question]
 
+    def _begun(self):
+        if self._file.exists():
+            return sealed.read_sealed(self._file)
+        return self._keep()
+
     def _keep(self):
-        if self._file is not None and jax.process_index() == 0:
+        if self._file is not None and processes.is_first():
             made = {"machine": self.moved or machine(), "choices": self.answers}
             sealed.write_sealed(self._file, made)
-
-    def _agreed(self, question, forms, args):
-        if jax.process_count() == 1 or len(forms) == 1:
-            return self._proposed(question, forms, args)
-        # Processes trace one program, and so ask in one order.
-        asked = f"hybrid_jax choice {next(_ASKED)}"
-        first = jax.process_index() == 0
-        own = self._proposed(question, forms, args) if first else None
-        return versions.from_first_process(asked, own)
 
     def _proposed(self, question, forms, args):
         if len(forms) == 1:

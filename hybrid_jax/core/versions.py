@@ -126,7 +126,7 @@ def from_first_process(name: str, value: str | None) -> str:
     if value is not None:
         client.key_value_set(name, value)
         return value
-    return client.blocking_key_value_get(name, 3_600_000)
+    return client.blocking_key_value_get(name, 86_400_000)  # a day
 
 
 def _primals(params):

@@ -25,12 +25,19 @@ def steps_per_epoch(arrays: Arrays, batch_size: int) -> int:
 
 
 def batches(
-    arrays: Arrays, batch_size: int, *, seed: int, start_step: int = 0, steps: int | None = None
+    arrays: Arrays,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    steps: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Iterates over shuffled full batches, epoch after epoch.
 
     What follows `start_step` is what an iterator from step 0 would give from there on. It ends
-    before step `steps`, or never. Of images on disk grain reads the next batch meanwhile.
+    before step `steps`, or never. Of images on disk grain reads the next batch meanwhile. `rows`
+    are the positions in each batch that are read, as by one of several processes; None is all.
 
     Returns:
       Iterator over {'image': (B, H, W, C) uint8, 'label': (B, …) as of `Arrays`, if there are any,
@@ -55,6 +62,7 @@ def batches(
     def batch(step: int) -> Batch:
         epoch, place = divmod(step, per_epoch)
         index = order(epoch)[place * batch_size :][:batch_size]
+        index = index if rows is None else index[rows]
         own = {} if labels is None else {"label": labels[index]}
         return {"image": arrays.images[index], **own, "index": index.astype(np.int32)}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from hybrid_jax import core
 from hybrid_jax.experts.stacking import count
@@ -40,7 +40,7 @@ def shard_stack(stack: Tree, mesh: Mesh) -> Tree:
     if _EXPERT not in mesh.axis_names:
         raise ValueError(f"mesh must have an axis 'expert', got {mesh.axis_names}")
     _check_divides(count(stack), mesh)
-    return jax.device_put(stack, NamedSharding(mesh, PartitionSpec(_EXPERT)), may_alias=False)
+    return core.place(stack, mesh, [(".*", PartitionSpec(_EXPERT))])
 
 
 def share(axes: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
@@ -76,7 +76,14 @@ def on_each_device(
         axis_names={_EXPERT},  # the batch is left to the partitioner, as in any data parallel step
         check_vma=False,  # functions of users hold loops whose first carry is the same everywhere
     )
-    return jax.jit(on_each)  # eager, it could not leave an axis to the partitioner
+    compiled = jax.jit(on_each)
+
+    def run(*args: Any) -> Any:
+        # Eager, it could not leave an axis to the partitioner: also where jit is turned off.
+        with jax.disable_jit(False):
+            return compiled(*args)
+
+    return run
 
 
 def _mesh_of(axes, args):

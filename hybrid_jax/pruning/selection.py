@@ -32,6 +32,7 @@ def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> int | jax.
 
     Sparsity is read to six decimals, which float32 holds, and the rest is integer arithmetic: a
     Python 0.9 and a traced float32 0.9 mean the same count, compiled or not, however large `n`.
+    Traced, what lies outside [0, 1] counts as the nearer end of it, and NaN as 0.
 
     `n` is below 2³¹; the result is () int32 if an argument is traced.
     """
@@ -43,7 +44,8 @@ def removed_count(sparsity: float | jax.Array, n: int | jax.Array) -> int | jax.
 
 @jax.jit
 def _traced_count(sparsity, n):
-    millionths = jnp.round(jnp.float32(1e6) * jnp.asarray(sparsity, jnp.float32)).astype(jnp.int32)
+    fraction = jnp.clip(jnp.nan_to_num(jnp.asarray(sparsity, jnp.float32)), 0, 1)
+    millionths = jnp.round(jnp.float32(1e6) * fraction).astype(jnp.int32)
     # millionths · n / 10⁶ does not fit 32 bits: split n at 10⁶ and the millionths at 10³.
     n = jnp.asarray(n, jnp.int32)
     whole, rest = n // 1_000_000, n % 1_000_000

@@ -59,7 +59,7 @@ def merge(old: Histogram, new: Histogram) -> Histogram:
 
 def middles(exponent: jax.Array) -> jax.Array:
     """(BINS,) values in the middle of each bin."""
-    return radius(exponent) * jnp.linspace(-1 + 1 / BINS, 1 - 1 / BINS, BINS)
+    return radius(exponent) * jnp.linspace(-1 + 1 / BINS, 1 - 1 / BINS, BINS, dtype=jnp.float32)
 
 
 def radius(exponent: jax.Array) -> jax.Array:

@@ -88,7 +88,7 @@ def percentile(percent: float = 99.99) -> Observer:
 
     def value(state, scheme, bits):
         allowed = state.total * ((100 - percent) / 100)
-        edges = radius(state.exponent) * jnp.linspace(-1.0, 1.0, BINS + 1)
+        edges = radius(state.exponent) * jnp.linspace(-1.0, 1.0, BINS + 1, dtype=jnp.float32)
         kept_below = jnp.cumsum(state.counts) > allowed
         kept_above = jnp.cumsum(state.counts[::-1])[::-1] > allowed
         low = jnp.min(jnp.where(kept_below, edges[:-1], 0.0))
@@ -195,9 +195,9 @@ def observe(watch: Observer, x: jax.Array, shape: tuple[int, ...]) -> Any:
 def conclude(
     watch: Observer, states: Any, shape: tuple[int, ...], scheme: Callable[..., Grid], bits: Any
 ) -> Range:
-    """The range of that shape from such states."""
+    """The range of that shape from such states, float32."""
     span = jax.vmap(lambda state: watch.value(state, scheme, bits))(states)
-    return jax.tree.map(lambda end: end.reshape(shape), span)
+    return jax.tree.map(lambda end: end.reshape(shape).astype(jnp.float32), span)
 
 
 def _seen(x):
@@ -228,7 +228,7 @@ def _least(loss, state, scheme, bits):
         grid = scheme(Range(widest.low * fraction, widest.high * fraction), bits)
         return loss(state.counts, values, grid)
 
-    fractions = jnp.linspace(1.0, 1 / _CLIPS, _CLIPS)
+    fractions = jnp.linspace(1.0, 1 / _CLIPS, _CLIPS, dtype=jnp.float32)
     best = fractions[jnp.argmin(lax.map(at, fractions))]
     return Range(widest.low * best, widest.high * best)
 
@@ -238,13 +238,13 @@ def _divergence(counts, values, grid):
     half_bin = (values[1] - values[0]) / 2
     inside = (values > lowest - half_bin) & (values < highest + half_bin)
     first, last = jnp.argmax(inside), BINS - 1 - jnp.argmax(inside[::-1])
-    p = jnp.zeros(BINS).at[jnp.clip(jnp.arange(BINS), first, last)].add(counts)
+    p = jnp.zeros(BINS, jnp.float32).at[jnp.clip(jnp.arange(BINS), first, last)].add(counts)
     # Bins in a row are rounded to the same value or to a greater one: number the values.
     rounded = grids.rounded(values, grid)
     value = jnp.cumsum(jnp.diff(rounded, prepend=rounded[:1]) > 0)
     kept, occupied = jnp.where(inside, counts, 0.0), inside & (counts > 0)
-    together = jnp.zeros(BINS).at[value].add(kept)
-    sharing = jnp.zeros(BINS).at[value].add(occupied.astype(jnp.float32))
+    together = jnp.zeros(BINS, jnp.float32).at[value].add(kept)
+    sharing = jnp.zeros(BINS, jnp.float32).at[value].add(occupied.astype(jnp.float32))
     q = jnp.where(occupied, (together / jnp.maximum(sharing, 1.0))[value], 0.0)
     p, q = (mass / jnp.maximum(jnp.sum(mass), 1.0) for mass in (p, q))
     return jnp.sum(jnp.where(p > 0, p * jnp.log(p / jnp.maximum(q, 1e-7)), 0.0))

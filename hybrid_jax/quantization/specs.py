@@ -78,7 +78,13 @@ class Quantizer:
         return grids.check_bits(name, bits, SCHEMES[self.scheme].bits)
 
     def grid(self, span: grids.Range, bits: jax.Array | int | None = None) -> grids.Grid:
-        """The grid of this scheme over `span`, at `bits` or else at the bits stated here."""
+        """The grid of this scheme over `span`, at `bits` or else at the bits stated here.
+
+        Ranges are float32: those of float64, as of JAX with 64 bits, are rounded to it.
+        """
+        span = grids.Range(
+            *(jnp.asarray(end, jnp.float32) if _is_wide(end) else end for end in span)
+        )
         grid = SCHEMES[self.scheme].grid(span, self.bits if bits is None else bits)
         return power_of_two(grid) if self.power_of_two else grid
 
@@ -257,6 +263,10 @@ def apply(
         span = quantizer.range_of(x, shape, bits)
     y = LEARNING[quantizer.learning].quantize(x, quantizer, span, bits, count, key)
     return y if isinstance(bits, int) else jnp.where(bits == grids.OFF, x, y)
+
+
+def _is_wide(end: Any) -> bool:
+    return isinstance(end, jax.Array) and end.dtype == jnp.float64
 
 
 def _check_shared(graph: core.Graph, sites: list[SiteSpec]) -> None:

@@ -1,7 +1,8 @@
 """A cascade: the cheap expert answers where it is sure, and else the next one runs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,9 @@ from hybrid_jax.recipes.task import Task
 CHOICES = 64
 """Thresholds tried for each expert: quantiles of its confidence on the validation images."""
 
+COSTS = ("macs", "bops")
+"""Whose mean over images a budget may limit; the experts are in the order of the first."""
+
 
 class Chosen(NamedTuple):
     """When the experts of a cascade hand on, and what that gives on the images that chose it.
@@ -25,28 +29,31 @@ class Chosen(NamedTuple):
       thresholds: (E - 1,) as of `experts.cascade`.
       share: As of `experts.cascade`.
       score: Mean of the answers.
-      cost: Mean over images, in the unit of the costs.
+      cost: {name: mean over images}, as of the costs.
       went_on: (E - 1,) share of images that each expert but the last handed on.
     """
 
     thresholds: tuple[float, ...]
     share: float
     score: float
-    cost: float
+    cost: dict[str, float]
     went_on: tuple[float, ...]
 
 
-def decided(task: Task, state: State, shares: Sequence[float], most: float | None = None) -> State:
+def decided(task: Task, state: State, shares: Sequence[float], most: Mapping[str, float]) -> State:
     """Returns the state with its experts as a cascade, the one of fewest MACs first.
 
-    Where there is a gate, that stays instead if it keeps `most` MACs on average and is at least as
-    good on the validation images; the cascade may then cost no more than it does.
+    Where there is a gate, that stays instead if it keeps `most` on average and is at least as good
+    on the validation images; the cascade may then cost no more MACs than it does.
     """
-    costs = [cost_of(model).macs for model in state.experts]
+    prices = [cost_of(model) for model in state.experts]
+    order = np.argsort([price.macs for price in prices], kind="stable")
+    costs = {name: np.array([getattr(price, name) for price in prices]) for name in COSTS}
     gated = state.gate and _gated(task, state, costs)
-    within = gated and (most is None or gated[1] <= most)
-    made = tuple(state.experts[e] for e in np.argsort(costs, kind="stable"))
-    found = choose(task, made, sorted(costs), shares, gated[1] if within else most)
+    within = gated and _keeps(gated[1], most)
+    made = tuple(state.experts[e] for e in order)
+    limits = {**most, "macs": gated[1]["macs"]} if within else most
+    found = choose(task, made, {name: own[order] for name, own in costs.items()}, shares, limits)
     facts = {**state.facts, "cascade": found._asdict()}
     if within and gated[0] >= found.score:
         return state._replace(facts=facts)
@@ -60,33 +67,40 @@ def decided(task: Task, state: State, shares: Sequence[float], most: float | Non
     )
 
 
-def _gated(task, state, costs) -> tuple[float, float]:
-    """Score and mean MACs of the mixture behind its gate, on the validation images."""
-    images = task.splits.validation
+def _keeps(cost: Mapping[str, float], most: Mapping[str, float]) -> bool:
+    return all(own <= most.get(name, np.inf) for name, own in cost.items())
+
+
+def _gated(task, state, costs) -> tuple[float, dict[str, float]]:
+    """Score and mean costs of the mixture behind its gate, on the validation images."""
+    images, price = task.splits.validation, cost_of(state.gate)
     logits = task.outputs(state.gate.fn, state.gate.params, images)
     weights = experts.top_k(1)(jnp.asarray(logits)).weights
     scores = task.scores(state.experts, images)
     used = np.asarray(weights).mean(0)
     score = (scores.T * np.asarray(weights)).sum(-1).mean()
-    return float(score), float(used @ np.array(costs)) + cost_of(state.gate).macs
+    spent = {name: float(used @ own) + getattr(price, name) for name, own in costs.items()}
+    return float(score), spent
 
 
 def choose(
     task: Task,
     made: Sequence[Model],
-    costs: Sequence[float],
+    costs: Mapping[str, np.ndarray],
     shares: Sequence[float] = (0.0,),
-    most: float | None = None,
+    most: Mapping[str, float] = MappingProxyType({}),
 ) -> Chosen:
     """Returns the thresholds and the share that are best on validation images.
 
     Of all that cost at most `most` on average over images, those of the highest score; of equals
     the cheapest. Where none does, the cheapest of all.
 
-    `made` are the cheapest first, `costs` (E,) those of each, as its MACs; `most` is in their unit,
-    None for no limit.
+    `made` are the cheapest first, `costs` {name: (E,)} those of each, such as its MACs; `most` may
+    limit some of them.
     """
-    validation, spent, found = task.splits.validation, np.cumsum(costs), []
+    validation, found = task.splits.validation, []
+    spent = {name: np.cumsum(own) for name, own in costs.items()}
+    first = next(iter(costs))
     outputs = np.stack([task.outputs(model.fn, model.params, validation) for model in made])
     for share in shares:
         answers = np.asarray(jax.jit(experts.opinions)(outputs, share))
@@ -97,11 +111,11 @@ def choose(
             stage = np.cumprod(sure < np.array(thresholds)[:, None], 0).sum(0)
             score = np.take_along_axis(scores, stage[None], 0).mean()
             went_on = [float((stage > e).mean()) for e in range(len(made) - 1)]
-            cost = float(spent[stage].mean())
+            cost = {name: float(own[stage].mean()) for name, own in spent.items()}
             found.append(
                 Chosen(tuple(map(float, thresholds)), share, float(score), cost, tuple(went_on))
             )
-    fitting = [own for own in found if most is None or own.cost <= most]
+    fitting = [own for own in found if _keeps(own.cost, most)]
     if not fitting:
-        return min(found, key=lambda own: own.cost)
-    return max(fitting, key=lambda own: (own.score, -own.cost))
+        return min(found, key=lambda own: own.cost[first])
+    return max(fitting, key=lambda own: (own.score, -own.cost[first]))

@@ -7,6 +7,7 @@ from hybrid_jax import experts, pruning
 from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.gate import check_fitted
 from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.taught import Taught
 from hybrid_jax.recipes.train import as_forward, fit_each, held
 
 
@@ -33,7 +34,7 @@ def collapse(
         [student.params],
         [{}],
         [pruning.hold_masks(tx, held(student))],
-        teach=lambda images: moe(params, gate.params, images)[0],
+        taught=Taught(lambda images: moe(params, gate.params, images)[0]),
         steps=settings.steps,
         batch_size=settings.batch_size,
         alpha=1.0,

@@ -75,12 +75,16 @@ def check_read(effort: str, keys: Iterable[str]) -> None:
       ValueError: config.gate.k must not be given with effort 'ptq', which does not read it
     """
     for key in keys:
-        section = key.partition(".")[0]
-        readers = [name for name, read in SECTIONS.items() if section in read]
-        if effort in SECTIONS and readers and effort not in readers:
+        if not is_read(effort, key.partition(".")[0]):
             raise ValueError(
                 f"config.{key} must not be given with effort {effort!r}, which does not read it"
             )
+
+
+def is_read(effort: str, section: str) -> bool:
+    """Returns whether the effort reads a section; one of a user's own may read any."""
+    readers = [name for name, read in SECTIONS.items() if section in read]
+    return effort not in SECTIONS or not readers or effort in readers
 
 
 def expert_specs(config: ConfigDict | Config) -> tuple[ExpertSpec, ...]:

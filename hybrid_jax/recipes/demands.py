@@ -1,6 +1,7 @@
 """What stages need of a network, its images and the configuration: asked before any is begun."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 import jax.extend
 
 from hybrid_jax import core, data, models
-from hybrid_jax.recipes import budget
+from hybrid_jax.recipes import budget, cascade
+from hybrid_jax.recipes.config import flatten, is_read
 from hybrid_jax.recipes.prune import channel_scores
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.training import cross_entropy
@@ -55,6 +57,45 @@ def platforms(config: Any) -> None:
             f"config.deploy.platforms must hold {here!r}, on which files are verified here, "
             f"got {asked}"
         )
+
+
+def devices(count: int) -> list[jax.Device]:
+    """Returns the devices that a run has: so many, 0 being all; one where JAX was told which.
+
+    Raises:
+      ValueError: If there are fewer.
+    """
+    told = jax.config.jax_default_device
+    there = [told] if isinstance(told, jax.Device) else jax.devices(told)
+    if count > len(there):
+        raise ValueError(f"config.devices must be at most the {len(there)} there are, got {count}")
+    if count and jax.process_count() > 1:
+        raise ValueError(f"config.devices must be 0, all, for several processes, got {count}")
+    return there[: count or None]
+
+
+def divided(task: Task, config: Any) -> None:
+    """Raises ValueError unless all of several processes have a part of every batch."""
+    if jax.process_count() > 1:
+        for line in undivided(task, config):
+            raise ValueError(line)
+
+
+def undivided(task: Task, config: Any) -> list[str]:
+    """Returns what is to be said of each batch that does not divide among all devices."""
+    found, count = [], len(task.devices)
+    for key, asked in flatten(config).items():
+        section, _, name = key.partition(".")
+        if name != "batch_size" or not is_read(config.effort, section):
+            continue
+        size = min(asked, len(task.splits.train.images)) if section != "evaluation" else asked
+        if getattr(getattr(config, section), "steps", 1) and size % count:
+            used = math.gcd(size, count)
+            found.append(
+                f"config.{key} must be a multiple of the {count} devices for all of them to work, "
+                f"got batches of {size}, which {used} share"
+            )
+    return found
 
 
 def training(task: Task, effort: str) -> None:
@@ -119,7 +160,7 @@ def batchnorm(task: Task) -> None:
 
 def mixture(task: Task, config: Any) -> None:
     """Raises ValueError unless the configuration of a mixture is of what there is."""
-    kept = set() if config.mixture.kind == "gate" else {"macs"}
+    kept = () if config.mixture.kind == "gate" else cascade.COSTS
     for name in (*budget.NAMES, "latency"):
         if (asked := getattr(config.budget, name)) and name not in kept:
             raise ValueError(

@@ -86,7 +86,7 @@ def mixture(task: Task, config: Any) -> list[Stage]:
     sources = diversity_sources(c)
     owned = {"cluster", "classes"} & set(sources) and not task.members
     specs = expert_specs(c)
-    most = within.limits(task.parent, c).get("macs")
+    most = within.limits(task.parent, c)
     demands.training(task, "mixture")
     demands.mixture(task, c)
     if not task.members:
@@ -170,7 +170,8 @@ def dense(task: Task, config: Any) -> list[Stage]:
         made = train.parent(own, state.parent, config.parent)
         weights = core.flatten_paths(jax.device_get(made.cut.variables))
         path = task.workdir / "parent.safetensors"  # for another run's model.weights
-        core.write_atomically({path: safetensors.numpy.save(weights)})
+        if core.is_first():
+            core.write_atomically({path: safetensors.numpy.save(weights)})
         return state._replace(parent=made)
 
     if task.given:

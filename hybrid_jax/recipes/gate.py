@@ -15,6 +15,7 @@ import optax
 from hybrid_jax import core, experts, models, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, with_functions
 from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.taught import UNTAUGHT
 from hybrid_jax.recipes.train import CALIBRATION_BATCHES, held
 
 
@@ -48,7 +49,7 @@ def learn_gate(
     cut = Cut(network, task.images, params, origin="gate")
     cut = cut.with_bits(settings.bits, settings.bits, settings.bits)
     sample = [(images,) for images in task.sample(settings.batch_size, CALIBRATION_BATCHES)]
-    ranges = quantization.calibrate_edges(cut.plan, sample)
+    ranges = core.gathered(quantization.calibrate_edges(cut.plan, sample))
     weights_, ranges = jax.tree.map(jnp.asarray, (dict(cut.plan.program.params), ranges))
     return with_functions([Model(cut, {}, ranges, weights_, facts=facts)])[0]
 
@@ -80,9 +81,8 @@ def _fit_gate(task, parent, made, settings, alpha, method, weights, name, gate_f
         loss_fn = _supervised(loss_fn, gate_fn, settings.supervision)
     tx = optimizer(settings.learning_rate, 0.0, settings.steps)
     state = task.start(name, params, {"experts": own}, tx)
-    step = training.make_step(
-        loss_fn, task.augmented, task.teach(parent) if alpha else None, choices=task.choices
-    )
+    taught = task.taught(parent) if alpha else UNTAUGHT
+    step = training.make_step(loss_fn, task.augmented, taught.teach, choices=task.choices)
     state = task.fit(
         name,
         step,
@@ -90,6 +90,7 @@ def _fit_gate(task, parent, made, settings, alpha, method, weights, name, gate_f
         settings.steps,
         settings.batch_size,
         weights,
+        taught,
         record_every=task.epoch(settings.batch_size),
     )
     # Those of the state: a gate from a checkpoint is fitted to the experts that it saw.
@@ -128,15 +129,15 @@ def fine_tune(
         method,
         lambda params, state: (params["experts"], params["gate"]),
     )
-    step = training.make_step(
-        loss_fn, task.augmented, task.teach(parent) if alpha else None, choices=task.choices
-    )
+    taught = task.taught(parent) if alpha else UNTAUGHT
+    step = training.make_step(loss_fn, task.augmented, taught.teach, choices=task.choices)
     state = task.fit(
         "joint",
         step,
         task.start("joint", params, {}, tx),
         settings.steps,
         settings.batch_size,
+        taught=taught,
         record_every=task.epoch(settings.batch_size),
     )
     new = state.params["experts"]

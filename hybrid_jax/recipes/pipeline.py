@@ -1,12 +1,12 @@
 """One call, from a trained network to the files that a device runs."""
 
+import contextlib
 import dataclasses
 import datetime
 import pathlib
 import platform
-import sys
 from collections.abc import Callable, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -14,20 +14,13 @@ import jax
 import numpy as np
 
 from hybrid_jax import core, data, models, report, training
-from hybrid_jax.recipes import demands, files, gate, rows, schema, state, within, workdir
+from hybrid_jax.recipes import demands, files, gate, given, rows, schema, state, within, workdir
 from hybrid_jax.recipes.budget import Budget
-from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.describe import describe
 from hybrid_jax.recipes.efforts import EFFORTS
 from hybrid_jax.recipes.sections import Config
 from hybrid_jax.recipes.state import State
 from hybrid_jax.recipes.task import Task
-
-PATHS = ("dir", "labels", "masks", "classes")
-"""Keys of config.data that may begin with ~."""
-
-AUGMENTATION = ("padding", "flip", "augment")
-"""Keys of config.data that decide nothing of which images there are."""
 
 
 class Result(NamedTuple):
@@ -59,14 +52,27 @@ class Run:
     start: State
     command: str
 
-    def claim(self) -> IO[str]:
-        """Makes the work directory the run's own; returns its lock, see `workdir.claim`."""
-        task = self.task
-        given = [task.network.params] if task.given else []
-        given += [task.teacher.params] if task.teacher else []
-        given += [model.params for model in task.members]
+    def claim(self) -> contextlib.ExitStack:
+        """Makes the work directory the run's own; returns its lock, see `workdir.claim`.
+
+        The first of several processes holds it, and all must see the directory.
+        """
+        task, lock = self.task, contextlib.ExitStack()
+        weights = [task.network.params] if task.given else []
+        weights += [task.teacher.params] if task.teacher else []
+        weights += [model.params for model in task.members]
         config = schema.flatten(self.config)
-        return workdir.claim(task.workdir, config, task.splits, given or None)
+
+        def claim() -> str:
+            lock.enter_context(workdir.claim(task.workdir, config, task.splits, weights or None))
+            return task.whose
+
+        if core.of_first(claim) != task.whose:
+            raise ValueError(
+                f"workdir must be one that all processes see, got {task.workdir}, which process "
+                f"{jax.process_index()} does not"
+            )
+        return lock
 
     def describe(self) -> str:
         """Returns what it would do."""
@@ -87,7 +93,7 @@ class Run:
 
     def finish(self) -> Result:
         """Does so in a directory that is claimed."""
-        print(self._notes(), file=sys.stderr, flush=True)
+        core.say(self._notes())
         task = self.task
         made = state.run(self.stages, self.start, task.workdir, self._source, task.whose)
         return _result(task, made, self.config, self.command)
@@ -117,7 +123,8 @@ class Run:
         text = f"the network takes (pixel / 255 - mean) / std, with mean {mean} and std {std}"
         if not (told.mean and told.std):
             text += "; where it was trained with others, data.mean and data.std say so"
-        return "\n".join([text, *files.lacking(self.config.deploy.targets)])
+        lacking = files.lacking(self.config.deploy.targets)
+        return "\n".join([text, *demands.undivided(self.task, self.config), *lacking])
 
 
 def compress(
@@ -167,9 +174,9 @@ def compress(
     """
     if config is None:
         config, effort = schema.default_config(), effort or "ptq"
-    config = _config(config, budget, effort, targets)
+    config = given.config_of(config, budget, effort, targets)
     stages = effort if callable(effort) else EFFORTS[config.effort]
-    images = _taken_images(images, config.data)
+    images = given.images(images, config.data)
     return prepare(
         network,
         images,
@@ -203,7 +210,7 @@ def run(config: Any, path: str | pathlib.Path, command: str = "") -> Result:
 def of_config(config: Any, path: str | pathlib.Path, command: str = "") -> Run:
     """Returns the run of a configuration, checked; arguments as of `run`. Writes nothing."""
     config = schema.read(config)
-    splits = _load(config.data)
+    splits = given.load(config.data)
     return _of_splits(config, splits, path, command)
 
 
@@ -212,30 +219,19 @@ def _of_splits(config: Config, splits: data.Splits, path: Any, command: str = ""
     members = []
     for folder in config.mixture.members:
         own = schema.read(schema.completed(report.read(folder).config))
-        _check_same_images(folder, own.data, config.data)
+        given.check_same_images(folder, own.data, config.data)
         members.append(_of_splits(own, splits, folder).finished())
     return prepare(
-        _network("model", config.model, splits),
+        given.of_section("model", config.model, splits),
         splits,
         config,
         path,
         EFFORTS[config.effort],
         mode=config.model.training or None,
-        teacher=_teacher(config.teacher, splits),
+        teacher=given.teacher(config.teacher, splits),
         members=members,
         command=command,
     )
-
-
-def _check_same_images(folder: str, theirs: Any, ours: Any) -> None:
-    """Raises ValueError unless both say the same images, but for how they are augmented."""
-    theirs, ours = map(dataclasses.asdict, (theirs, ours))
-    for key, value in ours.items():
-        if key not in AUGMENTATION and theirs[key] != value:
-            raise ValueError(
-                f"config.mixture.members must be runs on the same images, got {folder} with "
-                f"config.data.{key}={theirs[key]!r} where this config has {value!r}"
-            )
 
 
 def prepare(
@@ -259,25 +255,29 @@ def prepare(
     if members and effort in (EFFORTS["ptq"], EFFORTS["finetune"]):
         raise ValueError(f"members must be given with effort 'mixture', got {config.effort!r}")
     few = jax.ShapeDtypeStruct((2, *splits.image_shape), np.float32)
-    taken = _taken_network(network, few, mode, config.seed)
+    taken = given.network(network, few, mode, config.seed)
     labelled = splits.label_kind is not None
     if not labelled:
-        splits = _labelled(taken, splits)
+        splits = given.labelled(taken, splits)
     task = Task(
         taken,
         splits,
         pathlib.Path(path).expanduser(),
-        _objective(loss, metric, splits, config.distillation.temperature),
-        _augmentation(config.data, splits),
+        given.objective(loss, metric, splits, config.distillation.temperature),
+        given.augmentation(config.data, splits),
         config.seed,
         config.checkpoint_every,
         config.evaluation.batch_size,
         config.evaluation.part,
-        None if teacher is None else _taken_network(teacher, few, None, 0, "teacher"),
-        tuple(_member(*pair) for pair in enumerate(members)),
+        None if teacher is None else given.network(teacher, few, None, 0, "teacher"),
+        config.teacher.views,
+        pathlib.Path(config.teacher.answers).expanduser() if config.teacher.answers else None,
+        tuple(given.member(*pair) for pair in enumerate(members)),
         given=not isinstance(network, nn.Module),
         labelled=labelled,
+        devices=demands.devices(config.devices),
     )
+    demands.divided(task, config)
     outputs = jax.eval_shape(taken.predict, taken.params, few)
     demands.outputs(outputs, splits)
     demands.alike(task, outputs)
@@ -308,104 +308,20 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
         return made.finish()
 
 
-def _taken_images(images: Any, settings: Any) -> data.Splits:
-    """The images that a call gave, as config.data says to take them; splits are taken already."""
-    images = data.gathered(images)
-    if isinstance(images, data.Splits):
-        return images
-    names = ["seed", "train_size", "resize", "crop", "image_shape", "class_names", "mean", "std"]
-    names += ["void"]
-    if isinstance(images, tuple) and len(images) == 2:
-        names += ["test", "validation"]  # of which none was given
-    given = {name: getattr(settings, name) for name in names}
-    return data.take(images, **_told(given))
-
-
-def _told(given: dict[str, Any]) -> dict[str, Any]:
-    """What is not left to the source: void labels may be 0."""
-    return {k: value for k, value in given.items() if k == "void" or value not in ("", (), 0)}
-
-
-def _taken_network(
-    network: Any, few: Any, mode: str | None, seed: int, name: str = "network"
-) -> models.Network:
-    """The network that a call gave; what is wrong with it names the argument, and the images."""
-    if name == "teacher" and isinstance(network, nn.Module):
-        raise ValueError("teacher must be a trained network, got a module without variables")
-    try:
-        return models.take(network, few, mode, seed)
-    except (TypeError, ValueError) as error:
-        what, _, rest = str(error).partition(" ")
-        known = {"given": name, "training": "training_mode"}
-        said = f"{known.get(what, what)} {rest} (for images of shape {few.shape[1:]})"
-        raise ValueError(said) from error
-
-
-def _load(settings: Any) -> data.Splits:
-    """The images that config.data says."""
-    given = _told(
-        {k: value for k, value in dataclasses.asdict(settings).items() if k not in AUGMENTATION}
-    )
-    paths = {k: str(pathlib.Path(given[k]).expanduser()) for k in PATHS if k in given}
-    try:
-        splits = data.load(**{**given, **paths})
-        core.check_integer("padding", settings.padding, 0, min(splits.image_shape[:2]) - 1)
-    except ValueError as error:
-        raise ValueError(f"config.data: {error}") from error
-    return splits
-
-
-def _teacher(settings: Any, splits: data.Splits) -> Any:
-    """The network that config.teacher says; None where it names none."""
-    if not (settings.name or settings.make):
-        if settings.weights:
-            raise ValueError("config.teacher.weights must be given with teacher.name or make")
-        return None
-    return _network("teacher", settings, splits)
-
-
-def _member(i: int, made: State) -> Model:
-    """The network that a run made, as the expert of another."""
-    if len(made.experts) != 1:
-        raise ValueError(
-            f"members[{i}] must be a run of one compressed network, got {len(made.experts)}"
-        )
-    (model,) = made.experts
-    return model._replace(cut=dataclasses.replace(model.cut, origin=f"member {i}"))
-
-
-def _network(section: str, settings: Any, splits: data.Splits) -> Any:
-    """The network that a section of the configuration says, as `models.take` takes it."""
-    table = None
-    overrides = {"widths": settings.widths, "shortcut": settings.shortcut}
-    overrides = {key: value for key, value in overrides.items() if value}
-    if settings.make:
-        for key, value in overrides.items():
-            raise ValueError(
-                f"config.{section}.{key} must not be given beside make, which makes the network "
-                f"as it is, got {value!r}"
-            )
-        given = models.make(settings.make)
-    else:
-        table = settings.name if settings.name in models.tables.names() else None
-        try:
-            given = models.create(settings.name, splits.num_classes, **overrides)
-        except ValueError as error:
-            raise ValueError(f"config.{section}: {error}") from error
-    if not settings.weights:
-        return given
-    image = jax.ShapeDtypeStruct((1, *splits.image_shape), np.float32)
-    network = models.take(given, image, settings.training or None, seed=None)
-    try:
-        params = models.restore(network, pathlib.Path(settings.weights).expanduser(), table)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"config.{section}.weights: {error}") from error
-    return network._replace(params=params)
-
-
 def _result(task: Task, made: State, config: Any, command: str) -> Result:
-    """Evaluates what was made, writes its files, and reports."""
+    """Evaluates what was made, writes its files, and reports: the first process does, for all."""
     found = rows.evaluate(task, made, config.gate.k)
+    page = core.of_first(lambda: _report(task, made, found, config, command))
+    results = report.read(task.workdir)
+    own = _shipped(results.rows)
+    ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
+    measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]
+    accuracy = measured[0] if measured else own.accuracy
+    return Result(accuracy, ready, pathlib.Path(page), results, made)
+
+
+def _report(task: Task, made: State, found: rows.Evaluated, config: Any, command: str) -> str:
+    """Writes the files of a run, its results and its report, and returns the path of that."""
     table = files.write(
         task,
         found.rows,
@@ -414,9 +330,8 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
         config.evaluation.latency_calls,
         config.deploy.platforms,
     )
-    own = next((row for row in table if row.role in ("mixture", "single")), table[0])
-    for line in within.above(made.parent, config, own.files):
-        print(line, file=sys.stderr, flush=True)
+    for line in within.above(made.parent, config, _shipped(table).files):
+        core.say(line)
     records = training.read_records(task.workdir / "records.jsonl")
     results = report.Results(
         rows=tuple(table),
@@ -433,57 +348,12 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
         **found.facts,
     )
     report.save(results, task.workdir)
-    page = report.write(results, task.workdir)
-    ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
-    measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]
-    return Result(measured[0] if measured else own.accuracy, ready, page, results, made)
+    return str(report.write(results, task.workdir))
 
 
-def _config(config, budget, effort, targets) -> Config:
-    """The configuration with what the call says, checked."""
-    if not (budget is None or isinstance(budget, Budget)):
-        raise ValueError(f"budget must be a Budget, got {budget!r}")
-    if isinstance(targets, str):
-        raise ValueError(f"targets must be a sequence of names, got {targets!r}")
-    config = schema.default_config() if config is None else config
-    values = schema.flatten(config)
-    if budget is not None:
-        asked = dataclasses.asdict(budget)
-        values |= {f"budget.{name}": value for name, value in asked.items() if value is not None}
-    if isinstance(effort, str):
-        values["effort"] = effort
-    if targets is not None:
-        values["deploy.targets"] = tuple(targets)
-    return schema.read(values)
-
-
-def _objective(loss, metric, splits, temperature) -> training.Objective:
-    """By its name, or with the user's own functions; labels tell which it is where nobody says."""
-    name = (
-        loss if isinstance(loss, str) else "classification" if splits.num_classes else "regression"
-    )
-    options = {"temperature": temperature} if name == "classification" else {}
-    core.check_choice("loss", name, training.OBJECTIVES)
-    own = loss if callable(loss) else None
-    return training.objective(name, loss=own, metric=metric, **options)
-
-
-def _augmentation(settings: Any, splits: data.Splits) -> Callable:
-    """That of the configuration, without shifts where labels are of coarser pixels."""
-    moves = splits.label_kind != "pixels" or splits.train.labels.shape[1:] == splits.image_shape[:2]
-    padding, flip = (settings.padding, settings.flip) if moves else (0, False)
-    return data.augmentation(padding, flip, settings.augment, label_kind=splits.label_kind)
-
-
-def _labelled(network: models.Network, splits: data.Splits) -> data.Splits:
-    """The splits with what the network says of images without labels, which files are to repeat."""
-    images = data.normalize(splits.train.images[:], splits.mean, splits.std)
-    outputs = np.asarray(jax.jit(network.predict)(network.params, images))
-    classes = outputs.ndim in (2, 4)
-    labels = outputs.argmax(-1).astype(np.int32) if classes else outputs.astype(np.float32)
-    names = tuple(map(str, range(outputs.shape[-1]))) if classes else None
-    part = data.Arrays(splits.train.images, labels)
-    return dataclasses.replace(splits, train=part, validation=part, test=part, class_names=names)
+def _shipped(table: Sequence[report.Row]) -> report.Row:
+    """The row of what the run was for."""
+    return next((row for row in table if row.role in ("mixture", "single")), table[0])
 
 
 def _dataset(splits: data.Splits, config: Any) -> dict[str, Any]:

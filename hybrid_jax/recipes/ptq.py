@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybrid_jax import quantization, training
+from hybrid_jax import core, quantization, training
 from hybrid_jax.recipes.cut import Model, with_functions
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.recipes.train import in_training
@@ -35,7 +35,8 @@ def reestimate_batchnorm(task: Task, dense: Model, images: int) -> Model:
         [batch for (batch,) in batches(task, images)],
         task.key("batchnorm"),
     )
-    return dense._replace(cut=cut.with_variables(cut.merge(params, state["rest"])))
+    rest = core.gathered(state["rest"])
+    return dense._replace(cut=cut.with_variables(cut.merge(params, rest)))
 
 
 def quantized(dense: Model, bits: Any, facts: Any = None) -> Model:
@@ -55,13 +56,14 @@ def equalize(model: Model) -> Model:
 def calibrate(task: Task, model: Model, images: int, method: str) -> Model:
     """Returns the network with the ranges of its kernels and edges."""
     planned = model.cut.plan.replace(model.weights)
-    ranges = quantization.calibrate_edges(planned, batches(task, images), method)
+    ranges = core.gathered(quantization.calibrate_edges(planned, batches(task, images), method))
     return with_functions([model._replace(ranges=jax.tree.map(jnp.asarray, ranges))])[0]
 
 
 def round_kernels(task: Task, model: Model, images: int, method: str) -> Model:
     """Returns the network with its kernels on their grids, by one of `quantization.ROUNDINGS`."""
-    planned, sample = model.cut.plan.replace(model.weights), batches(task, images)
+    planned = model.cut.plan.replace(model.weights)
+    sample = core.gathered(batches(task, images))  # what follows is of single layers, on the host
     rounded = quantization.ROUNDINGS[method](planned, model.ranges, sample, task.key(method))
     return model._replace(weights=dict(rounded))
 
@@ -70,6 +72,6 @@ def correct_biases(task: Task, dense: Model, model: Model, images: int) -> Model
     """Returns the network with biases that make mean outputs those of the network in floats."""
     planned = model.cut.plan.replace(dense.weights)
     height, width, _ = task.splits.image_shape
-    sample = batches(task, min(images, max(CORRECTED // (height * width), 16)))
+    sample = core.gathered(batches(task, min(images, max(CORRECTED // (height * width), 16))))
     new = quantization.correct_biases(planned, model.ranges, sample, model.weights)
     return model._replace(weights=new)

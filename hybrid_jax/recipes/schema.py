@@ -174,6 +174,15 @@ def _check_agreement(config: Config) -> None:
                 f"config.experts.weight_sparsity must be above 0 with config.experts.{key} = "
                 f"{getattr(experts, key)!r}, which would then make no difference, got 0"
             )
+    asked = dataclasses.asdict(config.budget).items()
+    costs = [name for name, value in asked if value and not isinstance(value, str)]
+    for key in ("sparsity", "allocation", "multiple"):
+        default = KEYS[f"experts.{key}"].default
+        if config.effort == "finetune" and costs and getattr(experts, key) != default:
+            raise ValueError(
+                f"config.experts.{key} must be {default!r} with config.budget.{costs[0]}, which "
+                f"chooses widths, got {getattr(experts, key)!r}"
+            )
     at_sites = experts.steps - round(experts.deployed * experts.steps)
     if experts.schedule and at_sites < 2:
         raise ValueError(

@@ -143,6 +143,14 @@ class Teacher(Model):
     name: Annotated[str, Choice("hybrid_jax.models:names", none=True), "A network by its name."] = (
         ""
     )
+    views: Annotated[
+        int,
+        Integer(0, 64),
+        "Augmentations of an image, of which it answers once; 0 answers each step.",
+    ] = 0
+    answers: Annotated[
+        String, "Directory of these answers, for runs to share; '' is the run's."
+    ] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,16 +228,18 @@ class Experts:
         Each(Real(0, 1, "[)"), SOME),
         "With width, the sparsity of expert e is sparsities[e % len].",
     ] = (0.75, 0.5)
-    sparsity: Annotated[BelowOne, "Fraction of channels removed."] = 0.5
+    sparsity: Annotated[BelowOne, "Fraction of channels removed, where no budget is."] = 0.5
     allocation: Annotated[
-        Allocation, "How removed channels are spread over layers, unless a budget decides."
+        Allocation, "How removed channels are spread over layers, where no budget is."
     ] = "uniform"
     recovery: Annotated[
         str,
         Choice("hybrid_jax.pruning:RECOVERIES", none=True),
         "How weights that stay make up for those removed, before they are trained.",
     ] = ""
-    multiple: Annotated[int, Integer(1, 256), "Widths kept are rounded to multiples of this."] = 1
+    multiple: Annotated[
+        int, Integer(1, 256), "Widths kept are multiples of it, where no budget is."
+    ] = 1
     weight_sparsity: Annotated[BelowOne, "Fraction of zeros among the weights that stay."] = 0.0
     weight_allocation: Annotated[Allocation, "How zeros are spread over kernels."] = "uniform"
     schedule: Annotated[
@@ -384,6 +394,11 @@ class Config:
     ] = "mixture"
     seed: Annotated[Seed, "Of all that is random, but for what is held out of the data."] = 0
     checkpoint_every: Annotated[SomeSteps, "Steps between checkpoints."] = 500
+    devices: Annotated[
+        int,
+        Integer(0, 2**20),
+        "Devices that divide stacks by expert and batches by image; 0 is all.",
+    ] = 0
     data: Data = Data()
     model: Model = Model()
     budget: Budget = Budget()

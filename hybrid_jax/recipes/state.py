@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -96,7 +95,8 @@ def run(
         seconds = dict(state.facts.get("seconds", {}))
         seconds[stage.name] = round(time.perf_counter() - start, 2)
         state = state._replace(facts={**state.facts, "seconds": seconds})
-        save(files[i], state, whose)
+        if core.is_first():
+            save(files[i], state, whose)
     return state
 
 
@@ -124,10 +124,10 @@ def _resumed(files, state, sources, whose) -> tuple[State, int]:
         try:
             if files[i].exists():
                 state = load(files[i], state.parent.cut, sources, whose)
-                print(f"{i + 1} of {len(files)} stages are done", file=sys.stderr, flush=True)
+                core.say(f"{i + 1} of {len(files)} stages are done")
                 return state, i + 1
         except core.Damaged as error:
-            print(f"{error}; its stage is done again", file=sys.stderr, flush=True)
+            core.say(f"{error}; its stage is done again")
     return state, 0
 
 
@@ -137,11 +137,7 @@ def _tell(stages, i, first, seconds) -> None:
     done, left = sum(steps[first:i]), sum(steps[i:])
     share = f", {steps[i] / sum(steps):.0%} of the training" if steps[i] else ""
     rest = f", about {duration(seconds * left / done)} left" if done and left else ""
-    print(
-        f"stage {i + 1} of {len(stages)}: {stages[i].name}{share}{rest}",
-        file=sys.stderr,
-        flush=True,
-    )
+    core.say(f"stage {i + 1} of {len(stages)}: {stages[i].name}{share}{rest}")
 
 
 def save(path: pathlib.Path, state: State, whose: str = "") -> None:

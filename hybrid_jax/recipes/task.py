@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from hybrid_jax import core, data, models, quantization, training
 from hybrid_jax.recipes import workdir
 from hybrid_jax.recipes.cut import Cut, Model
+from hybrid_jax.recipes.taught import UNTAUGHT, Taught, answers
 
 PIXELS = 2**21
 """Of all images that networks are checked on, of which there are 8 to 512."""
@@ -35,9 +37,12 @@ class Task:
       batch_size: Of evaluation.
       judged_on: The part of `splits` that judges what was made.
       teacher: What compressed networks learn from; None for the parent.
+      views: Augmentations of each image, of which the teacher answers once; 0 for new ones.
+      answers: The directory of these answers.
       members: Compressed networks of finished runs, to be the experts of a mixture.
       given: Whether the network came with its weights.
       labelled: Whether labels came with the images, and are not what the network says of them.
+      devices: What trains and evaluates, in all processes; () is the default device alone.
     """
 
     network: models.Network
@@ -50,9 +55,12 @@ class Task:
     batch_size: int = 256
     judged_on: str = "test"
     teacher: models.Network | None = None
+    views: int = 0
+    answers: pathlib.Path | None = None
     members: tuple[Model, ...] = ()
     given: bool = True
     labelled: bool = True
+    devices: Sequence[jax.Device] = ()
 
     @property
     def judged(self) -> data.Arrays:
@@ -110,10 +118,17 @@ class Task:
         """Returns the loss function of a step, of which `alpha` is the teacher's share."""
         return training.loss_of(forward, self.objective, alpha)
 
-    def teach(self, parent: Model) -> Callable[[jax.Array], jax.Array]:
-        """Returns what the teacher says of images (B, H, W, C); where there is none, the parent."""
+    def taught(self, parent: Model) -> Taught:
+        """Returns what compressed networks learn from: the teacher, or where there is none this."""
         own = self.teacher or parent.cut.network._replace(params=parent.cut.variables)
-        return functools.partial(own.predict, own.params)
+        if not self.views:
+            return Taught(functools.partial(own.predict, own.params))
+        if not self._answers:
+            whose, where = workdir.digest(self.splits), self.answers or self.workdir / "teacher"
+            raw = own._replace(predict=self._on_raw(own.predict))
+            arguments = (raw, self.splits.train, self.augment, self.views)
+            self._answers.append(answers(*arguments, where, whose, self.batch_size))
+        return Taught(answers=self._answers[0])
 
     def start(
         self, name: str, params: Any, state: Any, tx: optax.GradientTransformation
@@ -125,6 +140,15 @@ class Task:
         key = self.key(name)
         return jax.jit(lambda *parts: training.create_state(*parts, tx, key))(params, state)
 
+    def mesh(self, batch_size: int, count: int = 1, local: bool = False) -> Mesh | None:
+        """Returns the mesh for batches of this size and `count` stacked networks.
+
+        None where they run on one device. `local` is of the devices of this process alone, on which
+        it does what needs no others.
+        """
+        own = [d for d in self.devices if not local or d.process_index == jax.process_index()]
+        return training.fitting_mesh(batch_size, count, own) if own else None
+
     def fit(
         self,
         name: str,
@@ -133,17 +157,22 @@ class Task:
         steps: int,
         batch_size: int,
         weights: np.ndarray | None = None,
+        taught: Taught = UNTAUGHT,
         **options: Any,
     ) -> training.TrainState:
         """Trains the stage `name`, or goes on from its checkpoint.
 
         The name decides the order of the data. `weights` (E, n), of each training image for each
-        expert, become batch['weight'] (E, B); `options` are for `training.fit`.
+        expert, become batch['weight'] (E, B); what was `taught` before is added to batches as well.
+        `options` are for `training.fit`. On several devices a stack is divided by expert and each
+        batch by example; what is returned is on one again.
         """
-        return training.fit(
+        size = self._batch(batch_size)
+        mesh = self.mesh(size, *np.shape(state.step))
+        state = training.fit(
             step,
-            state,
-            self.batches(name, batch_size, weights),
+            state if mesh is None else training.place_state(state, mesh),
+            self.batches(name, batch_size, weights, taught, mesh),
             steps=steps,
             name=name,
             checkpoint=training.Checkpoints(
@@ -153,37 +182,56 @@ class Task:
             every=self.checkpoint_every,
             **options,
         )
+        return core.gathered(state)
 
     def batches(
-        self, name: str, batch_size: int, weights: np.ndarray | None = None
+        self,
+        name: str,
+        batch_size: int,
+        weights: np.ndarray | None = None,
+        taught: Taught = UNTAUGHT,
+        mesh: Mesh | None = None,
     ) -> Callable[[int], Iterator[dict]]:
         """Returns the batches of the stage `name` from a first step on; arguments as of `fit`."""
-        train = self.splits.train
-        size = min(batch_size, len(train.images))
-        seed = (self.seed * 1_000_003 + _number(name)) % 2**31
+        size, seed = self._batch(batch_size), (self.seed * 1_000_003 + _number(name)) % 2**31
+        rows = training.own_rows(mesh, size)
 
         def batches(first: int) -> Iterator[dict]:
-            for batch in data.batches(train, size, seed=seed, start_step=first):
+            train = self.splits.train
+            given = data.batches(train, size, seed=seed, start_step=first, rows=rows)
+            for step, batch in enumerate(given, first):
                 own = {} if weights is None else {"weight": weights[:, batch["index"]]}
-                yield batch | own
+                batch = batch | own | taught.entries(batch, step // self.epoch(size))
+                yield batch if mesh is None else training.shard_batch(batch, mesh, own, size)
 
         return batches
+
+    def _batch(self, batch_size: int) -> int:
+        """As many, or all training images where there are fewer."""
+        return min(batch_size, len(self.splits.train.images))
 
     def epoch(self, batch_size: int) -> int:
         """Returns how many steps are one pass over the training images."""
         return max(1, len(self.splits.train.labels) // batch_size)
 
     def sample(self, batch_size: int, count: int) -> Iterator[jax.Array]:
-        """Yields `count` batches of training images, normalized, not augmented, always the same."""
-        train = self.splits.train
-        size = min(batch_size, len(train.labels))
-        for batch in data.batches(train, size, seed=self.seed, steps=count):
-            yield self.normalize(batch["image"])
+        """Yields `count` batches of training images, normalized, not augmented, always the same.
+
+        They are divided among the devices of this process; what is made of them comes back to one
+        by `core.gathered`.
+        """
+        size = self._batch(batch_size)
+        mesh = self.mesh(size, local=True)
+        for batch in data.batches(self.splits.train, size, seed=self.seed, steps=count):
+            own = {"image": batch["image"]}
+            own = own if mesh is None else training.shard_batch(own, mesh)
+            yield self.normalize(own["image"])
 
     def outputs(self, predict: Callable, params: Any, arrays: data.Arrays) -> np.ndarray:
         """Returns the outputs (n, ...); `predict` is compiled once if it is kept."""
+        mesh = self.mesh(self.batch_size)
         return training.predict_logits(
-            self._on_raw(predict), params, arrays, self.batch_size, fill=True
+            self._on_raw(predict), params, arrays, self.batch_size, fill=True, mesh=mesh
         )
 
     def score(self, outputs: np.ndarray, arrays: data.Arrays) -> np.ndarray:
@@ -194,6 +242,11 @@ class Task:
         """Returns the scores (E, n) of deployed models."""
         each = [self.outputs(model.fn, model.params, arrays) for model in made]
         return np.stack([self.score(outputs, arrays) for outputs in each])
+
+    @functools.cached_property
+    def _answers(self) -> list[np.ndarray]:
+        """Those of the one teacher that a run has, once they were needed."""
+        return []
 
     @functools.cached_property
     def _score(self) -> Callable:

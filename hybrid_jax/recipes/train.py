@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +9,10 @@ import jax
 import numpy as np
 import optax
 
-from hybrid_jax import experts, pruning, quantization, training
+from hybrid_jax import core, experts, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, deployed, with_functions
 from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.taught import UNTAUGHT, Taught
 
 CALIBRATION_BATCHES = 8
 BATCHNORM_BATCHES = 20
@@ -57,7 +57,7 @@ def compress(
     fit = functools.partial(
         fit_each,
         task,
-        teach=task.teach(parent),
+        taught=task.taught(parent) if alpha else UNTAUGHT,
         alpha=alpha,
         batch_size=settings.batch_size,
         method=settings.method,
@@ -162,7 +162,8 @@ def _starts(task, cuts: Sequence[Cut], settings) -> list[tuple[Any, Any]]:
         bits=state["bits"],
         stacked=True,
     )
-    own = [{"params": p, "ranges": r} for p, r in zip(params, experts.unstack(ranges))]
+    ranges = experts.unstack(core.gathered(ranges))
+    own = [{"params": p, "ranges": r} for p, r in zip(params, ranges)]
     return list(zip(own, states, strict=True))
 
 
@@ -178,9 +179,11 @@ def _batchnorm(task, cut: Cut, forward, params, state, settings):
         found = training.running_statistics(forward, *one, task.images[:2], key)
     except ValueError as error:
         # Statistics of another kind than BatchNorm's are what training has left.
-        print(f"running statistics are not estimated anew: {error}", file=sys.stderr)
+        core.say(f"running statistics are not estimated anew: {error}")
         return state
-    return training.reestimate_batchnorm(mapped, params, state, images, key, statistics=found)
+    return core.gathered(
+        training.reestimate_batchnorm(mapped, params, state, images, key, statistics=found)
+    )
 
 
 def in_training(cut: Cut, train: Callable) -> Callable:
@@ -220,7 +223,7 @@ def fit_each(
     states: Sequence[Any],
     optimizers: Sequence[optax.GradientTransformation],
     *,
-    teach: Callable[[jax.Array], jax.Array],
+    taught: Taught,
     steps: int,
     batch_size: int,
     alpha: float,
@@ -230,8 +233,7 @@ def fit_each(
     """Trains E networks, those of one forward function as one stack; returns (params, state) each.
 
     `optimizers` of one forward function differ in their state alone, `weights` (E, n) are as of
-    `Task.fit`; `alpha` is the share in the loss of `teach`, (images as a network takes them) ->
-    outputs.
+    `Task.fit`; `alpha` is the share in the loss of what is `taught`.
     """
     key = task.key(name)
     trained: list[Any] = [None] * len(params)
@@ -249,7 +251,7 @@ def fit_each(
         step = training.make_stacked_step(
             task.loss(forward, alpha),
             task.augmented,
-            teach if alpha else None,
+            taught.teach,
             per_expert=() if weights is None else ("weight",),
             method=method if len(members) > 1 else "unroll",
             choices=task.choices,
@@ -261,6 +263,7 @@ def fit_each(
             steps,
             batch_size,
             None if weights is None else weights[members],
+            taught,
         )
         for e, own in zip(members, experts.unstack(stack), strict=True):
             trained[e] = own.params, own.state

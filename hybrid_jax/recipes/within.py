@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import deploy, pruning, quantization
+from hybrid_jax import core, deploy, pruning, quantization
 from hybrid_jax.recipes import budget, choices, ptq
 from hybrid_jax.recipes.config import single_spec
 from hybrid_jax.recipes.cut import Model
@@ -147,4 +147,4 @@ def _measure(task: Task, parent: Model, config: Any) -> Callable[[Model], dict[s
                 found["latency"] = deploy.latency(small, dense, image, pairs=PAIRS).ratio
         return found
 
-    return measure
+    return lambda model: core.of_first(lambda: measure(model))

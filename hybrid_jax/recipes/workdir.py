@@ -14,7 +14,7 @@ from hybrid_jax.recipes.schema import completed
 ON_DISK = 512
 """Of images that stay on disk, as many tell one data set from another."""
 
-RESULTS = ("deploy.", "evaluation.")
+RESULTS = ("deploy.", "evaluation.", "teacher.answers")
 """Keys of the configuration that decide nothing of what is trained."""
 
 FOLDERS = ("stages", "checkpoints", "deploy")
@@ -66,7 +66,7 @@ def claim(
         _check_kinds(path)
         ours = {
             "config": dict(config),
-            "data": _digest(splits),
+            "data": digest(splits),
             "weights": "" if params is None else core.digest(params),
         }
         theirs = _compared(path, ours) if there else {"id": uuid.uuid4().hex}
@@ -133,7 +133,8 @@ def _compared(path, ours):
     return theirs
 
 
-def _digest(splits: data.Splits) -> str:
+def digest(splits: data.Splits) -> str:
+    """Returns what tells the images and labels of a run from others."""
     facts = [splits.mean, splits.std, splits.class_names]
     for part in (splits.train, splits.validation, splits.test):
         images = part.images

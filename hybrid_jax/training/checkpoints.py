@@ -112,13 +112,16 @@ class Checkpoints:
                 return self._read(step, like)
             except core.Damaged as error:
                 name = f"{step}.damaged"
-                shutil.rmtree(self.directory / name, ignore_errors=True)
-                (self.directory / str(step)).rename(self.directory / name)
+                core.of_first(functools.partial(self._put_aside, step, name))
                 self._manager.reload()
                 before = self.latest()
                 on = "begins anew" if before is None else f"goes on from step {before}"
-                print(f"{error}; it is now {name}, and training {on}", file=sys.stderr, flush=True)
+                core.say(f"{error}; it is now {name}, and training {on}")
         return None
+
+    def _put_aside(self, step: int, name: str) -> None:
+        shutil.rmtree(self.directory / name, ignore_errors=True)
+        (self.directory / str(step)).rename(self.directory / name)
 
     def _steps(self) -> list[int]:
         return list(self._manager.all_steps()) if self.directory.is_dir() else []
@@ -169,7 +172,7 @@ def _hushed() -> Iterator[None]:
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
     """Copies of the leaves by path; those of size 0 hold nothing, and Orbax stores none."""
     return {
-        path: np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        path: np.array(core.whole(leaf))
         for path, leaf in core.flatten_paths(tree).items()
         if not core.is_masked_node(leaf) and np.size(leaf)
     }
@@ -178,7 +181,7 @@ def _arrays(tree: Any) -> dict[str, np.ndarray]:
 def _specs(like: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """What `_arrays(like)` would hold, without its values."""
     return {
-        path: jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        path: jax.eval_shape(jax.random.key_data, leaf) if core.is_key(leaf) else leaf
         for path, leaf in core.flatten_paths(like).items()
         if not core.is_masked_node(leaf) and np.size(leaf)
     }
@@ -190,12 +193,8 @@ def _restored(leaf: Any, value: np.ndarray | None) -> Any:
     if value is None:
         value = np.zeros(leaf.shape, leaf.dtype)
     array = jnp.asarray(value)
-    if _is_key(leaf):
+    if core.is_key(leaf):
         array = jax.random.wrap_key_data(array, impl=leaf.dtype._impl)
     # A committed array was placed on purpose; others stay free to move, as they were.
     placed = isinstance(leaf, jax.Array) and leaf.committed
-    return jax.device_put(array, leaf.sharding) if placed else array
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    return core.put(array, leaf.sharding) if placed else array

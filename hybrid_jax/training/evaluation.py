@@ -6,10 +6,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from hybrid_jax import core
 from hybrid_jax.training.objectives import Objective, classification
 from hybrid_jax.training.progress import track
+from hybrid_jax.training.sharding import own_rows, replicate, shard_batch
 
 Predict = Callable[[Any, jax.Array], jax.Array]
 """predict(params, images (B, H, W, C)) -> outputs (B, …), such as logits (B, N)."""
@@ -67,14 +69,18 @@ def predict_logits(
     name: str | None = None,
     *,
     fill: bool = False,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The outputs (n, …) of all examples, in their order; arguments as of `evaluate`.
 
     With `fill` the last batch is filled up with its last example, so that sets of any size are of
-    one shape and `predict` is compiled once; in it no example may see another.
+    one shape and `predict` is compiled once; in it no example may see another. With a `mesh`, as of
+    `data_mesh`, each batch is filled up and divided among its devices; of several processes each
+    reads its share, and has the outputs of all.
     """
     every = np.arange(_count(arrays))
-    batches = _outputs(predict, params, arrays, every, batch_size, name, fill)
+    fill = fill or mesh is not None
+    batches = _outputs(predict, params, arrays, every, batch_size, name, fill, mesh)
     return np.concatenate([outputs for _, outputs in batches])
 
 
@@ -89,17 +95,21 @@ def _apply(predict: Predict, params: Any, images: jax.Array) -> jax.Array:
     return core.fast_convolutions(predict)(params, images)
 
 
-def _outputs(predict, params, arrays, examples, batch_size, name, fill=False):
+def _outputs(predict, params, arrays, examples, batch_size, name, fill=False, mesh=None):
     """The indices (B,) and the outputs (B, …) of each batch of these examples."""
     core.check_integer("batch_size", batch_size, 1)
+    params = params if mesh is None else replicate(params, mesh)
     starts = range(0, len(examples), batch_size)
     for start in starts if name is None else track(starts, name):
         index = examples[start : start + batch_size]
         size = batch_size if fill else len(index)
         filled = np.pad(index, (0, size - len(index)), "edge")
-        outputs = _apply(predict, params, arrays.images[filled])
+        images = arrays.images[filled[own_rows(mesh, size)]]
+        if mesh is not None:
+            images = shard_batch({"image": images}, mesh, batch_size=size)["image"]
+        outputs = _apply(predict, params, images)
         if np.shape(outputs)[:1] != (size,):
             raise ValueError(
                 f"predict must return outputs ({size}, …), got shape {np.shape(outputs)}"
             )
-        yield index, np.asarray(outputs)[: len(index)]
+        yield index, core.whole(outputs)[: len(index)]

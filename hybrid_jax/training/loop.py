@@ -1,5 +1,6 @@
 """The training loop: progress, records, checkpoints, resumption, and a check on the loss."""
 
+import collections
 import contextlib
 import itertools
 import time
@@ -8,14 +9,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from hybrid_jax import core
 from hybrid_jax.training.checkpoints import Checkpoints
 from hybrid_jax.training.progress import progress
 from hybrid_jax.training.records import Path, drop_records, write_record
 from hybrid_jax.training.signals import Held
-from hybrid_jax.training.state import TrainState, copy
+from hybrid_jax.training.state import TrainState
 from hybrid_jax.training.steps import Batch, Metrics, Step
+
+_AHEAD = 2
+"""Steps that the device is given before it has done them: a signal has to wait for them all."""
+AGREED = 10
+"""Steps between questions to all processes: each waits for the step before it to be done."""
 
 
 def fit(
@@ -37,6 +44,8 @@ def fit(
     Resuming is bit-equal to never having stopped, since everything random depends on the step
     alone. Stopped at any moment, it leaves complete checkpoints of finite values, and whole lines.
     SIGTERM, SIGINT and SIGHUP wait until the step under way is done and saved, see `signals.Held`.
+    Of several processes all are asked every `AGREED` steps whether one got a signal, and the first
+    writes the records.
     A loss, or a parameter to be saved, that is not finite is a FloatingPointError with its step.
 
     `step` is of `make_step` or `make_stacked_step`; `state` is where to start, and stays usable;
@@ -61,25 +70,31 @@ def fit(
     core.check_integer("record_every", record_every, 1)
     every = max(steps, 1) if every is None else core.check_integer("every", every, 1)
 
-    state = copy(state)
+    state = core.copy(state)
     saved = checkpoint.newest(state) if checkpoint else None
     state, window = saved or (state, [])  # the metrics that no record holds yet
-    done = int(np.ravel(state.step)[0])
+    done = int(np.ravel(core.whole(state.step))[0])
     if done > steps:
         raise ValueError(f"steps must be at least the {done} that {name} has done, got {steps}")
+    if not core.is_first():
+        records = None
     if records is not None:
         drop_records(records, name, after=done)
 
-    begun = time.monotonic()
+    begun, underway = time.monotonic(), collections.deque()
     saving = checkpoint or contextlib.nullcontext()
     with Held() as held, saving, progress(name, steps, start=done) as show:
         for batch in itertools.islice(batches(done), steps - done):
             state, metrics = step(state, batch)
             window.append(metrics)
+            underway.append(metrics)
+            if len(underway) > _AHEAD:
+                jax.block_until_ready(underway.popleft())
             done += 1
             note = ""
             boundary = done % every == 0 or done == steps
-            save = checkpoint and (boundary or held.came or time.monotonic() - begun >= seconds)
+            came, due = _agreed(done, held.came, time.monotonic() - begun >= seconds)
+            save = checkpoint and (boundary or came or due)
             if boundary or done % record_every == 0:
                 means = _means(name, done, window)
                 note = "  ".join(f"{key} {np.mean(value):.4g}" for key, value in means.items())
@@ -96,19 +111,29 @@ def fit(
                     _check_parameters(name, done, state)
                 checkpoint.save(done, state, window)
                 begun = time.monotonic()
-            if held.came:
+            if came:
                 if checkpoint:
                     checkpoint.wait()
-                held.deliver()
+                held.deliver(came)
             show(done, note)
     if done < steps:
         raise ValueError(f"batches must reach step {steps} of {name}, got no more after {done}")
     return state
 
 
+def _agreed(done: int, came: int | None, due: bool) -> tuple[int | None, bool]:
+    """The signal that came to one of the processes, and whether one is to save: alike in all."""
+    if jax.process_count() == 1:
+        return came, due
+    if done % AGREED:
+        return None, False
+    wishes = multihost_utils.process_allgather(np.array([came or 0, due])).max(0)
+    return int(wishes[0]) or None, bool(wishes[1])
+
+
 def _looked_at(name: str, done: int, window: list[Metrics]) -> list[dict[str, Any]]:
     """The last metrics as JSON, whose losses are checked; the one place that waits for them."""
-    window = jax.device_get(window)
+    window = core.whole(window)
     for step, metrics in enumerate(window, done - len(window) + 1):
         if not np.all(np.isfinite(metrics["loss"])):
             loss = np.ravel(metrics["loss"])
@@ -123,7 +148,7 @@ def _looked_at(name: str, done: int, window: list[Metrics]) -> list[dict[str, An
 
 def _means(name: str, done: int, window: list[Metrics]) -> dict[str, np.ndarray]:
     """Means of the last metrics."""
-    window = jax.device_get(window)
+    window = core.whole(window)
     _looked_at(name, done, window)
     return {key: np.mean([np.float64(m[key]) for m in window], axis=0) for key in window[0]}
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 import rich.console
 import rich.progress
 
+from hybrid_jax import core
+
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -18,8 +20,11 @@ def progress(name: str, total: int, start: int = 0) -> Iterator[Callable[..., No
     """Shows on stderr how far a long step is: a bar, or at most a line each ten seconds.
 
     It yields show(done, note=''), to be called after each unit of `total`, of which `start` were
-    done before; `note` is shown behind the bar.
+    done before; `note` is shown behind the bar. Of several processes the first one shows it.
     """
+    if not core.is_first():
+        yield lambda done, note="": None
+        return
     console = rich.console.Console(file=sys.stderr)
     live = console.is_terminal and not console.is_dumb_terminal
     with _bar(console, name, total, start) if live else _lines(name, total, start) as show:
@@ -67,6 +72,6 @@ def _lines(name: str, total: int, start: int) -> Iterator[Callable[..., None]]:
         if done >= total or now - printed >= _SECONDS_BETWEEN_LINES:
             printed = now
             line = f"{name}: {done}/{total}, {now - began:.0f} s  {latest}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            core.say(line.rstrip())
 
     yield show

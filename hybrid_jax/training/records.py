@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import sys
 import zlib
 from typing import Any
 
@@ -38,7 +37,7 @@ def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
             records.append({key: value for key, value in record.items() if key != "crc32"})
         else:
             told = f"{path} must hold records as they were written: line {number} is left out"
-            print(told, file=sys.stderr, flush=True)
+            core.say(told)
     return [record for record in records if name is None or record["name"] == name]
 
 

@@ -47,8 +47,9 @@ class Held:
             came, self.came = self.came, None
             signal.raise_signal(came)
 
-    def deliver(self) -> None:
-        """Delivers what came; whatever still runs after it is held again."""
+    def deliver(self, came: int) -> None:
+        """Delivers what came, here or elsewhere; what still runs after it is held again."""
+        self.came = came
         self.__exit__()
         self.__enter__()
 

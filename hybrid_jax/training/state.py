@@ -1,7 +1,7 @@
 """What training carries from step to step, for one model or for a stack of experts."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_jax import core, experts
-
-Tree = TypeVar("Tree")
 
 
 @flax.struct.dataclass
@@ -43,8 +41,8 @@ def create_state(
             )
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key must be a typed key (jax.random.key), got {key!r}")
-    params = copy(params)
-    return copy(TrainState(jnp.int32(0), params, state, tx.init(params), key, tx))
+    params = core.copy(params)
+    return core.copy(TrainState(jnp.int32(0), params, state, tx.init(params), key, tx))
 
 
 def stack_states(states: Sequence[TrainState]) -> TrainState:
@@ -52,20 +50,3 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
     if not states:
         raise ValueError("states must hold at least one TrainState, got none")
     return experts.stack([state.replace(tx=states[0].tx) for state in states])
-
-
-def copy(tree: Tree) -> Tree:
-    """Copies every leaf to an array of its own, to donate, with the dtype and sharding it has."""
-    leaves, structure = jax.tree.flatten(tree)
-    # One program for all that are free to move; one for each shape would take longer to compile.
-    free = [core.is_traced(leaf) or getattr(leaf, "committed", None) is False for leaf in leaves]
-    copies = iter(_copies([leaf for leaf, own in zip(leaves, free) if own]))
-    return structure.unflatten(
-        next(copies) if own else jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf)
-        for leaf, own in zip(leaves, free)
-    )
-
-
-@jax.jit
-def _copies(leaves):
-    return [jnp.copy(leaf) for leaf in leaves]

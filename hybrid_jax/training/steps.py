@@ -12,7 +12,8 @@ from hybrid_jax.training.state import TrainState
 Batch = Mapping[str, Any]
 """'image' (B, H, W, C), 'label' (B, …); optional 'weight' (B,) float32, 'teacher': outputs (B, …).
 
-An example of weight 0 does not count, see `core.examples`.
+An example of weight 0 does not count, see `core.examples`. With 'view' (B,) uint32 each image is
+augmented by itself, as that number alone decides, see `of_views`.
 """
 
 Metrics = dict[str, jax.Array]
@@ -88,6 +89,26 @@ def make_stacked_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def of_views(augment: Augment) -> Augment:
+    """Returns an augmentation by number: (images (B, H, W, C), view (B,) uint32) -> images.
+
+    An image of one number is always augmented alike, in whatever batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> noisy = of_views(lambda images, key: images + jax.random.normal(key, images.shape))
+      >>> images, view = jnp.zeros((3, 1, 1, 1)), jnp.array([5, 7, 5], jnp.uint32)
+      >>> first, second, third = noisy(images, view).ravel().tolist()
+      >>> first == third != second
+      True
+    """
+
+    def one(image, view):
+        return augment(image[None], jax.random.fold_in(jax.random.key(0), view))[0]
+
+    return jax.vmap(one)
+
+
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     augment_key, loss_key = jax.random.split(jax.random.fold_in(key, step))
     return augment_key, loss_key
@@ -97,9 +118,12 @@ def _prepare(
     batch: Batch, key: jax.Array, augment: Augment | None, teacher: Teacher | None
 ) -> Batch:
     if augment is not None:
-        moved = getattr(augment, "labels", None)
-        own = {"label": moved(batch["label"], key)} if moved else {}
-        batch = {**batch, "image": augment(batch["image"], key), **own}
+        moves = {"image": augment, "label": getattr(augment, "labels", None)}
+        for name, move in moves.items():
+            if move and "view" in batch:
+                batch = {**batch, name: of_views(move)(batch[name], batch["view"])}
+            elif move:
+                batch = {**batch, name: move(batch[name], key)}
     if teacher is not None:
         batch = {**batch, "teacher": jax.lax.stop_gradient(teacher(batch["image"]))}
     return batch

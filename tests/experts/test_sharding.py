@@ -113,3 +113,13 @@ def test_bad_arguments(mesh):
         experts.expert_mesh(0)
     with pytest.raises(ValueError, match=r"mesh must have an axis 'expert', got \('batch',\)"):
         experts.shard_stack(three, training.data_mesh())
+
+
+def test_without_any_jit(mesh, setting):
+    stack, gate_params, images = setting
+    moe = experts.mixture(NET.apply, GATE.apply, experts.soft(), "auto")
+    placed = experts.shard_stack(stack, mesh), training.replicate(gate_params, mesh)
+    batch = training.shard_batch({"image": images}, mesh)
+    with jax.disable_jit():
+        logits, _ = moe(*placed, batch["image"])
+    assert_close(logits, moe(stack, gate_params, images)[0])

@@ -200,3 +200,15 @@ def test_a_fault_of_ours_is_no_mistake_of_the_user(capsys):
 
     with pytest.raises(IndexError):
         command.run(["compress"], "", broken)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("yes", "--distributed must be auto or HOST:PORT,PROCESSES,NUMBER, got 'yes'"),
+        ("host:1,2", "--distributed must be auto or HOST:PORT,PROCESSES,NUMBER, got 'host:1,2'"),
+        ("host:1,2,2", "--distributed must have a NUMBER below 2, got 2"),
+    ],
+)
+def test_processes_that_cannot_be(told, message, tmp_path, capsys):
+    assert fails(capsys, DIGITS, f"--workdir={tmp_path}/run", f"--distributed={told}") == message

@@ -310,3 +310,9 @@ def test_apply_masks_names_a_mask_that_does_not_fit():
         pruning.apply_masks(params, {"w": jnp.ones(2, bool)})
     with pytest.raises(ValueError, match="got 'v' in one of them only"):
         pruning.apply_masks(params, {"w": jnp.ones((2, 2), bool), "v": jnp.ones(2, bool)})
+
+
+@pytest.mark.parametrize("sparsity", [7.0, 1e30, np.inf, -0.5, -np.inf, np.nan])
+def test_traced_sparsities_outside_of_their_range_count_as_its_ends(sparsity):
+    count = jax.jit(lambda sparsity: removed_count(sparsity, 10))
+    assert int(count(jnp.float32(sparsity))) == (10 if sparsity > 1 else 0)

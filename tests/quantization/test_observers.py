@@ -201,3 +201,11 @@ def test_bad_arguments():
 def test_more_equal_values_than_a_float32_counts_to():
     state = histograms.histogram(jnp.full(2**24 + 4, 1.0, jnp.bfloat16))
     assert float(state.counts.sum()) == float(state.total) == 2**24 + 4
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_ranges_are_float32_where_jax_has_64_bits(factory):
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
+        span = factory().value(factory().init(x), q.affine, 8)
+    assert {end.dtype for end in span} == {np.dtype(np.float32)}

@@ -153,3 +153,20 @@ def test_a_shared_kernel_with_two_quantizers():
     assert q.spec(graph).weight_bits == {"w": 8, "w#2": 8}
     with pytest.raises(ValueError, match="sites that share kernel 'w' must quantize it alike"):
         q.spec(graph, [("w#2", {"weight": 4})])
+
+
+def test_ranges_of_64_bits_are_rounded_to_float32():
+    """The network's own dtype stays, as the steps of its grids do."""
+    params, x = {"w": jnp.ones((2, 3), jnp.float32) / 3}, jnp.ones((4, 2), jnp.float32) / 7
+    spec = q.spec(core.trace(dot, params, x))
+    ranges = q.calibrate(dot, params, [(x,)], spec)
+    quantized = q.fake_quantized(dot, spec)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda end: jnp.asarray(end, jnp.float64), ranges)
+        got = quantized(params, wide, x)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, quantized(params, ranges, x))
+
+
+def dot(params, x):
+    return x @ params["w"]

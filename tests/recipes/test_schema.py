@@ -185,6 +185,11 @@ DISAGREEMENTS = {
     "experts.weight_sparsity must be above 0 with config.experts.schedule = 'cubic', .* got 0": {
         "experts.schedule": "cubic",
     },
+    "experts.allocation must be 'uniform' with config.budget.macs, which chooses widths": {
+        "effort": "finetune",
+        "budget.macs": 0.5,
+        "experts.allocation": "global",
+    },
     "experts.weight_sparsity must be above 0 with config.experts.weight_allocation = 'erk'": {
         "experts.weight_allocation": "erk",
     },

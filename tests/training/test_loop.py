@@ -129,6 +129,31 @@ def test_checkpoints_come_by_time_too(tiny, step, batches, tmp_path):
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [1, 2, 3]
 
 
+def test_the_host_is_few_steps_ahead_of_the_device(tiny, batches):
+    """A signal waits for all steps that were handed over, which may take seconds each."""
+    given, done = [], []
+
+    class Loss:
+        def __init__(self, number):
+            self.number = number
+            given.append(number)
+
+        def block_until_ready(self):
+            done.append(self.number)
+            return self
+
+        def __array__(self, dtype=None, copy=None):
+            return np.zeros((), np.float32)
+
+    def step(state, batch):
+        assert len(given) - len(done) < 4
+        return state, {"loss": Loss(len(given))}
+
+    training.fit(step, tiny.make_state(0), batches, steps=9, name="slow", record_every=100)
+    assert given == list(range(9))
+    assert done[:6] == list(range(6))
+
+
 def test_a_signal_that_is_ignored_stays_so(tiny, step, batches):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
     try:
