@@ -340,7 +340,7 @@ __attribute__((noinline))
 #endif
 static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
-    int32_t s00 = sums[0], s10 = sums[2];
+    int32_t s00 = 0, s10 = 0;
     if (packed) {
 #ifdef DSP
         for (; n >= 4; n -= 4, x += 4, w += 4) {
@@ -367,7 +367,7 @@ static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, i
             s00 += x[k] * w[k], s10 += x[k] * w[n + k];
         }
     }
-    sums[0] = s00, sums[2] = s10;
+    sums[0] += s00, sums[2] += s10;
 }
 
 #ifndef DSP
