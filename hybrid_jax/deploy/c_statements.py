@@ -30,7 +30,11 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     inputs, outputs = c_arguments.inputs(program), c_arguments.outputs(program)
     program = c_context.stored(program)
     in_integers = [op for op in program.weighted if not program.in_floats(op)]
-    packed = {op.output for op in in_integers if pack and c_windows.packs(op)}
+    packed = {
+        op.output
+        for op in in_integers
+        if pack and c_windows.packs(op, program.encoding(op.inputs[0]))
+    }
     needs = {}
     for op in in_integers:
         axes, each, beside = c_windows.scratch(op, program.tensors[op.output].shape)

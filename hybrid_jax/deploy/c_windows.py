@@ -30,7 +30,8 @@ def weighted(op: p.Conv | p.Dense, context: Context) -> str:
     (x,), y, weights = op.inputs, op.output, op.weights
     encoding, output = context.encoding(x), context.encoding(y)
     packed, constants = y in context.packed, context.constants
-    bias = arithmetic.integer_bias(weights, encoding) - encoding.zero_point * sums(weights)
+    sums = np.asarray(weights.values, np.int64).sum(tuple(range(weights.values.ndim - 1)))
+    bias = arithmetic.integer_bias(weights, encoding) - encoding.zero_point * sums
     factor = arithmetic.multiplier(encoding.scale, weights.scale, output=output or _ONE)
     # What is packed is read as twice what it is.
     bias, factor = bias << packed, np.broadcast_to(factor, bias.shape) / np.float32(1 << packed)
@@ -58,16 +59,12 @@ def weighted(op: p.Conv | p.Dense, context: Context) -> str:
     return f"{call}\n{c_text.each(context.shape(y), made, f'{{y}} = {value}')}"
 
 
-def sums(weights: p.Weights) -> np.ndarray:
-    """Of the kernel of each feature, int64 (O,)."""
-    values = np.asarray(weights.values, np.int64)
-    return values.sum(tuple(range(values.ndim - 1)))
-
-
-def packs(op: p.Conv | p.Dense) -> bool:
+def packs(op: p.Conv | p.Dense, encoding: p.Encoding) -> bool:
     """Whether its weights fit in half a byte, and twice their sums in an int32."""
-    reach = np.abs(np.asarray(op.weights.values, np.int64)).sum() * 255
-    return op.weights.bits <= 4 and reach < 2**30
+    axes = tuple(range(op.weights.values.ndim - 1))
+    reach = 255 * np.abs(np.asarray(op.weights.values, np.int64)).sum(axes)
+    reach += np.abs(arithmetic.integer_bias(op.weights, encoding))
+    return op.weights.bits <= 4 and int(reach.max()) < 2**30
 
 
 def stored(op: p.Conv | p.Dense, packed: bool) -> np.ndarray:

@@ -340,8 +340,8 @@ __attribute__((noinline))
 #endif
 static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
-    int32_t s00 = sums[0], s10 = sums[2];
     if (packed) {
+        int32_t s00 = 0, s10 = 0;
 #ifdef DSP
         for (; n >= 4; n -= 4, x += 4, w += 4) {
             const uint32_t both = word(w);
@@ -352,8 +352,9 @@ static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, i
         for (; n > 0; n--, x++, w++) {
             low += *x * LOW(*w), high += *x * HIGH(*w);
         }
-        s00 += low * 16, s10 += high * 16;
+        sums[0] += s00 + low * 16, sums[2] += s10 + high * 16;
     } else {
+        int32_t s00 = sums[0], s10 = sums[2];
         for (; n >= 4; n -= 4, x += 4, w += 8) {
 #ifdef DSP
             EIGHT(word(x), word(w), word(w + 4));
@@ -366,8 +367,8 @@ static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, i
         for (int32_t k = 0; k < n; k++) {
             s00 += x[k] * w[k], s10 += x[k] * w[n + k];
         }
+        sums[0] = s00, sums[2] = s10;
     }
-    sums[0] = s00, sums[2] = s10;
 }
 
 #ifndef DSP

@@ -107,6 +107,17 @@ def test_weights_beyond_4_bits_are_not_packed():
     assert c.to_c(b.program()) == c.to_c(b.program(), pack=False)
 
 
+def test_packed_weights_whose_sums_are_too_large_twice_are_not_packed(tmp_path):
+    # Many of them are no reason: each sum is of one kernel.
+    b = Build((64,)).dense(2000, bits=4)
+    assert c.export_c(tmp_path / "many.c", b.program())["kernel_bits"] == [4]
+    op = b.operations[-1]
+    step = np.float32(Q.scale) * op.weights.scale
+    large = dataclasses.replace(op.weights, bias=np.float32(1.1 * 2**30 * step))
+    b.operations[-1] = dataclasses.replace(op, weights=large)
+    assert c.export_c(tmp_path / "large.c", b.program())["kernel_bits"] == [8]
+
+
 def residual_4():
     b = Build((6, 5, 3), seed=3).conv(4, clip=RELU)
     return b.conv(4).add(Mean, (4,), Q).dense(4).program()
