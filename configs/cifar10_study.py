@@ -73,7 +73,7 @@ STUDY = {
 
 
 def get_config() -> ConfigDict:
-    """Returns what all runs share: weights in 4 bits, activations in 8."""
+    """Returns what all runs share: weights in 4 bits where no budget chooses them, else in 8."""
     config = recipes.default_config()
     config.effort = "finetune"
     config.data.name = "cifar10"

@@ -249,9 +249,6 @@ static inline uint32_t even(uint32_t bytes)
     __asm__("sxtb16 %0, %1" : "=r"(pair) : "r"(bytes));
     return pair;
 }
-#endif
-
-#ifdef DSP
 /* Bytes 1 and 3 as int16. */
 static inline uint32_t odd(uint32_t bytes)
 {
@@ -259,18 +256,12 @@ static inline uint32_t odd(uint32_t bytes)
     __asm__("sxtb16 %0, %1, ror #8" : "=r"(pair) : "r"(bytes));
     return pair;
 }
-#endif
-
-#ifdef DSP
 static inline uint32_t even_unsigned(uint32_t bytes)
 {
     uint32_t pair;
     __asm__("uxtb16 %0, %1" : "=r"(pair) : "r"(bytes));
     return pair;
 }
-#endif
-
-#ifdef DSP
 static inline uint32_t odd_unsigned(uint32_t bytes)
 {
     uint32_t pair;
@@ -328,9 +319,6 @@ static void spread(const uint8_t *a, const uint8_t *b, uint32_t *to, int32_t n)
 #ifdef DSP
 /* The halves of each byte of a word, times 16. */
 #define LOWS(W) ((W) << 4 & 0xF0F0F0F0u)
-#endif
-
-#ifdef DSP
 #define HIGHS(W) ((W)&0xF0F0F0F0u)
 #endif
 

@@ -123,12 +123,10 @@ class Task:
         own = self.teacher or parent.cut.network._replace(params=parent.cut.variables)
         if not self.views:
             return Taught(functools.partial(own.predict, own.params))
-        if not self._answers:
-            whose, where = workdir.digest(self.splits), self.answers or self.workdir / "teacher"
-            raw = own._replace(predict=self._on_raw(own.predict))
-            arguments = (raw, self.splits.train, self.augment, self.views)
-            self._answers.append(answers(*arguments, where, whose, self.batch_size))
-        return Taught(answers=self._answers[0])
+        whose, where = workdir.digest(self.splits), self.answers or self.workdir / "teacher"
+        raw = own._replace(predict=self._on_raw(own.predict))
+        arguments = (raw, self.splits.train, self.augment, self.views)
+        return Taught(answers=answers(*arguments, where, whose, self.batch_size))
 
     def start(
         self, name: str, params: Any, state: Any, tx: optax.GradientTransformation
@@ -242,11 +240,6 @@ class Task:
         """Returns the scores (E, n) of deployed models."""
         each = [self.outputs(model.fn, model.params, arrays) for model in made]
         return np.stack([self.score(outputs, arrays) for outputs in each])
-
-    @functools.cached_property
-    def _answers(self) -> list[np.ndarray]:
-        """Those of the one teacher that a run has, once they were needed."""
-        return []
 
     @functools.cached_property
     def _score(self) -> Callable:

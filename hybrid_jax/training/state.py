@@ -39,7 +39,7 @@ def create_state(
                 f"params must be float arrays, got {jnp.result_type(leaf)} at {path!r}; "
                 "what is not trained belongs in state"
             )
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    if not core.is_key(key):
         raise TypeError(f"key must be a typed key (jax.random.key), got {key!r}")
     params = core.copy(params)
     return core.copy(TrainState(jnp.int32(0), params, state, tx.init(params), key, tx))
