@@ -31,6 +31,7 @@ RESNET56 = {
 }
 
 HALF = {"budget.macs": 0.5}
+BYTES = {"experts.weight_bits": 8}
 TAUGHT = {"teacher.name": "resnet56", "teacher.weights": RESNET56["model.weights"]}
 LONG = 5 * EPOCH
 ALONE = {"controls.same_bytes": False, "controls.same_bops": False}
@@ -41,6 +42,7 @@ CASCADE = {
     "mixture.kind": "cascade",
     "mixture.members": ("half ResNet-56", "half ResNet-20"),
 }
+FEW = {"mixture.members": ("half ResNet-56 W4A8", "half ResNet-20 W4A8")}
 UNTRAINED = {"mixture.members": ("ResNet-20 W4A8 PTQ", "ResNet-56 W4A8 PTQ")}
 PARTLY = {"mixture.members": ("half ResNet-20", "ResNet-56 W4A8 PTQ")}
 
@@ -52,8 +54,14 @@ STUDY = {
     "cascade of half and whole at a third": {**CASCADE, **PARTLY, "budget.macs": 1 / 3},
     "cascade of half and whole at a quarter": {**CASCADE, **PARTLY, "budget.macs": 0.25},
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
-    "half ResNet-56": {**RESNET56, **HALF, "experts.steps": LONG},
-    "half ResNet-20": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 8 * EPOCH},
+    "half ResNet-56 W4A8": {**RESNET56, **HALF, "experts.steps": LONG},
+    "half ResNet-20 W4A8": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 12 * EPOCH},
+    "W4A8 cascade at a third": {**CASCADE, **FEW, "budget.macs": 1 / 3},
+    "W4A8 cascade at a quarter": {**CASCADE, **FEW, "budget.macs": 0.25},
+    "W4A8 cascade at a fifth": {**CASCADE, **FEW, "budget.macs": 0.2},
+    # The same of experts in 8 bits.
+    "half ResNet-56": {**RESNET56, **HALF, **BYTES, "experts.steps": LONG},
+    "half ResNet-20": {**RESNET20, **HALF, **BYTES, **TAUGHT, "experts.steps": 8 * EPOCH},
     "cascade at a third": {**CASCADE, "budget.macs": 1 / 3},
     "cascade at a quarter": {**CASCADE, "budget.macs": 0.25},
     "cascade at a fifth": {**CASCADE, "budget.macs": 0.2},
@@ -73,7 +81,7 @@ STUDY = {
 
 
 def get_config() -> ConfigDict:
-    """Returns what all runs share: weights in 4 bits where no budget chooses them, else in 8."""
+    """Returns what all runs share: weights in 4 bits where no budget of bytes chooses them."""
     config = recipes.default_config()
     config.effort = "finetune"
     config.data.name = "cifar10"

@@ -128,19 +128,20 @@ def plan_sensitivity(
     """Measures, on the function that is deployed, what fewer bits of one kernel or input do.
 
     The other operations have the most bits of `choices`, {role: bits}, and the damage of that is
-    none. Those that take one edge in fewer bits share the damage equally. `planned` has what is
-    stored in fewer bits for one operation alone, of the fewest bits; `ranges` are {bits: ranges of
-    its edges and kernels} for all of the choices, `operations` as `chosen_operations` finds them.
+    none; a role left out has those of the plan. Those that take one edge in fewer bits share the
+    damage equally. `planned` has what is stored in fewer bits for one operation alone, of the
+    fewest bits; `ranges` are {bits: ranges of its edges and kernels} for all of the choices,
+    `operations` as `chosen_operations` finds them.
     The result is {output of an operation: {role: {bits: damage}}}, of the roles with more than one
     choice.
     """
     makers, operations = planned.program.makers, list(operations)
     edges = {name: planned.slots[makers[name].inputs[0]].name for name in operations}
-    most, widest = {role: max(choices[role]) for role in ROLES}, ranges[max(ranges)]
+    most, widest = {role: max(own) for role, own in choices.items()}, ranges[max(ranges)]
     chosen = {"weight": operations, "activation": edges.values()}
 
     def own(name, role):
-        if name in chosen[role]:
+        if name in chosen[role] and role in most:
             return most[role]
         return planned.kernels[name].bits if role == "weight" else stored[name].quantizer.bits
 
@@ -148,7 +149,7 @@ def plan_sensitivity(
     base = {name: {role: own(name, role) for role in known} for name, known in widest.items()}
     shares = collections.Counter(edges.values())
     tries: dict[Any, Any] = {None: (_at_bits(ranges, base, widest), base)}
-    several = [role for role in ROLES if len(set(choices[role])) > 1]
+    several = [role for role, own in choices.items() if len(set(own)) > 1]
     for name, role in itertools.product(operations, several):
         key = name if role == "weight" else edges[name]
         for width in sorted(set(choices[role]) - {most[role]} if key in base else ()):

@@ -7,7 +7,7 @@ from hybrid_jax import program as p
 from hybrid_jax.quantization.grids import OFF
 from hybrid_jax.quantization.planning import Plan
 from hybrid_jax.quantization.schemes import SCHEMES
-from hybrid_jax.quantization.specs import ROLES, Quantizer, SiteSpec, Spec
+from hybrid_jax.quantization.specs import Quantizer, SiteSpec, Spec
 
 _FLOAT = Quantizer(OFF, "affine")
 
@@ -47,17 +47,21 @@ def chosen_operations(planned: Plan, choices: Mapping[str, Sequence[int]]) -> li
     for op in planned.program.weighted:
         source, slot = planned.program.sources.get(op.output), planned.slots[op.inputs[0]]
         own = known.get(source.site) if source else None
-        if own and slot and all(_has(getattr(own, role), choices[role]) for role in ROLES):
+        if own and slot and all(_has(getattr(own, role), own_bits) for role, own_bits in choices.items()):
             found.append(op.output)
     return found
 
 
 def at_bits(planned: Plan, bits: Mapping[str, int]) -> Plan:
-    """The plan with what is in integers at these bits, {role: bits}, where its scheme has them."""
+    """The plan with what is in integers at these bits, {role: bits}, where its scheme has them.
+
+    A role left out keeps its own.
+    """
 
     def at(quantizer, role):
-        off = quantizer.bits == OFF or not _has(quantizer, [bits[role]])
-        return quantizer if off else dataclasses.replace(quantizer, bits=bits[role])
+        width = bits.get(role, quantizer.bits)
+        off = quantizer.bits == OFF or not _has(quantizer, [width])
+        return quantizer if off else dataclasses.replace(quantizer, bits=width)
 
     slots = {
         name: slot and slot._replace(quantizer=at(slot.quantizer, "activation"))

@@ -102,18 +102,21 @@ def what_pays(limits: Mapping[str, int], targets: Sequence[str]) -> dict[str, tu
     """{role: the bits that are worth a choice}: those that make something smaller that is limited.
 
     Bytes are fewer by the bits that files hold kernels in; a byte holds whatever an edge holds, so
-    that only BOPs are fewer by fewer bits of an activation.
+    that only BOPs are fewer by fewer bits of an activation. A role whose bits make nothing smaller
+    is left out: it keeps the bits that are asked of it.
 
     Example:
       >>> what_pays({'bytes': 64_000}, ['c', 'tflite'])
-      {'weight': (4, 8), 'activation': (8,)}
+      {'weight': (4, 8)}
+      >>> what_pays({'macs': 10**6}, ['c'])
+      {}
       >>> what_pays({'bops': 10**9}, ['tflite'])
       {'weight': (2, 3, 4, 6, 8), 'activation': (4, 6, 8)}
     """
     if "bops" in limits:
         return {"weight": (2, 3, 4, 6, 8), "activation": (4, 6, 8)}
     held = {bits for target in targets for bits in FILES[target].kernel_bits if bits > 1}
-    return {"weight": tuple(sorted(held)) if "bytes" in limits else (8,), "activation": (8,)}
+    return {"weight": tuple(sorted(held))} if "bytes" in limits else {}
 
 
 def parent_costs(program: p.Program, targets: Sequence[str] = ("c",)) -> dict[str, int]:

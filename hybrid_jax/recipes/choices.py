@@ -49,8 +49,9 @@ def offer(
 ) -> Choices:
     """What may be chosen of a program, before anything is measured: to ask what a budget can be.
 
-    `bits` are {'weight': bits, 'activation': bits}, as `what_pays` has them. Damages are alike for
-    all operations: the power of rounding, a quarter for each bit more, less that at the most bits.
+    `bits` are {'weight' or 'activation': bits}, as `what_pays` has them; a role left out keeps its
+    bits in `spec`. Damages are alike for all operations: the power of rounding, a quarter for each
+    bit more, less that at the most bits.
     """
     planned = quantization.plan(program, spec)
     alike = {role: {b: 4.0**-b - 4.0 ** -max(own) for b in own} for role, own in bits.items()}

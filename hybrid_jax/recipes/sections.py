@@ -174,8 +174,8 @@ class Budget:
 class Ptq:
     """Quantization without training, of the effort `ptq`."""
 
-    weight_bits: Annotated[Bits, "Bits of weights, where no budget is."] = 8
-    activation_bits: Annotated[Bits, "Bits of activations, where no budget is."] = 8
+    weight_bits: Annotated[Bits, "Bits of weights, where no budget of bytes or BOPs is."] = 8
+    activation_bits: Annotated[Bits, "Bits of activations, where no budget of BOPs is."] = 8
     first_last_bits: Annotated[Bits, "Bits of the first and the last site."] = 8
     depthwise_bits: Annotated[Bits, "Bits that grouped and depthwise kernels have at least."] = 2
     calibration: Annotated[Ranges, "How ranges are found."] = "mse"
@@ -247,8 +247,8 @@ class Experts:
         Choice("hybrid_jax.pruning:SCHEDULES", none=True),
         "How zeros come in over the first half of training at sites; '' has them from the start.",
     ] = ""
-    weight_bits: Annotated[Bits, "Bits of weights, where no budget is."] = 4
-    activation_bits: Annotated[Bits, "Bits of activations, where no budget is."] = 8
+    weight_bits: Annotated[Bits, "Bits of weights, where no budget of bytes or BOPs is."] = 4
+    activation_bits: Annotated[Bits, "Bits of activations, where no budget of BOPs is."] = 8
     first_last_bits: Annotated[Bits, "Bits of the first and the last site."] = 8
     calibration: Annotated[Ranges, "How the ranges that training starts from are found."] = "minmax"
     weight_learning: Annotated[

@@ -271,7 +271,7 @@ def test_the_kernels_of_a_plan(digits):
     kept = np.abs(own["kernel"]) > np.quantile(np.abs(own["kernel"]), 0.3)
     changed = program.params | {pruned: own | {"kernel": np.where(kept, own["kernel"], 0)}}
     made = q.plan(program.replace(changed), spec)
-    ranges = q.calibrate_edges(made, batches, "mse")
+    ranges = q.calibrate_edges(made, batches, "minmax")
     new = q.gptq_planned(made, ranges, batches)
     assert not np.any(np.asarray(new[pruned]["kernel"])[~kept])
     (head,) = (n for n in new if n not in made.ranged)

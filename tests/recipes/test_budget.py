@@ -190,6 +190,31 @@ def test_every_group_of_a_residual_network_has_its_own(shortcut):
     assert core.narrow_graph(graph, keep).macs == found.costs["macs"] <= graph.macs // 3
 
 
+def test_bits_that_nothing_limited_pays_stay_as_asked(digits, traced):
+    """A budget of MACs cuts channels alone: the first fault of the study of CIFAR-10."""
+    graph, _, net = traced
+    asked = quantization.spec(graph, weight_bits=4, activation_bits=6, first_last_bits=8)
+    scores = pruning.magnitude(graph.kernels, digits.params)
+    widths = choices.measure_widths(
+        digits.fn, digits.params, graph, scores, digits.images[:16], parts=(0.5,)
+    )
+    for limits in ({"macs": graph.macs // 2}, {"memory": 4000}):
+        offered = choices.offer(net, asked, budget.what_pays(limits, ["c", "onnx"]))
+        offered = choices.measure_bits(offered, [(digits.images[:16],)], "minmax")
+        found = choices.choose(choices.with_widths(offered, graph, widths), limits)
+        assert min(found.widths.values()) < 16
+        assert found.bits == {
+            s.name: {"weight": s.weight.bits, "activation": s.activation.bits} for s in asked.sites
+        }
+    weights = budget.what_pays({"bytes": 1}, ["c"])
+    offered = choices.measure_bits(
+        choices.offer(net, asked, weights), [(digits.images[:16],)], "minmax"
+    )
+    assert {b for own in offered.bits.values() for b in own["weight"]} == {4, 8}
+    activations = [own["activation"] for own in choices.choose(offered, {}).bits.values()]
+    assert activations == [s.activation.bits for s in asked.sites]
+
+
 def test_bops_are_fewer_by_fewer_bits_of_activations(digits, traced):
     _, spec, net = traced
     bits = {"weight": (4, 8), "activation": (4, 8)}
