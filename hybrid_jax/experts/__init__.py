@@ -7,19 +7,10 @@ one expert (for the edge). A `cascade` needs no gate: a cheap expert hands on wh
 Losses balance the gate, and `budget_update` keeps its cost.
 """
 
-from hybrid_jax.experts.budget import (
-    BudgetState,
-    budget_init,
-    budget_update,
-    cost_aware,
-    expected_cost,
-)
+from hybrid_jax.experts.budget import budget_update, cost_aware, expected_cost
 from hybrid_jax.experts.cascade import (
     Cascaded,
     cascade,
-    cascade_cost,
-    cascade_edge,
-    margin,
     max_probability,
     opinions,
 )
