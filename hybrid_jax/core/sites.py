@@ -22,7 +22,6 @@ class Site:
       macs: Multiply-accumulates for one example, all `calls` (the length of scans) counted.
       input_shape: Of the activation, with the batch, as is `output_shape`.
       kernel_shape: As the operation takes it, at the position `kernel_operand` of two.
-      feature_axis: Axis of the activation that holds C.
       kernel_in_axes: Axes of the kernel that are summed over (C and the spatial ones).
       kernel_out_axes: Those of output channels O; of the result they are `output_axes`.
       groups: Number of feature groups of a convolution; C for a depthwise one.
@@ -36,7 +35,6 @@ class Site:
     input_shape: tuple[int, ...]
     kernel_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    feature_axis: int
     kernel_in_axes: tuple[int, ...]
     kernel_out_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
@@ -111,13 +109,12 @@ def describe(
         out, inside, *taps = numbers.rhs_spec
         roles = (), taps, (inside,), (out,)
         out_axes, in_axes = (out,), tuple(sorted((inside, *taps)))
-        feature, results = numbers.lhs_spec[1], (numbers.out_spec[1],)
-        groups = x[feature] // max(kernel[numbers.rhs_spec[1]], 1)
+        results = (numbers.out_spec[1],)
+        groups = x[numbers.lhs_spec[1]] // max(kernel[numbers.rhs_spec[1]], 1)
     else:
         groups = 1
         (contracted, batch) = numbers
         in_axes = tuple(contracted[operand])
-        feature = contracted[1 - operand][-1] if contracted[1 - operand] else -1
         used = {*in_axes, *batch[operand]}
         out_axes = tuple(axis for axis in range(len(kernel)) if axis not in used)
         roles = batch[operand], (), sorted(in_axes), out_axes
@@ -137,7 +134,6 @@ def describe(
         input_shape=x,
         kernel_shape=kernel,
         output_shape=result.shape,
-        feature_axis=feature,
         kernel_in_axes=in_axes,
         kernel_out_axes=out_axes,
         output_axes=results,
