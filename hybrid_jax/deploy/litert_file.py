@@ -123,6 +123,8 @@ class _Opening:
             "tfl.broadcast_to": self._broadcast,
             "tfl.slice": self._slice,
             "tfl.strided_slice": self._slice,
+            "tfl.padv2": self._pad,
+            "tfl.select": self._select,
         }
         for operation in _all(self.ir, module):
             if operation.name in rules:
@@ -164,6 +166,14 @@ class _Opening:
         masks = ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
         options = {"begin_mask": mask, "end_mask": mask, **dict.fromkeys(masks, 0)}
         self._replace(operation, "tfl.strided_slice", [x, *vectors], options)
+
+    def _pad(self, operation):
+        """By int32: TFLite Micro reads nothing else."""
+        operation.operands[1] = self._vector(operation, _constant(operation.operands[1]))
+
+    def _select(self, operation):
+        """As its second version, which TFLite Micro has alone."""
+        self._replace(operation, "tfl.select_v2", list(operation.operands))
 
     def _take_bytes(self, cast):
         """Has QUANTIZE take a uint8 as it is, in steps of 1, which else is cast to floats first."""

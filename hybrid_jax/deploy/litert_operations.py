@@ -238,20 +238,27 @@ def _pad(at, x):
 
 
 def _slice(at, x):
-    """Strides along H and W as axes of their own: XNNPACK has only slices without strides."""
+    """Strides along W, then C: XNNPACK slices without strides, TFLite Micro at most four axes."""
     op, sizes = at.op, x.shape[1:]
     even = all(n % stride == 0 for n, stride in zip(sizes, op.strides, strict=True))
     if set(op.strides) == {1} or len(sizes) != 3 or op.strides[2] != 1 or not even:
         return op.floats(x)
     (high, wide, _), (h, w, c) = op.strides, sizes
     (top, left, first), (bottom, right, last) = op.starts, op.stops
-    apart = mark(x.reshape(-1, h // high, high, w // wide, wide * c), at.output)
     rows, columns = len(range(top, bottom, high)), len(range(left, right, wide))
-    row, column = top // high, left // wide
-    offset = left % wide * c
-    starts = (0, row, top % high, column, offset + first)
-    stops = (len(x), row + rows, top % high + 1, column + columns, offset + last)
-    return mark(lax.slice(apart, starts, stops), at.output).reshape(-1, rows, columns, last - first)
+    # The rows of a stride stand side by side, and one of them is kept; so with its columns.
+    begin = (0, top // high, top % high * w, 0)
+    x = _part(at, x.reshape(-1, h // high, high * w, c), begin, (rows, w, c))
+    begin = (0, 0, left // wide, left % wide * c + first)
+    return _part(at, x.reshape(-1, rows, w // wide, wide * c), begin, (rows, columns, last - first))
+
+
+def _part(at, x, begin, sizes):
+    """So many values of each axis but the first; the tensor itself where these are all."""
+    if x.shape[1:] == sizes:
+        return x
+    ends = [start + n for start, n in zip(begin, (len(x), *sizes), strict=True)]
+    return lax.slice(mark(x, at.output), begin, ends)
 
 
 def _gather(at, x):
