@@ -14,7 +14,7 @@ import numpy as np
 
 from hybrid_jax import program as p
 from hybrid_jax.core.functions import FUNCTIONS
-from hybrid_jax.program import Encoding, Step, Tensor, Weights
+from hybrid_jax.program import Encoding, Step, Tensor, Weights, operations
 
 RELU, RELU6 = (0.0, math.inf), (0.0, 6.0)
 IMAGE, SEQUENCE, SIX = (8, 8, 4), (4, 6), (2, 3, 1, 2, 3, 2)
@@ -345,6 +345,20 @@ def together(form, but=()):
         for own, end in zip(ends, (program.inputs, program.outputs), strict=True):
             own += map(new.get, end)
     return names, p.Program(*map(tuple, ends), tensors, tuple(steps))
+
+
+# A call of sorting, of three examples at a time.
+SORTED = {"function": lambda x: jnp.sort(x, -1), "examples": 3, "equation": "", "reason": ""}
+
+
+def compute(op, values, encodings, output, form="conv"):
+    """The operation alone, a convolution in that form."""
+    options = {"form": form} if isinstance(op, p.Conv) else {}
+    return operations.compute(op, values, encodings, output, **options)
+
+
+def forms_of(kind):
+    return ("conv", "matmul") if kind is p.Conv else ("conv",)
 
 
 def edges(op):

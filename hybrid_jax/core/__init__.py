@@ -48,6 +48,7 @@ from hybrid_jax.core.paths import (
     path_string,
 )
 from hybrid_jax.core.placing import copy, gathered, is_key, place, put, whole
+from hybrid_jax.core.primitives import PRIMITIVES, Primitive
 from hybrid_jax.core.processes import is_first, of_first, say
 from hybrid_jax.core.replacement import at_sites
 from hybrid_jax.core.sealed import Damaged, digest, read_sealed, seal, unseal, write_sealed

@@ -19,7 +19,7 @@ from hybrid_jax.core.labels import (
     join_origins,
     literal,
 )
-from hybrid_jax.core.rules import propagate
+from hybrid_jax.core.primitives import propagate
 from hybrid_jax.core.sites import Site, count_macs, describe, is_contraction, kernel_operand
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from hybrid_jax.core.elementwise import ELEMENTWISE
 from hybrid_jax.core.labels import Arrangement, Factor, Factors, Value, sizes
+from hybrid_jax.core.primitives import PRIMITIVES
+from hybrid_jax.core.primitives.elementwise import ELEMENTWISE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,93 +124,10 @@ def moved(eqn: jex.JaxprEqn, values: Sequence[Value]) -> list[Arrangement | None
         alike = [v.arrangement for v in values if v.arrangement and v.shape == outs[0]]
         alike.sort(key=lambda a: a.path)
         return [max(alike, key=lambda a: a.count, default=None)]
-    rule, x = _RULES.get(eqn.primitive.name), values[0] if values else None
-    if rule is None or x.arrangement is None:
+    known, x = PRIMITIVES.get(eqn.primitive.name), values[0] if values else None
+    if known is None or known.arrange is None or x.arrangement is None:
         return [None] * len(outs)
-    return rule(x.arrangement, eqn.params, x.shape, outs)
-
-
-def _transpose(a, params, shape, outs):
-    return [dataclasses.replace(a, axes=tuple(a.axes[i] for i in params["permutation"]))]
-
-
-def _broadcast(a, params, shape, outs):
-    """Only axes of a single index may be new."""
-    axes = dict(zip(params["broadcast_dimensions"], a.axes, strict=True))
-    if math.prod(outs[0]) != math.prod(shape):
-        return [None]
-    return [dataclasses.replace(a, axes=tuple(axes.get(i, ()) for i in range(len(outs[0]))))]
-
-
-def _reshape(a, params, shape, outs):
-    order = params.get("dimensions") or range(len(shape))
-    left, axes = [f for i in order for f in a.axes[i]], []
-    for n in outs[0]:
-        own = []
-        while n > 1:
-            axis, size, step = left.pop(0)
-            if n % size and size % n:
-                return [None]
-            taken = min(n, size)
-            own.append((axis, taken, step * (size // taken)))
-            if size > taken:
-                left.insert(0, (axis, size // taken, step))
-            n //= taken
-        axes.append(tuple(own))
-    return [dataclasses.replace(a, axes=tuple(axes))]
-
-
-def _part(a, starts, limits, strides, shape):
-    """The arrangement of a slice; start None is one of the equal parts, which are stacked."""
-    start, stack, axes, count = list(a.start), list(a.stack), [], a.count
-    for own, low, high, stride, n in zip(a.axes, starts, limits, strides, shape, strict=True):
-        taken = high if low is None else -(-(high - low) // stride)
-        if taken == n:
-            axes.append(own)
-            continue
-        if len(own) != 1 or (low is None and n % taken):
-            return None
-        [(axis, _, step)] = own
-        if low is None:
-            stack.append((axis, n // taken, taken * step))
-        else:
-            start[axis] += low * step
-            count = count // n * taken
-        axes.append(((axis, taken, step * stride),) if taken > 1 else ())
-    return Arrangement(a.path, count, tuple(start), tuple(stack), tuple(axes))
-
-
-def _slice(a, params, shape, outs):
-    strides = params["strides"] or (1,) * len(shape)
-    return [_part(a, params["start_indices"], params["limit_indices"], strides, shape)]
-
-
-def _dynamic_slice(a, params, shape, outs):
-    ones = (1,) * len(shape)
-    return [_part(a, (None,) * len(shape), params["slice_sizes"], ones, shape)]
-
-
-def _split(a, params, shape, outs):
-    found, low = [], 0
-    for size in params["sizes"]:
-        starts, limits = [0] * len(shape), list(shape)
-        starts[params["axis"]], limits[params["axis"]] = low, low + size
-        found.append(_part(a, starts, limits, (1,) * len(shape), shape))
-        low += size
-    return found
-
-
-_RULES = {
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "squeeze": lambda a, params, shape, outs: _reshape(a, {}, shape, outs),
-    # In which direction an axis runs matters to nothing that is asked of a kernel.
-    "rev": lambda a, params, shape, outs: [a],
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
-    "split": _split,
-}
+    return known.arrange(x.arrangement, eqn.params, x.shape, outs)
 
 
 def _kernel(path: str, shape: tuple[int, ...], used: list[Arrangement]) -> Kernel | None:

@@ -75,11 +75,6 @@ class Graph:
         """{path: kernel} of the floating parameters that are kernels, as a whole, of the sites."""
         return find_kernels(self.sites, self.parameters)
 
-    def site(self, name: str) -> Site:
-        """The site of this name; the error lists all names."""
-        sites = {site.name: site for site in self.sites}
-        return sites[checks.check_choice("name of a site", name, sites)]
-
 
 def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Graph:
     """Traces a model and reads its sites, channel groups and costs from the jaxpr.

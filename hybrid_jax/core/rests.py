@@ -15,7 +15,8 @@ from jax.extend import core as jex
 
 from hybrid_jax.core import interpreter
 from hybrid_jax.core.labels import UNIFORM, Value
-from hybrid_jax.core.rules import MADE_UP, counting
+from hybrid_jax.core.primitives import PRIMITIVES
+from hybrid_jax.core.primitives.reduce import counting
 
 
 class Rests:
@@ -53,11 +54,12 @@ class Rests:
         result: jax.Array,
     ) -> list[jax.Array]:
         """A reduction of what is left, with the masked channels that count."""
+        made_up = PRIMITIVES[eqn.primitive.name].made_up
         for axis in counting(eqn.primitive.name, eqn.params["axes"], known):
             if not keep[axis].all():
                 own = self._slice(eqn.invars[0], values[0], known.rest[axis], axis)
                 (rest,) = interpreter.bind(eqn, [own])
-                result = MADE_UP[eqn.primitive.name](result, rest, int((~keep[axis]).sum()))
+                result = made_up(result, rest, int((~keep[axis]).sum()))
         return [result]
 
     def _slice(self, atom, value, rest, axis):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from hybrid_jax.core import host, interpreter, paths
+from hybrid_jax.core.channels import keep_indices
 from hybrid_jax.core.graph import Graph, abstract, memoize_trace, trace
 from hybrid_jax.core.resize import Kept, Plan, take
 
@@ -70,8 +71,7 @@ def shrink(
 
 def kept_indices(graph: Graph, masks: Any) -> Kept:
     """Which indices of each parameter's axes stay, once fully masked groups are removed."""
-    kept = {path: [np.ones(n, bool) for n in leaf.shape] for path, leaf in graph.parameters.items()}
-    alive = {}
+    alive, keep = {}, {}
     for path, mask in paths.flatten_paths(masks).items():
         if path not in graph.parameters:
             names = ", ".join(graph.parameters)
@@ -84,15 +84,10 @@ def kept_indices(graph: Graph, masks: Any) -> Kept:
         rank = range(mask.ndim)
         alive[path] = [mask.any(axis=tuple(b for b in rank if b != a)) for a in rank]
     for group in graph.groups:
-        dead = np.ones(group.size, bool)
-        for member in group.members:
-            if member.path not in alive:
-                dead[:] = False
-                break
-            dead &= ~alive[member.path][member.axis][member.index].any(axis=1)
-        for member in group.members:
-            kept[member.path][member.axis][member.index[dead].reshape(-1)] = False
-    return {path: tuple(np.flatnonzero(axis) for axis in axes) for path, axes in kept.items()}
+        if all(member.path in alive for member in group.members):
+            own = [alive[m.path][m.axis][m.index].any(axis=1) for m in group.members]
+            keep[group.name] = np.any(own, axis=0)
+    return keep_indices(keep, graph.groups, graph.parameters)
 
 
 def slice_tree(tree: Any, kept: Kept) -> Any:

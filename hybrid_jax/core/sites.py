@@ -1,14 +1,13 @@
 """Sites: the convolutions and matrix products whose kernel comes from the parameters."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from jax.extend import core as jex
 
 from hybrid_jax.core.arrangement import by_role
 from hybrid_jax.core.labels import INPUT, Arrangement, Value
+from hybrid_jax.core.primitives import PRIMITIVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,6 @@ class Site:
       macs: Multiply-accumulates for one example, all `calls` (the length of scans) counted.
       input_shape: Of the activation, with the batch, as is `output_shape`.
       kernel_shape: As the operation takes it, at the position `kernel_operand` of two.
-      feature_axis: Axis of the activation that holds C.
       kernel_in_axes: Axes of the kernel that are summed over (C and the spatial ones).
       kernel_out_axes: Those of output channels O; of the result they are `output_axes`.
       groups: Number of feature groups of a convolution; C for a depthwise one.
@@ -36,7 +34,6 @@ class Site:
     input_shape: tuple[int, ...]
     kernel_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    feature_axis: int
     kernel_in_axes: tuple[int, ...]
     kernel_out_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
@@ -46,49 +43,26 @@ class Site:
     arrangement: Arrangement | None = None
 
 
+_KERNELS = {"conv_general_dilated": (1,), "dot_general": (1, 0)}
+"""{what a site may be: the operands that may be its kernel}."""
+
+
 def is_contraction(eqn: jex.JaxprEqn) -> bool:
     """Whether the equation multiplies and accumulates."""
-    return eqn.primitive.name in ("conv_general_dilated", "dot_general")
+    known = PRIMITIVES.get(eqn.primitive.name)
+    return known is not None and known.macs is not None
 
 
 def count_macs(eqn: jex.JaxprEqn, operands: Sequence[Value], result: Value) -> int:
     """Multiply-accumulates of one run, for the whole batch; 0 if it depends on no input."""
     if all(isinstance(value.origin, frozenset) for value in operands):
         return 0
-    x, y = (value.shape for value in operands)
-    if eqn.primitive.name == "dot_general":
-        contracted = math.prod(x[axis] for axis in eqn.params["dimension_numbers"][0][0])
-        return math.prod(result.shape) * contracted
-    x_spec, y_spec, out_spec = eqn.params["dimension_numbers"]
-    meetings = [
-        _meetings(x[i], y[j], result.shape[k], *along)
-        for i, j, k, *along in zip(
-            x_spec[2:],
-            y_spec[2:],
-            out_spec[2:],
-            eqn.params["window_strides"],
-            eqn.params["lhs_dilation"],
-            eqn.params["rhs_dilation"],
-            eqn.params["padding"],
-            strict=True,
-        )
-    ]
-    # C of one group times O, for each example.
-    channels = y[y_spec[1]] * math.prod(result.shape[axis] for axis in out_spec[:2])
-    return channels * math.prod(meetings)
-
-
-def _meetings(entries, taps, places, stride, dilation, tap_dilation, padding) -> int:
-    """How often a tap meets an entry along one axis; zeros of padding or dilation cost nothing."""
-    starts = np.arange(places)[:, None] * stride - padding[0]
-    met = (starts + np.arange(taps) * tap_dilation) % dilation == 0
-    return min(int(met.sum()), entries * taps)
+    return PRIMITIVES[eqn.primitive.name].macs(eqn, operands, result)
 
 
 def kernel_operand(eqn: jex.JaxprEqn, values: list[Value]) -> int | None:
     """The operand that comes from parameters alone, if the other depends on an input."""
-    places = (1,) if eqn.primitive.name == "conv_general_dilated" else (1, 0)
-    for i in places:
+    for i in _KERNELS.get(eqn.primitive.name, ()):
         owned = isinstance(values[i].origin, frozenset) and values[i].origin
         if owned and values[1 - i].origin == INPUT:
             return i
@@ -111,13 +85,12 @@ def describe(
         out, inside, *taps = numbers.rhs_spec
         roles = (), taps, (inside,), (out,)
         out_axes, in_axes = (out,), tuple(sorted((inside, *taps)))
-        feature, results = numbers.lhs_spec[1], (numbers.out_spec[1],)
-        groups = x[feature] // max(kernel[numbers.rhs_spec[1]], 1)
+        results = (numbers.out_spec[1],)
+        groups = x[numbers.lhs_spec[1]] // max(kernel[numbers.rhs_spec[1]], 1)
     else:
         groups = 1
         (contracted, batch) = numbers
         in_axes = tuple(contracted[operand])
-        feature = contracted[1 - operand][-1] if contracted[1 - operand] else -1
         used = {*in_axes, *batch[operand]}
         out_axes = tuple(axis for axis in range(len(kernel)) if axis not in used)
         roles = batch[operand], (), sorted(in_axes), out_axes
@@ -137,7 +110,6 @@ def describe(
         input_shape=x,
         kernel_shape=kernel,
         output_shape=result.shape,
-        feature_axis=feature,
         kernel_in_axes=in_axes,
         kernel_out_axes=out_axes,
         output_axes=results,

@@ -12,23 +12,13 @@ a packed file; `to_c` is C99, `to_litert` a .tflite flatbuffer, `to_onnx` an ONN
 to.
 """
 
-from hybrid_jax.deploy.c import to_c as to_c
-from hybrid_jax.deploy.c_check import export_c_test as export_c_test
-from hybrid_jax.deploy.checking import Check as Check
-from hybrid_jax.deploy.checking import check as check
-from hybrid_jax.deploy.checking import export_to as export_to
-from hybrid_jax.deploy.litert import to_litert as to_litert
-from hybrid_jax.deploy.microcontroller import PROCESSORS as PROCESSORS
-from hybrid_jax.deploy.microcontroller import Emulation as Emulation
-from hybrid_jax.deploy.microcontroller import emulate as emulate
-from hybrid_jax.deploy.onnx_writer import to_onnx as to_onnx
-from hybrid_jax.deploy.packed import load_program as load_program
-from hybrid_jax.deploy.packed import save_program as save_program
-from hybrid_jax.deploy.stablehlo import PLATFORMS as PLATFORMS
-from hybrid_jax.deploy.stablehlo import export as export
-from hybrid_jax.deploy.stablehlo import export_program as export_program
-from hybrid_jax.deploy.stablehlo import load as load
-from hybrid_jax.deploy.targets import TARGETS as TARGETS
-from hybrid_jax.deploy.timing import Latency as Latency
-from hybrid_jax.deploy.timing import latency as latency
-from hybrid_jax.deploy.timing import width_latencies as width_latencies
+from hybrid_jax.deploy.c import to_c
+from hybrid_jax.deploy.c_check import export_c_test
+from hybrid_jax.deploy.checking import Check, check, export_to
+from hybrid_jax.deploy.litert import to_litert
+from hybrid_jax.deploy.microcontroller import PROCESSORS, Emulation, emulate
+from hybrid_jax.deploy.onnx_writer import to_onnx
+from hybrid_jax.deploy.packed import load_program, save_program
+from hybrid_jax.deploy.stablehlo import PLATFORMS, export, export_program, load
+from hybrid_jax.deploy.targets import TARGETS
+from hybrid_jax.deploy.timing import Latency, latency, width_latencies

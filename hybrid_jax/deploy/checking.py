@@ -26,16 +26,6 @@ class Check(NamedTuple):
     latencies: Mapping[int, Latency]
     outputs: np.ndarray  # (n, …), those of the file
 
-    @property
-    def larger(self) -> bool:
-        """Whether the file is larger than the dense model's."""
-        return self.bytes > self.dense_bytes
-
-    @property
-    def slower(self) -> tuple[int, ...]:
-        """The batch sizes at which it is slower than the dense model."""
-        return tuple(batch for batch, times in self.latencies.items() if times.ratio > 1)
-
 
 def export_to(
     target: str, path: str | os.PathLike, program: p.Program | p.Choice, **options: Any

@@ -96,12 +96,12 @@ class Graph:
         """Floats in an encoding, saturated where a uint8 is."""
         return self.node("QuantizeLinear", [value, *_parameters(encoding)])
 
-    def store(self, value: str, op: p.Operation, within: tuple[Any, Any] = WHOLE) -> str:
-        """Floats as the operation's output is stored, clipped; see `clip` for `within`."""
-        return self.stored_within(value, op, getattr(op, "clip", UNBOUNDED), within)
+    def store(self, value: str, op: p.Operation) -> str:
+        """Floats as the operation's output is stored, clipped."""
+        return self.stored_within(value, op, getattr(op, "clip", UNBOUNDED), WHOLE)
 
-    def stored_within(self, value, op, clip, within=WHOLE) -> str:
-        """The same with bounds that are given."""
+    def stored_within(self, value, op, clip, within) -> str:
+        """The same with bounds that are given; see `clip` for `within`."""
         encoding = self.encoding(op.output)
         if encoding is None:
             return self.clip(value, clip, np.float32, UNBOUNDED)

@@ -6,7 +6,6 @@ is above the budget, and lowers it, down to zero, while it is below.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,6 @@ import numpy as np
 
 from hybrid_jax import core
 from hybrid_jax.experts.routing import Routing
-
-
-class BudgetState(NamedTuple):
-    """The price of a unit of cost, float32 (), at least 0."""
-
-    multiplier: jax.Array
 
 
 def expected_cost(
@@ -45,7 +38,7 @@ def cost_aware(
     costs)`.
 
     `costs` `(E,)` are of each expert; as shares of the parent's they keep `price`, the logits per
-    unit of cost, of the order of the logits. It may be traced, as `BudgetState.multiplier` is.
+    unit of cost, of the order of the logits. It may be traced, as that of `budget_update` is.
 
     Example:
       >>> from hybrid_jax.experts import top_k
@@ -64,41 +57,35 @@ def cost_aware(
     return route
 
 
-def budget_init() -> BudgetState:
-    """A price of 0: cost does not count until it is above the budget."""
-    return BudgetState(jnp.zeros(()))
-
-
 def budget_update(
-    state: BudgetState,
+    price: float | jax.Array,
     cost: float | jax.Array,
     budget: float | jax.Array,
     rate: float = 0.1,
-) -> BudgetState:
-    """One step of projected dual ascent: multiplier + rate · (cost - budget), at least 0.
+) -> jax.Array:
+    """One step of projected dual ascent: price + rate · (cost - budget), at least 0, float32 ().
 
-    Two ways to pay the price, not to be joined: `cost_aware(routing, costs, state.multiplier)`,
-    which needs no training, or a loss term `state.multiplier * (expected_cost(logits, costs) -
-    budget)`, from which the gate learns (differentiate by its parameters alone). While the mean
-    cost is not at the budget the price moves, so that where the steps settle the budget is kept;
-    too large a `rate`, the price swings. A `budget` below the cheapest expert's cost cannot be
-    kept: the price grows without end. `cost`, float (), is the mean of a batch: `expected_cost`, or
-    with one-hot weights what the routing really takes, `(weights @ costs).mean()`; NaN makes the
-    price NaN.
+    The first price is 0: cost does not count until it is above the budget. Two ways to pay it, not
+    to be joined: `cost_aware(routing, costs, price)`, which needs no training, or a loss term
+    `price * (expected_cost(logits, costs) - budget)`, from which the gate learns (differentiate by
+    its parameters alone). While the mean cost is not at the budget the price moves, so that where
+    the steps settle the budget is kept; too large a `rate`, the price swings. A `budget` below the
+    cheapest expert's cost cannot be kept: the price grows without end. `cost`, float (), is the
+    mean of a batch: `expected_cost`, or with one-hot weights what the routing really takes,
+    `(weights @ costs).mean()`; NaN makes the price NaN.
 
     Source: gradient descent-ascent on the Lagrangian, as Gallego-Posada et al., Controlled Sparsity
     via Constrained Optimization, arXiv 2208.04425.
 
     Example:
-      >>> state = budget_update(budget_init(), cost=2.0, budget=1.5, rate=0.5)
-      >>> state.multiplier
+      >>> budget_update(0.0, cost=2.0, budget=1.5, rate=0.5)
       Array(0.25, dtype=float32)
-      >>> budget_update(state, cost=0.5, budget=1.5, rate=0.5).multiplier
+      >>> budget_update(0.25, cost=0.5, budget=1.5, rate=0.5)
       Array(0., dtype=float32)
     """
     rate = core.check_positive("rate", rate)
     excess = jnp.asarray(cost, jnp.float32) - jnp.asarray(budget, jnp.float32)
-    return BudgetState(jnp.maximum(state.multiplier + rate * excess, 0.0))
+    return jnp.maximum(jnp.asarray(price, jnp.float32) + rate * excess, 0.0)
 
 
 def check_costs(costs: Sequence[float] | jax.Array, num_experts: int) -> jax.Array:

@@ -51,10 +51,10 @@ def unused(usage: jax.Array, share: float = 0.1) -> jax.Array:
     return usage < share / usage.shape[0]
 
 
-def collapsed(usage: jax.Array, share: float = 0.1) -> jax.Array:
+def collapsed(usage: jax.Array) -> jax.Array:
     """Whether all experts but one are `unused`, bool `()`; never for a single expert."""
     num_experts = usage.shape[0]
-    return (unused(usage, share).sum() == num_experts - 1) & (num_experts > 1)
+    return (unused(usage).sum() == num_experts - 1) & (num_experts > 1)
 
 
 def disagreement(expert_logits: jax.Array, *, weight: jax.Array | None = None) -> jax.Array:

@@ -87,14 +87,14 @@ def switch() -> Routing:
     return top_k(1, normalize=False)
 
 
-def noisy_top_k(k: int, noise: float = 1.0, *, normalize: bool = True) -> Routing:
+def noisy_top_k(k: int, noise: float = 1.0) -> Routing:
     """`top_k` of the logits plus noise of that deviation, so that every expert is tried.
 
     Without a key (at inference) there is none. Source: Shazeer et al., arXiv 1701.06538, eq. 4,
     with the constant deviation of Riquelme et al., arXiv 2106.05974.
     """
     core.check_positive("noise", noise)
-    chosen = top_k(k, normalize=normalize)
+    chosen = top_k(k)
 
     def route(logits, key=None, weight=None):
         if key is not None:

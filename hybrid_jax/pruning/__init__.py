@@ -16,8 +16,8 @@ Channels, with all that leaves with each, down to a target and out of the networ
         lambda sparsity: pruning.keep_channels(of_groups, sparsity),
         lambda keep: cost.count(core.narrow_graph(graph, keep)).macs,
         target)
-    masks = pruning.expand(found.choice, graph.groups, params)
-    small_fn, small, certificate = pruning.shrink(fn, params, masks, x)
+    masks = core.expand(found.choice, graph.groups, params)
+    small_fn, small, certificate = core.shrink(fn, params, masks, x)
 
 What each layer, or group of channels, bears alone, and which to leave out:
 
@@ -31,7 +31,6 @@ By name they are in registries that are open to users: `CRITERIA`, of a `Given` 
 `RECOVERIES`, of a `Given` network and masks.
 """
 
-from hybrid_jax.core import expand, narrow, shrink, slice_state, slice_tree
 from hybrid_jax.pruning.allocation import ALLOCATIONS, Allocation, erk, global_, uniform
 from hybrid_jax.pruning.coupling import channels, group_scores, keep_channels
 from hybrid_jax.pruning.criteria.activations import (

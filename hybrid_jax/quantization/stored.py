@@ -42,12 +42,14 @@ def chosen_operations(planned: Plan, choices: Mapping[str, Sequence[int]]) -> li
 
     They are sites in integers, out of loops, whose schemes have all of the bits.
     """
-    known = {own.name: own for own in planned.spec.sites}
-    found = []
+    known, found = {own.name: own for own in planned.spec.sites}, []
+    sites = {name: own.site for name, own in planned.program.sources.items() if own.site}
+    # The first turn of a loop has the name of the loop, whose bits are those of all turns.
+    loops = {site.rpartition("#")[0] for site in sites.values() if site not in known}
     for op in planned.program.weighted:
-        source, slot = planned.program.sources.get(op.output), planned.slots[op.inputs[0]]
-        own = known.get(source.site) if source else None
-        if own and slot and all(_has(getattr(own, r), bits) for r, bits in choices.items()):
+        site = sites.get(op.output)
+        free = site in known and site not in loops and planned.slots[op.inputs[0]]
+        if free and all(_has(getattr(known[site], role), own) for role, own in choices.items()):
             found.append(op.output)
     return found
 

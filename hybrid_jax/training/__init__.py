@@ -1,6 +1,6 @@
 """Training of one network or a stack of experts: steps, loop, checkpoints, losses, evaluation."""
 
-from hybrid_jax.core import copy, weighted_mean
+from hybrid_jax.core import copy
 from hybrid_jax.training.batchnorm import reestimate_batchnorm
 from hybrid_jax.training.checkpoints import Checkpoints
 from hybrid_jax.training.evaluation import evaluate, predict_logits

@@ -66,7 +66,6 @@ def predict_logits(
     params: Any,
     arrays: Labelled,
     batch_size: int,
-    name: str | None = None,
     *,
     fill: bool = False,
     mesh: Mesh | None = None,
@@ -80,7 +79,7 @@ def predict_logits(
     """
     every = np.arange(_count(arrays))
     fill = fill or mesh is not None
-    batches = _outputs(predict, params, arrays, every, batch_size, name, fill, mesh)
+    batches = _outputs(predict, params, arrays, every, batch_size, None, fill, mesh)
     return np.concatenate([outputs for _, outputs in batches])
 
 

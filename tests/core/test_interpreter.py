@@ -176,7 +176,7 @@ def test_a_site_says_how_it_lies():
 
     params, x = {"k": jnp.ones((6, 2, 3, 3))}, jnp.ones((5, 4, 8, 8))
     [site] = core.trace(fn, params, x).sites
-    assert (site.kind, site.groups, site.feature_axis) == ("conv", 2, 1)
+    assert (site.kind, site.groups) == ("conv", 2)
     assert (site.kernel_out_axes, site.kernel_in_axes) == ((0,), (1, 2, 3))
     # 6 channels x 4 x 4 places x (2 inputs x 3 x 3) taps.
     assert site.macs == 6 * 4 * 4 * 2 * 3 * 3

@@ -1,5 +1,6 @@
-"""Programs of the trained digits network that tests of every target share."""
+"""What tests of targets share: programs of the trained digits network, and runtimes of ONNX."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from lowered import deployed
 
 from hybrid_jax import program as p
+from hybrid_jax.deploy import onnx_sessions
 
 
 class Lowered(NamedTuple):
@@ -44,3 +46,18 @@ def real_images(digits):
         return jnp.concatenate([x, x[:, ::-1], x[:, :, ::-1]], -1)
 
     return of_size
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """OpenVINO's package tells its makers of its use where CI is not 'true'."""
+    monkeypatch.setenv("CI", "true")
+
+
+@pytest.fixture(params=["onnx", "openvino"])
+def session(request):
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+        # What is compared is an operation, not the bfloat16 that it computes some floats in.
+        return functools.partial(onnx_sessions.openvino_session, precision="f32")
+    return onnx_sessions.onnx_session

@@ -1,6 +1,7 @@
 """Mixtures and cascades: who answers for an image, and that equal outputs decide alike."""
 
 import dataclasses
+import functools
 
 import choices
 import jax
@@ -61,6 +62,26 @@ def test_a_cascade_is_that_of_experts(share):
     want = experts.cascade(logits, jnp.float32(cascade.thresholds), share=share)
     assert set(np.asarray(want.stage)) >= {0, 1}
     np.testing.assert_array_equal(jax.jit(p.run(cascade))(x), want.logits)
+
+
+def test_a_stage_runs_where_it_is_needed():
+    ran = []
+
+    def stage(i, factor, *unsure):
+        def fn(x):
+            jax.debug.callback(lambda: ran.append(i))
+            return (factor * x, x[:, 0] < unsure[0]) if unsure else factor * x
+
+        return fn
+
+    fns = [stage(0, 1, 3.0), stage(1, 2, 2.0), stage(2, 3)]
+    answer = jax.jit(functools.partial(p.Cascade((identity(2),) * 3, 0.5).answer, fns))
+    for x, stages in ((3, [0]), (2, [0, 1]), (1, [0, 1, 2])):
+        y = answer(jnp.full((1, 2), x, jnp.float32))
+        jax.effects_barrier()
+        assert ran == stages
+        np.testing.assert_array_equal(y, np.full((1, 2), x * len(stages)))
+        ran.clear()
 
 
 def identity(count):

@@ -235,7 +235,7 @@ def test_masks_of_channels_are_those_of_the_channels_kept(allocation, multiple):
     stacked = jax.vmap(compiled)(jnp.array(sparsities))
     for i, sparsity in enumerate(sparsities):
         keep = pruning.keep_channels(group_scores, sparsity, allocation, multiple)
-        expected = pruning.expand(keep, DEEP_GROUPS, DEEP)
+        expected = core.expand(keep, DEEP_GROUPS, DEEP)
         masks = compiled(jnp.float32(sparsity))
         jax.tree.map(np.testing.assert_array_equal, masks, expected)
         jax.tree.map(lambda s, e, i=i: np.testing.assert_array_equal(s[i], e), stacked, expected)
@@ -301,7 +301,7 @@ def test_a_scheduled_channel_that_left_stays_away():
     assert sum(widths(first).values()) == 10
     assert sum(widths(second).values()) == 8
     # And all that belongs to them can be removed for good.
-    _, small, certificate = pruning.shrink(three_layers, DEEP, second, jnp.ones((2, 3)))
+    _, small, certificate = core.shrink(three_layers, DEEP, second, jnp.ones((2, 3)))
     assert small["bias"].shape == (widths(second)["a"],)
     assert small["d"].shape == (widths(second)["c"], 2)
     assert certificate.difference <= 1e-5

@@ -9,6 +9,7 @@ from jax import lax, nn
 from hybrid_jax import core
 from hybrid_jax import program as p
 from hybrid_jax import quantization as q
+from hybrid_jax.quantization import stored
 
 EYE, X = jnp.eye(2), jnp.array([[1.2, 2.0]])
 
@@ -173,6 +174,13 @@ def test_turns_of_a_loop_are_quantized_as_the_loop_and_stored_each():
     assert [float(own["weight"].high[0, 0]) for own in apart.values() if "weight" in own] == [2, 3]
     y = q.as_deployed(plan)(plan.program.params, apart, x)
     np.testing.assert_allclose(y, [[6]], rtol=0.1)
+
+
+def test_the_bits_of_one_turn_are_no_choice():
+    params = {"w": jnp.ones((2, 2, 2)), "v": EYE}
+    plan = planned(lambda params, x: looped(params, x) @ params["v"], params)
+    assert list(plan.ranged) == ["w", "w#2", "v"]
+    assert stored.chosen_operations(plan, {"weight": (4, 8)}) == ["v"]
 
 
 def test_a_kernel_in_a_loop_and_elsewhere_is_named():

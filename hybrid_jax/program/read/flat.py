@@ -131,7 +131,7 @@ def _axes(eqn, operands):
         return tuple(along)
     if name == "transpose" and first is not None:
         return tuple(first[axis] for axis in eqn.params["permutation"])
-    if name in ("reshape", "squeeze", "expand_dims") and first is not None:
+    if name in ("reshape", "squeeze") and first is not None:
         before = eqn.invars[0].aval.shape
         long = [own for own, n in zip(first, before, strict=True) if n != 1]
         if [n for n in before if n != 1] == [n for n in shape if n != 1]:

@@ -29,7 +29,6 @@ _SAME = (*SAME, "optimization_barrier")
 _RULES = {
     "reshape": moves.reshape,
     "squeeze": moves.reshape,
-    "expand_dims": moves.reshape,
     "broadcast_in_dim": moves.broadcast,
     "transpose": moves.transpose,
     "concatenate": moves.concatenate,

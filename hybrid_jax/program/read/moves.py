@@ -17,7 +17,7 @@ from hybrid_jax.program.read.node import Builder, Node, Value
 
 
 def reshape(builder: Builder, eqn: Any, values: list[Any]) -> list[Node]:
-    """`reshape`, `squeeze`, `expand_dims`."""
+    """`reshape`, `squeeze`."""
     return [merged.reshaped(builder, values[0], eqn.outvars[0].aval.shape)]
 
 

@@ -15,7 +15,7 @@ from hybrid_jax.core.functions import SAME
 from hybrid_jax.program.operations import Normalize, Softmax
 from hybrid_jax.program.read.node import Builder, Node
 
-_VIEWS = (*SAME, "broadcast_in_dim", "reshape", "squeeze", "expand_dims")
+_VIEWS = (*SAME, "broadcast_in_dim", "reshape", "squeeze")
 Sources = Mapping[Any, jex.JaxprEqn]
 """{variable: the equation that makes it}."""
 
@@ -76,7 +76,7 @@ class Facts(NamedTuple):
                 for axis, place in enumerate(eqn.params["broadcast_dimensions"]):
                     wide[place] = held.shape[axis]
                 held = held.reshape(wide)
-            if name in ("reshape", "squeeze", "expand_dims"):
+            if name in ("reshape", "squeeze"):
                 held = held.reshape(shape)
             elif np.ndim(held) != len(shape):
                 return None

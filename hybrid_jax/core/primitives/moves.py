@@ -1,15 +1,27 @@
-"""Rules of the primitives that only move indices about, by name in `RULES`.
+"""Primitives that keep all entries: reshaped, reordered, repeated."""
 
-A rule is rule(labels, params, values, outvars) -> output values, or None if it cannot say.
-"""
-
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hybrid_jax.core import interpreter
 from hybrid_jax.core.labels import UNIFORM, Value, common, sizes
+from hybrid_jax.core.primitives.base import PRIMITIVES, Primitive
+
+
+def left(shape: Sequence[Any], keep: Sequence[np.ndarray]) -> tuple[Any, ...]:
+    """The shape that is left; a dimension that loses nothing stays as it is, symbolic or not."""
+    return tuple(n if k.all() else int(k.sum()) for n, k in zip(shape, keep, strict=True))
+
+
+def sized(name: str):
+    """An equation whose parameter of that name is the size of its result."""
+    return lambda eqn, values, ins, outs: interpreter.bind(
+        eqn, values, **{name: left(eqn.params[name], outs[0])}
+    )
 
 
 def _broadcast(labels, params, values, outvars):
@@ -22,6 +34,14 @@ def _broadcast(labels, params, values, outvars):
             out_labels[out], out_rest[out] = x.labels[axis], x.rest[axis]
     filled = [labels.axis(n) if a is None else a for n, a in zip(shape, out_labels, strict=True)]
     return [Value(tuple(filled), tuple(out_rest), x.origin, x.constant)]
+
+
+def _broadcast_arranged(a, params, shape, outs):
+    """Only axes of a single index may be new."""
+    axes = dict(zip(params["broadcast_dimensions"], a.axes, strict=True))
+    if math.prod(outs[0]) != math.prod(shape):
+        return [None]
+    return [dataclasses.replace(a, axes=tuple(axes.get(i, ()) for i in range(len(outs[0]))))]
 
 
 def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -65,6 +85,24 @@ def _reshape(labels, params, values, outvars):
     return [Value(tuple(out_labels), tuple(out_rest), x.origin, x.constant)]
 
 
+def _reshape_arranged(a, params, shape, outs):
+    order = params.get("dimensions") or range(len(shape))
+    left, axes = [f for i in order for f in a.axes[i]], []
+    for n in outs[0]:
+        own = []
+        while n > 1:
+            axis, size, step = left.pop(0)
+            if n % size and size % n:
+                return [None]
+            taken = min(n, size)
+            own.append((axis, taken, step * (size // taken)))
+            if size > taken:
+                left.insert(0, (axis, size // taken, step))
+            n //= taken
+        axes.append(tuple(own))
+    return [dataclasses.replace(a, axes=tuple(axes))]
+
+
 def _reorder(f):
     """A primitive that permutes, drops or keeps whole axes: f(params, rank) -> source axes."""
 
@@ -81,70 +119,8 @@ def _squeeze_axes(params, x):
     return [a for a in range(len(x.shape)) if a not in dropped]
 
 
-def _concatenate(labels, params, values, outvars):
-    where, first = params["dimension"], values[0]
-    for other in values[1:]:
-        for axis in range(len(first.shape)):
-            if axis != where:
-                labels.tie(first.labels[axis], other.labels[axis])
-    joined = np.concatenate([value.labels[where] for value in values])
-    out = tuple(joined if axis == where else a for axis, a in enumerate(first.labels))
-    rest = tuple(common([v.rest[axis] for v in values]) for axis in range(len(out)))
-    return [Value(out, rest, first.origin, common([v.constant for v in values]))]
-
-
-def _stack(labels, params, values, outvars):
-    first, where = values[0], params["axis"]
-    for other in values[1:]:
-        for a, b in zip(first.labels, other.labels, strict=True):
-            labels.tie(a, b)
-    new = np.zeros(len(values), np.int32)
-    rest = [common([v.rest[axis] for v in values]) for axis in range(len(first.shape))]
-    out_labels = (*first.labels[:where], new, *first.labels[where:])
-    return [Value(out_labels, (*rest[:where], None, *rest[where:]), first.origin)]
-
-
-def _slice(labels, params, values, outvars):
-    x = values[0]
-    strides = params["strides"] or (1,) * len(x.shape)
-    cuts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    symbolic = [not isinstance(n, int | np.integer) for n in outvars[0].aval.shape]
-    out = tuple(
-        a if whole else a[slice(*cut)]
-        for a, cut, whole in zip(x.labels, cuts, symbolic, strict=True)
-    )
-    return [Value(out, x.rest, x.origin, x.constant)]
-
-
-def _split(labels, params, values, outvars):
-    x, where = values[0], params["axis"]
-    pieces = np.split(x.labels[where], np.cumsum(params["sizes"])[:-1])
-    return [
-        Value(
-            tuple(piece if a == where else b for a, b in enumerate(x.labels)),
-            x.rest,
-            x.origin,
-            x.constant,
-        )
-        for piece in pieces
-    ]
-
-
-def _pad(labels, params, values, outvars):
-    x, filler = values
-    out_labels, out_rest = [], []
-    for axis, rest, (low, high, inside) in zip(
-        x.labels, x.rest, params["padding_config"], strict=True
-    ):
-        if inside or low < 0 or high < 0:
-            labels.freeze(axis, "is padded between its channels or cut by a negative pad")
-            size = len(axis) + (len(axis) - 1) * inside + low + high
-            out_labels.append(np.zeros(size, np.int32))
-            out_rest.append(None)
-        else:
-            out_labels.append(np.concatenate([labels.fresh(low), axis, labels.fresh(high)]))
-            out_rest.append(common([rest, filler.constant]) if low or high else rest)
-    return [Value(tuple(out_labels), tuple(out_rest), x.origin)]
+def _transpose_arranged(a, params, shape, outs):
+    return [dataclasses.replace(a, axes=tuple(a.axes[i] for i in params["permutation"]))]
 
 
 def _tile(labels, params, values, outvars):
@@ -156,16 +132,25 @@ def _tile(labels, params, values, outvars):
     return [Value(out, x.rest, x.origin, x.constant)]
 
 
-RULES = {
-    "optimization_barrier": lambda labels, params, values, outvars: values,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "squeeze": _reorder(_squeeze_axes),
-    "transpose": _reorder(lambda params, x: params["permutation"]),
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "slice": _slice,
-    "split": _split,
-    "pad": _pad,
-    "tile": _tile,
+def _tile_resized(eqn, values, ins, outs):
+    """An axis of one index is as long as what is left of it repeated."""
+    reps = [
+        int(own.sum()) if len(before) == 1 else n
+        for before, own, n in zip(ins[0], outs[0], eqn.params["reps"], strict=True)
+    ]
+    return interpreter.bind(eqn, values, reps=tuple(reps))
+
+
+PRIMITIVES |= {
+    "optimization_barrier": Primitive(lambda labels, params, values, outvars: values),
+    "broadcast_in_dim": Primitive(_broadcast, sized("shape"), _broadcast_arranged, uniform=True),
+    "reshape": Primitive(_reshape, sized("new_sizes"), _reshape_arranged),
+    "squeeze": Primitive(
+        _reorder(_squeeze_axes),
+        arrange=lambda a, params, shape, outs: _reshape_arranged(a, {}, shape, outs),
+    ),
+    "transpose": Primitive(
+        _reorder(lambda params, x: params["permutation"]), arrange=_transpose_arranged
+    ),
+    "tile": Primitive(_tile, _tile_resized),
 }
