@@ -9,7 +9,6 @@ import jax
 import jax.extend
 
 from hybrid_jax import core, data, models
-from hybrid_jax.recipes import budget, cascade
 from hybrid_jax.recipes.config import flatten, is_read
 from hybrid_jax.recipes.prune import channel_scores
 from hybrid_jax.recipes.task import Task
@@ -160,13 +159,11 @@ def batchnorm(task: Task) -> None:
 
 def mixture(task: Task, config: Any) -> None:
     """Raises ValueError unless the configuration of a mixture is of what there is."""
-    kept = () if config.mixture.kind == "gate" else cascade.COSTS
-    for name in (*budget.NAMES, "latency"):
-        if (asked := getattr(config.budget, name)) and name not in kept:
-            raise ValueError(
-                f"budget.{name} must not be given for a {config.mixture.kind} of effort 'mixture', "
-                f"whose experts are as config.experts says, got {asked}; 'finetune' keeps it"
-            )
+    if config.budget.latency:
+        raise ValueError(
+            "budget.latency must not be given for effort 'mixture', of which images take different "
+            f"times, got {config.budget.latency}; 'finetune' keeps it"
+        )
     kind = task.splits.label_kind
     sources = config.experts.diversity.split("+")
     count, images = config.experts.count, len(task.splits.train.images)

@@ -21,7 +21,6 @@ from hybrid_jax.recipes import (
     within,
 )
 from hybrid_jax.recipes.config import diversity_sources, expert_specs, single_spec
-from hybrid_jax.recipes.prune import prune
 from hybrid_jax.recipes.state import Stage, State
 from hybrid_jax.recipes.task import Task
 
@@ -64,12 +63,10 @@ def finetune(task: Task, config: Any) -> list[Stage]:
     c = config
     demands.training(task, "finetune")
     demands.criteria(task, [single_spec(c)])
-    within.check(task, c, widths=True)
+    within.check(task, c, [single_spec(c)])
 
     def cut(state: State) -> State:
-        if within.asked(c) is not None:
-            return state._replace(experts=(within.pruned(task, state.parent, c),))
-        made = prune(task, state.parent, [single_spec(c)], task.key("experts"))
+        made = within.pruned(task, state.parent, c, [single_spec(c)])
         return state._replace(experts=tuple(made))
 
     def trained(state: State) -> State:
@@ -89,8 +86,11 @@ def mixture(task: Task, config: Any) -> list[Stage]:
     most = within.limits(task.parent, c)
     demands.training(task, "mixture")
     demands.mixture(task, c)
-    if not task.members:
+    if task.members:
+        within.check_members(task, c)
+    else:
         demands.criteria(task, specs)
+        within.check(task, c, specs)
 
     def weights(state: State) -> Any:
         return diversity.image_weights(
@@ -98,7 +98,7 @@ def mixture(task: Task, config: Any) -> list[Stage]:
         )
 
     def cut(state: State) -> State:
-        made = prune(task, state.parent, specs, task.key("experts"))
+        made = within.pruned(task, state.parent, c, specs)
         return state._replace(experts=tuple(made))
 
     def trained(state: State) -> State:

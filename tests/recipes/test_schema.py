@@ -190,6 +190,18 @@ DISAGREEMENTS = {
         "budget.macs": 0.5,
         "experts.allocation": "global",
     },
+    "experts.sparsity must be 0.5 with config.budget.bytes, which chooses widths, got 0.25": {
+        "budget.bytes": 8000,
+        "experts.sparsity": 0.25,
+    },
+    "experts.diversity must be without 'bits' with config.budget.bytes, which chooses it": {
+        "budget.bytes": 8000,
+        "experts.diversity": "bits",
+    },
+    "experts.diversity must be without 'width' with config.budget.macs, which chooses it": {
+        "budget.macs": 0.5,
+        "experts.diversity": "criterion+width",
+    },
     "experts.weight_sparsity must be above 0 with config.experts.weight_allocation = 'erk'": {
         "experts.weight_allocation": "erk",
     },
