@@ -10,7 +10,7 @@ import jax.extend
 
 from hybrid_jax import core, data, models
 from hybrid_jax.recipes.config import flatten, is_read
-from hybrid_jax.recipes.prune import channel_scores
+from hybrid_jax.recipes.prune import channel_scores, weight_masks
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.training import cross_entropy
 
@@ -107,9 +107,14 @@ def training(task: Task, effort: str) -> None:
         )
 
 
+def is_cross_entropy(task: Task) -> bool:
+    """Returns whether the loss is the library's own of classes."""
+    return getattr(task.objective.loss, "func", None) is cross_entropy
+
+
 def _logits(task: Task) -> None:
     """Raises ValueError where cross-entropy would take the softmax of probabilities."""
-    if getattr(task.objective.loss, "func", None) is not cross_entropy:
+    if not is_cross_entropy(task):
         return
     traced = core.inline(
         jax.make_jaxpr(task.network.predict)(task.network.params, task.image)
@@ -145,6 +150,21 @@ def criteria(task: Task, specs: Sequence[Any]) -> None:
                 f"config.experts.criteria must be of what the network has, got {spec.criterion!r}: "
                 f"{error}"
             ) from error
+
+
+def zeros(task: Task, spec: Any) -> None:
+    """Raises ValueError unless weights can become zero as config.experts says."""
+    if not spec.weight_sparsity:
+        return
+    own = {"sparsity": spec.weight_sparsity, "spec": spec}
+    try:
+        masks = functools.partial(weight_masks, task.parent.cut.graph, **own)
+        jax.eval_shape(masks, task.parent.cut.variables)
+    except ValueError as error:
+        raise ValueError(
+            "config.experts.weight_granularity must be one that the network has, with its "
+            f"weight_allocation and weight_sparsity, got {spec.weight_granularity!r}: {error}"
+        ) from error
 
 
 def batchnorm(task: Task) -> None:

@@ -63,6 +63,7 @@ def finetune(task: Task, config: Any) -> list[Stage]:
     c = config
     demands.training(task, "finetune")
     demands.criteria(task, [single_spec(c)])
+    demands.zeros(task, single_spec(c))
     within.check(task, c, [single_spec(c)])
 
     def cut(state: State) -> State:
@@ -90,6 +91,7 @@ def mixture(task: Task, config: Any) -> list[Stage]:
         within.check_members(task, c)
     else:
         demands.criteria(task, specs)
+        demands.zeros(task, specs[0])
         within.check(task, c, specs)
 
     def weights(state: State) -> Any:
@@ -179,6 +181,11 @@ def dense(task: Task, config: Any) -> list[Stage]:
     if not config.parent.steps:
         raise ValueError("config.parent.steps must be above 0 for a network without weights, got 0")
     demands.training(task, config.effort)
+    if config.parent.label_smoothing and not demands.is_cross_entropy(task):
+        raise ValueError(
+            "config.parent.label_smoothing must be 0 where the loss is no cross-entropy of "
+            f"classes, got {config.parent.label_smoothing}"
+        )
     return [Stage("parent", parent, config.parent.steps)]
 
 

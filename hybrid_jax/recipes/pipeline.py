@@ -160,8 +160,8 @@ def compress(
         a list of stages; None for that of the configuration.
       targets: Of `deploy.TARGETS`; None for those of the configuration.
       config: As `default_config` returns it, changed; None for the defaults, with effort 'ptq'.
-      loss: Name of an objective, or loss(outputs, labels) -> (B,); None for classification, or
-        regression where labels are no classes.
+      loss: Name of an objective, or loss(outputs, labels) -> (B,); None for that of the
+        configuration, which is as labels are by default.
       metric: metric(outputs, labels) -> (B,), higher is better; None for that of the objective.
       training_mode: Argument that puts the module in training mode; None where its name tells.
       teacher: A trained network, as `network`, that compressed ones learn from; None for `network`.
@@ -263,7 +263,7 @@ def prepare(
         taken,
         splits,
         pathlib.Path(path).expanduser(),
-        given.objective(loss, metric, splits, config.distillation.temperature),
+        given.objective(loss or config.loss, metric, splits, config.distillation.temperature),
         given.augmentation(config.data, splits),
         config.seed,
         config.checkpoint_every,

@@ -190,7 +190,7 @@ def _check_agreement(config: Config) -> None:
             f"config.gate.k must be at most config.experts.count = {experts.count}, "
             f"got {config.gate.k}"
         )
-    for key in ("schedule", "weight_allocation"):
+    for key in ("schedule", "weight_allocation", "weight_granularity"):
         if getattr(experts, key) != KEYS[f"experts.{key}"].default and not experts.weight_sparsity:
             raise ValueError(
                 f"config.experts.weight_sparsity must be above 0 with config.experts.{key} = "
