@@ -226,7 +226,7 @@ class Experts:
     sparsities: Annotated[
         tuple[float, ...],
         Each(Real(0, 1, "[)"), SOME),
-        "With width, the sparsity of expert e is sparsities[e % len]; its part of a budget's bytes.",
+        "With width, the sparsity of expert e is sparsities[e % len]; its part of a budget too.",
     ] = (0.75, 0.5)
     sparsity: Annotated[BelowOne, "Fraction of channels removed, where no budget is."] = 0.5
     allocation: Annotated[
