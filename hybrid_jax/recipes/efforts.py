@@ -31,7 +31,7 @@ Effort = Callable[[Task, Any], list[Stage]]
 def post_training(task: Task, config: Any) -> list[Stage]:
     """Quantizes the network without training: minutes."""
     c = config.ptq
-    within.check(task, config)
+    within.planned(task, config)
 
     def bits(state: State) -> State:
         return state._replace(experts=(within.quantized(task, state.parent, config),))
@@ -64,7 +64,7 @@ def finetune(task: Task, config: Any) -> list[Stage]:
     demands.training(task, "finetune")
     demands.criteria(task, [single_spec(c)])
     demands.zeros(task, single_spec(c))
-    within.check(task, c, [single_spec(c)])
+    within.planned(task, c, [single_spec(c)])
 
     def cut(state: State) -> State:
         made = within.pruned(task, state.parent, c, [single_spec(c)])
@@ -92,7 +92,7 @@ def mixture(task: Task, config: Any) -> list[Stage]:
     else:
         demands.criteria(task, specs)
         demands.zeros(task, specs[0])
-        within.check(task, c, specs)
+        within.planned(task, c, specs)
 
     def weights(state: State) -> Any:
         return diversity.image_weights(

@@ -16,6 +16,7 @@ import numpy as np
 from hybrid_jax import core, data, models, report, training
 from hybrid_jax.recipes import demands, files, gate, given, rows, schema, state, within, workdir
 from hybrid_jax.recipes.budget import Budget
+from hybrid_jax.recipes.config import expert_specs, single_spec
 from hybrid_jax.recipes.describe import describe
 from hybrid_jax.recipes.efforts import EFFORTS
 from hybrid_jax.recipes.sections import Config
@@ -76,9 +77,12 @@ class Run:
 
     def describe(self) -> str:
         """Returns what it would do."""
-        limits = within.limits(self.start.parent, self.config)
-        targets = self.config.deploy.targets
-        plan = describe(self.start.parent, self.stages, limits, targets)
+        task, config = self.task, self.config
+        specs = {"finetune": (single_spec(config),), "mixture": expert_specs(config)}
+        own = () if task.members else specs.get(config.effort, ())
+        planned = {} if task.members else within.planned(task, config, own)
+        limits, targets = within.limits(self.start.parent, config), config.deploy.targets
+        plan = describe(self.start.parent, self.stages, limits, targets, planned)
         return f"{self._notes()}\n{plan}"
 
     def __call__(self) -> Result:

@@ -35,35 +35,38 @@ def asked(config: Any) -> budget.Budget | None:
     return budget.Budget(**values, runtime=config.budget.runtime if values["latency"] else None)
 
 
-def check(task: Task, config: Any, specs: Sequence[ExpertSpec] = ()) -> None:
-    """Raises CannotBeMet where no bits keep the budget, nor widths of what `specs` are given."""
-    parent, most, targets = (
-        task.parent.cut,
-        _of_networks(task.parent, config),
-        config.deploy.targets,
-    )
+def planned(task: Task, config: Any, specs: Sequence[ExpertSpec] = ()) -> dict[str, int]:
+    """Returns what is within the budget by count, before any damage is known; {} without one.
+
+    Of bits alone, or where `specs` are given of their networks' widths and bits.
+
+    Raises:
+      CannotBeMet: Where nothing keeps the budget.
+    """
+    parent, most = task.parent.cut, _of_networks(task.parent, config)
     if not most:
-        return
-    offered = choices.offer(
-        parent.program, parent.with_bits(8, 8, 8).spec, budget.what_pays(most, targets)
-    )
-    if specs:
-        alike = {
-            group.name: dict.fromkeys(choices.kept_of(group.size), 0.0)
-            for group in parent.graph.groups
-        }
-        offered = choices.with_widths(offered, parent.graph, alike)
-    each = _of_each(most, specs, _beside(task, config, len(specs))) if specs else [most]
-    least = min(each, key=lambda own: own.get("bytes", 0))
+        return {}
+    spec, targets = parent.with_bits(8, 8, 8).spec, config.deploy.targets
+    offered = choices.offer(parent.program, spec, budget.what_pays(most, targets))
+    if not specs:
+        return choices.choose(offered, _counted(most), targets).costs
+    alike = {
+        group.name: dict.fromkeys(choices.kept_of(group.size), 0.0) for group in parent.graph.groups
+    }
+    offered = choices.with_widths(offered, parent.graph, alike)
+    beside, made = _beside(task, config, len(specs)), {}
+    each = [tuple(_counted(own).items()) for own in _of_each(most, specs, beside)]
     try:
-        choices.choose(offered, _counted(least), targets)
+        for own in sorted(set(each)):  # the smallest first
+            made[own] = choices.choose(offered, dict(own), targets).costs
     except CannotBeMet as error:
-        if len(specs) < 2:
+        if len(specs) == 1:
             raise
         raise CannotBeMet(
             f"each of {len(specs)} experts must keep its part: {error}, and so could fewer experts "
             "or effort 'finetune', which makes one network"
         ) from None
+    return _total([made[own] for own in each], beside)
 
 
 def check_members(task: Task, config: Any) -> None:
@@ -157,9 +160,7 @@ def pruned(task: Task, parent: Model, config: Any, specs: Sequence[ExpertSpec]) 
             model = cut(task, parent, spec, keep, {**dense.bits, **found.bits})
             made.append(model._replace(facts={**model.facts, "predicted": found.costs}))
             costs.append(found.costs)
-        total = {name: max(own[name] for own in costs) + beside.get(name, 0) for name in costs[0]}
-        total["bytes"] = sum(own["bytes"] for own in costs) + beside.get("bytes", 0)
-        return made, total
+        return made, _total(costs, beside)
 
     made, costs = budget.meet(most, make, _measure(task, parent, config))
     return [model._replace(facts={**model.facts, "measured": costs}) for model in made]
@@ -196,6 +197,13 @@ def _of_each(
         {name: most * part / sum(parts) if name == "bytes" else most for name, most in left.items()}
         for part in parts
     ]
+
+
+def _total(costs: Sequence[Mapping[str, int]], beside: Mapping[str, int]) -> dict[str, int]:
+    """What networks, of which one runs at a time, cost together with what is beside them."""
+    most = {name: max(own[name] for own in costs) for name in costs[0]}
+    most["bytes"] = sum(own["bytes"] for own in costs)
+    return {name: n + beside.get(name, 0) for name, n in most.items()}
 
 
 def _counted(limits: Mapping[str, float]) -> dict[str, int]:

@@ -333,12 +333,13 @@ def test_a_budget_is_kept_by_the_damage_of_the_key(run, monkeypatch):
         return -quantization.kl_divergence(outputs, reference)
 
     monkeypatch.setitem(quantization.DAMAGES, "liked", liked)
-    monkeypatch.setattr(within, "_measure", lambda *_: lambda made: made.facts["predicted"])
+    monkeypatch.setattr(within, "_measure", lambda *_: lambda made: made[0].facts["predicted"])
     task, config = run()
     made = {}
     for damage in ("kl", "liked"):
         budget = dataclasses.replace(config.budget, bops=0.05, damage=damage)
-        made[damage] = within.pruned(task, task.parent, dataclasses.replace(config, budget=budget))
+        own = dataclasses.replace(config, budget=budget)
+        (made[damage],) = within.pruned(task, task.parent, own, [single_spec(own)])
     bops = [controls.cost_of(own).bops for own in made.values()]
     assert bops[1] < bops[0] <= 0.05 * controls.cost_of(task.parent).bops
 

@@ -7,6 +7,7 @@ import pytest
 from hybrid_jax import data, recipes
 from hybrid_jax.recipes import pipeline, within
 from hybrid_jax.recipes.config import expert_specs
+from hybrid_jax.report.formatting import si
 from tests.recipes import strangers
 from tests.recipes.test_compress import checks, settings
 
@@ -23,14 +24,14 @@ def asked(**changes):
 
 @pytest.fixture
 def prepared(tmp_path):
-    """prepared(**changes) -> (task, config) of a mixture of two networks, which is not run."""
+    """prepared(**changes) -> the run of a mixture of two networks, which is not run."""
 
     def make(**changes):
         images, labels = strangers.digits()
         splits = data.take((images[:200], labels[:200]))
         config = recipes.read(asked(**changes))
         given = strangers.functions(), splits, config, tmp_path / "run"
-        return pipeline.prepare(*given, recipes.EFFORTS["mixture"]).task, config
+        return pipeline.prepare(*given, recipes.EFFORTS["mixture"])
 
     return make
 
@@ -39,7 +40,12 @@ def prepared(tmp_path):
 def test_all_files_of_a_mixture_keep_its_bytes(prepared, kind):
     limits = {"bytes": BYTES[kind], "memory": 700, "macs": 14_000}
     changes = {f"budget.{name}": most for name, most in limits.items()}
-    task, config = prepared(**{"mixture.kind": kind}, **changes)
+    run = prepared(**{"mixture.kind": kind}, **changes)
+    task, config = run.task, run.config
+    # What a dry run tells, before any damage is known.
+    planned = within.planned(task, config, expert_specs(config))
+    assert f"at most 700, about {si(planned['memory'])}" in run.describe()
+    assert all(planned[name] <= limits[name] for name in ("bytes", "memory"))
     made = within.pruned(task, task.parent, config, expert_specs(config))
     measured = made[0].facts["measured"]
     assert 0.8 * limits["bytes"] < measured["bytes"] <= limits["bytes"]
