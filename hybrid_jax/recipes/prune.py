@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core, pruning
@@ -19,8 +20,8 @@ SCORED_IMAGES = 256
 def prune(task: Task, parent: Model, specs: Sequence[ExpertSpec], key: jax.Array) -> list[Model]:
     """Returns one network for each spec: without the channels that are least by its criterion.
 
-    Their facts are {'spec', 'difference' between the masked parent and the small network, 'macs'
-    and 'parameters' (before, after)}.
+    Their facts are {'spec', 'removed': part of the channels, 'difference' between the masked parent
+    and the small network, 'macs' and 'parameters' (before, after)}.
     """
     keys = [jax.random.fold_in(key, i) for i in range(len(specs))]
     scores = channel_scores(task, parent, specs, keys)
@@ -70,8 +71,10 @@ def cut(
         if not spec.schedule:
             tree = core.map_with_path(lambda path, _: held.get(path, optax.MaskedNode()), small)
             small = recovered(task, own, small, tree, spec.recovery)
+    stay = np.concatenate([np.asarray(own) for own in keep.values()])
     facts = {
         "spec": dataclasses.asdict(spec),
+        "removed": float(1 - stay.mean()),
         "difference": certificate.difference,
         "macs": certificate.macs,
         "parameters": certificate.parameters,

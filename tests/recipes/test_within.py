@@ -56,6 +56,8 @@ def test_all_files_of_a_mixture_keep_its_bytes(prepared, kind):
     beside = within._beside(task, config, 2).get("macs", 0)
     for model in made:
         assert model.facts["macs"][1] < model.facts["macs"][0]
+        kept = sum(model.cut.variables[name].shape[-1] for name in ("stem", "body"))
+        assert model.facts["removed"] == pytest.approx(1 - kept / 20)
         assert kind == "cascade" or model.facts["predicted"]["macs"] + beside <= limits["macs"]
 
 
