@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,7 +157,7 @@ def check_masks(kind, allocation, bulk_of_scores):
                 check_exact(kind, allocation, units, sparsity, got)
             for other in (jax.tree.map(lambda x, i=i: x[i], mapped), masks(scores, 0.37)):
                 got = compiled(scores, jnp.float32(0.37))
-                jax.tree.map(np.testing.assert_array_equal, got, other)
+                chex.assert_trees_all_equal(got, other)
         compilations += 1
         shapes = jax.eval_shape(masks, alike[0], jnp.float32(0.37))
         core.check_same_structure("masks", shapes, got)

@@ -12,14 +12,12 @@ import numpy as np
 from hybrid_jax import experts
 from hybrid_jax.recipes.controls import cost_of
 from hybrid_jax.recipes.cut import Model
+from hybrid_jax.recipes.schema import MEANS
 from hybrid_jax.recipes.state import State
 from hybrid_jax.recipes.task import Task
 
 CHOICES = 64
 """Thresholds tried for each expert: quantiles of its confidence on the validation images."""
-
-COSTS = ("macs", "bops")
-"""Whose mean over images a budget may limit; the experts are in the order of the first."""
 
 
 class Chosen(NamedTuple):
@@ -48,7 +46,7 @@ def decided(task: Task, state: State, shares: Sequence[float], most: Mapping[str
     """
     prices = [cost_of(model) for model in state.experts]
     order = np.argsort([price.macs for price in prices], kind="stable")
-    costs = {name: np.array([getattr(price, name) for price in prices]) for name in COSTS}
+    costs = {name: np.array([getattr(price, name) for price in prices]) for name in MEANS}
     gated = state.gate and _gated(task, state, costs)
     within = gated and _keeps(gated[1], most)
     made = tuple(state.experts[e] for e in order)

@@ -19,7 +19,8 @@ SECTIONS = {
 """{effort: the sections of the configuration that it alone, or with some others, reads}."""
 
 ALIKE = (
-    *("allocation", "recovery", "multiple", "weight_sparsity", "weight_allocation", "schedule"),
+    *("allocation", "recovery", "multiple", "weight_sparsity", "weight_allocation"),
+    *("weight_granularity", "schedule"),
     *("first_last_bits", "weight_learning", "activation_learning"),
 )
 """Keys of config.experts that are attributes of every spec as they are."""
@@ -41,6 +42,7 @@ class ExpertSpec:
       multiple: Widths kept are multiples of this.
       weight_sparsity: Fraction of zeros among the weights that are left.
       weight_allocation: How that is spread over kernels.
+      weight_granularity: What becomes zero as a whole.
       schedule: How zeros come in while it trains; '' where they are there from the start.
       weight_learning: The gradient by which the ranges of weights are learned.
       activation_learning: That of what sites take.
@@ -55,6 +57,7 @@ class ExpertSpec:
     multiple: int
     weight_sparsity: float
     weight_allocation: str
+    weight_granularity: str
     schedule: str
     weight_bits: int
     activation_bits: int

@@ -118,7 +118,7 @@ def planned_cost(dense: Cut, spec: ExpertSpec, keep: Mapping[str, Any]) -> cost.
     if spec.weight_sparsity:
         whole = core.expand(keep, dense.graph.groups, dense.variables)
         small = core.slice_tree(dense.variables, core.kept_indices(dense.graph, whole))
-        masks |= weight_masks(graph, small, spec.weight_sparsity, spec.weight_allocation)
+        masks |= weight_masks(graph, small, spec.weight_sparsity, spec)
     own = quantization.spec(
         graph,
         weight_bits=spec.weight_bits,

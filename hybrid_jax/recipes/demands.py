@@ -9,9 +9,8 @@ import jax
 import jax.extend
 
 from hybrid_jax import core, data, models
-from hybrid_jax.recipes import budget, cascade
 from hybrid_jax.recipes.config import flatten, is_read
-from hybrid_jax.recipes.prune import channel_scores
+from hybrid_jax.recipes.prune import channel_scores, weight_masks
 from hybrid_jax.recipes.task import Task
 from hybrid_jax.training import cross_entropy
 
@@ -108,9 +107,14 @@ def training(task: Task, effort: str) -> None:
         )
 
 
+def is_cross_entropy(task: Task) -> bool:
+    """Returns whether the loss is the library's own of classes."""
+    return getattr(task.objective.loss, "func", None) is cross_entropy
+
+
 def _logits(task: Task) -> None:
     """Raises ValueError where cross-entropy would take the softmax of probabilities."""
-    if getattr(task.objective.loss, "func", None) is not cross_entropy:
+    if not is_cross_entropy(task):
         return
     traced = core.inline(
         jax.make_jaxpr(task.network.predict)(task.network.params, task.image)
@@ -148,6 +152,21 @@ def criteria(task: Task, specs: Sequence[Any]) -> None:
             ) from error
 
 
+def zeros(task: Task, spec: Any) -> None:
+    """Raises ValueError unless weights can become zero as config.experts says."""
+    if not spec.weight_sparsity:
+        return
+    own = {"sparsity": spec.weight_sparsity, "spec": spec}
+    try:
+        masks = functools.partial(weight_masks, task.parent.cut.graph, **own)
+        jax.eval_shape(masks, task.parent.cut.variables)
+    except ValueError as error:
+        raise ValueError(
+            "config.experts.weight_granularity must be one that the network has, with its "
+            f"weight_allocation and weight_sparsity, got {spec.weight_granularity!r}: {error}"
+        ) from error
+
+
 def batchnorm(task: Task) -> None:
     """Raises ValueError unless the network has running statistics that training moves."""
     models.trainable(task.network, "ptq.reestimate_batchnorm")
@@ -160,13 +179,11 @@ def batchnorm(task: Task) -> None:
 
 def mixture(task: Task, config: Any) -> None:
     """Raises ValueError unless the configuration of a mixture is of what there is."""
-    kept = () if config.mixture.kind == "gate" else cascade.COSTS
-    for name in (*budget.NAMES, "latency"):
-        if (asked := getattr(config.budget, name)) and name not in kept:
-            raise ValueError(
-                f"budget.{name} must not be given for a {config.mixture.kind} of effort 'mixture', "
-                f"whose experts are as config.experts says, got {asked}; 'finetune' keeps it"
-            )
+    if config.budget.latency:
+        raise ValueError(
+            "budget.latency must not be given for effort 'mixture', of which images take different "
+            f"times, got {config.budget.latency}; 'finetune' keeps it"
+        )
     kind = task.splits.label_kind
     sources = config.experts.diversity.split("+")
     count, images = config.experts.count, len(task.splits.train.images)

@@ -10,16 +10,21 @@ from hybrid_jax.report.formatting import si
 
 
 def describe(
-    parent: Model, stages: Sequence[Any], limits: Mapping[str, float], targets: Sequence[str]
+    parent: Model,
+    stages: Sequence[Any],
+    limits: Mapping[str, float],
+    targets: Sequence[str],
+    planned: Mapping[str, int],
 ) -> str:
     """Returns the plan of a run: sites, groups of channels, what is frozen and why, costs, stages.
 
-    `limits` are {cost: the most that it may be}; bytes are those of the largest file of `targets`.
+    `limits` are {cost: the most that it may be}, `planned` {cost: what keeps them, by count}; bytes
+    are those of the largest file of `targets`.
     """
-    return "\n".join(_lines(parent, stages, limits, targets))
+    return "\n".join(_lines(parent, stages, limits, targets, planned))
 
 
-def _lines(parent, stages, limits, targets) -> Iterator[str]:
+def _lines(parent, stages, limits, targets, planned) -> Iterator[str]:
     graph, price = parent.cut.graph, cost_of(parent)
     yield f"{len(graph.sites)} sites, of {si(price.macs)} MACs and {si(price.parameters)} weights:"
     for site in graph.sites:
@@ -41,7 +46,8 @@ def _lines(parent, stages, limits, targets) -> Iterator[str]:
     costs = budget.parent_costs(parent.cut.program, targets)
     for name in budget.NAMES:
         asked = f", at most {si(limits[name])}" if name in limits else ""
-        yield f"  {name} {si(costs[name])}{asked}"
+        found = f", about {si(planned[name])} within the budget" if name in planned else ""
+        yield f"  {name} {si(costs[name])}{asked}{found}"
     if "latency" in limits:
         yield f"  latency 1×, at most {limits['latency']}×"
     names = [getattr(stage, "name", None) or stage.__name__ for stage in stages]

@@ -21,7 +21,6 @@ from hybrid_jax.recipes import (
     within,
 )
 from hybrid_jax.recipes.config import diversity_sources, expert_specs, single_spec
-from hybrid_jax.recipes.prune import prune
 from hybrid_jax.recipes.state import Stage, State
 from hybrid_jax.recipes.task import Task
 
@@ -32,7 +31,7 @@ Effort = Callable[[Task, Any], list[Stage]]
 def post_training(task: Task, config: Any) -> list[Stage]:
     """Quantizes the network without training: minutes."""
     c = config.ptq
-    within.check(task, config)
+    within.planned(task, config)
 
     def bits(state: State) -> State:
         return state._replace(experts=(within.quantized(task, state.parent, config),))
@@ -64,12 +63,11 @@ def finetune(task: Task, config: Any) -> list[Stage]:
     c = config
     demands.training(task, "finetune")
     demands.criteria(task, [single_spec(c)])
-    within.check(task, c, widths=True)
+    demands.zeros(task, single_spec(c))
+    within.planned(task, c, [single_spec(c)])
 
     def cut(state: State) -> State:
-        if within.asked(c) is not None:
-            return state._replace(experts=(within.pruned(task, state.parent, c),))
-        made = prune(task, state.parent, [single_spec(c)], task.key("experts"))
+        made = within.pruned(task, state.parent, c, [single_spec(c)])
         return state._replace(experts=tuple(made))
 
     def trained(state: State) -> State:
@@ -89,8 +87,12 @@ def mixture(task: Task, config: Any) -> list[Stage]:
     most = within.limits(task.parent, c)
     demands.training(task, "mixture")
     demands.mixture(task, c)
-    if not task.members:
+    if task.members:
+        within.check_members(task, c)
+    else:
         demands.criteria(task, specs)
+        demands.zeros(task, specs[0])
+        within.planned(task, c, specs)
 
     def weights(state: State) -> Any:
         return diversity.image_weights(
@@ -98,7 +100,7 @@ def mixture(task: Task, config: Any) -> list[Stage]:
         )
 
     def cut(state: State) -> State:
-        made = prune(task, state.parent, specs, task.key("experts"))
+        made = within.pruned(task, state.parent, c, specs)
         return state._replace(experts=tuple(made))
 
     def trained(state: State) -> State:
@@ -179,6 +181,11 @@ def dense(task: Task, config: Any) -> list[Stage]:
     if not config.parent.steps:
         raise ValueError("config.parent.steps must be above 0 for a network without weights, got 0")
     demands.training(task, config.effort)
+    if config.parent.label_smoothing and not demands.is_cross_entropy(task):
+        raise ValueError(
+            "config.parent.label_smoothing must be 0 where the loss is no cross-entropy of "
+            f"classes, got {config.parent.label_smoothing}"
+        )
     return [Stage("parent", parent, config.parent.steps)]
 
 

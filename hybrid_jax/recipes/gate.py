@@ -26,6 +26,21 @@ def source(task: Task, count: int, settings: Any) -> models.Network:
     return models.Network(module.apply, None, jax.jit(module.init)(task.init_key("gate"), images))
 
 
+def untrained(task: Task, count: int, settings: Any) -> Cut:
+    """Returns the gate over `count` experts in the bits that it is to have."""
+    network = source(task, count, settings)
+    cut = Cut(network, task.images, network.params, origin="gate")
+    return cut.with_bits(settings.bits, settings.bits, settings.bits)
+
+
+def calibrated(task: Task, cut: Cut, settings: Any, facts: Any = None) -> Model:
+    """Returns a gate as it is deployed."""
+    sample = [(images,) for images in task.sample(settings.batch_size, CALIBRATION_BATCHES)]
+    ranges = core.gathered(quantization.calibrate_edges(cut.plan, sample))
+    weights, ranges = jax.tree.map(jnp.asarray, (dict(cut.plan.program.params), ranges))
+    return with_functions([Model(cut, {}, ranges, weights, facts=facts or {})])[0]
+
+
 def learn_gate(
     task: Task,
     parent: Model,
@@ -43,15 +58,10 @@ def learn_gate(
     `weights` (E, n) are those of each training image for each expert, where they tell who is to
     take it, as those of clusters do; `alpha` is the teacher's share of an expert's loss.
     """
-    network = source(task, len(made), settings)
+    cut = untrained(task, len(made), settings)
     fit = functools.partial(_fit_gate, task, parent, made, settings, alpha, method, weights)
-    params, facts = fit("gate", network.predict, network.params)
-    cut = Cut(network, task.images, params, origin="gate")
-    cut = cut.with_bits(settings.bits, settings.bits, settings.bits)
-    sample = [(images,) for images in task.sample(settings.batch_size, CALIBRATION_BATCHES)]
-    ranges = core.gathered(quantization.calibrate_edges(cut.plan, sample))
-    weights_, ranges = jax.tree.map(jnp.asarray, (dict(cut.plan.program.params), ranges))
-    return with_functions([Model(cut, {}, ranges, weights_, facts=facts)])[0]
+    params, facts = fit("gate", cut.source.predict, cut.variables)
+    return calibrated(task, cut.with_variables(params), settings, facts)
 
 
 def refit(task, parent, made, gate: Model, settings, alpha, method="auto", weights=None) -> Model:

@@ -138,9 +138,8 @@ def config_of(config, budget, effort, targets) -> Config:
 
 def objective(loss, metric, splits, temperature) -> training.Objective:
     """Returns it by its name, or as labels tell, with the user's own functions if there are any."""
-    name = (
-        loss if isinstance(loss, str) else "classification" if splits.num_classes else "regression"
-    )
+    usual = "classification" if splits.num_classes else "regression"
+    name = loss if isinstance(loss, str) and loss else usual
     options = {"temperature": temperature} if name == "classification" else {}
     core.check_choice("loss", name, training.OBJECTIVES)
     own = loss if callable(loss) else None

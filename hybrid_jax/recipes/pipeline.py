@@ -16,6 +16,7 @@ import numpy as np
 from hybrid_jax import core, data, models, report, training
 from hybrid_jax.recipes import demands, files, gate, given, rows, schema, state, within, workdir
 from hybrid_jax.recipes.budget import Budget
+from hybrid_jax.recipes.config import expert_specs, single_spec
 from hybrid_jax.recipes.describe import describe
 from hybrid_jax.recipes.efforts import EFFORTS
 from hybrid_jax.recipes.sections import Config
@@ -76,9 +77,12 @@ class Run:
 
     def describe(self) -> str:
         """Returns what it would do."""
-        limits = within.limits(self.start.parent, self.config)
-        targets = self.config.deploy.targets
-        plan = describe(self.start.parent, self.stages, limits, targets)
+        task, config = self.task, self.config
+        specs = {"finetune": (single_spec(config),), "mixture": expert_specs(config)}
+        own = () if task.members else specs.get(config.effort, ())
+        planned = {} if task.members else within.planned(task, config, own)
+        limits, targets = within.limits(self.start.parent, config), config.deploy.targets
+        plan = describe(self.start.parent, self.stages, limits, targets, planned)
         return f"{self._notes()}\n{plan}"
 
     def __call__(self) -> Result:
@@ -160,8 +164,8 @@ def compress(
         a list of stages; None for that of the configuration.
       targets: Of `deploy.TARGETS`; None for those of the configuration.
       config: As `default_config` returns it, changed; None for the defaults, with effort 'ptq'.
-      loss: Name of an objective, or loss(outputs, labels) -> (B,); None for classification, or
-        regression where labels are no classes.
+      loss: Name of an objective, or loss(outputs, labels) -> (B,); None for that of the
+        configuration, which is as labels are by default.
       metric: metric(outputs, labels) -> (B,), higher is better; None for that of the objective.
       training_mode: Argument that puts the module in training mode; None where its name tells.
       teacher: A trained network, as `network`, that compressed ones learn from; None for `network`.
@@ -263,7 +267,7 @@ def prepare(
         taken,
         splits,
         pathlib.Path(path).expanduser(),
-        given.objective(loss, metric, splits, config.distillation.temperature),
+        given.objective(loss or config.loss, metric, splits, config.distillation.temperature),
         given.augmentation(config.data, splits),
         config.seed,
         config.checkpoint_every,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_jax import core, pruning
@@ -19,8 +20,8 @@ SCORED_IMAGES = 256
 def prune(task: Task, parent: Model, specs: Sequence[ExpertSpec], key: jax.Array) -> list[Model]:
     """Returns one network for each spec: without the channels that are least by its criterion.
 
-    Their facts are {'spec', 'difference' between the masked parent and the small network, 'macs'
-    and 'parameters' (before, after)}.
+    Their facts are {'spec', 'removed': part of the channels, 'difference' between the masked parent
+    and the small network, 'macs' and 'parameters' (before, after)}.
     """
     keys = [jax.random.fold_in(key, i) for i in range(len(specs))]
     scores = channel_scores(task, parent, specs, keys)
@@ -66,12 +67,14 @@ def cut(
     held = {}
     if spec.weight_sparsity:
         at_start = 0.0 if spec.schedule else spec.weight_sparsity
-        held = weight_masks(own.graph, small, at_start, spec.weight_allocation)
+        held = weight_masks(own.graph, small, at_start, spec)
         if not spec.schedule:
             tree = core.map_with_path(lambda path, _: held.get(path, optax.MaskedNode()), small)
             small = recovered(task, own, small, tree, spec.recovery)
+    stay = np.concatenate([np.asarray(own) for own in keep.values()])
     facts = {
         "spec": dataclasses.asdict(spec),
+        "removed": float(1 - stay.mean()),
         "difference": certificate.difference,
         "macs": certificate.macs,
         "parameters": certificate.parameters,
@@ -90,13 +93,40 @@ def recovered(task: Task, cut: Cut, variables: Any, masks: Any, name: str) -> An
 
 
 def weight_masks(
-    graph: core.Graph, variables: Any, sparsity: float, allocation: str
+    graph: core.Graph, variables: Any, sparsity: float, spec: Any
 ) -> dict[str, jax.Array]:
-    """Returns which weights of each kernel are kept, {path: bool}, one of each at least."""
-    spread, each = pruning.ALLOCATIONS[allocation](graph), pruning.unstructured(at_least=1)
+    """Returns which weights of each kernel are kept, {path: bool}, one unit of each at least.
+
+    `spec` says the granularity and the allocation, as config.experts or one expert's.
+    """
+    spread = pruning.ALLOCATIONS[spec.weight_allocation](graph)
     scores = pruning.magnitude(graph.kernels, variables)
-    masks = core.flatten_paths(pruning.masks(scores, sparsity, each, spread))
+    masks = pruning.masks(scores, sparsity, of_kernels(graph, spec.weight_granularity), spread)
+    masks = core.flatten_paths(masks)
     return {path: mask for path, mask in masks.items() if not core.is_masked_node(mask)}
+
+
+def of_kernels(graph: core.Graph, name: str, inside: str = "") -> pruning.Granularity:
+    """Returns one of `pruning.GRANULARITIES` of kernels alone, each row of which keeps a unit.
+
+    `inside` is what comes before the paths of the graph in those of the scores.
+    """
+    own = pruning.GRANULARITIES[name](graph)
+
+    def bare(leaves):
+        return {path.removeprefix(inside): leaf for path, leaf in leaves.items()}
+
+    def merge(kept, leaves):
+        masks, scores = own.merge(kept, bare(leaves)), bare(leaves)
+        return {inside + p: m for p, m in masks.items() if not core.is_masked_node(scores[p])}
+
+    return dataclasses.replace(
+        own,
+        paths=lambda leaves: own.paths(bare(leaves)),
+        split=lambda leaves, names: own.split(bare(leaves), names),
+        merge=merge,
+        at_least=max(own.at_least, 1),
+    )
 
 
 def channel_scores(

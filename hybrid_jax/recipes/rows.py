@@ -191,7 +191,8 @@ def _note(model: Any) -> str:
     text = f"{' and '.join(map(str, bits))}-bit weights"
     if spec is None:
         return text
-    return f"{spec['sparsity']:.0%} of channels removed by {spec['criterion']}, {text}"
+    removed = model.facts.get("removed", spec["sparsity"])  # an earlier version did not say
+    return f"{removed:.0%} of channels removed by {spec['criterion']}, {text}"
 
 
 def _is_int8(state: State) -> bool:

@@ -49,6 +49,9 @@ def _keys(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
 KEYS: dict[str, Key] = dict(_keys(Config))
 """All keys, such as 'experts.count'."""
 
+MEANS = ("macs", "bops")
+"""Costs whose mean over images a cascade keeps; its experts are in the order of the first."""
+
 
 def default_config() -> ConfigDict:
     """Returns the configuration with every key that there is; a config module overrides some.
@@ -160,6 +163,25 @@ def diversity_sources(config: ConfigDict | Config) -> tuple[str, ...]:
     return tuple(source for source in config.experts.diversity.split("+") if source)
 
 
+def limited(config: Config) -> list[str]:
+    """Returns what the budget limits of every network by itself, whose widths and bits keep it.
+
+    A cascade keeps the rest as a mean over images, by when it hands on.
+
+    Example:
+      >>> config = default_config()
+      >>> config.budget.bytes, config.budget.macs = 9000, 0.5
+      >>> limited(read(config))
+      ['bytes', 'macs']
+      >>> config.mixture.kind = 'cascade'
+      >>> limited(read(config))
+      ['bytes']
+    """
+    asked = dataclasses.asdict(config.budget).items()
+    means = MEANS if config.effort == "mixture" and config.mixture.kind != "gate" else ()
+    return [k for k, value in asked if value and not isinstance(value, str) and k not in means]
+
+
 def _check_agreement(config: Config) -> None:
     """Raises ValueError unless the values of different keys agree."""
     experts = config.experts
@@ -168,20 +190,27 @@ def _check_agreement(config: Config) -> None:
             f"config.gate.k must be at most config.experts.count = {experts.count}, "
             f"got {config.gate.k}"
         )
-    for key in ("schedule", "weight_allocation"):
+    for key in ("schedule", "weight_allocation", "weight_granularity"):
         if getattr(experts, key) != KEYS[f"experts.{key}"].default and not experts.weight_sparsity:
             raise ValueError(
                 f"config.experts.weight_sparsity must be above 0 with config.experts.{key} = "
                 f"{getattr(experts, key)!r}, which would then make no difference, got 0"
             )
-    asked = dataclasses.asdict(config.budget).items()
-    costs = [name for name, value in asked if value and not isinstance(value, str)]
+    costs = [] if config.effort == "ptq" else limited(config)
     for key in ("sparsity", "allocation", "multiple"):
         default = KEYS[f"experts.{key}"].default
-        if config.effort == "finetune" and costs and getattr(experts, key) != default:
+        if costs and getattr(experts, key) != default:
             raise ValueError(
                 f"config.experts.{key} must be {default!r} with config.budget.{costs[0]}, which "
                 f"chooses widths, got {getattr(experts, key)!r}"
+            )
+    # Of bytes alone has each expert its own part.
+    lost = {"bits"} if "bytes" in costs else {"bits", "width"}
+    for source in lost & set(diversity_sources(config)):
+        if config.effort == "mixture" and costs:
+            raise ValueError(
+                f"config.experts.diversity must be without {source!r} with "
+                f"config.budget.{costs[0]}, which chooses it, got {experts.diversity!r}"
             )
     at_sites = experts.steps - round(experts.deployed * experts.steps)
     if experts.schedule and at_sites < 2:

@@ -226,7 +226,7 @@ class Experts:
     sparsities: Annotated[
         tuple[float, ...],
         Each(Real(0, 1, "[)"), SOME),
-        "With width, the sparsity of expert e is sparsities[e % len].",
+        "With width, the sparsity of expert e is sparsities[e % len]; its part of a budget too.",
     ] = (0.75, 0.5)
     sparsity: Annotated[BelowOne, "Fraction of channels removed, where no budget is."] = 0.5
     allocation: Annotated[
@@ -242,6 +242,11 @@ class Experts:
     ] = 1
     weight_sparsity: Annotated[BelowOne, "Fraction of zeros among the weights that stay."] = 0.0
     weight_allocation: Annotated[Allocation, "How zeros are spread over kernels."] = "uniform"
+    weight_granularity: Annotated[
+        str,
+        Choice("hybrid_jax.pruning:GRANULARITIES"),
+        "What becomes zero as a whole; files hold the zeros.",
+    ] = "unstructured"
     schedule: Annotated[
         str,
         Choice("hybrid_jax.pruning:SCHEDULES", none=True),
@@ -393,6 +398,11 @@ class Config:
         "Quantization alone, one network pruned and trained, or the whole method.",
     ] = "mixture"
     seed: Annotated[Seed, "Of all that is random, but for what is held out of the data."] = 0
+    loss: Annotated[
+        str,
+        Choice("hybrid_jax.training:OBJECTIVES", none=True),
+        "What is learned and judged by; '' is classification where labels are classes.",
+    ] = ""
     checkpoint_every: Annotated[SomeSteps, "Steps between checkpoints."] = 500
     devices: Annotated[
         int,

@@ -1,6 +1,5 @@
 """Training of compressed networks: quantized at their sites, then up to what is deployed."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, deployed, with_functions
+from hybrid_jax.recipes.prune import of_kernels
 from hybrid_jax.recipes.task import Task, optimizer
 from hybrid_jax.recipes.taught import UNTAUGHT, Taught
 
@@ -119,7 +119,7 @@ def sparsified(
 
     As `settings.schedule` says, they come in over the first half of `steps`.
     """
-    graph, inside = model.cut.graph, "params/"
+    graph = model.cut.graph
     nothing = jax.tree.map(lambda _: optax.MaskedNode(), params)
 
     def masked(values):
@@ -127,12 +127,6 @@ def sparsified(
 
     if not (model.masks and settings.schedule):
         return pruning.hold_masks(tx, masked(model.masks))
-    spread = pruning.ALLOCATIONS[settings.weight_allocation](graph)
-
-    def allocate(units, paths, *rest):
-        own = {name: path.removeprefix(inside) for name, path in paths.items()}
-        return spread.allocate(units, own, *rest)
-
     kernels = {path: kernel for path, kernel in graph.kernels.items() if path in model.masks}
     return pruning.prune_by_schedule(
         tx,
@@ -140,8 +134,8 @@ def sparsified(
             pruning.magnitude(kernels, {path: params["params"][path] for path in kernels})
         ),
         pruning.SCHEDULES[settings.schedule](settings.weight_sparsity, max(steps // 2, 1)),
-        pruning.unstructured(at_least=1),
-        dataclasses.replace(spread, allocate=allocate),
+        of_kernels(graph, settings.weight_granularity, "params/"),
+        pruning.ALLOCATIONS[settings.weight_allocation](graph),
     )
 
 

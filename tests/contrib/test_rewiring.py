@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,12 +182,12 @@ def test_first_masks_are_random_or_by_score_with_any_allocation():
     rigl = functools.partial(contrib.rigl, optax.sgd(0.1), kernels, 0.5, KEY, 10)
     random = rigl().init(params).masks
     expected = pruning.masks(pruning.random(kernels, params, KEY), 0.5)
-    jax.tree.map(np.testing.assert_array_equal, random, expected)
+    chex.assert_trees_all_equal(random, expected)
     largest = rigl(allocation=pruning.erk(kernels), initial=pruning.magnitude).init(params).masks
     expected = pruning.masks(
         pruning.magnitude(kernels, params), 0.5, allocation=pruning.erk(kernels)
     )
-    jax.tree.map(np.testing.assert_array_equal, largest, expected)
+    chex.assert_trees_all_equal(largest, expected)
     exempt = rigl(exempt=["a"]).init(params).masks
     assert exempt["a"] == optax.MaskedNode()
 

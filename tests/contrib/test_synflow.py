@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def test_scores_are_the_flow_through_each_weight():
 def test_values_of_inputs_and_signs_of_weights_do_not_matter():
     flow = contrib.synaptic_flow(linear, NET, -7 * jnp.ones((1, 3)))
     again = contrib.synaptic_flow(linear, jax.tree.map(jnp.negative, NET), jnp.zeros((1, 3)))
-    jax.tree.map(np.testing.assert_array_equal, flow, again)
+    chex.assert_trees_all_equal(flow, again)
 
 
 def test_scale_multiplies_all_scores_alike():
@@ -66,7 +67,7 @@ def test_rounds_keep_every_layer_where_one_round_empties_the_largest(deep_params
     )
     scores = contrib.synflow(kernels, deep_params, flow)
     single = pruning.masks(scores, 0.99, allocation=pruning.global_())
-    jax.tree.map(np.testing.assert_array_equal, once, single)
+    chex.assert_trees_all_equal(once, single)
     assert sum(int(mask.sum()) for mask in rounds.values()) == 27
     assert once["1"].sum() == 0
     assert all(mask.sum() > 0 for mask in rounds.values())

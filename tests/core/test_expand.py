@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_what_is_kept_may_be_traced():
         rng = np.random.default_rng(seed)
         keep = {name: rng.random(len(kept)) < 0.5 for name, kept in KEEP.items()}
         expected = core.expand(keep, GROUPS, PARAMS)
-        jax.tree.map(np.testing.assert_array_equal, compiled(keep), expected)
+        chex.assert_trees_all_equal(compiled(keep), expected)
     assert compiled._cache_size() == 1
     stacked = jax.vmap(lambda kept: core.expand({"w": kept}, GROUPS, PARAMS))(jnp.eye(3) == 1)
     assert stacked["w"][:, 0].tolist() == np.eye(3, dtype=bool)[:, ::-1].tolist()

@@ -1,6 +1,7 @@
 import functools
 from fractions import Fraction
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,7 +165,7 @@ def test_known_scores_keep_the_channels_of_traced_ones(values, percent, allocati
     scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
     known = pruning.keep_channels(scores, percent / 100, allocation, multiple)
     traced = compiled_keep(scores, percent / 100, allocation=allocation, multiple=multiple)
-    jax.tree.map(np.testing.assert_array_equal, known, traced)
+    chex.assert_trees_all_equal(known, traced)
 
 
 def test_uniform_experts_stack_whatever_their_criterion(groups, key):
@@ -237,7 +238,7 @@ def test_masks_of_channels_are_those_of_the_channels_kept(allocation, multiple):
         keep = pruning.keep_channels(group_scores, sparsity, allocation, multiple)
         expected = core.expand(keep, DEEP_GROUPS, DEEP)
         masks = compiled(jnp.float32(sparsity))
-        jax.tree.map(np.testing.assert_array_equal, masks, expected)
+        chex.assert_trees_all_equal(masks, expected)
         jax.tree.map(lambda s, e, i=i: np.testing.assert_array_equal(s[i], e), stacked, expected)
     assert compiled._cache_size() == 1
 
@@ -332,4 +333,4 @@ def test_equal_scores_fall_alike_compiled_and_eager():
         "a": [True, True, False],
         "b": [True, False, False],
     }
-    jax.tree.map(np.testing.assert_array_equal, eager, compiled)
+    chex.assert_trees_all_equal(eager, compiled)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def test_masks_are_the_same_in_any_layout(granularity, allocation):
         # Four does not divide the C of a depthwise kernel, nor two.
         exempt = ["depthwise"] if granularity in ("n_m", "blocks") else []
         masks.append(pruning.masks(scores, 0.5, kind, spread, exempt=exempt))
-    jax.tree.map(np.testing.assert_array_equal, masks[0], back(masks[1]))
+    chex.assert_trees_all_equal(masks[0], back(masks[1]))
 
 
 def test_geometric_median_of_filters_stored_first():

@@ -2,6 +2,7 @@ import functools
 import math
 from fractions import Fraction
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,7 +139,7 @@ def test_masks_of_known_scores_are_those_of_traced_ones(values, percent):
     for allocation in (pruning.uniform, pruning.global_, pruning.erk):
         known = pruning.masks(scores, percent / 100, allocation=made(allocation, scores))
         traced = compiled_masks(allocation, scores, jnp.float32(percent / 100))
-        jax.tree.map(np.testing.assert_array_equal, known, traced)
+        chex.assert_trees_all_equal(known, traced)
         assert all(isinstance(mask, jax.Array) for mask in known.values())
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,7 +128,7 @@ def test_several_at_once_are_the_same(batch_size):
             pruning.sensitivity, output, PARAMS, scores, SPARSITIES, X, granularity=granularity
         )
         one, several = (sweep(batch_size=size) for size in (1, batch_size))
-        jax.tree.map(np.testing.assert_array_equal, one, several)
+        chex.assert_trees_all_equal(one, several)
 
 
 def test_under_jit_with_traced_sparsities_and_blocks():

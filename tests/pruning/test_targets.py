@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,7 +223,7 @@ def test_groups_move_to_the_nearest_width():
     compiled = jax.jit(
         lambda s: pruning.to_widths(pruning.keep_channels(scores, s), scores, widths)
     )
-    jax.tree.map(np.testing.assert_array_equal, compiled(0.25), moved)
+    chex.assert_trees_all_equal(compiled(0.25), moved)
     assert int(compiled(0.9)["conv"].sum()) == 16
 
 

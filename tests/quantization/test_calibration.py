@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_quantizer_may_state_its_own_method(model):
     ranges = q.calibrate(model.fn, model.params, batches, spec)
     for method, name in (("mse", "params/stem/kernel"), ("minmax", "params/head/kernel")):
         alone = q.calibrate(model.fn, model.params, batches, spec, method)[name]["weight"]
-        jax.tree.map(np.testing.assert_array_equal, ranges[name]["weight"], alone)
+        chex.assert_trees_all_equal(ranges[name]["weight"], alone)
     widest = q.calibrate(model.fn, model.params, batches, spec_of(model))["params/stem/kernel"]
     assert np.any(ranges["params/stem/kernel"]["weight"].high < widest["weight"].high)
 
@@ -104,7 +105,7 @@ def test_a_branch_not_taken_shows_nothing(method):
     spec = q.spec(core.trace(fn, params, x))
     both = q.calibrate(fn, params, [(-x,), (x,), (-x,)], spec, method)["w"]
     alone = q.calibrate(fn, params, [(x,)], spec, method)["w"]
-    jax.tree.map(np.testing.assert_array_equal, both, alone)
+    chex.assert_trees_all_equal(both, alone)
 
 
 def test_one_compilation_for_all_batches(model):
@@ -200,7 +201,7 @@ def test_edges_stream_over_batches_of_any_size():
     x = jnp.concatenate([x, 3 * x, -x])
     whole = q.calibrate_edges(plan, [(x,)])
     parts = q.calibrate_edges(plan, [(x[:1],), (x[1:3],), (x[3:],)])
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    chex.assert_trees_all_equal(whole, parts)
     ends = {name: own["activation"] for name, own in whole.items() if "activation" in own}
     assert tuple(map(float, ends["x"])) == (-1, 3)
     assert tuple(map(float, ends[plan.slots["concatenate"].name])) == (-10, 30)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +79,7 @@ def test_correcting_what_was_rounded_and_corrected_changes_nothing():
 def test_without_quantization_biases_stay():
     made, ranges = planned(bits=32)
     new = q.correct_biases(made, ranges, [(X,)])
-    jax.tree.map(np.testing.assert_array_equal, new, made.program.params)
+    chex.assert_trees_all_equal(new, made.program.params)
 
 
 LAYERS = ["conv", "strided", "depthwise", "residual", "branches", "gate"]

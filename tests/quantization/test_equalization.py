@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,7 @@ def test_what_is_not_homogeneous_is_left_out():
     for between in (jax.nn.relu6, jax.nn.silu):
         program, new, left_out = equalized(through(between), parameters())
         assert {left_out[name] for name in "abc"} == {HOMOGENEOUS}
-        jax.tree.map(np.testing.assert_array_equal, new.params, program.params)
+        chex.assert_trees_all_equal(new.params, program.params)
 
 
 def test_a_sum_with_what_is_not_scaled_is_left_out():

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_a_state_of_zeros_is_neutral(factory):
     state = observer.init(jnp.array([2.0, 3.0]))
     nothing = jax.tree.map(jnp.zeros_like, state)
     for merged in (observer.merge(state, nothing), observer.merge(nothing, state)):
-        jax.tree.map(np.testing.assert_array_equal, merged, state)
+        chex.assert_trees_all_equal(merged, state)
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

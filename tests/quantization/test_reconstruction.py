@@ -2,6 +2,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,7 +139,7 @@ def adaround(fn, params, x, bits=2, blocks=(), rules=(), **options):
 @pytest.mark.slow
 def test_the_same_key_gives_the_same_rounding(model):
     once, again = (adaround(model.fn, model.params, model.x, 3)[2] for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, once, again)
+    chex.assert_trees_all_equal(once, again)
 
 
 def test_pruned_weights_stay_zero_and_32_bits_stay_as_they_are(model):

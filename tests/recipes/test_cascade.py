@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import data
-from hybrid_jax.recipes import cascade
+from hybrid_jax.recipes import cascade, state
 
 CHEAP = np.array([[6.0, 0], [0, 4.0], [1.0, 0], [0.5, 0]], np.float32)
 DEAR = np.array([[3.0, 0], [0, 3.0], [0, 3.0], [0, 3.0]], np.float32)
@@ -22,6 +22,9 @@ def task():
         splits=types.SimpleNamespace(validation=images),
         outputs=lambda fn, params, arrays: params,
         score=lambda outputs, arrays: np.asarray(outputs.argmax(-1) == arrays.labels, float),
+        scores=lambda made, arrays: np.stack(
+            [np.asarray(own.params.argmax(-1) == arrays.labels, float) for own in made]
+        ),
     )
 
 
@@ -59,3 +62,50 @@ def test_a_share_of_the_first_answer_is_chosen_where_it_helps(task):
     made[0] = types.SimpleNamespace(fn=None, params=cheap)
     found = cascade.choose(task, made, COSTS, shares=(0.0, 0.5))
     assert (found.score, found.share) == (1.0, 0.5)
+
+
+GATES = {"right": [1, 1, 1, 0], "dear": [0, 0, 0, 0], "cheap": [1, 1, 1, 1]}
+"""Which of (dear, cheap) a gate picks for each image: the cheap one is wrong on the last alone, the
+dear one on the third. They cost 17, 31 and 11 MACs on average, that of the gate included."""
+
+
+@pytest.mark.parametrize(
+    ("picks", "most", "stays", "score", "cost"),
+    [
+        (
+            "right",
+            {},
+            True,
+            0.75,
+            10,
+        ),  # for no more than the gate's 16 the cascade hands on nothing
+        ("right", {"macs": 16.0}, True, 0.75, 10),
+        ("right", {"macs": 15.9}, False, 0.75, 10),  # the better gate is above the budget
+        ("right", {"bops": 3.9}, False, 1.0, 17.5),  # it has 1 + 3 · 1/4 + 9 · 1/4 of them
+        ("dear", {}, False, 1.0, 17.5),
+        ("dear", {"macs": 17.4}, False, 0.75, 10),
+        ("cheap", {}, True, 0.75, 10),  # of equals the gate
+    ],
+)
+def test_a_gate_stays_where_validation_does_not_prefer_the_cascade(
+    task, monkeypatch, picks, most, stays, score, cost
+):
+    prices = {id(DEAR): (30.0, 9.0), id(CHEAP): (10.0, 1.0), "gate": (1.0, 1.0)}
+
+    def price(model):
+        own = prices.get(id(model.params), prices["gate"])
+        return types.SimpleNamespace(macs=own[0], bops=own[1])
+
+    monkeypatch.setattr(cascade, "cost_of", price)
+    chosen = types.SimpleNamespace(fn=None, params=jnp.eye(2)[jnp.array(GATES[picks])])
+    start = state.State(None, tuple(MADE[::-1]), (), chosen)
+    made = cascade.decided(task, start, (0.0,), most)
+    found = made.facts["cascade"]
+    assert (found["score"], found["cost"]["macs"]) == (score, cost)
+    assert (made.gate is chosen) == stays
+    if stays:
+        assert made.experts == start.experts
+        assert made.thresholds == ()
+    else:
+        assert made.experts == tuple(MADE)
+        assert (made.thresholds, made.share) == (found["thresholds"], 0.0)

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,9 +216,7 @@ def test_a_stage_of_ones_own_is_put_in_the_list(tmp_path):
         for _ in range(2)
     )
     assert seen == [1]  # the second call found it done
-    jax.tree.map(
-        np.testing.assert_array_equal, first.state.experts[0].params, second.state.experts[0].params
-    )
+    chex.assert_trees_all_equal(first.state.experts[0].params, second.state.experts[0].params)
     assert first.accuracy == second.accuracy
 
 
@@ -253,8 +252,7 @@ def test_a_stopped_run_goes_on_after_each_of_its_stages(tmp_path, capsys):
         said = capsys.readouterr().err
         assert f"{done} of 3 stages are done" in said
         assert "again" not in said
-        jax.tree.map(
-            np.testing.assert_array_equal,
+        chex.assert_trees_all_equal(
             whole.state.experts[0].params,
             again.state.experts[0].params,
         )

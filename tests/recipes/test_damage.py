@@ -10,6 +10,7 @@ import shutil
 import signal
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ def weights(state):
 
 
 def same(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), theirs)
+    chex.assert_trees_all_equal(jax.device_get(ours), theirs)
 
 
 def lay_out(made, without=None):

@@ -86,11 +86,6 @@ CASES = {
         {"effort": "mixture", "experts.count": 3},
         "config.experts.criteria must be of what the network has, got 'batchnorm_scale'",
     ),
-    "a budget of a mixture": (
-        FUNCTIONS,
-        {"effort": "mixture", "budget.bytes": 9000},
-        "budget.bytes must not be given for a gate of effort 'mixture'",
-    ),
     "a mixture of a cascade": (
         FUNCTIONS,
         {"effort": "mixture", "mixture.kind": "cascade", "collapse.steps": 3},

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from hybrid_jax import core, data, experts, pruning, quantization, recipes
+from hybrid_jax import contrib, core, data, experts, pruning, quantization, recipes, training
 from hybrid_jax.quantization import learning
 from hybrid_jax.recipes import choices, controls, gate, pipeline, prune, ptq, state, train, within
 from hybrid_jax.recipes.config import single_spec
@@ -84,6 +84,43 @@ def test_allocations_of_zeros_are_planned_as_they_are_made(run, name):
     assert controls.planned_cost(task.parent.cut, spec, keep) == controls.cost_of(made)
 
 
+ZEROS = {
+    # Of 72, 864 and 120 weights a half.
+    "unstructured": {"stem": 36, "body": 432, "head/w": 60},
+    # Of 8 and 12 channels a half: what makes them, and what reads them.
+    "channels": {"stem": 4 * 9, "body": 864 - 4 * 6 * 9, "head/w": 6 * 10},
+}
+
+
+@pytest.mark.parametrize("name", pruning.GRANULARITIES)
+def test_zeros_are_of_whole_units(run, name):
+    """At the start, and where a schedule brings them in."""
+    asked = {"sparsity": 0.0, "weight_sparsity": 0.5, "weight_granularity": name}
+    task, config = run(**asked)
+    made, spec = pruned(task, config), single_spec(config)
+    assert zeros(made.masks) == ZEROS[name]
+    whole = {group.name: np.ones(group.size, bool) for group in task.parent.cut.graph.groups}
+    planned = controls.planned_cost(task.parent.cut, spec, whole)
+    assert planned == controls.cost_of(made)
+    before = pruned(*run(**asked, schedule="one_shot"))
+    settings = dataclasses.replace(config.experts, schedule="one_shot")
+    params = {"params": core.flatten_paths(before.cut.variables), "ranges": {}}
+    tx = train.sparsified(optax.sgd(0.01), before, params, settings, steps=2)
+    update, opt_state = jax.jit(tx.update), tx.init(params)
+    for _ in range(2):
+        updates, opt_state = update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    found = {path: int((params["params"][path] == 0).sum()) for path in ZEROS[name]}
+    assert found == ZEROS[name]
+
+
+def test_a_granularity_that_a_network_does_not_have_is_told_at_the_start(run, monkeypatch):
+    monkeypatch.setitem(pruning.GRANULARITIES, "2:4", contrib.GRANULARITIES["n_m"])
+    message = "weight_granularity must be one that the network has, .*got '2:4': m must divide"
+    with pytest.raises(ValueError, match=message):
+        run(weight_sparsity=0.5, weight_granularity="2:4")  # one channel goes into the stem
+
+
 def test_an_allocation_of_the_users_own(run, monkeypatch):
     """It spares every unit of the network but those of the last kernel, or group, by name."""
 
@@ -148,7 +185,7 @@ def test_zeros_come_in_while_a_network_trains_and_stay(run):
     dense, spec = task.parent.cut, single_spec(config)
     total = sum(mask.size for mask in made.masks.values())
     assert sum(zeros(made.masks).values()) == total // 2
-    at_start = prune.weight_masks(made.cut.graph, made.cut.variables, 0.5, "erk")
+    at_start = prune.weight_masks(made.cut.graph, made.cut.variables, 0.5, config.experts)
     assert zeros(made.masks) == zeros(at_start)
     for path, mask in made.masks.items():
         kernel = core.flatten_paths(made.cut.variables)[path]
@@ -258,6 +295,27 @@ def test_kernels_are_rounded_as_the_key_says(run, name):
         assert same == (name == "nearest")
 
 
+def test_what_is_learned_is_as_the_key_says(tmp_path, monkeypatch):
+    def task(loss, **changes):
+        config = recipes.default_config()
+        recipes.override(config, {"effort": "ptq", "loss": loss} | changes)
+        given = strangers.functions(), data.take(strangers.digits()), recipes.read(config)
+        return pipeline.prepare(*given, tmp_path, recipes.EFFORTS["ptq"]).task
+
+    own = training.classification()._replace(metric="mine")
+    monkeypatch.setitem(training.OBJECTIVES, "mine", lambda: own)
+    assert [task(name).objective.metric for name in ("", "classification", "mine")] == [
+        "accuracy",
+        "accuracy",
+        "mine",
+    ]
+    with pytest.raises(
+        ValueError, match=r"loss must .* arrays of shapes \(2, 10\), \(2,\)"
+    ) as told:
+        task("regression")
+    assert "\n" not in str(told.value)
+
+
 def test_an_effort_of_the_users_own_is_one_by_name(run, monkeypatch):
     config = recipes.default_config()
     config.effort = "mine"
@@ -275,12 +333,13 @@ def test_a_budget_is_kept_by_the_damage_of_the_key(run, monkeypatch):
         return -quantization.kl_divergence(outputs, reference)
 
     monkeypatch.setitem(quantization.DAMAGES, "liked", liked)
-    monkeypatch.setattr(within, "_measure", lambda *_: lambda made: made.facts["predicted"])
+    monkeypatch.setattr(within, "_measure", lambda *_: lambda made: made[0].facts["predicted"])
     task, config = run()
     made = {}
     for damage in ("kl", "liked"):
         budget = dataclasses.replace(config.budget, bops=0.05, damage=damage)
-        made[damage] = within.pruned(task, task.parent, dataclasses.replace(config, budget=budget))
+        own = dataclasses.replace(config, budget=budget)
+        (made[damage],) = within.pruned(task, task.parent, own, [single_spec(own)])
     bops = [controls.cost_of(own).bops for own in made.values()]
     assert bops[1] < bops[0] <= 0.05 * controls.cost_of(task.parent).bops
 

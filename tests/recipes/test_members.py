@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import recipes
+from hybrid_jax.recipes import controls, state
 
 
 def tiny(**changes):
@@ -61,9 +62,34 @@ def test_members_of_two_networks_become_a_cascade(runs, tmp_path):
 
 
 def test_auto_takes_what_validation_prefers(runs, tmp_path):
+    """Of the gate that was learned and the cascade of no more MACs than it: told anew by hand."""
     folder, _ = runs
-    result = recipes.run(mixed(folder, **{"mixture.kind": "auto"}), tmp_path / "run")
+    run = recipes.of_config(mixed(folder, **{"mixture.kind": "auto"}), tmp_path / "run")
+    result, task = run(), run.task
+    (path,) = (tmp_path / "run" / "stages").glob("*_gate.safetensors")
+    before = state.load(path, run.start.parent.cut, run._source, task.whose)
+    validation = task.splits.validation
+    picks = task.outputs(before.gate.fn, before.gate.params, validation).argmax(-1)
+    outputs = [task.outputs(own.fn, own.params, validation) for own in before.experts]
+    answers = np.stack(outputs)[picks, np.arange(len(picks))].argmax(-1)
+    of_gate, of_cascade = (answers == validation.labels).mean(), result.state.facts["cascade"]
+    assert (result.state.gate is not None) == (of_gate >= of_cascade["score"])
     assert (result.state.gate is None) == bool(result.state.thresholds)
+    price = [controls.cost_of(own).macs for own in (*before.experts, before.gate)]
+    assert of_cascade["cost"]["macs"] <= np.take(price, picks).mean() + price[-1]
+
+
+def test_members_that_do_not_keep_a_budget_are_told_at_the_start(runs, tmp_path):
+    folder, _ = runs
+    config = mixed(folder, **{"mixture.kind": "cascade", "budget.bytes": 3000})
+    message = r"budget.bytes must be at least \d+, which config.mixture.members take, got 3000"
+    with pytest.raises(ValueError, match=message) as told:
+        recipes.of_config(config, tmp_path / "run")
+    # As many as that are enough.
+    least = int(str(told.value).split("at least ")[1].split(",")[0])
+    recipes.override(config, {"budget.bytes": least})
+    recipes.of_config(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -134,7 +134,7 @@ def test_a_run_goes_on_where_it_was(done, tmp_path):
         (*again.state.experts, again.state.gate, *again.state.singles.values()),
         strict=True,
     ):
-        jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+        chex.assert_trees_all_equal(ours.params, theirs.params)
     assert [row.accuracy for row in result.results.rows] == [
         row.accuracy for row in again.results.rows
     ]
@@ -187,8 +187,7 @@ def test_a_parent_is_taken_from_another_run(done, tmp_path):
     weights = str(run.task.workdir / "parent.safetensors")
     other = recipes.of_config(tiny(model__weights=weights), tmp_path / "run")
     assert "parent" not in [stage.name for stage in other.stages]
-    jax.tree.map(
-        np.testing.assert_array_equal,
+    chex.assert_trees_all_equal(
         other.start.parent.cut.variables,
         result.state.parent.cut.variables,
     )

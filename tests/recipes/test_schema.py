@@ -4,6 +4,8 @@ import importlib
 import math
 import operator
 import pathlib
+import pkgutil
+import re
 import types
 import typing
 
@@ -14,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from hybrid_jax import pruning, recipes
+import hybrid_jax
+from hybrid_jax import deploy, pruning, recipes
 from hybrid_jax.recipes import bounds, schema, usage
 from hybrid_jax.recipes.schema import KEYS
 
@@ -167,6 +170,38 @@ def test_an_entry_of_a_registry_is_one_by_name(monkeypatch):
     assert "mine" in usage.help_text()
 
 
+def choices_of(bound):
+    """The choices among names of the library that a bound consists of."""
+    if isinstance(bound, bounds.Choice):
+        return [bound] if bound.late else []
+    inner = [getattr(bound, name, None) for name in ("of", "first", "second")]
+    return [c for own in inner if isinstance(own, bounds.Bound) for c in choices_of(own)]
+
+
+NO_KEY = {
+    "deploy:PROCESSORS": set(deploy.PROCESSORS),  # of `deploy.emulate`, which no run calls
+    "quantization:LEARNING": {"dynamic"},  # of ranges that no file holds
+}
+
+
+def test_what_the_library_has_by_name_is_reachable_by_name():
+    """A key of the configuration takes every name of every registry, but contrib's."""
+    asked = [c for known in KEYS.values() for c in choices_of(known.bound)]
+    rooms = {module.name for module in pkgutil.iter_modules(hybrid_jax.__path__)} - {"contrib"}
+    left = {}
+    for room in rooms:
+        face = importlib.import_module(f"hybrid_jax.{room}")
+        own = [c for c in asked if re.match(rf"hybrid_jax\.{room}\b", c.of)]
+        for name in filter(str.isupper, dir(face)):
+            registry = getattr(face, name)
+            if isinstance(registry, dict):
+                taken = [set(c.names) - {""} for c in own]
+                taken = [names for names in taken if names <= set(registry)]
+                left[f"{room}:{name}"] = set(registry).difference(*taken)
+    assert {name: names for name, names in left.items() if names} == NO_KEY
+    assert len(left) > 12
+
+
 DISAGREEMENTS = {
     "gate.k must be at most config.experts.count = 2, got 3": {"gate.k": 3, "experts.count": 2},
     r"experts.criteria must hold at least two .* for 2 .*, got \('obs', 'obs', 'snip'\)": {
@@ -189,6 +224,18 @@ DISAGREEMENTS = {
         "effort": "finetune",
         "budget.macs": 0.5,
         "experts.allocation": "global",
+    },
+    "experts.sparsity must be 0.5 with config.budget.bytes, which chooses widths, got 0.25": {
+        "budget.bytes": 8000,
+        "experts.sparsity": 0.25,
+    },
+    "experts.diversity must be without 'bits' with config.budget.bytes, which chooses it": {
+        "budget.bytes": 8000,
+        "experts.diversity": "bits",
+    },
+    "experts.diversity must be without 'width' with config.budget.macs, which chooses it": {
+        "budget.macs": 0.5,
+        "experts.diversity": "criterion+width",
     },
     "experts.weight_sparsity must be above 0 with config.experts.weight_allocation = 'erk'": {
         "experts.weight_allocation": "erk",

@@ -1,5 +1,6 @@
 """States on disk: equal to the bit, and a damaged one is named."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +54,8 @@ def test_a_state_comes_back_to_the_bit(parent, made, tmp_path):
         strict=True,
     ):
         for name in ("masks", "ranges", "weights"):
-            jax.tree.map(np.testing.assert_array_equal, getattr(ours, name), getattr(theirs, name))
-        jax.tree.map(np.testing.assert_array_equal, ours.cut.variables, theirs.cut.variables)
+            chex.assert_trees_all_equal(getattr(ours, name), getattr(theirs, name))
+        chex.assert_trees_all_equal(ours.cut.variables, theirs.cut.variables)
         assert dict(ours.facts) == theirs.facts
         assert ours.cut.bits == theirs.cut.bits
     assert (back.thresholds, back.share, back.facts) == ((0.5,), 0.25, {"seconds": 1.5})
