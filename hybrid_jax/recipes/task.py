@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,7 +46,7 @@ class Task:
 
     network: models.Network
     splits: data.Splits
-    workdir: pathlib.Path
+    workdir: core.Path
     objective: training.Objective
     augment: data.Augmentation = dataclasses.field(default_factory=data.augmentation)
     seed: int = 0
@@ -56,7 +55,7 @@ class Task:
     judged_on: str = "test"
     teacher: models.Network | None = None
     views: int = 0
-    answers: pathlib.Path | None = None
+    answers: core.Path | None = None
     members: tuple[Model, ...] = ()
     given: bool = True
     labelled: bool = True

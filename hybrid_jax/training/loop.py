@@ -76,8 +76,6 @@ def fit(
     done = int(np.ravel(core.whole(state.step))[0])
     if done > steps:
         raise ValueError(f"steps must be at least the {done} that {name} has done, got {steps}")
-    if not core.is_first():
-        records = None
     if records is not None:
         drop_records(records, name, after=done)
 
