@@ -23,7 +23,7 @@ def as_path(path: str | os.PathLike, name: str = "path") -> Path:
     """Returns a path of this machine, or, of gs://BUCKET/NAME, in a bucket of Google Cloud Storage.
 
     Raises:
-      ValueError: If it is in another kind of bucket, where Orbax writes no checkpoints; says `name`.
+      ValueError: If it is in a bucket of another kind, where Orbax writes none; says `name`.
 
     Example:
       >>> as_path('gs://mine/run').parent, in_bucket('gs://mine/run'), in_bucket('run')
