@@ -3,8 +3,9 @@
     python -m launch.benchmark --what=pruning
     python -m launch.benchmark --what=experts --output=experts.json
 
-`--what` is core, pruning, quantization, experts, deploy, training or microcontroller;
-`--size=small` runs it on tiny models, which no target is meant for. A value is a median, with its
+`--what` is core, pruning, quantization, experts, deploy, training, scaling or microcontroller;
+`--size=small` runs it on tiny models, which no target is meant for. Scaling is over all devices, of
+a machine without accelerators over eight that share its cores. A value is a median, with its
 quartiles behind it; seconds are of this machine, ratios carry over to similar ones. Nothing else
 should run meanwhile. Quantization is measured against Qwix too, deployment in OpenVINO, and
 training against PyTorch, where these are installed: `pip install -e '.[benchmark]'`, and PyTorch by
@@ -99,6 +100,8 @@ def _benchmark(argv):
     output = pathlib.Path(values.output) if values.output else None
     if output and not output.parent.is_dir():
         raise ValueError(f"--output must be a file in a directory that exists, got {output}")
+    if values.what == "scaling":
+        jax.config.update("jax_num_cpu_devices", max(benchmarks.scaling.DEVICES))
     results = main(values.what, values.size)
     width = None if sys.stdout.isatty() else _FILE_WIDTH
     rich.console.Console(width=width).print(table(results))

@@ -19,7 +19,8 @@ What is compiled is kept for later runs in ~/.cache/hybrid_jax, which may be del
 
 All devices of the machine are used. Of several machines, each runs the same command with
 `--distributed=auto` on a TPU pod, under SLURM or Kubernetes, and elsewhere with
-`--distributed=HOST:PORT,PROCESSES,NUMBER`; the work directory is one that all of them see.
+`--distributed=HOST:PORT,PROCESSES,NUMBER`; the work directory is one that all of them see, on this
+machine, mounted, or a bucket, `gs://BUCKET/run`, with `pip install gcsfs`.
 """
 
 import pathlib

@@ -28,7 +28,17 @@ from hybrid_jax.core.examples import (
     widen,
 )
 from hybrid_jax.core.fast_convolution import fast_convolutions
-from hybrid_jax.core.files import DRAFT, cache_folder, write_atomically, write_json
+from hybrid_jax.core.files import (
+    DRAFT,
+    Path,
+    append,
+    as_path,
+    cache_folder,
+    in_bucket,
+    on_this_machine,
+    write_atomically,
+    write_json,
+)
 from hybrid_jax.core.grams import Gram, check_grams, input_grams
 from hybrid_jax.core.graph import Graph, abstract, trace
 from hybrid_jax.core.host import check_known, is_traced, namespace, on_device

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core import processes, sealed
-from hybrid_jax.core.files import cache_folder, write_json
+from hybrid_jax.core.files import as_path, cache_folder, write_json
 
 _ROUNDS = 3
 
@@ -37,7 +37,7 @@ class Choices:
     """
 
     def __init__(self, file: str | os.PathLike | None = None, cache: os.PathLike | None = None):
-        self._file = None if file is None else pathlib.Path(file)
+        self._file = None if file is None else as_path(file)
         self._cache = cache
         self.answers: dict[str, str] = {}
         """{question: what was chosen}."""
@@ -78,7 +78,7 @@ class Choices:
         return self._keep()
 
     def _keep(self):
-        if self._file is not None and processes.is_first():
+        if self._file is not None:
             made = {"machine": self.moved or machine(), "choices": self.answers}
             sealed.write_sealed(self._file, made)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from hybrid_jax.core import paths
-from hybrid_jax.core.files import write_json
+from hybrid_jax.core.files import as_path, write_json
 
 
 class Damaged(ValueError):
@@ -71,7 +70,7 @@ def read_sealed(path: str | os.PathLike) -> dict[str, Any]:
       OSError: If it cannot be read.
     """
     try:
-        return unseal(json.loads(pathlib.Path(path).read_bytes()))
+        return unseal(json.loads(as_path(path).read_bytes()))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} must be as it was written, got: {error}") from None
 

@@ -172,8 +172,7 @@ def dense(task: Task, config: Any) -> list[Stage]:
         made = train.parent(own, state.parent, config.parent)
         weights = core.flatten_paths(jax.device_get(made.cut.variables))
         path = task.workdir / "parent.safetensors"  # for another run's model.weights
-        if core.is_first():
-            core.write_atomically({path: safetensors.numpy.save(weights)})
+        core.write_atomically({path: safetensors.numpy.save(weights)})
         return state._replace(parent=made)
 
     if task.given:

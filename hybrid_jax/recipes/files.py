@@ -46,29 +46,30 @@ def write(
     images = np.asarray(task.normalize(test[:most]))
     core.write_json(task.workdir / "deploy" / "input.json", preprocessing(task))
     files: dict[str, dict[str, File]] = {row.name: dict(row.files) for row in rows}
-    for target in targets:
-        options = {"platforms": tuple(platforms)} if target == "stablehlo" else {}
-        count = min(most, max(loops, 100)) if target == "c" else most
-        reference = None
-        for name, own in shipped.items():
-            artifact = f"deploy/{name.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
-            path = task.workdir / artifact
-            try:
-                manifest = deploy.export_to(target, path, own.program, **options)
-                reference = reference or path
-                checked = deploy.check(
-                    target,
-                    path,
-                    reference,
-                    images[:count],
-                    own.outputs[:count],
-                    batches=[1],
-                    pairs=pairs,
-                    parts=TIMED if isinstance(own.program, p.Choice) else 1,
-                )
-                files[name][target] = _file(task, artifact, manifest, checked)
-            except (ValueError, ImportError, RuntimeError) as error:
-                files[name][target] = File(artifact, error=" ".join(str(error).split()))
+    with core.on_this_machine(task.workdir) as folder:
+        for target in targets:
+            options = {"platforms": tuple(platforms)} if target == "stablehlo" else {}
+            count = min(most, max(loops, 100)) if target == "c" else most
+            reference = None
+            for name, own in shipped.items():
+                artifact = f"deploy/{name.replace(' ', '_')}{deploy.TARGETS[target].suffix}"
+                path = folder / artifact
+                try:
+                    manifest = deploy.export_to(target, path, own.program, **options)
+                    reference = reference or path
+                    checked = deploy.check(
+                        target,
+                        path,
+                        reference,
+                        images[:count],
+                        own.outputs[:count],
+                        batches=[1],
+                        pairs=pairs,
+                        parts=TIMED if isinstance(own.program, p.Choice) else 1,
+                    )
+                    files[name][target] = _file(task, artifact, manifest, checked)
+                except (ValueError, ImportError, RuntimeError) as error:
+                    files[name][target] = File(artifact, error=" ".join(str(error).split()))
     return [dataclasses.replace(row, files=files[row.name]) for row in rows]
 
 
@@ -79,16 +80,20 @@ def lacking(targets: Sequence[str]) -> list[str]:
     """
     one = np.ones((1, 1), np.float32)
     program = p.lower(lambda params, x: x @ params, one, one)
-    found = []
-    for target in targets:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "one" + deploy.TARGETS[target].suffix)
-            try:
-                deploy.export_to(target, path, program)
-                deploy.TARGETS[target].session(path, 1, 1)
-            except ImportError as error:
-                found.append(f"{target}: {error}")
-    return found
+
+    def asked() -> list[str]:
+        found = []
+        for target in targets:
+            with tempfile.TemporaryDirectory() as folder:
+                path = pathlib.Path(folder, "one" + deploy.TARGETS[target].suffix)
+                try:
+                    deploy.export_to(target, path, program)
+                    deploy.TARGETS[target].session(path, 1, 1)
+                except ImportError as error:
+                    found.append(f"{target}: {error}")
+        return found
+
+    return core.of_first(asked)
 
 
 def preprocessing(task: Task) -> dict[str, Any]:

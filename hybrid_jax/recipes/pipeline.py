@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import pathlib
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,8 +36,8 @@ class Result(NamedTuple):
     """
 
     accuracy: float
-    files: dict[str, pathlib.Path]
-    report: pathlib.Path
+    files: dict[str, core.Path]
+    report: core.Path
     results: report.Results
     state: State
 
@@ -136,7 +135,7 @@ def compress(
     images: Any,
     budget: Budget | None = None,
     *,
-    workdir: str | pathlib.Path,
+    workdir: str | core.Path,
     effort: str | Callable[[Task, Config], Sequence[Any]] | None = None,
     targets: Sequence[str] | None = None,
     config: Any = None,
@@ -195,7 +194,7 @@ def compress(
     )()
 
 
-def run(config: Any, path: str | pathlib.Path, command: str = "") -> Result:
+def run(config: Any, path: str | core.Path, command: str = "") -> Result:
     """Runs what a configuration says, and goes on where a run of it was stopped.
 
     Args:
@@ -211,7 +210,7 @@ def run(config: Any, path: str | pathlib.Path, command: str = "") -> Result:
     return of_config(config, path, command)()
 
 
-def of_config(config: Any, path: str | pathlib.Path, command: str = "") -> Run:
+def of_config(config: Any, path: str | core.Path, command: str = "") -> Run:
     """Returns the run of a configuration, checked; arguments as of `run`. Writes nothing."""
     config = schema.read(config)
     splits = given.load(config.data)
@@ -242,7 +241,7 @@ def prepare(
     network: Any,
     splits: data.Splits,
     config: Config,
-    path: str | pathlib.Path,
+    path: str | core.Path,
     effort: Callable[[Task, Config], Sequence[Any]],
     *,
     loss: Any = None,
@@ -266,7 +265,7 @@ def prepare(
     task = Task(
         taken,
         splits,
-        pathlib.Path(path).expanduser(),
+        core.as_path(path, "workdir"),
         given.objective(loss or config.loss, metric, splits, config.distillation.temperature),
         given.augmentation(config.data, splits),
         config.seed,
@@ -275,7 +274,7 @@ def prepare(
         config.evaluation.part,
         None if teacher is None else given.network(teacher, few, None, 0, "teacher"),
         config.teacher.views,
-        pathlib.Path(config.teacher.answers).expanduser() if config.teacher.answers else None,
+        core.as_path(config.teacher.answers, "teacher.answers") if config.teacher.answers else None,
         tuple(given.member(*pair) for pair in enumerate(members)),
         given=not isinstance(network, nn.Module),
         labelled=labelled,
@@ -291,7 +290,7 @@ def prepare(
     return Run(task, config, stages, State(task.parent), command)
 
 
-def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) -> Result:
+def export(path: str | core.Path, targets: Sequence[str], pairs: int = 30) -> Result:
     """Writes what a finished run of a configuration has made for other targets, and reports again.
 
     `pairs` is how many pairs of calls each latency is taken over.
@@ -300,7 +299,6 @@ def export(path: str | pathlib.Path, targets: Sequence[str], pairs: int = 30) ->
       FileNotFoundError: If there is no results.json.
       ValueError: If it was changed, or something is left to be trained.
     """
-    path = pathlib.Path(path)
     results = report.read(path)
     every = dict.fromkeys((*results.config["deploy.targets"], *targets))
     changed = {"deploy.targets": tuple(every), "evaluation.latency_calls": pairs}
@@ -321,7 +319,7 @@ def _result(task: Task, made: State, config: Any, command: str) -> Result:
     ready = {t: task.workdir / file.artifact for t, file in own.files.items() if not file.error}
     measured = [file.accuracy for file in own.files.values() if file.accuracy is not None]
     accuracy = measured[0] if measured else own.accuracy
-    return Result(accuracy, ready, pathlib.Path(page), results, made)
+    return Result(accuracy, ready, core.as_path(page), results, made)
 
 
 def _report(task: Task, made: State, found: rows.Evaluated, config: Any, command: str) -> str:

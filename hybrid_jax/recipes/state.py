@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -58,7 +57,7 @@ def named(stage: Stage | Callable[[State], State]) -> Stage:
 def run(
     stages: Sequence[Stage | Callable[[State], State]],
     state: State,
-    workdir: pathlib.Path,
+    workdir: core.Path,
     sources: Callable[[str], models.Network] | None = None,
     whose: str = "",
 ) -> State:
@@ -95,15 +94,14 @@ def run(
         seconds = dict(state.facts.get("seconds", {}))
         seconds[stage.name] = round(time.perf_counter() - start, 2)
         state = state._replace(facts={**state.facts, "seconds": seconds})
-        if core.is_first():
-            save(files[i], state, whose)
+        save(files[i], state, whose)
     return state
 
 
 def finished(
     stages: Sequence[Stage | Callable[[State], State]],
     state: State,
-    workdir: pathlib.Path,
+    workdir: core.Path,
     sources: Callable[[str], models.Network] | None = None,
     whose: str = "",
 ) -> State | None:
@@ -112,7 +110,7 @@ def finished(
     return load(last, state.parent.cut, sources, whose) if last.exists() else None
 
 
-def _files(stages, workdir) -> list[pathlib.Path]:
+def _files(stages, workdir) -> list[core.Path]:
     return [
         workdir / "stages" / f"{i:02}_{stage.name}.safetensors" for i, stage in enumerate(stages)
     ]
@@ -140,7 +138,7 @@ def _tell(stages, i, first, seconds) -> None:
     core.say(f"stage {i + 1} of {len(stages)}: {stages[i].name}{share}{rest}")
 
 
-def save(path: pathlib.Path, state: State, whose: str = "") -> None:
+def save(path: core.Path, state: State, whose: str = "") -> None:
     """Writes a state as one safetensors file: its arrays, their digests, and the rest as JSON.
 
     It is that of the run `whose`, after the stage that the file is named after.
@@ -179,7 +177,7 @@ def save(path: pathlib.Path, state: State, whose: str = "") -> None:
 
 
 def load(
-    path: pathlib.Path,
+    path: core.Path,
     parent: Cut,
     sources: Callable[[str], models.Network] | None = None,
     whose: str = "",
@@ -190,9 +188,11 @@ def load(
       core.Damaged: If the file is damaged, or of another run or stage.
     """
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text, digests = file.metadata()["state"], json.loads(file.metadata()["digests"])
+        content = path.read_bytes()
+        arrays = safetensors.numpy.load(content)
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        metadata = json.loads(header)["__metadata__"]
+        text, digests = metadata["state"], json.loads(metadata["digests"])
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise core.Damaged(f"{path} must be the state of a stage, got: {error}") from None
     found = {name: core.digest(array) for name, array in arrays.items()}

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,9 @@ from hybrid_jax import core, data, models, quantization, training
 from hybrid_jax.recipes import workdir
 from hybrid_jax.recipes.cut import Cut, Model
 from hybrid_jax.recipes.taught import UNTAUGHT, Taught, answers
+
+RESIDENT = 2**31
+"""Bytes of training images that are kept on an accelerator."""
 
 PIXELS = 2**21
 """Of all images that networks are checked on, of which there are 8 to 512."""
@@ -47,7 +49,7 @@ class Task:
 
     network: models.Network
     splits: data.Splits
-    workdir: pathlib.Path
+    workdir: core.Path
     objective: training.Objective
     augment: data.Augmentation = dataclasses.field(default_factory=data.augmentation)
     seed: int = 0
@@ -56,7 +58,7 @@ class Task:
     judged_on: str = "test"
     teacher: models.Network | None = None
     views: int = 0
-    answers: pathlib.Path | None = None
+    answers: core.Path | None = None
     members: tuple[Model, ...] = ()
     given: bool = True
     labelled: bool = True
@@ -167,10 +169,12 @@ class Task:
         """
         size = self._batch(batch_size)
         mesh = self.mesh(size, *np.shape(state.step))
+        scan = on_accelerator()
+        resident = self._resident(mesh) if scan else {}
         state = training.fit(
             step,
             state if mesh is None else training.place_state(state, mesh),
-            self.batches(name, batch_size, weights, taught, mesh),
+            self.batches(name, batch_size, weights, taught, mesh, resident),
             steps=steps,
             name=name,
             checkpoint=training.Checkpoints(
@@ -178,6 +182,8 @@ class Task:
             ),
             records=self.workdir / "records.jsonl",
             every=self.checkpoint_every,
+            scan=scan,
+            resident=resident,
             **options,
         )
         return core.gathered(state)
@@ -189,20 +195,35 @@ class Task:
         weights: np.ndarray | None = None,
         taught: Taught = UNTAUGHT,
         mesh: Mesh | None = None,
+        resident: Collection[str] = (),
     ) -> Callable[[int], Iterator[dict]]:
-        """Returns the batches of the stage `name` from a first step on; arguments as of `fit`."""
+        """Returns the batches of the stage `name` from a first step on; arguments as of `fit`.
+
+        They lack what is `resident` on the device.
+        """
         size, seed = self._batch(batch_size), (self.seed * 1_000_003 + _number(name)) % 2**31
         rows = training.own_rows(mesh, size)
 
         def batches(first: int) -> Iterator[dict]:
             train = self.splits.train
+            if resident:
+                train = train._replace(images=train.images[:, :0])
             given = data.batches(train, size, seed=seed, start_step=first, rows=rows)
             for step, batch in enumerate(given, first):
                 own = {} if weights is None else {"weight": weights[:, batch["index"]]}
                 batch = batch | own | taught.entries(batch, step // self.epoch(size))
+                batch = {key: leaf for key, leaf in batch.items() if key not in resident}
                 yield batch if mesh is None else training.shard_batch(batch, mesh, own, size)
 
         return batches
+
+    def _resident(self, mesh: Mesh | None) -> dict[str, jax.Array]:
+        """The training images on the device, or on all, if they have room there."""
+        images = self.splits.train.images
+        if not isinstance(images, np.ndarray) or images.nbytes > RESIDENT:
+            return {}
+        own = {"image": images}
+        return jax.device_put(own) if mesh is None else training.replicate(own, mesh)
 
     def _batch(self, batch_size: int) -> int:
         """As many, or all training images where there are fewer."""
@@ -252,6 +273,11 @@ class Task:
             return lambda params, images: predict(params, self.normalize(images))
 
         return on_raw
+
+
+def on_accelerator() -> bool:
+    """Whether steps are to be one program with the images beside it: a CPU has nothing of it."""
+    return jax.default_backend() != "cpu"
 
 
 def optimizer(

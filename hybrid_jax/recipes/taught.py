@@ -2,7 +2,6 @@
 
 import functools
 import io
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -48,7 +47,7 @@ def answers(
     arrays: data.Arrays,
     augment: Callable,
     views: int,
-    folder: pathlib.Path,
+    folder: core.Path,
     whose: str,
     batch_size: int,
 ) -> np.ndarray:
@@ -86,14 +85,18 @@ def _view(answer, arrays, view, batch_size) -> np.ndarray:
     return np.concatenate(made)[:count]
 
 
-def _kept(path: pathlib.Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+def _kept(path: core.Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array of a file, made where it is not as it was written; the first process makes it."""
     array, seal = path.with_suffix(".npy"), path.with_suffix(".json")
+
+    def read() -> np.ndarray:
+        with array.open("rb") as file:
+            return np.load(file, allow_pickle=False)
 
     def written() -> str:
         try:
             digest = core.read_sealed(seal)["digest"]
-            if digest == core.digest(np.load(array, allow_pickle=False)):
+            if digest == core.digest(read()):
                 return digest
         except (OSError, ValueError, EOFError, KeyError):
             pass
@@ -104,7 +107,7 @@ def _kept(path: pathlib.Path, make: Callable[[], np.ndarray]) -> np.ndarray:
         return core.digest(made)
 
     digest = core.of_first(written)
-    made = np.load(array, allow_pickle=False)
+    made = read()
     if core.digest(made) != digest:
         raise ValueError(f"teacher.answers must be a directory that all see, got {path.parent}")
     return made

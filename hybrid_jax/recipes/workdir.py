@@ -1,10 +1,10 @@
 """The work directory: whose run it holds, and that one process alone works in it."""
 
+import contextlib
 import fcntl
-import pathlib
 import uuid
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +23,8 @@ LOCK = ".lock"
 
 
 def claim(
-    path: pathlib.Path, config: Mapping[str, Any], splits: data.Splits, params: Any
-) -> IO[str]:
+    path: core.Path, config: Mapping[str, Any], splits: data.Splits, params: Any
+) -> contextlib.ExitStack:
     """Makes `path` the directory of a run, or takes up the run that is there.
 
     A run is its configuration, its images and the weights that it was given. Nothing is changed if
@@ -41,51 +41,64 @@ def claim(
 
     Returns:
       The lock: until it is closed, or the process ends, no other process can claim the directory.
+      In a bucket there is none, and a line says so.
 
     Raises:
       ValueError: If the directory is not as said, or another process works in it.
     """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"workdir must be a directory, got the file {path}")
-    there = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
+    there = _names(path)
     if there and "run.json" not in there:
         raise ValueError(
             f"workdir must be empty or hold a run of the same config, got {path} with {there[0]}"
         )
+    with contextlib.ExitStack() as lock:
+        try:
+            _lock(path, lock)
+            _check_kinds(path)
+            ours = {
+                "config": dict(config),
+                "data": digest(splits),
+                "weights": "" if params is None else core.digest(params),
+            }
+            theirs = _compared(path, ours) if there else {"id": uuid.uuid4().hex}
+            _check_choices(path / "choices.json")
+            for draft in () if core.in_bucket(path) else path.rglob(f".*{core.DRAFT}"):
+                draft.unlink()
+            core.write_sealed(path / "run.json", ours | {"id": theirs["id"]})
+            where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
+            core.write_json(path / "splits.json", where)
+        except OSError as error:
+            message = f"workdir must be one that can be written, got {path}: {error}"
+            raise ValueError(message) from error
+        return lock.pop_all()
+
+
+def _names(path: core.Path) -> list[str]:
+    """What is in a work directory, which may be absent."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "a")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"workdir must be one that can be written, got {path}: {error}") from error
+        if not path.exists():
+            return []
+        if path.is_dir():
+            return sorted(own.name for own in path.iterdir() if own.name != LOCK)
+    except Exception as error:  # whatever the library of a bucket raises: no access, no such bucket
+        raise ValueError(f"workdir must be one that can be read, got {path}: {error}") from error
+    raise ValueError(f"workdir must be a directory, got the file {path}")
+
+
+def _lock(path: core.Path, lock: contextlib.ExitStack) -> None:
+    """Makes the directory, and locks it for as long as `lock` lasts."""
+    if core.in_bucket(path):
+        core.say(f"a bucket has no lock: that no other run works in {path} is yours to see to")
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    file = lock.enter_context((path / LOCK).open("a"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        lock.close()
         raise ValueError(f"workdir must be of no run that goes on, got {path}, locked") from None
-    try:
-        _check_kinds(path)
-        ours = {
-            "config": dict(config),
-            "data": digest(splits),
-            "weights": "" if params is None else core.digest(params),
-        }
-        theirs = _compared(path, ours) if there else {"id": uuid.uuid4().hex}
-        _check_choices(path / "choices.json")
-        for draft in path.rglob(f".*{core.DRAFT}"):
-            draft.unlink()
-        core.write_sealed(path / "run.json", ours | {"id": theirs["id"]})
-        where = {part: [of, index.tolist()] for part, (of, index) in splits.indices.items()}
-        core.write_json(path / "splits.json", where)
-    except OSError as error:
-        lock.close()
-        raise ValueError(f"workdir must be one that can be written, got {path}: {error}") from error
-    except ValueError:
-        lock.close()
-        raise
-    return lock
 
 
-def whose(path: pathlib.Path) -> str:
+def whose(path: core.Path) -> str:
     """Returns what tells the run in a directory from others; "" where there is none."""
     try:
         return core.read_sealed(path / "run.json")["id"]

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
@@ -98,12 +97,12 @@ class Document:
     sections: list[Section]
 
 
-def publish(document: Document, directory) -> pathlib.Path:
+def publish(document: Document, directory) -> core.Path:
     """Write report.md, report.html and a PNG per plot into a directory, all of them or none.
 
     Other files in the directory are left alone. Returns the path of report.html.
     """
-    directory = pathlib.Path(directory)
+    directory = core.as_path(directory)
     images = {
         plot.name: _png(plot.figure) for section in document.sections for plot in section.plots
     }

@@ -1,12 +1,12 @@
 """The report of a run: what to ship and why, what could be shipped, then what a specialist asks."""
 
 import json
-import pathlib
 import sys
 from collections.abc import Mapping
 
 import rich.console
 
+from hybrid_jax import core
 from hybrid_jax.report import choice, details, shipping, warnings
 from hybrid_jax.report.document import Document, Section, Table, for_terminal, publish
 from hybrid_jax.report.formatting import duration
@@ -32,7 +32,7 @@ WORDS = {
 }
 
 
-def write(results: Results | Mapping, directory) -> pathlib.Path:
+def write(results: Results | Mapping, directory) -> core.Path:
     """Write the report of one run: report.md, report.html and the plots as PNG.
 
     What is missing in `results` is shown as a dash, and a section with nothing in it is left out.

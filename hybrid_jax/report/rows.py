@@ -5,7 +5,6 @@ import json
 import math
 import numbers
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -209,7 +208,7 @@ class Results:
 
 def save(results: Results, workdir: str | os.PathLike) -> None:
     """Writes results.json, with its own sha256: numbers that are changed later are not believed."""
-    core.write_sealed(pathlib.Path(workdir) / "results.json", dataclasses.asdict(results))
+    core.write_sealed(core.as_path(workdir) / "results.json", dataclasses.asdict(results))
 
 
 def read(workdir: str | os.PathLike) -> Results:
@@ -219,7 +218,7 @@ def read(workdir: str | os.PathLike) -> Results:
         FileNotFoundError: If the directory has no results.json.
         ValueError: If it is not as it was written, or its keys are others.
     """
-    path = pathlib.Path(workdir) / "results.json"
+    path = core.as_path(workdir) / "results.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"workdir must hold the results.json of a finished run, got {str(workdir)!r} without"

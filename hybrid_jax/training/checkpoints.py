@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import os
-import pathlib
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from hybrid_jax import core
 
@@ -44,7 +43,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2, whose: str = ""):
-        self.directory = pathlib.Path(directory).absolute()
+        directory = core.as_path(directory)
+        self.directory = directory if core.in_bucket(directory) else directory.absolute()
         self._keep = core.check_integer("keep", keep, 1)
         self._whose = whose
         self._beside = False
@@ -120,8 +120,9 @@ class Checkpoints:
         return None
 
     def _put_aside(self, step: int, name: str) -> None:
-        shutil.rmtree(self.directory / name, ignore_errors=True)
-        (self.directory / str(step)).rename(self.directory / name)
+        directory = epath.Path(self.directory)
+        (directory / name).rmtree(missing_ok=True)
+        (directory / str(step)).rename(directory / name)  # in a bucket file by file
 
     def _steps(self) -> list[int]:
         return list(self._manager.all_steps()) if self.directory.is_dir() else []

@@ -2,12 +2,14 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -38,6 +40,8 @@ def fit(
     every: int | None = None,
     record_every: int = 50,
     seconds: float = 120.0,
+    scan: bool = False,
+    resident: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Trains until step `steps`, from the newest checkpoint that is whole, if there is one.
 
@@ -54,6 +58,11 @@ def fit(
     for a stack, every `record_every` steps, when the loss is looked at. evaluate(state) -> dict of
     numbers or (E,) arrays is added to it, `every` so many steps, as checkpoints are made; None is
     the end only. Checkpoints are also made once `seconds` have passed since the last.
+
+    With `scan` all steps up to the next record or checkpoint are one program, a `lax.scan`, as an
+    accelerator wants it; signals and time are looked at after it. XLA rounds otherwise in it than
+    step by step, so that a run keeps to one of both. `resident` are arrays (n, …) on the device, of
+    which batch['index'] (B,) is what a batch has besides.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -76,21 +85,26 @@ def fit(
     done = int(np.ravel(core.whole(state.step))[0])
     if done > steps:
         raise ValueError(f"steps must be at least the {done} that {name} has done, got {steps}")
-    if not core.is_first():
-        records = None
     if records is not None:
         drop_records(records, name, after=done)
 
+    ends = (every, record_every) if scan else (1,)
+    run = _scanned(step, resident or {}) if scan else functools.partial(_one, step)
     begun, underway = time.monotonic(), collections.deque()
     saving = checkpoint or contextlib.nullcontext()
     with Held() as held, saving, progress(name, steps, start=done) as show:
-        for batch in itertools.islice(batches(done), steps - done):
-            state, metrics = step(state, batch)
-            window.append(metrics)
+        given = batches(done)
+        while done < steps:
+            end = min(steps, *(n * (done // n + 1) for n in ends))
+            chunk = list(itertools.islice(given, end - done))
+            if len(chunk) < end - done:
+                break
+            state, metrics = run(state, chunk)
+            window += metrics
             underway.append(metrics)
             if len(underway) > _AHEAD:
                 jax.block_until_ready(underway.popleft())
-            done += 1
+            done = end
             note = ""
             boundary = done % every == 0 or done == steps
             came, due = _agreed(done, held.came, time.monotonic() - begun >= seconds)
@@ -119,6 +133,31 @@ def fit(
     if done < steps:
         raise ValueError(f"batches must reach step {steps} of {name}, got no more after {done}")
     return state
+
+
+def _one(step: Step, state: TrainState, chunk: Sequence[Batch]) -> tuple[TrainState, list[Metrics]]:
+    """One step."""
+    state, metrics = step(state, *chunk)
+    return state, [metrics]
+
+
+def _scanned(step: Step, resident: Mapping[str, Any]) -> Callable:
+    """run(state, chunk) -> (state, metrics of each step), all steps of a chunk as one program."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def several(state, chunk, resident):
+        def one(state, batch):
+            taken = {name: own[batch["index"]] for name, own in resident.items()}
+            return step(state, {**batch, **taken})
+
+        return jax.lax.scan(one, state, jax.tree.map(lambda *own: jnp.stack(own), *chunk))
+
+    def run(state: TrainState, chunk: Sequence[Batch]) -> tuple[TrainState, list[Metrics]]:
+        state, metrics = several(state, tuple(chunk), resident)
+        metrics = core.whole(metrics)
+        return state, [{n: own[i] for n, own in metrics.items()} for i in range(len(chunk))]
+
+    return run
 
 
 def _agreed(done: int, came: int | None, due: bool) -> tuple[int | None, bool]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import zlib
 from typing import Any
 
@@ -12,11 +11,8 @@ Path = str | os.PathLike[str]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Appends one record, with a checksum, and flushes it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(_line(record))
+    """Appends one record, with a checksum; of several processes the first one does."""
+    core.append(path, _line(record).encode())
 
 
 def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
@@ -24,7 +20,7 @@ def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
 
     A line that is not as it was written, as an unfinished one, is left out, and told on stderr.
     """
-    path = pathlib.Path(path)
+    path = core.as_path(path)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
@@ -43,7 +39,7 @@ def read_records(path: Path, name: str | None = None) -> list[dict[str, Any]]:
 
 def drop_records(path: Path, name: str, after: int) -> None:
     """Removes what `name` wrote after step `after`: a resumed run will write it again."""
-    path = pathlib.Path(path)
+    path = core.as_path(path)
     if path.exists():
         kept = [r for r in read_records(path) if r["name"] != name or r["step"] <= after]
         core.write_atomically({path: "".join(map(_line, kept)).encode()})

@@ -10,6 +10,7 @@ from launch.benchmarks import (
     microcontroller,
     pruning,
     quantization,
+    scaling,
     training,
 )
 from launch.benchmarks.measure import SIZES, Row, Size
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "experts": experts.BENCHMARKS,
     "deploy": deploy.BENCHMARKS,
     "training": training.BENCHMARKS,
+    "scaling": scaling.BENCHMARKS,
     "microcontroller": microcontroller.BENCHMARKS,
 }
 

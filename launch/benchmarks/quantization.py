@@ -41,6 +41,13 @@ def qat_stepping(
 
     With `teacher` the network in floats sees the images too, and is distilled from.
     """
+    return measure.compiled(*qat(size, bits_as_data, teacher), measure.training_batch(size))
+
+
+def qat(
+    size: Size, bits_as_data: bool = False, teacher: bool = False
+) -> tuple[Callable[..., Any], training.TrainState]:
+    """Makes a QAT step and the state before it; arguments as of `qat_stepping`."""
     variables = measure.variables(size.small, size.small_image)
     predict, batch = measure.predict(size.small), measure.training_batch(size)
     spec = quantization.spec(core.trace(predict, variables, batch["image"]))
@@ -56,7 +63,7 @@ def qat_stepping(
     bits = spec.bits() if bits_as_data else None
     state = {"batch_stats": variables["batch_stats"], "bits": bits}
     taught = functools.partial(predict, variables) if teacher else None
-    return _stepping(forward, params, state, batch, taught)
+    return _made(forward, params, state, taught)
 
 
 def _qwix(size, provider):
@@ -73,11 +80,11 @@ def _qwix(size, provider):
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         variables = dict(module.init(jax.random.key(0), batch["image"], True))
-    return _stepping(forward, variables.pop("params"), variables, batch)[0]
+    made = _made(forward, variables.pop("params"), variables)
+    return measure.compiled(*made, batch)[0]
 
 
-def _stepping(forward, params, state, batch, teacher=None):
+def _made(forward, params, state, teacher=None):
     loss = training.loss_of(forward, training.classification(), 0.0 if teacher is None else 0.5)
     step = training.make_step(loss, teacher=teacher)
-    made = training.create_state(params, state, measure.optimizer(), jax.random.key(0))
-    return measure.compiled(step, made, batch)
+    return step, training.create_state(params, state, measure.optimizer(), jax.random.key(0))

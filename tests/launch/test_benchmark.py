@@ -39,6 +39,14 @@ ROWS = {
         "scan of 3 steps / separate steps",
         "batch / step",
     ],
+    "scaling": [
+        *(
+            f"{kind} step, {count} devices / {count} steps on one"
+            for kind in ("plain", "pruned", "QAT", "stacked")
+            for count in (1, 2, 4)
+        ),
+        *(f"batch / step, {count} devices" for count in (1, 2, 4)),
+    ],
     "experts": [
         *(
             f"step of 4 stacked experts, {method} / 4 separate steps"
@@ -55,7 +63,7 @@ ROWS = {
         for optimize in ("-O2", "-Os")
     ],
 }
-SLOW = ("quantization", "microcontroller")
+SLOW = ("quantization", "microcontroller", "scaling")
 QWIX = ["QAT step / Qwix OdmlQatProvider", "QAT step / Qwix QtProvider"]
 
 
@@ -151,7 +159,7 @@ def test_output(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--what=prunning": "--what must be one of core, pruning, quantization, experts, "
-    "deploy, training, microcontroller, got 'prunning'; did you mean pruning?",
+    "deploy, training, scaling, microcontroller, got 'prunning'; did you mean pruning?",
     "--size=big": "--size must be one of small, full, got 'big'",
     "--output=/no/such/place.json": "--output must be a file in a directory that exists, "
     "got /no/such/place.json",

@@ -118,23 +118,30 @@ def stopping(fit):
     return stopped
 
 
-def ended(what, workdir, devices, processes=1, **environment):
-    """So many processes, each of so many devices, when they have ended."""
+def together(arguments, processes, **environment):
+    """So many processes of Python when they have ended, of arguments(address, number)."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, __file__, what, str(workdir), str(devices)]
     root = str(pathlib.Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, **environment}
 
     def one(number):
-        others = [address, str(processes), str(number)] if processes > 1 else []
-        return subprocess.run(
-            [*command, *others], capture_output=True, env=environment, timeout=900, text=True
-        )
+        command = [sys.executable, *arguments(address, number)]
+        return subprocess.run(command, capture_output=True, env=environment, timeout=900, text=True)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return list(pool.map(one, range(processes)))
+
+
+def ended(what, workdir, devices, processes=1, **environment):
+    """So many processes, each of so many devices, when they have ended."""
+
+    def arguments(address, number):
+        others = [address, str(processes), str(number)] if processes > 1 else []
+        return [__file__, what, str(workdir), str(devices), *others]
+
+    return together(arguments, processes, **environment)
 
 
 def run(*arguments):

@@ -10,41 +10,17 @@ import shutil
 import signal
 from typing import Any, NamedTuple
 
-import chex
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import data, deploy, recipes, report, training
+from hybrid_jax import data, deploy, recipes, report
 from hybrid_jax.recipes import pipeline
-from hybrid_jax.recipes.efforts import EFFORTS
 from launch import compress
+from tests.recipes.short import go_on, prepared, records_of, same, trained, weights
 
 STAGES = {"parent": "parent", "experts": "train", "experts_deployed": "train"}
 """{folder of checkpoints: the stage that trains with them}."""
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        return nn.Dense(2)(nn.relu(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
-
-
-def prepared(path, seed=0):
-    """A run of seconds: its parent and its one compressed network train for six steps each."""
-    config = recipes.default_config()
-    config.effort, config.seed, config.checkpoint_every = "finetune", seed, 2
-    config.evaluation.latency_calls = 1
-    config.data.padding = 0
-    config.deploy.targets = ("packed",)
-    for stage in ("parent", "experts"):
-        config[stage].steps, config[stage].batch_size = 6, 8
-    config = recipes.read(config)
-    labels = np.arange(60) % 2
-    images = np.random.default_rng(0).normal(100 + 60 * labels[:, None, None], 20, (60, 4, 4))
-    splits = data.take((np.clip(images, 0, 255).astype(np.uint8), labels), seed=0)
-    return pipeline.prepare(Net(), splits, config, path, EFFORTS["finetune"])
 
 
 class Made(NamedTuple):
@@ -69,18 +45,6 @@ def made(tmp_path_factory):
     expected = jax.device_get(weights(result.state))
     read = report.read(root / "run")
     return Made(run, root / "run", root / "whole", root / "other", expected, read, records)
-
-
-def trained(run):
-    return recipes.state.run(run.stages, run.start, run.task.workdir, whose=run.task.whose)
-
-
-def weights(state):
-    return [state.parent.cut.variables, *(model.params for model in state.experts)]
-
-
-def same(ours, theirs):
-    chex.assert_trees_all_equal(jax.device_get(ours), theirs)
 
 
 def lay_out(made, without=None):
@@ -114,11 +78,6 @@ def damage(rng, path, other):
     return kind
 
 
-def records_of(path):
-    """By the training that they are of: one that was done again wrote its own anew."""
-    return sorted(training.read_records(path / "records.jsonl"), key=lambda own: own["name"])
-
-
 def attempt(made, what, act):
     """What `act()` returns, or None where it refuses in one line that names a path."""
     try:
@@ -128,12 +87,6 @@ def attempt(made, what, act):
     assert "\n" not in line, (what, line)
     assert str(made.path) in line, (what, line)
     return None
-
-
-def go_on(run):
-    with run.claim():
-        state = trained(run)
-        return state, records_of(run.task.workdir)
 
 
 def check(made, what, capsys):

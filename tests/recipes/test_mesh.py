@@ -155,3 +155,29 @@ def test_a_whole_run(tmp_path, effort, devices, processes):
     assert first["rows"].keys() == alone["rows"].keys()
     for name, accuracy in alone["rows"].items():
         assert abs(first["rows"][name] - accuracy) < 0.1
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(tmp_path):
+    """Both end well, and the first speaks for both."""
+    small = {
+        "effort": "ptq",
+        "parent.steps": 4,
+        "ptq.images": 64,
+        "data.train_size": 160,
+        "model.widths": "4,8,8",
+        "deploy.targets": "packed",
+        "evaluation.latency_calls": 2,
+    }
+
+    def arguments(address, number):
+        changes = [f"--config.{key}={value}" for key, value in small.items()]
+        command = ["-m", "launch.compress", "--config=digits", f"--workdir={tmp_path / 'run'}"]
+        return [*command, f"--distributed={address},2,{number}", *changes]
+
+    first, second = several.together(arguments, 2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.endswith(f"report: {tmp_path / 'run' / 'report.html'}\n")
+    assert (second.stdout, "the network takes" in second.stderr) == ("", False)
+    assert "the network takes" in first.stderr
+    assert list((tmp_path / "run" / "deploy").glob("*.safetensors"))

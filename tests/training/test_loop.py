@@ -79,6 +79,30 @@ def test_resume_is_bit_equal(tiny, step, batches, arrays, tmp_path):
     assert [record["step"] for record in training.read_records(records)] == [3, 4, 6, 8, 9, 11]
 
 
+@pytest.mark.parametrize("names", [(), ("image",)])
+def test_steps_as_one_program(tiny, step, batches, arrays, tmp_path, names):
+    """A scan up to each record and checkpoint is the loop but for rounding; resumed, to the bit."""
+    settings = dict(steps=11, name="parent", every=4, record_every=3)
+    loop = training.fit(step, tiny.make_state(), batches, **settings)
+    settings["scan"] = True
+    settings["resident"] = {name: jnp.asarray(getattr(arrays, f"{name}s")) for name in names}
+
+    def others(first):
+        for batch in batches(first):
+            yield {key: leaf for key, leaf in batch.items() if key not in names}
+
+    whole, records = (tmp_path / f"{name}.jsonl" for name in ("whole", "records"))
+    scanned = training.fit(step, tiny.make_state(), others, records=whole, **settings)
+    tiny.assert_close(scanned, loop)
+    assert [record["step"] for record in training.read_records(whole)] == [3, 4, 6, 8, 9, 11]
+    settings |= {"checkpoint": training.Checkpoints(tmp_path / "checkpoints"), "records": records}
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(step, tiny.make_state(), interrupted(others, at=7), **settings)
+    assert settings["checkpoint"].latest() == 4
+    tiny.assert_equal(training.fit(step, tiny.make_state(5), others, **settings), scanned)
+    assert records.read_text() == whole.read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_waits_for_its_step_to_be_saved(tiny, step, batches, tmp_path, number):
     """In the midst of an interval between checkpoints, and between records."""
