@@ -44,6 +44,7 @@ CASCADE = {
 }
 FEW = {"mixture.members": ("half ResNet-56 W4A8", "half ResNet-20 W4A8")}
 UNTRAINED = {"mixture.members": ("ResNet-20 W4A8 PTQ", "ResNet-56 W4A8 PTQ")}
+FEW_PARTLY = {"mixture.members": ("half ResNet-20 W4A8", "ResNet-56 W4A8 PTQ")}
 PARTLY = {"mixture.members": ("half ResNet-20", "ResNet-56 W4A8 PTQ")}
 
 STUDY = {
@@ -59,6 +60,8 @@ STUDY = {
     "W4A8 cascade at a third": {**CASCADE, **FEW, "budget.macs": 1 / 3},
     "W4A8 cascade at a quarter": {**CASCADE, **FEW, "budget.macs": 0.25},
     "W4A8 cascade at a fifth": {**CASCADE, **FEW, "budget.macs": 0.2},
+    "W4A8 cascade of half and whole at a third": {**CASCADE, **FEW_PARTLY, "budget.macs": 1 / 3},
+    "W4A8 cascade of half and whole at a quarter": {**CASCADE, **FEW_PARTLY, "budget.macs": 0.25},
     # The same of experts in 8 bits.
     "half ResNet-56": {**RESNET56, **HALF, **BYTES, "experts.steps": LONG},
     "half ResNet-20": {**RESNET20, **HALF, **BYTES, **TAUGHT, "experts.steps": 8 * EPOCH},
