@@ -96,9 +96,6 @@ def gptq_planned(
     planned: Plan,
     ranges: Mapping[str, Mapping[str, grids.Range]],
     batches: Iterable[tuple[Any, ...]],
-    *,
-    damping: float = 0.01,
-    order: str = "activation",
 ) -> p.Params:
     """The plan's weights with every quantized kernel on its grid: `gptq` of the program in floats.
 
@@ -119,7 +116,7 @@ def gptq_planned(
     fn = functools.partial(p.apply, planned.program)
     grams = core.input_grams(fn, params, batches)
     grams = {path: gram for path, gram in grams.items() if path in names}
-    return gptq(params, grams, spec, spans, masks, damping=damping, order=order)
+    return gptq(params, grams, spec, spans, masks)
 
 
 def _no_gram(name, grams):
