@@ -83,12 +83,8 @@ def test_members_that_do_not_keep_a_budget_are_told_at_the_start(runs, tmp_path)
     folder, _ = runs
     config = mixed(folder, **{"mixture.kind": "cascade", "budget.bytes": 3000})
     message = r"budget.bytes must be at least \d+, which config.mixture.members take, got 3000"
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message):
         recipes.of_config(config, tmp_path / "run")
-    # As many as that are enough.
-    least = int(str(told.value).split("at least ")[1].split(",")[0])
-    recipes.override(config, {"budget.bytes": least})
-    recipes.of_config(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
