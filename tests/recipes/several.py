@@ -81,9 +81,11 @@ def cut(task, settings):
     return prune.prune(task, task.parent, expert_specs(settings), jax.random.key(0))
 
 
-def stages(task, settings):
-    """The leaves of networks after a plain stage and after one of a stack quantized at sites."""
+def stages(task, settings, plain=False):
+    """The leaves of networks after a plain stage, and after one of a stack quantized at sites."""
     dense = train.parent(task, task.parent, settings.parent)
+    if plain:
+        return [dense.cut.variables]
     weights = np.random.default_rng(0).uniform(size=(2, 160)).astype(np.float32)
     made = train.compress(
         task, task.parent, cut(task, settings), "experts", settings.experts, 0.5, weights=weights
@@ -92,9 +94,9 @@ def stages(task, settings):
 
 
 def main(what, workdir):
-    """Trains two stages, or does a whole run of an effort."""
-    if what == "stages":
-        made, told = stages(*task(workdir)), {}
+    """Trains the plain stage, or both, or does a whole run of an effort."""
+    if what in ("plain", "stages"):
+        made, told = stages(*task(workdir), plain=what == "plain"), {}
     else:
         result = recipes.compress(Net(), digits(), workdir=workdir, config=tiny(what))
         made = [model.params for model in result.state.experts]

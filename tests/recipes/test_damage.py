@@ -17,6 +17,7 @@ import pytest
 from hybrid_jax import data, deploy, recipes, report
 from hybrid_jax.recipes import pipeline
 from launch import compress
+from tests.recipes import killed
 from tests.recipes.short import go_on, prepared, records_of, same, trained, weights
 
 STAGES = {"parent": "parent", "experts": "train", "experts_deployed": "train"}
@@ -156,6 +157,24 @@ def test_what_is_damaged_of_a_finished_run_is_written_again(made):
     assert ours == theirs
     for file in made.whole.glob("deploy/*.safetensors"):
         assert (made.path / "deploy" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [4, 40])
+def test_killed_at_any_change_on_disk_it_goes_on_to_the_bit(made, count):
+    """At the first, the last and those between: in each stage, within each kind of write."""
+    shutil.rmtree(made.path)
+    whole = killed.at(made.path, 0)
+    assert whole.returncode == 0, whole.stderr
+    changes = int(whole.stdout.splitlines()[-1])
+    for number in np.linspace(1, changes, count).astype(int):
+        shutil.rmtree(made.path)
+        ended = killed.at(made.path, number)
+        assert ended.returncode == -signal.SIGKILL, (number, ended.stderr)
+        state, records = go_on(made.run)
+        same(weights(state), made.expected)
+        assert records == made.records, number
+        assert not list(made.path.rglob("*.draft")), number
 
 
 SLOW = range(0, 19, 4)

@@ -68,6 +68,18 @@ def test_stages_in_steps_of_one_network_and_of_a_stack(tasks, alone, settings):
 
 
 @pytest.mark.slow
+def test_steps_in_one_program_with_the_images_on_every_device(
+    alone, settings, tmp_path, monkeypatch
+):
+    """As an accelerator does them."""
+    monkeypatch.setattr("hybrid_jax.recipes.task.on_accelerator", lambda: True)
+    task = dataclasses.replace(several.task(tmp_path)[0], devices=jax.devices())
+    (dense, *got), (expected, *others) = several.stages(task, settings), alone
+    assert_close(dense, expected)
+    assert_nearly_all_close(got, others)
+
+
+@pytest.mark.slow
 def test_one_network_quantized_at_its_sites(tasks, settings):
     made = several.cut(tasks[0], settings)[:1]
     one, four = (
@@ -118,20 +130,19 @@ def test_devices_that_a_run_has(tasks, settings):
     ]
 
 
-def test_two_processes_of_two_devices(alone, tmp_path):
+@pytest.mark.parametrize("what", ["plain", pytest.param("stages", marks=pytest.mark.slow)])
+def test_two_processes_of_two_devices(alone, tmp_path, what):
     """Both have the same, and all of it; the first has written the records."""
-    dense, *others = alone
-    made = several.run("stages", tmp_path / "run", 2, 2)
+    dense, *others = alone[:1] if what == "plain" else alone
+    made = several.run(what, tmp_path / "run", 2, 2)
     assert made[0] == made[1]
     got, count = list(map(np.array, made[0]["leaves"])), len(jax.tree.leaves(dense))
     assert_close(got[:count], list(map(np.ravel, jax.tree.leaves(dense))))
-    assert_nearly_all_close(got[count:], others)
+    if others:
+        assert_nearly_all_close(got[count:], others)
     records = training.read_records(tmp_path / "run" / "records.jsonl")
-    assert [(own["name"], own["step"]) for own in records] == [
-        ("parent", 20),
-        ("experts", 16),
-        ("experts_deployed", 4),
-    ]
+    told = [("parent", 20), ("experts", 16), ("experts_deployed", 4)]
+    assert [(own["name"], own["step"]) for own in records] == told[: 3 if others else 1]
 
 
 @pytest.mark.slow
