@@ -78,12 +78,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def append(path: str | os.PathLike, content: bytes) -> None:
     """Appends to a file, which in a bucket is written anew; of several processes the first does."""
     path = as_path(path)
+    if not processes.is_first():
+        return
     if in_bucket(path):
         write_atomically({path: (path.read_bytes() if path.exists() else b"") + content})
-    elif processes.is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def check(made, what, capsys):
     return True
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_damaged_directory_goes_on_rightly_or_says_so(made, capsys, count):
     rng = np.random.default_rng(count)
     files = [p.relative_to(made.whole) for p in sorted(made.whole.rglob("*")) if p.is_file()]
