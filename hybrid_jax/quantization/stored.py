@@ -47,11 +47,7 @@ def chosen_operations(planned: Plan, choices: Mapping[str, Sequence[int]]) -> li
     for op in planned.program.weighted:
         source, slot = planned.program.sources.get(op.output), planned.slots[op.inputs[0]]
         own = known.get(source.site) if source else None
-        if (
-            own
-            and slot
-            and all(_has(getattr(own, role), own_bits) for role, own_bits in choices.items())
-        ):
+        if own and slot and all(_has(getattr(own, role), own_bits) for role, own_bits in choices.items()):
             found.append(op.output)
     return found
 
