@@ -10,8 +10,13 @@ from lowered import deployed, in_integers
 from hybrid_jax import core, deploy, models, quantization
 from hybrid_jax import program as p
 
+DEEP = ("densenet40", "resnet50", "vgg16_bn")
 
-@pytest.mark.parametrize("name", models.names())
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in models.names()],
+)
 @pytest.mark.parametrize("weight_bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_model_is_deployed_as_it_was_trained(name, weight_bits, small_model, real_images):
     fn, _, params, x = small_model(name)

@@ -35,7 +35,13 @@ FAST = ["-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=fast"]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("flags", [FAST, SANITIZED], ids=["fast", "sanitized"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(FAST, id="fast", marks=pytest.mark.slow),
+        pytest.param(SANITIZED, id="sanitized"),
+    ],
+)
 def test_every_operation_gives_what_the_reference_gives(cases, tmp_path, flags, compiler):
     got = run_c(tmp_path, {form: case[1:3] for form, case in cases.items()}, flags, compiler)
     for form, (names, _, _, want) in cases.items():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 import hybrid_jax
-from hybrid_jax import deploy, pruning, recipes
+from hybrid_jax import core, deploy, pruning, recipes
 from hybrid_jax.recipes import bounds, schema, usage
 from hybrid_jax.recipes.schema import KEYS
 
@@ -179,6 +179,7 @@ def choices_of(bound):
 
 
 NO_KEY = {
+    "core:PRIMITIVES": set(core.PRIMITIVES),  # of JAX, which a network is made of
     "deploy:PROCESSORS": set(deploy.PROCESSORS),  # of `deploy.emulate`, which no run calls
     "quantization:LEARNING": {"dynamic"},  # of ranges that no file holds
 }
