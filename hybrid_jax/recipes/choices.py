@@ -67,7 +67,8 @@ def measure_bits(
     """The same with the damages of bits, measured on the function that is deployed.
 
     `batches` yield tuples of inputs, of which no labels are needed; `method` finds ranges, and
-    `damage` is as for `quantization.sensitivity`.
+    `damage` is as for `quantization.sensitivity`. Fewer bits count as no better than more, whatever
+    a few inputs say, so that none are taken that no limit asks for.
     """
     batches = list(batches)
     offered = next(iter(made.bits.values()), {})
@@ -81,7 +82,18 @@ def measure_bits(
         planned = stored.at_bits(made.planned, at)
         ranges[b] = quantization.calibrate_edges(planned, batches, method)
     found = quantization.plan_sensitivity(made.planned, batches, ranges, made.bits, bits, damage)
-    return dataclasses.replace(made, bits={op: made.bits[op] | own for op, own in found.items()})
+    rising = {
+        op: {role: _rising(table, made.bits[op][role]) for role, table in own.items()}
+        for op, own in found.items()
+    }
+    return dataclasses.replace(made, bits={op: made.bits[op] | own for op, own in rising.items()})
+
+
+def _rising(table: Mapping[int, float], alike: Mapping[int, float]) -> dict[int, float]:
+    """The damages, of which each is at least that of more bits, and of equals a hair above it."""
+    bits = sorted(table, reverse=True)
+    worst = np.maximum.accumulate([table[b] for b in bits]).tolist()
+    return {b: own + 1e-6 * alike[b] for b, own in zip(bits, worst, strict=True)}
 
 
 def choose(

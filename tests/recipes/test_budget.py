@@ -102,7 +102,9 @@ def written(path, fn, params, x, stated, targets):
 
 def test_bits_that_keep_a_budget(digits, traced, measured, tmp_path):
     _, spec, _ = traced
-    ends = [choices.choose(measured, {}).costs["bytes"]]
+    whole = choices.choose(measured, {})
+    assert {own["weight"] for own in whole.bits.values()} == {8}  # where nothing asks for fewer
+    ends = [whole.costs["bytes"]]
     with pytest.raises(ValueError, match="effort 'ptq' chooses bits only, 'finetune' removes") as e:
         choices.choose(measured, {"bytes": ends[0] // 2})
     ends.append(int(str(e.value).split("at least ")[1].split(",")[0]))
@@ -118,6 +120,14 @@ def test_bits_that_keep_a_budget(digits, traced, measured, tmp_path):
     assert files["c"]["ram"] == found.costs["memory"]
     chosen = zip(measured.bits.values(), weights, strict=True)
     assert found.damage == pytest.approx(sum(own["weight"][b] for own, b in chosen))
+
+
+def test_fewer_bits_are_no_better_than_more_whatever_was_measured():
+    alike = {8: 0.0, 6: 1e-3, 4: 4e-3}
+    got = choices._rising({4: 0.02, 6: -0.01, 8: 0.0}, alike)
+    assert got == {8: 0.0, 6: pytest.approx(1e-9), 4: pytest.approx(0.02)}
+    assert got[8] < got[6] < got[4]
+    assert choices._rising({4: -0.02, 8: 0.0}, alike)[4] == pytest.approx(4e-9)
 
 
 def test_no_effort_meets_what_no_width_does(measured):
