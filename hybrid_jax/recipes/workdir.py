@@ -74,12 +74,13 @@ def claim(
 
 
 def _names(path: core.Path) -> list[str]:
-    """What is in a work directory, which may be absent."""
+    """What is in a work directory, which may be absent, but for drafts that a kill has left."""
     try:
         if not path.exists():
             return []
         if path.is_dir():
-            return sorted(own.name for own in path.iterdir() if own.name != LOCK)
+            names = sorted(own.name for own in path.iterdir() if own.name != LOCK)
+            return [name for name in names if not name.endswith(core.DRAFT)]
     except Exception as error:  # whatever the library of a bucket raises: no access, no such bucket
         raise ValueError(f"workdir must be one that can be read, got {path}: {error}") from error
     raise ValueError(f"workdir must be a directory, got the file {path}")
