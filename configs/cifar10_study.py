@@ -9,7 +9,7 @@ training images, so validation images are 1,000 of the test images; the other 4,
 
 in a directory that has the weights in weights/.
 
-Sized for two cores: 4 to 8 epochs where papers take hundreds, and four views of each image, to
+Sized for two cores: 4 to 12 epochs where papers take hundreds, and four views of each image, to
 which the teacher answers once for all runs where `--config.teacher.answers` names a directory. The
 records say what was reached.
 """
@@ -31,7 +31,7 @@ RESNET56 = {
 }
 
 HALF = {"budget.macs": 0.5}
-BYTES = {"experts.weight_bits": 8}
+W8 = {"experts.weight_bits": 8}
 TAUGHT = {"teacher.name": "resnet56", "teacher.weights": RESNET56["model.weights"]}
 LONG = 5 * EPOCH
 ALONE = {"controls.same_bytes": False, "controls.same_bops": False}
@@ -42,9 +42,9 @@ CASCADE = {
     "mixture.kind": "cascade",
     "mixture.members": ("half ResNet-56", "half ResNet-20"),
 }
-FEW = {"mixture.members": ("half ResNet-56 W4A8", "half ResNet-20 W4A8")}
+W4 = {"mixture.members": ("half ResNet-56 W4A8", "half ResNet-20 W4A8")}
 UNTRAINED = {"mixture.members": ("ResNet-20 W4A8 PTQ", "ResNet-56 W4A8 PTQ")}
-FEW_PARTLY = {"mixture.members": ("half ResNet-20 W4A8", "ResNet-56 W4A8 PTQ")}
+W4_PARTLY = {"mixture.members": ("half ResNet-20 W4A8", "ResNet-56 W4A8 PTQ")}
 PARTLY = {"mixture.members": ("half ResNet-20", "ResNet-56 W4A8 PTQ")}
 
 STUDY = {
@@ -57,14 +57,14 @@ STUDY = {
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
     "half ResNet-56 W4A8": {**RESNET56, **HALF, "experts.steps": LONG},
     "half ResNet-20 W4A8": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 12 * EPOCH},
-    "W4A8 cascade at a third": {**CASCADE, **FEW, "budget.macs": 1 / 3},
-    "W4A8 cascade at a quarter": {**CASCADE, **FEW, "budget.macs": 0.25},
-    "W4A8 cascade at a fifth": {**CASCADE, **FEW, "budget.macs": 0.2},
-    "W4A8 cascade of half and whole at a third": {**CASCADE, **FEW_PARTLY, "budget.macs": 1 / 3},
-    "W4A8 cascade of half and whole at a quarter": {**CASCADE, **FEW_PARTLY, "budget.macs": 0.25},
+    "W4A8 cascade at a third": {**CASCADE, **W4, "budget.macs": 1 / 3},
+    "W4A8 cascade at a quarter": {**CASCADE, **W4, "budget.macs": 0.25},
+    "W4A8 cascade at a fifth": {**CASCADE, **W4, "budget.macs": 0.2},
+    "W4A8 cascade of half and whole at a third": {**CASCADE, **W4_PARTLY, "budget.macs": 1 / 3},
+    "W4A8 cascade of half and whole at a quarter": {**CASCADE, **W4_PARTLY, "budget.macs": 0.25},
     # The same of experts in 8 bits.
-    "half ResNet-56": {**RESNET56, **HALF, **BYTES, "experts.steps": LONG},
-    "half ResNet-20": {**RESNET20, **HALF, **BYTES, **TAUGHT, "experts.steps": 8 * EPOCH},
+    "half ResNet-56": {**RESNET56, **HALF, **W8, "experts.steps": LONG},
+    "half ResNet-20": {**RESNET20, **HALF, **W8, **TAUGHT, "experts.steps": 8 * EPOCH},
     "cascade at a third": {**CASCADE, "budget.macs": 1 / 3},
     "cascade at a quarter": {**CASCADE, "budget.macs": 0.25},
     "cascade at a fifth": {**CASCADE, "budget.macs": 0.2},

@@ -72,13 +72,8 @@ dear one on the third. They cost 17, 31 and 11 MACs on average, that of the gate
 @pytest.mark.parametrize(
     ("picks", "most", "stays", "score", "cost"),
     [
-        (
-            "right",
-            {},
-            True,
-            0.75,
-            10,
-        ),  # for no more than the gate's 16 the cascade hands on nothing
+        # For no more than the gate's 16 the cascade hands on nothing.
+        ("right", {}, True, 0.75, 10),
         ("right", {"macs": 16.0}, True, 0.75, 10),
         ("right", {"macs": 15.9}, False, 0.75, 10),  # the better gate is above the budget
         ("right", {"bops": 3.9}, False, 1.0, 17.5),  # it has 1 + 3 · 1/4 + 9 · 1/4 of them

@@ -159,6 +159,15 @@ def test_what_is_damaged_of_a_finished_run_is_written_again(made):
         assert (made.path / "deploy" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_draft_of_the_first_file_blocks_nothing(tmp_path):
+    """It is all that a kill leaves while run.json is written."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".run.json.12.draft").write_text("{")
+    with prepared(folder).claim():
+        assert not list(folder.rglob("*.draft"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 40])
 def test_killed_at_any_change_on_disk_it_goes_on_to_the_bit(made, count):
