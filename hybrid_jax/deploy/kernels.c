@@ -124,6 +124,42 @@ static uint8_t quantize(float x, float multiplier, float low, float high, int32_
     return nearest(steps == steps ? steps : 0.0f, low, high, zero);
 }
 
+/* Once in the file, however often it is called. */
+#ifdef __GNUC__
+#define APART __attribute__((noinline))
+#else
+#define APART
+#endif
+
+APART static void quantize_all(const float *x, uint8_t *y, int32_t n, float multiplier,
+                               const Result *to)
+{
+    const float low = (float)to->low, high = (float)to->high;
+    const int32_t zero = to->zero;
+    for (int32_t i = 0; i < n; i++) {
+        y[i] = quantize(x[i], multiplier, low, high, zero);
+    }
+}
+
+/* start + a * first + b * second, in steps of the multiplier. */
+typedef struct {
+    int32_t start;
+    int32_t first;
+    int32_t second;
+    float multiplier;
+} Terms;
+
+APART static void add(const uint8_t *a, const uint8_t *b, uint8_t *y, int32_t n,
+                      const Terms *terms, const Result *to)
+{
+    const int32_t start = terms->start, first = terms->first, second = terms->second;
+    const int32_t low = to->low, high = to->high, zero = to->zero;
+    const float multiplier = terms->multiplier;
+    for (int32_t i = 0; i < n; i++) {
+        y[i] = requantize(start + a[i] * first + b[i] * second, multiplier, low, high, zero);
+    }
+}
+
 static uint8_t limit(int32_t q, int32_t low, int32_t high)
 {
     return (uint8_t)(q < low ? low : q > high ? high : q);
@@ -177,6 +213,11 @@ static uint8_t *copied(uint8_t *to, const uint8_t *from, int32_t n)
         *to = *from;
     }
     return to;
+}
+
+APART static void copy(uint8_t *to, const uint8_t *from, int32_t n)
+{
+    copied(to, from, n);
 }
 
 /* The window of a pixel, tap by tap and channel by channel: where it lies in the input, or else copied
@@ -323,10 +364,7 @@ static void spread(const uint8_t *a, const uint8_t *b, uint32_t *to, int32_t n)
 #endif
 
 /* One window with two kernels. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
+APART static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
     if (packed) {
         int32_t s00 = 0, s10 = 0;
@@ -445,12 +483,9 @@ static void alone(const void *first, const uint8_t *second, const int8_t *w, int
 }
 
 /* n results of one or two windows: those of the second lie `beyond` after those of the first. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-static const int8_t *features_of(const void *first, const uint8_t *second, const int8_t *w,
-                                 int32_t size, const Layer *layer, void *y, int32_t i,
-                                 int32_t beyond, int32_t o, int32_t n, const Result *to)
+APART static const int8_t *features_of(const void *first, const uint8_t *second, const int8_t *w,
+                                       int32_t size, const Layer *layer, void *y, int32_t i,
+                                       int32_t beyond, int32_t o, int32_t n, const Result *to)
 {
     const int32_t packed = layer->packed;
     const int32_t low = to->low, high = to->high, zero = to->zero, encoded = to->encoded;
@@ -535,11 +570,8 @@ static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer
 }
 
 /* Four channels of a window, whose taps are at these places. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-static void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_t *w,
-                 int32_t packed, int32_t *sums)
+APART static void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_t *w,
+                       int32_t packed, int32_t *sums)
 {
 #ifdef DSP
     int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];

@@ -89,7 +89,8 @@ FILES = {
 }
 """{target: in which bits its files hold kernels, and what they hold beside numbers}.
 
-C's are exact, the others those of ResNets: what they miss is measured, see `meet`.
+C's are exact but for descriptors, of which equal ones are there once and bands of rows have some
+more; the others are those of ResNets. What they miss is measured, see `meet`.
 """
 
 
