@@ -18,7 +18,7 @@ Scratch = Callable[[Program], Mapping[str, int]]
 
 _CALL = 40  # bytes of code and constants that one more call takes
 _HIGH = 0.9  # of the most that is live: what saves less than a tenth is not worth it
-_LONGEST = 24  # operations of a part, for the time that it takes to try
+_LONGEST, _BANDS = 24, 32  # operations of a part, and bands: for the time that it takes to try
 
 
 class _Windows(NamedTuple):
@@ -79,7 +79,8 @@ def _smaller(program, scratch):
         part = range(first, last + 1)
         if len(part) > _LONGEST or rest + _CALL * len(part) >= least or not _alone(program, part):
             continue
-        height, rows = program.tensors[steps[last].output].shape[0], 1
+        height = program.tensors[steps[last].output].shape[0]
+        rows = -(-height // _BANDS)
         while rows < height:
             made = banded_part(program, part, rows)
             most = max(_live(made, scratch))

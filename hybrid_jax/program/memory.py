@@ -6,6 +6,7 @@ at the same time. No placement takes less than what is live at any time, from wh
 planned (`cost.of_program`).
 """
 
+import collections
 import math
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple, TypeVar
@@ -85,6 +86,7 @@ def lifetimes(program: Program, scratch: Mapping[str, int] | None = None) -> Lif
     homes |= {op.output: op.output for op in steps if isinstance(op, Constant)}
     ends, within, views = dict(homes), dict.fromkeys(homes, 0), set()
     buffers: dict[Hashable, Buffer] = {}
+    lying = collections.defaultdict(list, {name: [name] for name in homes})
 
     def is_free(name, step):
         """Whether all of the bytes in which an edge lies are its own and not read again."""
@@ -108,10 +110,12 @@ def lifetimes(program: Program, scratch: Mapping[str, int] | None = None) -> Lif
                 if part not in views and is_free(part, i):
                     own = homes[part]
                     first = min(first, buffers.pop(own).first)
-                    for edge in [edge for edge, other in homes.items() if other == own]:
+                    for edge in lying.pop(own):
                         homes[edge], within[edge] = name, within[edge] + start
+                        lying[name].append(edge)
             buffers[name] = Buffer(_size(program, name), first, i, _width(program, name))
         homes[name], within[name] = home, at
+        lying[home].append(name)
         if home in buffers:
             until = max(buffers[home].last, last.get(name, i))
             buffers[home] = buffers[home]._replace(last=until)
