@@ -66,8 +66,8 @@ def in_bands(program: Program, scratch: Scratch) -> Program:
 def _smaller(program, scratch):
     """With the part in bands with which memory and code take the least; None if none takes less."""
     live = _live(program, scratch)
-    least, found = max(live, default=0), None
-    high = [i for i, size in enumerate(live) if size > _HIGH * least] or [0]
+    least, found = memory.plan(program, scratch(program)).size, None
+    high = [i for i, size in enumerate(live) if size > _HIGH * max(live)] or [0]
     steps = program.operations
     banded = [_windows(program, op) is not None for op in steps] + [False]
     if not least or not all(banded[high[0] : high[-1] + 1]):
@@ -83,10 +83,10 @@ def _smaller(program, scratch):
         rows = -(-height // _BANDS)
         while rows < height:
             made = banded_part(program, part, rows)
-            most = max(_live(made, scratch))
-            if most >= least:
+            if max(_live(made, scratch)) >= least:
                 break
-            size = most + _CALL * (_calls(made) - _calls(program))
+            size = memory.plan(made, scratch(made)).size
+            size += _CALL * (_calls(made) - _calls(program))
             if size < least:
                 least, found = size, made
             rows *= 2

@@ -24,7 +24,8 @@ class Budget:
 
     Attributes:
       bytes: Of each file; of a C file its constants.
-      memory: Bytes that activations take at a time; inputs and outputs are the caller's.
+      memory: Bytes that activations take at a time, each whole; inputs and outputs are the
+        caller's. A C file, which computes large ones some rows at a time, takes less.
       macs: Multiply-accumulates for one example.
       bops: Σ MACs · weight bits · activation bits.
       latency: Only a fraction, of the parent's in `runtime`.
