@@ -1,8 +1,9 @@
 """A program as one dependency-free C99 file for microcontrollers.
 
 Weights, tables and other constants are in flash; the tensors between inputs and outputs lie in one
-static block (RAM) that `memory.plan` lays out. Operations in integers give what `program.run` gives
-bit for bit, those in floats to 1e-5 of the largest value, with the C library's functions.
+static block (RAM) that `memory.plan` lays out; large ones are there some rows at a time, as
+`bands.in_bands` says. Operations in integers give what `program.run` gives bit for bit, those in
+floats to 1e-5 of the largest value, with the C library's functions.
 """
 
 import importlib.resources
@@ -49,7 +50,8 @@ def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) 
     uint8, then one for each output; of several `input_<edge>`, `output_<edge>`. It needs <stdint.h>
     and <float.h>, for functions of floats <math.h>. Flash is what its constants take, equal arrays
     once; RAM is the block of memory for what lies between inputs and outputs, and for the windows
-    of a layer. Code, stack, inputs and outputs come on top. The file states all of it in its head,
+    of a layer; an image's layers are computed some rows at a time where that saves more RAM than it
+    takes flash. Code, stack, inputs and outputs come on top. The file states all of it in its head,
     the sizes also as `<NAME>_FLASH` and `<NAME>_RAM`.
 
     That block is static. `<name>_run_in(void *memory, …)` works in the caller's instead, at a
@@ -70,12 +72,10 @@ def to_c(program: p.Program | p.Choice, name: str = "model", pack: bool = True) 
       >>> steps = (p.Convert(('x',), 'q'), p.Dense(('q',), 'y', 'dense', weights))
       >>> code = to_c(p.Program('x', 'y', tensors, steps))
       >>> [line for line in code.splitlines() if line.startswith(('#define', 'void'))][:2]
-      ['#define MODEL_FLASH 106', '#define MODEL_RAM 4']
+      ['#define MODEL_FLASH 122', '#define MODEL_RAM 4']
       >>> print(code[code.index('    /* Convert') : code.index('    /* Dense')])
           /* Convert q */
-          for (int32_t i0 = 0; i0 < 2; i0++) {
-              arena->bytes[i0] = quantize(input[i0], 0x1p+2f, -0x1p+7f, 0x1.fcp+6f, 128);
-          }
+          quantize_all(input, arena->bytes, 2, 0x1p+2f, &result_0);
       <BLANKLINE>
     """
     return _write(program, name, pack).text
@@ -173,8 +173,8 @@ _CHOICES = {p.Mixture: _mixture, p.Cascade: _cascade}
 _MATH = r"\b(?:[a-z]+[0-9]*[a-z]*f\(|INFINITY|NAN)"
 
 
-# What a part of kernels.c defines: a type, a macro or a function.
-_NAMES = r"^(?:\} (\w+);|(?:#define|static .*?) ?\*?(\w+)\()"
+# What a part of kernels.c defines: a type or a word, or else a macro or a function.
+_NAMES = r"^(?:(?:\} |#define )(\w+)(?:;| |$)|(?:#define|(?:APART )?static .*?) ?\*?(\w+)\()"
 
 
 def _called(code):

@@ -33,11 +33,10 @@ class Context(NamedTuple):
 
     def operand(self, name: str) -> c_text.Operand:
         """An edge: in the arena, in an argument, or in flash."""
-        if name in self.plan.offsets:
-            kind, width = ("floats", 4) if self.encoding(name) is None else ("bytes", 1)
-            offset = self.plan.offsets[name] // width
-            return c_text.Operand.whole(f"arena->{kind}", offset, self.shape(name))
-        return c_text.Operand.whole(self._end(self.plan.ends[name]), 0, self.shape(name))
+        kind, width = ("floats", 4) if self.encoding(name) is None else ("bytes", 1)
+        ends = self.plan.ends
+        array = self._end(ends[name]) if name in ends else f"arena->{kind}"
+        return c_text.Operand.whole(array, self.plan.offsets[name] // width, self.shape(name))
 
     def pair(self, op: p.Operation) -> dict[str, c_text.Operand]:
         """The only input as x, the output as y."""

@@ -18,6 +18,7 @@ from hybrid_jax.deploy.c_context import (
     converted,
     multiplier,
     requantized,
+    result,
     steps,
 )
 from hybrid_jax.program import arithmetic, memory
@@ -26,11 +27,32 @@ EQUAL = "{y} = {x}"
 
 
 def two(op: p.Add | p.Multiply | p.Maximum, context: Context) -> str:
+    same = all(context.shape(name) == context.shape(op.output) for name in op.inputs)
+    if isinstance(op, p.Add) and same and not context.program.in_floats(op):
+        return _added(op, context)
     names = dict(zip("ab", op.inputs, strict=True))
     shape, operands = context.shape(op.output), {"y": context.operand(op.output)}
     for letter, name in names.items():
         operands[letter] = context.operand(name).repeated(context.shape(name))
     return c_text.each(shape, operands, "{y} = " + _of_two(op, context))
+
+
+def _added(op, context):
+    a, b, output = (context.encoding(name) for name in (*op.inputs, op.output))
+    first, second, factor = arithmetic.addition(a, b, output)
+    second = -second if op.minus else second
+    start = -a.zero_point * first - b.zero_point * second
+    terms = {"start": start, "first": first, "second": second, "multiplier": factor}
+    ends = (context.operand(name).pointer for name in (*op.inputs, op.output))
+    described = {"Terms": terms, "Result": result(output, op.clip)}
+    return _call("add", ends, context.shape(op.output), described, context)
+
+
+def _call(function, ends, shape, described, context, *numbers):
+    """A call of what kernels.c has for all entries of a tensor."""
+    fields = (f"&{context.constants.descriptor(*pair)}" for pair in described.items())
+    given = (*ends, str(math.prod(shape)), *numbers, *fields)
+    return f"{function}({', '.join(given)});"
 
 
 def _of_two(op, context):
@@ -68,8 +90,13 @@ def clip(op: p.Clip, context: Context) -> str:
 def convert(op: p.Convert, context: Context) -> str:
     if memory.is_view(context.program, op):
         return ""
-    value = converted("{x}", context.encoding(op.inputs[0]), context.encoding(op.output))
-    return _moved(op, context, f"{{y}} = {value}")
+    encoding, output = context.encoding(op.inputs[0]), context.encoding(op.output)
+    if encoding is None:
+        ends = (operand.pointer for operand in context.pair(op).values())
+        factor = c_text.literal(np.float32(1) / np.float32(output.scale))
+        described, shape = {"Result": result(output)}, context.shape(op.output)
+        return _call("quantize_all", ends, shape, described, context, factor)
+    return _moved(op, context, f"{{y}} = {converted('{x}', encoding, output)}")
 
 
 def concatenate(op: p.Concatenate, context: Context) -> str:
@@ -78,7 +105,12 @@ def concatenate(op: p.Concatenate, context: Context) -> str:
         shape, x = context.shape(name), context.operand(name)
         part = y._replace(offset=y.offset + start * y.strides[op.axis])
         value = converted("{x}", context.encoding(name), context.encoding(op.output))
-        texts.append(c_text.each(shape, {"x": x, "y": part}, f"{{y}} = {value}"))
+        if x == part:  # it is made there
+            pass
+        elif value == "{x}" and context.encoding(name) and x.strides == part.strides:
+            texts.append(_call("copy", (part.pointer, x.pointer), shape, {}, context))
+        else:
+            texts.append(c_text.each(shape, {"x": x, "y": part}, f"{{y}} = {value}"))
         start += shape[op.axis]
     return "\n".join(texts)
 
@@ -93,6 +125,8 @@ def broadcast(op: p.Broadcast, context: Context) -> str:
 
 
 def slices(op: p.Slice, context: Context) -> str:
+    if memory.is_view(context.program, op):
+        return ""
     x = context.operand(op.inputs[0]).shifted(op.starts)
     strides = (s * step for s, step in zip(x.strides, op.strides, strict=True))
     return _moved(op, context, x=x._replace(strides=tuple(strides)))

@@ -11,7 +11,7 @@ import numpy as np
 from hybrid_jax import program as p
 from hybrid_jax.deploy import c_arguments, c_context, c_entries, c_functions, c_text, c_windows
 from hybrid_jax.deploy.c_context import Context
-from hybrid_jax.program import memory
+from hybrid_jax.program import bands, memory
 
 
 class Body(NamedTuple):
@@ -28,18 +28,14 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     With `pack` integer weights of up to 4 bits lie two to a byte.
     """
     inputs, outputs = c_arguments.inputs(program), c_arguments.outputs(program)
-    program = c_context.stored(program)
+    program = bands.in_bands(c_context.stored(program), _scratch)
     in_integers = [op for op in program.weighted if not program.in_floats(op)]
     packed = {
         op.output
         for op in in_integers
         if pack and c_windows.packs(op, program.encoding(op.inputs[0]))
     }
-    needs = {}
-    for op in in_integers:
-        axes, each, beside = c_windows.scratch(op, program.tensors[op.output].shape)
-        needs[op.output] = math.prod(op.weights.values.shape[:axes]) * each + beside
-    plan = memory.plan(program, {name: size for name, size in needs.items() if size})
+    plan = memory.plan(program, _scratch(program))
     context = Context(program, inputs, outputs, constants, plan, packed)
     texts = []
     for op in program.operations:
@@ -54,6 +50,16 @@ def body(program: p.Program, constants: c_text.Constants, pack: bool) -> Body:
     bits = {4 if op.output in packed else 8 for op in in_integers}
     bits |= {32 for op in program.weighted if op not in in_integers}
     return Body("\n".join(texts), plan.size, bits)
+
+
+def _scratch(program):
+    """{output of a layer: bytes in which its windows are laid out}."""
+    needs = {}
+    for op in program.weighted:
+        if not program.in_floats(op):
+            axes, each, beside = c_windows.scratch(op, program.tensors[op.output].shape)
+            needs[op.output] = math.prod(op.weights.values.shape[:axes]) * each + beside
+    return {name: size for name, size in needs.items() if size}
 
 
 def _check(op, context):

@@ -21,10 +21,10 @@ TYPES = {
 
 @dataclasses.dataclass
 class Constants:
-    """What lies in flash: arrays, equal ones once, and the fields of descriptors."""
+    """What lies in flash: arrays and descriptors, equal ones once."""
 
     # {(type, contents): (name, declaration)}
-    declarations: dict[tuple[str, bytes], tuple[str, str]] = dataclasses.field(default_factory=dict)
+    declarations: dict[tuple[str, Any], tuple[str, str]] = dataclasses.field(default_factory=dict)
     flash: int = 0  # bytes, with words of 32 bits
 
     def array(self, kind: str, values: np.ndarray) -> str:
@@ -32,22 +32,26 @@ class Constants:
         c_type = TYPES[values.dtype.name]
         key = c_type, values.tobytes()
         if key not in self.declarations:
-            name = f"{kind}_{len(self.declarations)}"
             numbers = [literal(value) for value in values.ravel().tolist()]
             lines = [
                 ", ".join(numbers[i : i + _PER_LINE]) for i in range(0, len(numbers), _PER_LINE)
             ]
-            inside = ",\n    ".join(lines)
-            text = f"static const {c_type} {name}[{values.size}] = {{\n    {inside}}};"
-            self.declarations[key] = name, text
-            self.flash += values.nbytes
+            self._add(key, kind, f"[{values.size}]", lines, values.nbytes)
         return self.declarations[key][0]
 
     def descriptor(self, kind: str, fields: Mapping[str, Any]) -> str:
-        """The declaration of a constant struct, called as its type is in lower case."""
-        self.flash += _WORD * _leaves(fields)
-        inside = ",\n    ".join(f".{key} = {_initializer(v)}" for key, v in fields.items())
-        return f"static const {kind} {kind.lower()} = {{\n    {inside}}};"
+        """The name of a constant struct."""
+        lines = [f".{key} = {_initializer(value)}" for key, value in fields.items()]
+        key = kind, tuple(lines)
+        if key not in self.declarations:
+            self._add(key, kind.lower(), "", lines, _WORD * _leaves(fields))
+        return self.declarations[key][0]
+
+    def _add(self, key, kind, length, lines, size):
+        name, inside = f"{kind}_{len(self.declarations)}", ",\n    ".join(lines)
+        text = f"static const {key[0]} {name}{length} = {{\n    {inside}}};"
+        self.declarations[key] = name, text
+        self.flash += size
 
 
 class Operand(NamedTuple):

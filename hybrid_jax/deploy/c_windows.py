@@ -46,12 +46,13 @@ def weighted(op: p.Conv | p.Dense, context: Context) -> str:
     function = "depthwise" if _is_depthwise(op) else "conv"
     place = f"arena->bytes + {context.plan.scratch[y]}" if y in context.plan.scratch else "0"
     ends = f"{context.operand(x).pointer}, {context.operand(y).pointer}"
-    call = c_text.block(
-        constants.descriptor("Window", _window(op, context)),
-        constants.descriptor("Layer", layer),
-        constants.descriptor("Result", result(output, op.clip)),
-        f"{function}({ends}, &window, &layer, &result, {place});",
-    )
+    described = {
+        "Window": _window(op, context),
+        "Layer": layer,
+        "Result": result(output, op.clip),
+    }
+    fields = ", ".join(f"&{constants.descriptor(*pair)}" for pair in described.items())
+    call = f"{function}({ends}, {fields}, {place});"
     value = "{y}" if output else clamped("{y}", op.clip)
     if value == "{y}":
         return call

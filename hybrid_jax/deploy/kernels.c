@@ -124,6 +124,42 @@ static uint8_t quantize(float x, float multiplier, float low, float high, int32_
     return nearest(steps == steps ? steps : 0.0f, low, high, zero);
 }
 
+/* Once in the file, however often it is called. */
+#ifdef __GNUC__
+#define APART __attribute__((noinline))
+#else
+#define APART
+#endif
+
+APART static void quantize_all(const float *x, uint8_t *y, int32_t n, float multiplier,
+                               const Result *to)
+{
+    const float low = (float)to->low, high = (float)to->high;
+    const int32_t zero = to->zero;
+    for (int32_t i = 0; i < n; i++) {
+        y[i] = quantize(x[i], multiplier, low, high, zero);
+    }
+}
+
+/* start + a * first + b * second, in steps of the multiplier. */
+typedef struct {
+    int32_t start;
+    int32_t first;
+    int32_t second;
+    float multiplier;
+} Terms;
+
+APART static void add(const uint8_t *a, const uint8_t *b, uint8_t *y, int32_t n,
+                      const Terms *terms, const Result *to)
+{
+    const int32_t start = terms->start, first = terms->first, second = terms->second;
+    const int32_t low = to->low, high = to->high, zero = to->zero;
+    const float multiplier = terms->multiplier;
+    for (int32_t i = 0; i < n; i++) {
+        y[i] = requantize(start + a[i] * first + b[i] * second, multiplier, low, high, zero);
+    }
+}
+
 static uint8_t limit(int32_t q, int32_t low, int32_t high)
 {
     return (uint8_t)(q < low ? low : q > high ? high : q);
@@ -177,6 +213,11 @@ static uint8_t *copied(uint8_t *to, const uint8_t *from, int32_t n)
         *to = *from;
     }
     return to;
+}
+
+APART static void copy(uint8_t *to, const uint8_t *from, int32_t n)
+{
+    copied(to, from, n);
 }
 
 /* The window of a pixel, tap by tap and channel by channel: where it lies in the input, or else copied
@@ -323,10 +364,7 @@ static void spread(const uint8_t *a, const uint8_t *b, uint32_t *to, int32_t n)
 #endif
 
 /* One window with two kernels. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
+APART static void pair(const uint8_t *x, const int8_t *w, int32_t n, int32_t packed, int32_t *sums)
 {
     if (packed) {
         int32_t s00 = 0, s10 = 0;
@@ -445,12 +483,9 @@ static void alone(const void *first, const uint8_t *second, const int8_t *w, int
 }
 
 /* n results of one or two windows: those of the second lie `beyond` after those of the first. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-static const int8_t *features_of(const void *first, const uint8_t *second, const int8_t *w,
-                                 int32_t size, const Layer *layer, void *y, int32_t i,
-                                 int32_t beyond, int32_t o, int32_t n, const Result *to)
+APART static const int8_t *features_of(const void *first, const uint8_t *second, const int8_t *w,
+                                       int32_t size, const Layer *layer, void *y, int32_t i,
+                                       int32_t beyond, int32_t o, int32_t n, const Result *to)
 {
     const int32_t packed = layer->packed;
     const int32_t low = to->low, high = to->high, zero = to->zero, encoded = to->encoded;
@@ -535,49 +570,71 @@ static void conv(const uint8_t *x, void *y, const Window *at, const Layer *layer
 }
 
 /* Four channels of a window, whose taps are at these places. */
-#ifdef __GNUC__
-__attribute__((noinline))
-#endif
-static void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_t *w,
-                 int32_t packed, int32_t *sums)
+static inline void four(const uint8_t *x, const int32_t *places, int32_t n, const int8_t *w,
+                        int32_t packed, int32_t *sums)
 {
-#ifdef DSP
     int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
-    for (; n > 0; n -= 2, places += 2) {
-        uint32_t p = word(x + places[0]), q = p >> 16, c, d;
-        if (n > 1) {
-            const uint32_t other = word(x + places[1]);
-            p = (p & 0xFFFFu) | other << 16;
-            q = (other & 0xFFFF0000u) | q;
-            c = word(w);
-            d = packed ? HIGHS(c) : word(w + 4);
-            c = packed ? LOWS(c) : c;
-            w += packed ? 4 : 8;
-        } else {
-            d = rest(w, packed ? 2 : 4);
-            c = packed ? LOWS(d) : d & 0xFFFFu;
-            d = packed ? HIGHS(d) : d >> 16;
-        }
+    const int32_t *end = places + (n & ~1);
+#ifdef DSP
+    for (; places < end; places += 2, w += packed ? 4 : 8) {
+        __asm__("" : "+r"(places), "+r"(w)); /* two pointers, not one and what is between */
+        const uint32_t f = word(x + places[0]), g = word(x + places[1]), both = word(w);
+        const uint32_t p = (f & 0xFFFFu) | g << 16, q = (g & 0xFFFF0000u) | f >> 16;
+        const uint32_t c = packed ? LOWS(both) : both, d = packed ? HIGHS(both) : word(w + 4);
         s0 = dual(even_unsigned(p), even(c), s0);
         s1 = dual(odd_unsigned(p), odd(c), s1);
         s2 = dual(even_unsigned(q), even(d), s2);
         s3 = dual(odd_unsigned(q), odd(d), s3);
     }
-    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
 #else
-    for (; n > 0; n -= 2, places += 2) {
-        const int32_t two = n > 1;
-        for (int32_t tap = 0; tap <= two; tap++) {
-            const uint8_t *at = x + places[tap];
-            for (int32_t c = 0; c < 2; c++) {
-                const int8_t *near = w + 2 * tap + c;
-                sums[c] += at[c] * (packed ? LOW(*near) * 16 : *near);
-                sums[2 + c] += at[2 + c] * (packed ? HIGH(*near) * 16 : near[two ? 4 : 2]);
-            }
-        }
-        w += (packed ? 2 : 4) * (1 + two);
+    /* One tap at a time, for which there are registers. */
+    for (int32_t step = 2; places < end; w += step, step = packed ? 2 : 8 - step) {
+        const uint8_t *a = x + *places++;
+        s0 += a[0] * (packed ? LOW(w[0]) * 16 : w[0]);
+        s1 += a[1] * (packed ? LOW(w[1]) * 16 : w[1]);
+        s2 += a[2] * (packed ? HIGH(w[0]) * 16 : w[4]);
+        s3 += a[3] * (packed ? HIGH(w[1]) * 16 : w[5]);
     }
 #endif
+    if (n & 1) {
+        const uint8_t *a = x + places[0];
+        s0 += a[0] * (packed ? LOW(w[0]) * 16 : w[0]);
+        s1 += a[1] * (packed ? LOW(w[1]) * 16 : w[1]);
+        s2 += a[2] * (packed ? HIGH(w[0]) * 16 : w[2]);
+        s3 += a[3] * (packed ? HIGH(w[1]) * 16 : w[3]);
+    }
+    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+}
+
+/* n channels of a window, four at a time. */
+APART static const int8_t *fours(const uint8_t *x, const int32_t *places, int32_t taps,
+                                 const int8_t *w, const Layer *layer, void *y, int32_t i, int32_t n,
+                                 const Result *to)
+{
+    const int32_t packed = layer->packed, step = packed ? 2 * taps : 4 * taps;
+    const int32_t low = to->low, high = to->high, zero = to->zero, encoded = to->encoded;
+    const int32_t *bias = layer->bias;
+    const float *m = layer->multiplier;
+    for (; n > 0; n -= 4, x += 4, w += step, i += 4, bias += 4, m += 4) {
+        int32_t sums[4] = {bias[0], bias[1], bias[2], bias[3]};
+        if (packed) {
+            four(x, places, taps, w, 1, sums);
+        } else {
+            four(x, places, taps, w, 0, sums);
+        }
+        if (encoded) {
+            uint8_t *out = (uint8_t *)y + i;
+            out[0] = requantize(sums[0], m[0], low, high, zero);
+            out[1] = requantize(sums[1], m[1], low, high, zero);
+            out[2] = requantize(sums[2], m[2], low, high, zero);
+            out[3] = requantize(sums[3], m[3], low, high, zero);
+        } else {
+            float *out = (float *)y + i;
+            out[0] = (float)sums[0] * m[0], out[1] = (float)sums[1] * m[1];
+            out[2] = (float)sums[2] * m[2], out[3] = (float)sums[3] * m[3];
+        }
+    }
+    return w;
 }
 
 /* Kernels of four channels lie together, two taps at a time: two channels of both and then the other
@@ -605,15 +662,8 @@ static void depthwise(const uint8_t *x, void *y, const Window *at, const Layer *
             const uint8_t *from =
                 inside ? x + (down.start * at->across.length + beside.start) * channels
                        : window(x, at, layer, channels, row, column, (uint8_t *)(close + n));
-            const int8_t *w = layer->weights;
-            for (int32_t c = 0; c < whole; c += 4, w += packed ? 2 * n : 4 * n) {
-                int32_t sums[4] = {layer->bias[c], layer->bias[c + 1], layer->bias[c + 2],
-                                   layer->bias[c + 3]};
-                four(from + c, places, n, w, packed, sums);
-                for (int32_t j = 0; j < 4; j++) {
-                    put(y, i + c + j, sums[j], layer->multiplier[c + j], to);
-                }
-            }
+            const int8_t *w =
+                fours(from, places, n, layer->weights, layer, y, i, whole, to);
             for (int32_t c = whole; c < channels; c++, w += packed ? (n + 1) / 2 : n) {
                 int32_t sum = layer->bias[c];
                 for (int32_t k = 0; k < n; k++) {

@@ -6,12 +6,20 @@ at the same time. No placement takes less than what is live at any time, from wh
 planned (`cost.of_program`).
 """
 
+import collections
 import math
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
 from hybrid_jax.program.graph import Program
-from hybrid_jax.program.operations import Constant, Convert, Operation, Reshape
+from hybrid_jax.program.operations import (
+    Concatenate,
+    Constant,
+    Convert,
+    Operation,
+    Reshape,
+    Slice,
+)
 
 _Key = TypeVar("_Key")
 _FLOAT = 4  # bytes
@@ -29,18 +37,19 @@ class Buffer(NamedTuple):
 class Lifetimes(NamedTuple):
     """What is live when."""
 
-    # Bytes of the block by the name of the edge that is first in them; (name of an operation's
+    # Bytes of the block by the name of the edge that has all of them; (name of an operation's
     # output,) for what the operation needs for itself
     buffers: dict[Hashable, Buffer]
-    homes: dict[str, str]  # {edge: the first edge of the bytes in which it lies}
-    ends: dict[str, str]  # {that edge: the input, output or constant in whose own memory it lies}
+    homes: dict[str, str]  # {edge: the edge that has all of the bytes in which it lies}
+    within: dict[str, int]  # {edge: its first byte, from the first of these on}
+    ends: dict[str, str]  # {such an edge: the input, output or constant in whose memory it lies}
 
 
 class Plan(NamedTuple):
     """Places in a block of `size` bytes."""
 
-    offsets: dict[str, int]  # {edge: its first byte} of those in the block
-    # {edge: the input, output or constant in whose own memory it lies} of the others
+    offsets: dict[str, int]  # {edge: its first byte in the block, or in what `ends` says}
+    # {edge: the input, output or constant in whose own memory it lies} of those not in the block
     ends: dict[str, str]
     # {name of an operation's output: the first byte of what it needs for itself}
     scratch: dict[str, int]
@@ -52,18 +61,19 @@ def plan(program: Program, scratch: Mapping[str, int] | None = None) -> Plan:
 
     Inputs and constants lie where they are, and are not written to; a float32 output is made in the
     memory of whoever calls. An edge lives from the operation that makes it to the last that reads
-    it, an output to the end. A reshape lies where its input lies; an element-wise result takes the
-    place of an operand of its size that is not read again. Floats lie on multiples of four bytes.
-    `scratch` are {name of an operation's output: bytes that it needs for itself while it runs},
-    which lie on multiples of four bytes, too.
+    it, an output to the end. A reshape lies where its input lies, and so do rows of it; an
+    element-wise result takes the place of an operand of its size that is not read again; rows that
+    are put together are made in their places, but for views and those that are read again. Floats
+    lie on multiples of four bytes. `scratch` are {name of an operation's output: bytes that it
+    needs for itself while it runs}, which lie on multiples of four bytes, too.
     """
-    buffers, homes, ends = lifetimes(program, scratch)
-    placed = place(buffers)
+    live = lifetimes(program, scratch)
+    placed = place(live.buffers)
     return Plan(
-        {name: placed[home] for name, home in homes.items() if home in placed},
-        {name: ends[home] for name, home in homes.items() if home in ends},
+        {name: placed.get(home, 0) + live.within[name] for name, home in live.homes.items()},
+        {name: live.ends[home] for name, home in live.homes.items() if home in live.ends},
         {name: placed[(name,)] for name in scratch or {}},
-        size(buffers, placed),
+        size(live.buffers, placed),
     )
 
 
@@ -74,33 +84,52 @@ def lifetimes(program: Program, scratch: Mapping[str, int] | None = None) -> Lif
     last |= dict.fromkeys(program.outputs, len(steps))
     homes = {name: name for name in program.inputs}
     homes |= {op.output: op.output for op in steps if isinstance(op, Constant)}
-    ends = dict(homes)
+    ends, within, views = dict(homes), dict.fromkeys(homes, 0), set()
     buffers: dict[Hashable, Buffer] = {}
+    lying = collections.defaultdict(list, {name: [name] for name in homes})
+
+    def is_free(name, step):
+        """Whether all of the bytes in which an edge lies are its own and not read again."""
+        buffer = buffers.get(homes[name])
+        return buffer and buffer.last == step and buffer.size == _size(program, name)
+
     for i, op in enumerate(steps):
-        name = op.output
+        name, at = op.output, 0
         if name in homes:
             continue
-        shared = [homes[own] for own in _in_place(program, op)]
-        taken = (own for own in shared if own in buffers and buffers[own].last == i)
-        home = shared[0] if is_view(program, op) else next(taken, name)
+        if is_view(program, op):
+            (own,) = op.inputs
+            views.add(name)
+            home, at = homes[own], within[own] + _start(program, op)
+        else:
+            taken = (homes[own] for own in _in_place(program, op) if is_free(own, i))
+            home = next(taken, name)
         if home == name:
-            width = _width(program, name)
-            count = math.prod(program.tensors[name].shape)
-            buffers[name] = Buffer(width * count, i, i, width)
-        homes[name] = home
+            first = i
+            for part, start in _put_together(program, op):
+                if part not in views and is_free(part, i):
+                    own = homes[part]
+                    first = min(first, buffers.pop(own).first)
+                    for edge in lying.pop(own):
+                        homes[edge], within[edge] = name, within[edge] + start
+                        lying[name].append(edge)
+            buffers[name] = Buffer(_size(program, name), first, i, _width(program, name))
+        homes[name], within[name] = home, at
+        lying[home].append(name)
         if home in buffers:
             until = max(buffers[home].last, last.get(name, i))
             buffers[home] = buffers[home]._replace(last=until)
     for name in program.outputs:
-        tensor = program.tensors[name]
-        if tensor.encoding is None and tensor.dtype == "float32" and homes[name] in buffers:
-            del buffers[homes[name]]
-            ends[homes[name]] = name
+        tensor, home = program.tensors[name], homes[name]
+        whole = home in buffers and buffers[home].size == _size(program, name)
+        if tensor.encoding is None and tensor.dtype == "float32" and whole:
+            del buffers[home]
+            ends[home] = name
     # An operation's own memory goes by a name that no tensor has.
     for i, op in enumerate(steps):
         if op.output in (scratch or {}):
             buffers[(op.output,)] = Buffer(scratch[op.output], i, i, _FLOAT)
-    return Lifetimes(buffers, homes, ends)
+    return Lifetimes(buffers, homes, within, ends)
 
 
 def size(buffers: Mapping[_Key, Buffer], placed: Mapping[_Key, int]) -> int:
@@ -130,24 +159,47 @@ def place(buffers: Mapping[_Key, Buffer]) -> dict[_Key, int]:
 
 
 def is_view(program: Program, op: Operation) -> bool:
-    """Whether an operation leaves the stored bytes as they are."""
+    """Whether an operation leaves the stored bytes as they are, all or whole rows of them."""
     if isinstance(op, Convert):
         return program.encoding(op.inputs[0]) == program.encoding(op.output)
+    if isinstance(op, Slice):
+        _, *others = program.tensors[op.inputs[0]].shape
+        whole = list(op.starts[1:]) == [0] * len(others) and list(op.stops[1:]) == others
+        return whole and set(op.strides) == {1}
     return isinstance(op, Reshape)
 
 
+def _start(program, op):
+    """The first byte of a view, from that of its input on."""
+    return op.starts[0] * _row(program, op.output) if isinstance(op, Slice) else 0
+
+
+def _put_together(program, op):
+    """(part, its first byte) of what rows are put together from as they are stored."""
+    start = 0
+    for name in op.inputs if isinstance(op, Concatenate) and op.axis == 0 else ():
+        if program.encoding(name) == program.encoding(op.output):
+            yield name, start
+        start += program.tensors[name].shape[0] * _row(program, op.output)
+
+
+def _row(program, name):
+    return math.prod(program.tensors[name].shape[1:]) * _width(program, name)
+
+
 def _in_place(program, op):
-    name = op.output
+    """The operands of the result's size that it may be written over."""
     return [
         own
         for own in op.inputs
-        if is_view(program, op)
-        or (
-            op.in_place
-            and program.tensors[own].shape == program.tensors[name].shape
-            and _width(program, own) == _width(program, name)
-        )
+        if op.in_place
+        and program.tensors[own].shape == program.tensors[op.output].shape
+        and _width(program, own) == _width(program, op.output)
     ]
+
+
+def _size(program, name):
+    return math.prod(program.tensors[name].shape) * _width(program, name)
 
 
 def _width(program, name):

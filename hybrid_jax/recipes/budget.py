@@ -24,7 +24,8 @@ class Budget:
 
     Attributes:
       bytes: Of each file; of a C file its constants.
-      memory: Bytes that activations take at a time; inputs and outputs are the caller's.
+      memory: Bytes that activations take at a time, each whole; inputs and outputs are the
+        caller's. A C file, which computes large ones some rows at a time, takes less.
       macs: Multiply-accumulates for one example.
       bops: Σ MACs · weight bits · activation bits.
       latency: Only a fraction, of the parent's in `runtime`.
@@ -89,7 +90,8 @@ FILES = {
 }
 """{target: in which bits its files hold kernels, and what they hold beside numbers}.
 
-C's are exact, the others those of ResNets: what they miss is measured, see `meet`.
+C's are exact but for descriptors, of which equal ones are there once and bands of rows have some
+more; the others are those of ResNets. What they miss is measured, see `meet`.
 """
 
 

@@ -60,6 +60,7 @@ class Size:
       trained: {name: model} whose training steps are measured.
       embedded: {name: (model, (H, W, C))} that run on microcontrollers; choices are of the first.
       embedded_images: How many images each answers there.
+      embedded_layers: Which of the single layers are counted there.
       processors: Those microcontrollers, of `deploy.PROCESSORS`.
     """
 
@@ -78,6 +79,7 @@ class Size:
         default_factory=dict
     )
     embedded_images: int = 2
+    embedded_layers: Sequence[int] = (0, 6)
     processors: Sequence[str] = ("Cortex-M4F", "Cortex-M0+")
 
 
@@ -126,6 +128,7 @@ SIZES = {
             "mobilenet_v2 × 0.35": (models.create("mobilenet_v2", 10, width=0.35), (96, 96, 3)),
         },
         embedded_images=3,
+        embedded_layers=range(7),
         processors=("Cortex-M4F", "Cortex-M7", "Cortex-M3", "Cortex-M0+"),
     ),
 }

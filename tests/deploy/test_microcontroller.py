@@ -10,13 +10,15 @@ from built import RELU, Build
 from compiled import COMPILERS
 
 from hybrid_jax import deploy
-from hybrid_jax.deploy import artifact
+from hybrid_jax.deploy import artifact, microcontroller
 from hybrid_jax.program import UNBOUNDED, Encoding
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec(name), reason=f"no {name}")
     for name in ("ziglang", "unicorn")
 ]
+
+WARNED = ("-Werror", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wsign-conversion")
 
 # Two words are pushed and popped, one is read and written a hundred times.
 LOOP = """void loop_run(const float *input, float *output);
@@ -105,7 +107,10 @@ def networks(tmp_path_factory):
         ("Cortex-M0+", "-Os"),
     ],
 )
-def test_networks_answer_with_the_bits_of_this_machine(networks, processor, optimize):
+def test_networks_answer_with_the_bits_of_this_machine(networks, processor, optimize, monkeypatch):
+    """Compiled by Clang, which has nothing to warn of."""
+    zig = microcontroller._zig
+    monkeypatch.setattr(microcontroller, "_zig", lambda *given: zig(*given, *WARNED))
     for path, manifest, x, want in networks:
         ran = deploy.emulate(path, x, processor=processor, optimize=optimize)
         assert ran.outputs[0].tobytes() == want.tobytes()

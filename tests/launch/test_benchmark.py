@@ -57,10 +57,23 @@ ROWS = {
         "top-1 mixture, all experts / one expert",
     ],
     "microcontroller": [
-        f"{network}, {processor} {optimize}"
-        for network in ("tiny int8", "tiny int4", "mixture of two int8", "cascade, int4 then int8")
-        for processor in ("Cortex-M4F", "Cortex-M0+")
-        for optimize in ("-O2", "-Os")
+        *(
+            f"{layer}, int{bits}, {processor} -O3"
+            for layer in ("3x3, 16x16x32 to 32", "dense, 256 to 10")
+            for bits in (8, 4)
+            for processor in ("Cortex-M4F", "Cortex-M0+")
+        ),
+        *(
+            f"{network}, {processor} {optimize}"
+            for network in (
+                "tiny int8",
+                "tiny int4",
+                "mixture of two int8",
+                "cascade, int4 then int8",
+            )
+            for processor in ("Cortex-M4F", "Cortex-M0+")
+            for optimize in ("-O3", "-O2", "-Os")
+        ),
     ],
 }
 SLOW = ("quantization", "microcontroller", "scaling")

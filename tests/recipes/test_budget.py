@@ -115,9 +115,7 @@ def test_bits_that_keep_a_budget(digits, traced, measured, tmp_path):
     assert all(roles["activation"] == 8 for roles in found.bits.values())
     stated = quantization.with_bits(spec, found.bits)
     files = written(tmp_path, digits.fn, digits.params, digits.images[:8], stated, ["c"])
-    # Rows of 9 weights in 4 bits begin in a byte of their own: half a byte for some of them.
-    assert 0 <= files["c"]["flash"] - found.costs["bytes"] <= 16
-    assert files["c"]["ram"] == found.costs["memory"]
+    assert_counted(files["c"], found.costs)
     chosen = zip(measured.bits.values(), weights, strict=True)
     assert found.damage == pytest.approx(sum(own["weight"][b] for own, b in chosen))
 
@@ -156,12 +154,17 @@ def test_widths_and_bits_keep_a_budget_on_the_narrowed_network(digits, traced, m
     assert core.trace(small, params, digits.images[:1]).macs == found.costs["macs"]
     stated = quantization.with_bits(spec, found.bits)
     files = written(tmp_path, small, params, digits.images[:8], stated, ["c"])
-    assert 0 <= files["c"]["flash"] - found.costs["bytes"] <= 32
-    assert found.costs["memory"] == files["c"]["ram"]
+    assert_counted(files["c"], found.costs)
     with pytest.raises(ValueError, match="channels and bits do not meet it, a smaller network"):
         choices.choose(made, {"macs": 100})
     with pytest.raises(ValueError, match=r"group of widths must be one of .*, got 'stem'"):
         choices.with_widths(measured, graph, {"stem": {1: 0.0}})
+
+
+def assert_counted(manifest, costs):
+    """Bands of rows take less memory than is counted, and windows of their own."""
+    assert manifest["flash"] == pytest.approx(costs["bytes"], rel=0.05)
+    assert manifest["ram"] <= costs["memory"]
 
 
 def narrowed(fn, params, graph, scores, x, widths):
