@@ -6,7 +6,8 @@ from typing import Any
 from hybrid_jax import experts, pruning
 from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.gate import check_fitted
-from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.optimizer import optimizer
+from hybrid_jax.recipes.task import Task
 from hybrid_jax.recipes.taught import Taught
 from hybrid_jax.recipes.train import as_forward, fit_each, held
 

@@ -14,7 +14,8 @@ import optax
 
 from hybrid_jax import core, experts, models, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, with_functions
-from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.optimizer import optimizer
+from hybrid_jax.recipes.task import Task
 from hybrid_jax.recipes.taught import UNTAUGHT
 from hybrid_jax.recipes.train import CALIBRATION_BATCHES, held
 

@@ -286,6 +286,7 @@ def prepare(
         given=not isinstance(network, nn.Module),
         labelled=labelled,
         devices=demands.devices(config.devices),
+        precision=config.precision,
     )
     demands.divided(task, config)
     outputs = jax.eval_shape(taken.predict, taken.params, few)

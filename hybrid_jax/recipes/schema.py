@@ -212,11 +212,13 @@ def _check_agreement(config: Config) -> None:
                 f"config.experts.diversity must be without {source!r} with "
                 f"config.budget.{costs[0]}, which chooses it, got {experts.diversity!r}"
             )
-    at_sites = experts.steps - round(experts.deployed * experts.steps)
+    not_deployed = experts.steps - round(experts.deployed * experts.steps)
+    at_sites = not_deployed - round(experts.floats * not_deployed)
     if experts.schedule and at_sites < 2:
         raise ValueError(
-            "config.experts.deployed must leave 2 of the steps or more to experts.schedule, "
-            f"got {experts.deployed}, which leaves {at_sites} of {experts.steps}"
+            "config.experts.floats and deployed must leave 2 of the steps or more to "
+            f"experts.schedule, got {experts.floats} and {experts.deployed}, which leave "
+            f"{at_sites} of {experts.steps}"
         )
     # A source of diversity that would make no difference is an error, not a silent nothing.
     lists = {"criterion": "criteria", "bits": "bits", "width": "sparsities"}

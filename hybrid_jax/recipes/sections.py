@@ -35,6 +35,9 @@ Side = Annotated[int, Integer(1, 2**14)]
 Size = Annotated[tuple[int, ...], Each(Integer(1, 2**14), range(3))]
 Cost = Annotated[int | float, Either(Integer(2, 10**15), Real(0, 1))]
 Ranges = Annotated[str, Choice("hybrid_jax.quantization.observers:of_any_bits")]
+Optimizer = Annotated[
+    str, Choice("hybrid_jax.recipes.optimizer:DIRECTIONS"), "What turns gradients into directions."
+]
 Allocation = Annotated[str, Choice("hybrid_jax.pruning:ALLOCATIONS")]
 
 CHANNELS = Integer(1, 2**16)
@@ -194,6 +197,7 @@ class Parent:
 
     steps: Annotated[Steps, "Steps; 0 takes given weights as they are."] = 300
     batch_size: Annotated[Batch, "Images in each step."] = 64
+    optimizer: Optimizer = "adam"
     learning_rate: Annotated[Rate, "Learning rate at its peak."] = 0.01
     weight_decay: Annotated[Decay, "Decay of kernels, per step and unit of the rate."] = 0.01
     label_smoothing: Annotated[BelowOne, "Part of a label that is spread over all classes."] = 0.0
@@ -267,11 +271,13 @@ class Experts:
         "The gradient by which ranges of inputs of sites are learned; fixed leaves them.",
     ] = "lsq"
     deployed: Annotated[Fraction, "Last part of the steps, on the network as it is deployed."] = 0.2
+    floats: Annotated[BelowOne, "First part of the other steps, in floats."] = 0.0
     method: Annotated[
         str, Choice(("auto", "vmap", "map", "unroll")), "How they are mapped; auto measures."
     ] = "auto"
     steps: Annotated[SomeSteps, "Steps of each expert."] = 300
     batch_size: Annotated[Batch, "Images in each step."] = 64
+    optimizer: Optimizer = "adam"
     learning_rate: Annotated[Rate, "Learning rate at its peak."] = 0.004
     weight_decay: Annotated[Decay, "Decay of kernels, per step and unit of the rate."] = 0.01
 
@@ -404,6 +410,11 @@ class Config:
         "What is learned and judged by; '' is classification where labels are classes.",
     ] = ""
     checkpoint_every: Annotated[SomeSteps, "Steps between checkpoints."] = 500
+    precision: Annotated[
+        str,
+        Choice(("float32", "bfloat16")),
+        "What networks are trained in until they are as deployed; weights stay in float32.",
+    ] = "float32"
     devices: Annotated[
         int,
         Integer(0, 2**20),

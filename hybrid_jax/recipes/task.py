@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hybrid_jax import core, data, models, quantization, training
+from hybrid_jax import core, data, models, training
 from hybrid_jax.recipes import workdir
 from hybrid_jax.recipes.cut import Cut, Model
 from hybrid_jax.recipes.taught import UNTAUGHT, Taught, answers
@@ -45,6 +45,7 @@ class Task:
       given: Whether the network came with its weights.
       labelled: Whether labels came with the images, and are not what the network says of them.
       devices: What trains and evaluates, in all processes; () is the default device alone.
+      precision: The dtype that networks are trained in before they are as deployed.
     """
 
     network: models.Network
@@ -63,6 +64,7 @@ class Task:
     given: bool = True
     labelled: bool = True
     devices: Sequence[jax.Device] = ()
+    precision: str = "float32"
 
     @property
     def judged(self) -> data.Arrays:
@@ -119,6 +121,20 @@ class Task:
     def loss(self, forward: Callable, alpha: float = 0.0) -> Callable:
         """Returns the loss function of a step, of which `alpha` is the teacher's share."""
         return training.loss_of(forward, self.objective, alpha)
+
+    def computed(self, forward: Callable) -> Callable:
+        """Returns the forward function of a step in `precision`, but for ranges."""
+        if self.precision == "float32":
+            return forward
+
+        def run(params, state, images, key):
+            def own(weights, *others):
+                return forward({**params, "params": weights}, *others)
+
+            computed = training.compute_in(own, jnp.dtype(self.precision))
+            return computed(params["params"], state, images, key)
+
+        return run
 
     def taught(self, parent: Model) -> Taught:
         """Returns what compressed networks learn from: the teacher, or where there is none this."""
@@ -278,33 +294,6 @@ class Task:
 def on_accelerator() -> bool:
     """Whether steps are to be one program with the images beside it: a CPU has nothing of it."""
     return jax.default_backend() != "cpu"
-
-
-def optimizer(
-    learning_rate: float, weight_decay: float, steps: int, first: int = 0, flat: bool = True
-) -> optax.GradientTransformation:
-    """AdamW with a tenth of warm-up and a cosine to zero; kernels alone decay, ranges stay ranges.
-
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
-
-    `learning_rate` is that of the peak, and `weight_decay` per step and unit of it. It goes on with
-    the schedule after its `first` steps. What `flat` makes faster to compile and to launch cannot
-    tell what of its state belongs to a weight, as masks that change ask it.
-    """
-    whole = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
-
-    def schedule(count):
-        return whole(count + first)
-
-    def kernels(params):
-        return core.map_with_path(lambda path, w: "ranges/" not in path and np.ndim(w) > 1, params)
-
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    # As one vector: a few operations instead of a few per leaf.
-    adam = optax.flatten(adam) if flat else adam
-    decay = optax.add_decayed_weights(weight_decay, mask=kernels)
-    rate = optax.scale_by_learning_rate(schedule)
-    return optax.chain(adam, decay, quantization.scale_by_width(), rate)
 
 
 def _number(name: str) -> int:

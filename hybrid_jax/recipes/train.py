@@ -1,7 +1,7 @@
 """Training of compressed networks: quantized at their sites, then up to what is deployed."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import optax
 
 from hybrid_jax import core, experts, pruning, quantization, training
 from hybrid_jax.recipes.cut import Cut, Model, deployed, with_functions
+from hybrid_jax.recipes.optimizer import optimizer
 from hybrid_jax.recipes.prune import of_kernels
-from hybrid_jax.recipes.task import Task, optimizer
+from hybrid_jax.recipes.task import Task
 from hybrid_jax.recipes.taught import UNTAUGHT, Taught
 
 CALIBRATION_BATCHES = 8
@@ -23,7 +24,10 @@ def parent(task: Task, dense: Model, settings: Any) -> Model:
     cut = dense.cut
     params, rest = cut.split(cut.variables)
     forward = in_training(cut, cut.network.train)
-    tx = optimizer(settings.learning_rate, settings.weight_decay, settings.steps)
+    tx = optimizer(
+        settings.learning_rate, settings.weight_decay, settings.steps, direction=settings.optimizer
+    )
+    forward = task.computed(forward)
     step = training.make_step(task.loss(forward), task.augmented, choices=task.choices)
     state = task.start("parent", {"params": params}, {"rest": rest}, tx)
     trained = task.fit("parent", step, state, settings.steps, settings.batch_size)
@@ -43,9 +47,10 @@ def compress(
 ) -> list[Model]:
     """Returns the networks trained by distillation: as they are cut, and then as deployed.
 
-    They are quantized at their sites with BatchNorm alive. For the last part of the steps,
-    `settings.deployed`, each is what a device computes, with BatchNorm folded. Those of one program
-    are trained as one stack under one `jit`.
+    For the last part of the steps, `settings.deployed`, each is what a device computes, with
+    BatchNorm folded. Before, it is alive: for a first part of these, `settings.floats`, they are
+    not quantized, and then at their sites. Those of one program are trained as one stack under one
+    `jit`.
 
     `settings` are those of config.experts, of which `steps` may be others; `alpha` is the teacher's
     share of the loss, `weights` (E, n) those of each training image for each network, None for all
@@ -53,7 +58,14 @@ def compress(
     """
     steps = settings.steps if steps is None else steps
     last = round(settings.deployed * steps)
-    inner = functools.partial(optimizer, settings.learning_rate, settings.weight_decay, steps)
+    first = round(settings.floats * (steps - last))
+    inner = functools.partial(
+        optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        steps,
+        direction=settings.optimizer,
+    )
     fit = functools.partial(
         fit_each,
         task,
@@ -63,9 +75,10 @@ def compress(
         method=settings.method,
         weights=weights,
     )
-    made = at_sites(
-        task, made, name, settings, fit, inner(flat=not settings.schedule), steps - last
-    )
+    if first:
+        made = in_floats(task, made, f"{name}_floats", settings, fit, inner(), first)
+    tx = inner(first, flat=not settings.schedule)
+    made = at_sites(task, made, name, settings, fit, tx, steps - last - first)
     made = with_functions(list(map(deployed, made)))
     if not last:
         return made
@@ -80,14 +93,45 @@ def compress(
     return [model.trained(params) for model, (params, _) in zip(made, trained, strict=True)]
 
 
-def at_sites(task, made, name, settings, fit, tx, steps) -> list[Model]:
-    """Returns the networks after training quantized at their sites, with ranges of these."""
+def in_floats(task, made, name, settings, fit, tx, steps) -> list[Model]:
+    """Returns the networks after training in floats."""
+    predicts, groups = _programs(task, made)
+    parts = [model.cut.split(model.cut.variables) for model in made]
+    starts = [{"params": params} for params, _ in parts]
+    first = {fn: made[members[0]].cut for fn, members in groups.items()}
+    forwards = {fn: task.computed(in_training(cut, cut.network.train)) for fn, cut in first.items()}
+    trained = fit(
+        name,
+        [forwards[fn] for fn in predicts],
+        starts,
+        [{"rest": rest} for _, rest in parts],
+        [
+            pruning.hold_masks(tx, _masked(own, model.masks))
+            for model, own in zip(made, starts, strict=True)
+        ],
+        steps=steps,
+    )
+    return [
+        model._replace(
+            cut=model.cut.with_variables(model.cut.merge(params["params"], state["rest"]))
+        )
+        for model, (params, state) in zip(made, trained, strict=True)
+    ]
+
+
+def _programs(task, made) -> tuple[list[Callable], dict[Callable, list[int]]]:
+    """The function of each network, one for those of one program, and the numbers of these."""
     predicts = experts.alike(
         [model.cut.network.predict for model in made],
         [model.cut.variables for model in made],
         task.image,
     )
-    groups = {fn: [e for e, own in enumerate(predicts) if own is fn] for fn in predicts}
+    return predicts, {fn: [e for e, own in enumerate(predicts) if own is fn] for fn in predicts}
+
+
+def at_sites(task, made, name, settings, fit, tx, steps) -> list[Model]:
+    """Returns the networks after training quantized at their sites, with ranges of these."""
+    predicts, groups = _programs(task, made)
     forwards, starts = {}, {}
     for fn, members in groups.items():
         cuts = [made[e].cut for e in members]
@@ -98,7 +142,8 @@ def at_sites(task, made, name, settings, fit, tx, steps) -> list[Model]:
     sparse = [
         sparsified(tx, model, own, settings, steps) for model, own in zip(made, params, strict=True)
     ]
-    trained = fit(name, [forwards[fn] for fn in predicts], params, states, sparse, steps=steps)
+    computed = {fn: task.computed(forward) for fn, forward in forwards.items()}
+    trained = fit(name, [computed[fn] for fn in predicts], params, states, sparse, steps=steps)
     done = list(made)
     for fn, members in groups.items():
         stack = [experts.stack([trained[e][part] for e in members]) for part in (0, 1)]
@@ -120,11 +165,7 @@ def sparsified(
     As `settings.schedule` says, they come in over the first half of `steps`.
     """
     graph = model.cut.graph
-    nothing = jax.tree.map(lambda _: optax.MaskedNode(), params)
-
-    def masked(values):
-        return {**nothing, "params": {**nothing["params"], **values}}
-
+    masked = functools.partial(_masked, params)
     if not (model.masks and settings.schedule):
         return pruning.hold_masks(tx, masked(model.masks))
     kernels = {path: kernel for path, kernel in graph.kernels.items() if path in model.masks}
@@ -137,6 +178,12 @@ def sparsified(
         of_kernels(graph, settings.weight_granularity, "params/"),
         pruning.ALLOCATIONS[settings.weight_allocation](graph),
     )
+
+
+def _masked(params: Any, values: Mapping[str, Any]) -> Any:
+    """Masks, or scores, of some weights among `params`."""
+    nothing = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    return {**nothing, "params": {**nothing["params"], **values}}
 
 
 def _starts(task, cuts: Sequence[Cut], settings) -> list[tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from launch.benchmarks.measure import Row, Size
 from launch.benchmarks.quantization import qat
 
 EXPERTS = 4
-DEVICES = (1, 2, 4, 8)
+DEVICES = (2, 4, 8)
 
 
 def steps(size: Size) -> Iterator[Row]:

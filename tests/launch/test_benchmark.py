@@ -43,9 +43,9 @@ ROWS = {
         *(
             f"{kind} step, {count} devices / {count} steps on one"
             for kind in ("plain", "pruned", "QAT", "stacked")
-            for count in (1, 2, 4)
+            for count in (2, 4)
         ),
-        *(f"batch / step, {count} devices" for count in (1, 2, 4)),
+        *(f"batch / step, {count} devices" for count in (2, 4)),
     ],
     "experts": [
         *(

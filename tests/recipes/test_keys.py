@@ -23,8 +23,9 @@ def run(tmp_path_factory):
     splits = data.take((images[:200], labels[:200]))
     given = strangers.functions()
 
-    def make(**changes):
+    def make(precision="float32", **changes):
         config = recipes.default_config()
+        config.precision = precision
         config.effort = "finetune"
         config.experts.steps, config.experts.batch_size, config.experts.deployed = 6, 8, 0.0
         config.experts.update(**changes)
@@ -43,6 +44,42 @@ def trained(task, config):
     made = pruned(task, config)
     (found,) = train.compress(task, task.parent, [made], "experts", config.experts, 0.5)
     return found
+
+
+def test_the_first_steps_are_in_floats(run):
+    task, config = run(floats=0.5, optimizer="sgd")
+    trained(task, config)
+    records = training.read_records(task.workdir / "records.jsonl")
+    steps = {record["name"]: record["step"] for record in records}
+    assert steps == {"experts_floats": 3, "experts": 3}
+
+
+def test_precision_is_that_of_products_in_training(run):
+    """What enters them is rounded last, so that ranges are of floats of 32 bits."""
+    task, config = run(precision="bfloat16")
+    seen = []
+
+    def fit(name, forwards, params, states, optimizers, *, steps):
+        seen.extend(zip(forwards, params, states, strict=True))
+        return list(zip(params, states, strict=True))
+
+    made, tx = [pruned(task, config)], optax.sgd(0.1)
+    train.in_floats(task, made, "experts_floats", config.experts, fit, tx, 1)
+    train.at_sites(task, made, "experts", config.experts, fit, tx, 1)
+    floats, sites = (
+        str(jax.make_jaxpr(forward)(*parts, task.images[:2], jax.random.key(0)))
+        for forward, *parts in seen
+    )
+    for text in (floats, sites):
+        lines = [line for line in text.splitlines() if "conv_general" in line or "dot_gen" in line]
+        assert len(lines) == 3
+        assert all("bf16" in line.split("=")[0] for line in lines)
+    rounded = [line for line in sites.splitlines() if "= round[" in line]
+    assert rounded
+    assert all("f32" in line.split("=")[0] for line in rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained(task, config).params)} == {
+        jnp.dtype("float32")
+    }
 
 
 def widths(model):

@@ -266,9 +266,10 @@ DISAGREEMENTS = {
     "experts.weight_sparsity must be above 0 with config.experts.weight_allocation = 'erk'": {
         "experts.weight_allocation": "erk",
     },
-    "experts.deployed must leave 2 .* to experts.schedule, got 1.0, which leaves 0 of 300": {
+    "experts.floats and deployed must leave 2 .* got 0.5 and 1.0, which leave 0 of 300": {
         "experts.weight_sparsity": 0.5,
         "experts.schedule": "cubic",
+        "experts.floats": 0.5,
         "experts.deployed": 1.0,
     },
     "experts.jitter must not be 0 with diversity 'seed'": {
