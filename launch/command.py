@@ -109,7 +109,10 @@ def run(
     the exit code, as of a shell.
     """
     if {"-h", "--help"} & set(argv):
-        print(doc() if callable(doc) else doc)
+        try:
+            print(doc() if callable(doc) else doc)
+        except ValueError as error:
+            return _fail(error)
         return 0
     with _stoppable():
         try:

@@ -66,6 +66,9 @@ def cli(argv: list[str]) -> int:
     """Runs the command line."""
 
     def doc():
+        for flag in argv:
+            if flag.startswith("--config="):
+                _load(flag.partition("=")[2])  # which may add names of one's own
         return f"{__doc__}\nKeys of the configuration:\n\n{recipes.help_text()}"
 
     return command.run(argv, doc, _compress)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from built import RELU, Build, floats
 
@@ -87,18 +88,30 @@ def in_floats(choice):
     return dataclasses.replace(choice, stages=tuple(map(floats, choice.stages)))
 
 
-def by_hand(share=0.0):
-    """Of two numbers: themselves, thrice them, or their opposites; thresholds 0.8 and 0.9."""
+def by_hand(share=0.0, shape=(2,)):
+    """Of two numbers: themselves, thrice them, or their opposites; thresholds 0.8 and 0.9.
+
+    Of shape (1, 2) with a confidence of its own, how far they are apart, and thresholds of a half.
+    """
 
     def scaled(factor):
         steps = (p.Function(("x",), "y", (Step("mul", (0, 1)),), (np.array(factor, np.float32),)),)
-        return Program("x", "y", {"x": Tensor((2,)), "y": Tensor((2,))}, steps)
+        return Program("x", "y", {"x": Tensor(shape), "y": Tensor(shape)}, steps)
 
-    return p.Cascade(tuple(map(scaled, (1, 3, -1))), (0.8, 0.9), share)
+    stages, apart = tuple(map(scaled, (1, 3, -1))), None
+    if shape != (2,):
+        apart = p.lower(lambda _, y: apart_by(y), {}, IMAGES.reshape(-1, *shape))
+    return p.Cascade(stages, (0.5, 0.5) if apart else (0.8, 0.9), share, apart)
+
+
+def apart_by(y):
+    """A quarter of the distance between the two numbers of (B, 1, 2), at most 1."""
+    return jnp.minimum(jnp.abs(y[:, 0, 0] - y[:, 0, 1]) / 4, 1)
 
 
 # e³ / (1 + e³) is 0.953: the first is sure. Of (1, 0) it is 0.731, and of (3, 0) the second is. Of
 # (0.5, 0) they are 0.62 and, of (1.5, 0), 0.818: the last answers. With half of the answer before,
-# the second has (3.5, 0) and (1.75, 0), of 0.852, and the last (-0.5 + 0.875, 0).
+# the second has (3.5, 0) and (1.75, 0), of 0.852, and the last (-0.5 + 0.875, 0). By a quarter of
+# their distance the same go on at a half: 0.75, 0.25, 0.125; 0.75, 0.375; with half 0.875, 0.4375.
 IMAGES = np.float32([[3, 0], [1, 0], [0.5, 0]])
 BY_HAND = {0.0: [[3, 0], [3, 0], [-0.5, 0]], 0.5: [[3, 0], [3.5, 0], [0.375, 0]]}

@@ -97,7 +97,7 @@ def _write(program, name, pack):
             "letters without accents, digits and underscores"
         )
     constants = c_text.Constants()
-    parts = program.parts if isinstance(program, p.Program) else program.written
+    parts = program.written
     bodies = [c_statements.body(part, constants, pack) for part in parts]
     ends = [(c_arguments.inputs(part), c_arguments.outputs(part)) for part in parts]
     (inputs, _), (_, outputs) = ends[0], ends[-1]

@@ -199,7 +199,7 @@ def _program(tensors):
         raise ValueError(f"the graph must be a Program or a choice, got {type(program).__name__}")
     if left := sum(pool.size for pool in tensors.values()):
         raise ValueError(f"every entry must be that of an array, got {left} more")
-    for part in program.parts:
+    for part in program.written:
         _check_graph(part)
     return program
 

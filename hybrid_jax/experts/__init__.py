@@ -8,7 +8,14 @@ Losses balance the gate, and `budget_update` keeps its cost.
 """
 
 from hybrid_jax.experts.budget import budget_update, cost_aware, expected_cost
-from hybrid_jax.experts.cascade import Cascaded, cascade, max_probability, opinions
+from hybrid_jax.experts.cascade import (
+    Cascaded,
+    cascade,
+    confidences,
+    max_probability,
+    opinions,
+    stages,
+)
 from hybrid_jax.experts.diagnostics import (
     collapsed,
     disagreement,

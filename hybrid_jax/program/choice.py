@@ -104,16 +104,18 @@ class Mixture(Choice):
 class Cascade(Choice):
     """Stages, of which each image runs the first, and the next where one is not sure.
 
-    A stage is sure where the largest softmax probability of its answer reaches its threshold, as in
+    A stage is sure where the confidence in its answer reaches its threshold, as in
     `experts.cascade`, whose thresholds and share these are; `below` computes it. The answer of a
     later stage is its output plus `share` of the answer before. One with a NaN is an answer.
     """
 
-    stages: tuple[Program, ...]  # the cheapest first; of one input shape, whose outputs are (N,)
+    stages: tuple[Program, ...]  # the cheapest first; of one input shape
     # In [0, 1], of each stage but the last; one number for all of them. 0 never hands on, 1 always
     # but where the stage is certain.
     thresholds: tuple[float, ...]
     share: float = 0.0  # in [0, 1]
+    # Of an answer, a float (); None is the largest softmax probability of answers (N,).
+    confidence: Program | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,8 +131,14 @@ class Cascade(Choice):
         object.__setattr__(self, "thresholds", tuple(known.tolist()))
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be in [0, 1], got {self.share}")
-        if len(self.output_shape) != 1:
-            raise ValueError(f"stages must return shape (N,), got {self.output_shape}")
+        own, shape = self.confidence, self.output_shape
+        if own is None and len(shape) != 1:
+            raise ValueError(f"stages without a confidence must return shape (N,), got {shape}")
+        if own is not None and (own.input_shape, own.output_shape) != (shape, ()):
+            raise ValueError(
+                f"confidence must be of shape {shape} to (), got {own.input_shape} to "
+                f"{own.output_shape}"
+            )
 
     @property
     def parts(self):
@@ -146,7 +154,8 @@ class Cascade(Choice):
         if self.share:
             later = [joined(stage, self.share) for stage in later]
         *asked, last = first, *later
-        return (*map(below, asked, self.thresholds), last)
+        pairs = zip(asked, self.thresholds, strict=True)
+        return (*(below(*pair, self.confidence) for pair in pairs), last)
 
     def answer(self, fns, image, *before):
         """That of the first stage that is sure."""
@@ -165,7 +174,7 @@ class Cascade(Choice):
 
 
 def joined(program: Program, share: float) -> Program:
-    """The program with a second input, (N,) float32, of which it adds `share` to its output."""
+    """The program with a second input, as its output, of which it adds `share` to that."""
     before, part, y = (_new(name, program.tensors) for name in ("before", "part", "joined"))
     shape, tensors, steps = program.output_shape, dict(program.tensors), list(program.operations)
     own = program.output
@@ -192,10 +201,11 @@ def _new(name, tensors):
 _SQUARINGS = 12
 
 
-def below(program: Program, threshold: float) -> Program:
+def below(program: Program, threshold: float, confidence: Program | None = None) -> Program:
     """The program with a second output, bool (): whether it is less confident than the threshold.
 
-    The confidence 1 / Σ exp(x − max x), the largest softmax probability, is compared as
+    Without one of its own its confidence is 1 / Σ exp(x − max x), the largest softmax probability,
+    and compared as
 
         Σ round(2^s · (1 + (x − max x) / 2^12)^(2^12)) > ⌈2^s / threshold⌉
 
@@ -203,11 +213,6 @@ def below(program: Program, threshold: float) -> Program:
     integers that add up to at most 2^24 have one sum in float32, in whatever order. It is right to
     some 1e-4, for hundreds of classes and more to N / 2^(s + 1), with s = 24 − ⌈log2 N⌉.
     """
-    (count,) = program.output_shape
-    places = (count - 1).bit_length()
-    scale = np.float32(2 ** (24 - places))
-    with np.errstate(divide="ignore"):
-        limit = np.array(np.ceil(scale / np.float64(threshold)) / 2**places, np.float32)
     tensors, steps, last = dict(program.tensors), list(program.operations), program.output
 
     def add(kind, shape, *fields, beside=(), dtype="float32", name=""):
@@ -217,19 +222,38 @@ def below(program: Program, threshold: float) -> Program:
         steps.append(kind(inputs, last, *fields))
 
     if program.encoding(last) is not None:
-        add(Convert, (count,))
-    logits = last
-    add(Largest, (), (0,))
-    add(Reshape, (1,), (1,))
-    most, last = last, logits
-    add(Add, (count,), (-np.inf, np.inf), True, beside=(most,))
-    constants = tuple(np.array(c, np.float32) for c in (2.0**-_SQUARINGS, 1, 0, scale))
-    add(Function, (count,), tuple(_powers()), constants)
-    add(Pad, (2**places,), ((0, 2**places - count),))
-    add(Mean, (), (0,))
-    add(Function, (), (Step("gt", (0, 1)),), (limit,), dtype="bool", name="unsure")
+        add(Convert, program.output_shape)
+    if confidence is not None:
+        last, compare = _appended(confidence, last, tensors, steps), "lt"
+        limit = np.array(threshold, np.float32)
+    else:
+        (count,), logits, compare = program.output_shape, last, "gt"
+        places = (count - 1).bit_length()
+        scale = np.float32(2 ** (24 - places))
+        with np.errstate(divide="ignore"):
+            limit = np.array(np.ceil(scale / np.float64(threshold)) / 2**places, np.float32)
+        add(Largest, (), (0,))
+        add(Reshape, (1,), (1,))
+        most, last = last, logits
+        add(Add, (count,), (-np.inf, np.inf), True, beside=(most,))
+        constants = tuple(np.array(c, np.float32) for c in (2.0**-_SQUARINGS, 1, 0, scale))
+        add(Function, (count,), tuple(_powers()), constants)
+        add(Pad, (2**places,), ((0, 2**places - count),))
+        add(Mean, (), (0,))
+    add(Function, (), (Step(compare, (0, 1)),), (limit,), dtype="bool", name="unsure")
     outputs = (program.output, last)
     return dataclasses.replace(program, outputs=outputs, tensors=tensors, operations=tuple(steps))
+
+
+def _appended(program, last, tensors, steps):
+    """The output of a program of the edge `last`, whose tensors and steps are put to those."""
+    names = {program.input: last}
+    for op in program.operations:
+        names[op.output] = _new(f"{last}/{op.output}", tensors)
+        tensors[names[op.output]] = program.tensors[op.output]
+        inputs = tuple(names[name] for name in op.inputs)
+        steps.append(dataclasses.replace(op, inputs=inputs, output=names[op.output]))
+    return names[program.output]
 
 
 def _powers() -> Iterator[Step]:

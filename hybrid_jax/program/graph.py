@@ -77,6 +77,11 @@ class Program:
         return (self,)
 
     @property
+    def written(self) -> tuple["Program", ...]:
+        """What a target writes of it: itself alone."""
+        return self.parts
+
+    @property
     def input(self) -> str:
         """The only input."""
         (name,) = self.inputs

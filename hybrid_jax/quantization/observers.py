@@ -167,17 +167,24 @@ def ternary() -> Observer:
     return Observer(histogram, _neutral(histograms.merge), value)
 
 
-METHODS_OF_ANY_BITS = {
+METHODS: dict[str, Callable[[], Observer]] = {
     "minmax": minmax,
     "ema": moving_average,
     "percentile": percentile,
     "mse": mse,
     "entropy": entropy,
+    "mean_abs": mean_abs,
+    "ternary": ternary,
 }
-"""What finds ranges for kernels and activations at every bit-width."""
+"""What finds ranges, by name, open to users: `METHODS['mine'] = f`."""
 
-METHODS = METHODS_OF_ANY_BITS | {"mean_abs": mean_abs, "ternary": ternary}
-"""All of them: the last two are for kernels of two and of three values."""
+OF_FEW_BITS = ("mean_abs", "ternary")
+"""Those for kernels of two and of three values alone."""
+
+
+def of_any_bits() -> list[str]:
+    """Names of those for kernels and activations at every bit-width."""
+    return [name for name in METHODS if name not in OF_FEW_BITS]
 
 
 def observer(method: str | Observer) -> Observer:

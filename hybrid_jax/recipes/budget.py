@@ -8,7 +8,7 @@ import numpy as np
 
 from hybrid_jax import core, cost
 from hybrid_jax import program as p
-from hybrid_jax.deploy import TARGETS, c_windows
+from hybrid_jax.deploy import TARGETS
 from hybrid_jax.quantization import CannotBeMet
 
 _Made = TypeVar("_Made")
@@ -78,26 +78,9 @@ def _check(name, value, expected, *kinds):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-_FEW = (4, 8)
-_ONNX = cost.File(_FEW, layer=480, channel=2, overhead=850)
-FILES = {
-    "c": cost.File(_FEW, layer=96, scratch=c_windows.scratch),
-    "onnx": _ONNX,
-    "openvino": _ONNX,
-    "tflite": cost.File((8,), layer=440, channel=18, overhead=4100),
-    "stablehlo": cost.File((8,), layer=1800),
-    "packed": cost.File(layer=40, overhead=940),
-}
-"""{target: in which bits its files hold kernels, and what they hold beside numbers}.
-
-C's are exact but for descriptors, of which equal ones are there once and bands of rows have some
-more; the others are those of ResNets. What they miss is measured, see `meet`.
-"""
-
-
 def files(targets: Sequence[str]) -> list[cost.File]:
     """How the files of these targets hold a program."""
-    return [FILES[core.check_choice("targets", name, FILES)] for name in targets]
+    return [TARGETS[core.check_choice("targets", name, TARGETS)].holds for name in targets]
 
 
 def what_pays(limits: Mapping[str, int], targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -117,7 +100,7 @@ def what_pays(limits: Mapping[str, int], targets: Sequence[str]) -> dict[str, tu
     """
     if "bops" in limits:
         return {"weight": (2, 3, 4, 6, 8), "activation": (4, 6, 8)}
-    held = {bits for target in targets for bits in FILES[target].kernel_bits if bits > 1}
+    held = {bits for file in files(targets) for bits in file.kernel_bits if bits > 1}
     return {"weight": tuple(sorted(held))} if "bytes" in limits else {}
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import experts
+from hybrid_jax import experts, training
+from hybrid_jax import program as p
 from hybrid_jax.recipes.controls import cost_of
 from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.schema import MEANS
@@ -18,6 +19,34 @@ from hybrid_jax.recipes.task import Task
 
 CHOICES = 64
 """Thresholds tried for each expert: quantiles of its confidence on the validation images."""
+
+
+def confidence(task: Task) -> p.Program | None:
+    """Returns how sure an answer of the task is, as a program of it.
+
+    None is the largest probability of a class, on which every target decides alike to the bit;
+    any other function is lowered.
+
+    Raises:
+      ValueError: If there is none, or it is not in [0, 1].
+    """
+    own, network = task.objective.confidence, task.network
+    if own is None:
+        raise ValueError(
+            "confidence must be given for a cascade where outputs are no classes, confidence("
+            "outputs) in [0, 1], got None; mixture.kind 'gate' needs none"
+        )
+    shape = jax.eval_shape(network.predict, network.params, task.images[:8]).shape
+    if own is training.class_probability and len(shape) == 2:
+        return None
+    outputs = jax.jit(network.predict)(network.params, task.images[:8])
+    sure = np.asarray(own(outputs))
+    if not ((sure >= 0) & (sure <= 1)).all():
+        raise ValueError(f"confidence must be in [0, 1], got {sure.min()} to {sure.max()}")
+    try:
+        return p.lower(lambda _, y: own(y), {}, outputs)
+    except ValueError as error:
+        raise ValueError(f"confidence must be one that is lowered: {error}") from error
 
 
 class Chosen(NamedTuple):
@@ -96,23 +125,24 @@ def choose(
     `made` are the cheapest first, `costs` {name: (E,)} those of each, such as its MACs; `most` may
     limit some of them.
     """
-    validation, found = task.splits.validation, []
+    validation, found, sure_of = task.splits.validation, [], task.objective.confidence
+    stages = jax.jit(jax.vmap(experts.stages, (None, 0)))
     spent = {name: np.cumsum(own) for name, own in costs.items()}
     first = next(iter(costs))
     outputs = np.stack([task.outputs(model.fn, model.params, validation) for model in made])
     for share in shares:
         answers = np.asarray(jax.jit(experts.opinions)(outputs, share))
         scores = np.stack([task.score(own, validation) for own in answers])
-        sure = np.asarray(jax.jit(experts.max_probability)(answers[:-1]))
+        sure = np.asarray(jax.jit(experts.confidences, static_argnums=1)(answers, sure_of))
         quantiles = [np.unique(np.quantile(own, np.linspace(0, 1, CHOICES))) for own in sure]
-        for thresholds in itertools.product(*(np.append(np.float32(0), own) for own in quantiles)):
-            stage = np.cumprod(sure < np.array(thresholds)[:, None], 0).sum(0)
-            score = np.take_along_axis(scores, stage[None], 0).mean()
-            went_on = [float((stage > e).mean()) for e in range(len(made) - 1)]
-            cost = {name: float(own[stage].mean()) for name, own in spent.items()}
-            found.append(
-                Chosen(tuple(map(float, thresholds)), share, float(score), cost, tuple(went_on))
-            )
+        *before, last = [np.append(0, own).astype(np.float32) for own in quantiles]
+        for some in itertools.product(*before):
+            tried = np.array([(*some, own) for own in last])
+            for thresholds, stage in zip(tried, np.asarray(stages(sure, tried)), strict=True):
+                score = float(np.take_along_axis(scores, stage[None], 0).mean())
+                went_on = tuple(float((stage > e).mean()) for e in range(len(some) + 1))
+                cost = {name: float(own[stage].mean()) for name, own in spent.items()}
+                found.append(Chosen(tuple(thresholds.tolist()), share, score, cost, went_on))
     fitting = [own for own in found if _keeps(own.cost, most)]
     if not fitting:
         return min(found, key=lambda own: own.cost[first])

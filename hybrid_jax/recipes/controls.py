@@ -65,10 +65,18 @@ def runs(task: Task, state: State, arrays: Any) -> np.ndarray:
         logits = task.outputs(state.gate.fn, state.gate.params, arrays)
         return np.asarray(experts.usage(experts.top_k(1)(logits).weights))
     outputs = np.stack([task.outputs(model.fn, model.params, arrays) for model in state.experts])
-    stage = np.asarray(
-        experts.cascade(jnp.asarray(outputs), state.thresholds, share=state.share).stage
-    )
-    return np.array([(stage >= e).mean() for e in range(len(state.experts))])
+    return runs_of(answered(task, state, outputs))
+
+
+def answered(task: Task, state: State, outputs: np.ndarray) -> experts.Cascaded:
+    """Returns what a cascade answers, of the outputs (E, B, …) of all its experts."""
+    own = {"share": state.share, "confidence": task.objective.confidence}
+    return experts.cascade(jnp.asarray(outputs), state.thresholds, **own)
+
+
+def runs_of(made: experts.Cascaded) -> np.ndarray:
+    """Returns how often each expert (E,) of a cascade ran."""
+    return np.append(1.0, np.asarray(made.went_on) / len(made.stage))
 
 
 def cost_of(model: Model) -> cost.Cost:

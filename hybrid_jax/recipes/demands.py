@@ -9,6 +9,7 @@ import jax
 import jax.extend
 
 from hybrid_jax import core, data, models
+from hybrid_jax.recipes import cascade
 from hybrid_jax.recipes.config import flatten, is_read
 from hybrid_jax.recipes.prune import channel_scores, weight_masks
 from hybrid_jax.recipes.task import Task
@@ -201,11 +202,7 @@ def mixture(task: Task, config: Any) -> None:
         raise ValueError("mixture.members must be two runs or more, got one")
     if config.mixture.kind == "gate":
         return
-    if task.objective.confidence is None or kind != "classes":
-        raise ValueError(
-            "config.mixture.kind must be gate where nothing says how sure an answer is, as the "
-            f"largest probability of a class does, got {config.mixture.kind} and labels of {kind}"
-        )
+    cascade.confidence(task)
     if config.mixture.kind == "auto":
         return
     for name, given in (

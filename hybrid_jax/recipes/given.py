@@ -136,14 +136,14 @@ def config_of(config, budget, effort, targets) -> Config:
     return schema.read(values)
 
 
-def objective(loss, metric, splits, temperature) -> training.Objective:
+def objective(loss, metric, confidence, splits, temperature) -> training.Objective:
     """Returns it by its name, or as labels tell, with the user's own functions if there are any."""
     usual = "classification" if splits.num_classes else "regression"
     name = loss if isinstance(loss, str) and loss else usual
     options = {"temperature": temperature} if name == "classification" else {}
     core.check_choice("loss", name, training.OBJECTIVES)
     own = loss if callable(loss) else None
-    return training.objective(name, loss=own, metric=metric, **options)
+    return training.objective(name, loss=own, metric=metric, confidence=confidence, **options)
 
 
 def augmentation(settings: Any, splits: data.Splits) -> Callable:

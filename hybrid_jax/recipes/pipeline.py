@@ -141,6 +141,7 @@ def compress(
     config: Any = None,
     loss: Any = None,
     metric: Any = None,
+    confidence: Any = None,
     training_mode: str | None = None,
     teacher: Any = None,
     members: Sequence[Result] = (),
@@ -166,6 +167,8 @@ def compress(
       loss: Name of an objective, or loss(outputs, labels) -> (B,); None for that of the
         configuration, which is as labels are by default.
       metric: metric(outputs, labels) -> (B,), higher is better; None for that of the objective.
+      confidence: confidence(outputs) -> (B,) in [0, 1], how sure an answer is, by which a cascade
+        hands on, in its files too; None for that of the objective, which regression has not.
       training_mode: Argument that puts the module in training mode; None where its name tells.
       teacher: A trained network, as `network`, that compressed ones learn from; None for `network`.
       members: Of effort 'mixture', results of runs on the same images that are its experts, of
@@ -188,6 +191,7 @@ def compress(
         stages,
         loss=loss,
         metric=metric,
+        confidence=confidence,
         mode=training_mode,
         teacher=teacher,
         members=[result.state for result in members],
@@ -246,6 +250,7 @@ def prepare(
     *,
     loss: Any = None,
     metric: Any = None,
+    confidence: Any = None,
     mode: str | None = None,
     teacher: Any = None,
     members: Sequence[State] = (),
@@ -266,7 +271,9 @@ def prepare(
         taken,
         splits,
         core.as_path(path, "workdir"),
-        given.objective(loss or config.loss, metric, splits, config.distillation.temperature),
+        given.objective(
+            loss or config.loss, metric, confidence, splits, config.distillation.temperature
+        ),
         given.augmentation(config.data, splits),
         config.seed,
         config.checkpoint_every,

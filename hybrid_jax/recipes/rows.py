@@ -11,7 +11,7 @@ import numpy as np
 from hybrid_jax import cost, experts
 from hybrid_jax import program as p
 from hybrid_jax.program.memory import plan
-from hybrid_jax.recipes import ptq
+from hybrid_jax.recipes import cascade, controls, ptq
 from hybrid_jax.recipes.controls import EQUAL, cost_of
 from hybrid_jax.recipes.cut import Model
 from hybrid_jax.recipes.gate import check_fitted
@@ -128,13 +128,13 @@ def _mixture(found: _Rows, task: Task, state: State, k: int) -> None:
         used = np.asarray(random.mean(0))
         add("random gate", "control", random, used, note="not deployable", rival=True)
     else:
-        thresholds, share = state.thresholds, state.share
-        answers, stage, _ = experts.cascade(jnp.asarray(outputs), thresholds, share=share)
-        used = np.array([(stage >= e).mean() for e in range(len(made))])
+        answered = controls.answered(task, state, outputs)
+        used = controls.runs_of(answered)
         note = f"{', '.join(f'{part:.0%}' for part in used[1:])} of the images went on"
         costs = _mixed(each, _NOTHING, used, len(made))
-        program = p.Cascade(tuple(programs), thresholds, share)
-        found.add("cascade", "mixture", np.asarray(answers), costs, program, note=note)
+        own = state.thresholds, state.share, cascade.confidence(task)
+        program = p.Cascade(tuple(programs), *own)
+        found.add("cascade", "mixture", np.asarray(answered.logits), costs, program, note=note)
     alike = jnp.full((len(outputs[0]), len(made)), 1 / len(made))
     note = "of their outputs: all of them run"
     add("average of all experts", "control", alike, all_of_them, len(made), note=note)

@@ -34,7 +34,7 @@ BelowOne = Annotated[float, Real(0, 1, "[)")]
 Side = Annotated[int, Integer(1, 2**14)]
 Size = Annotated[tuple[int, ...], Each(Integer(1, 2**14), range(3))]
 Cost = Annotated[int | float, Either(Integer(2, 10**15), Real(0, 1))]
-Ranges = Annotated[str, Choice("hybrid_jax.quantization.observers:METHODS_OF_ANY_BITS")]
+Ranges = Annotated[str, Choice("hybrid_jax.quantization.observers:of_any_bits")]
 Optimizer = Annotated[
     str, Choice("hybrid_jax.recipes.optimizer:DIRECTIONS"), "What turns gradients into directions."
 ]

@@ -15,7 +15,7 @@ from hybrid_jax import core, deploy, pruning, quantization
 from hybrid_jax import program as p
 from hybrid_jax.program import memory
 from hybrid_jax.quantization import CannotBeMet
-from hybrid_jax.recipes import budget, choices, gate, ptq, schema
+from hybrid_jax.recipes import budget, cascade, choices, gate, ptq, schema
 from hybrid_jax.recipes.config import ExpertSpec
 from hybrid_jax.recipes.controls import cost_of
 from hybrid_jax.recipes.cut import Model
@@ -228,7 +228,7 @@ def _together(task: Task, config: Any, programs: Sequence[p.Program]) -> list[p.
         own = gate.untrained(task, len(every), config.gate)
         made.append(p.Mixture(gate.calibrated(task, own, config.gate).encoded(), every))
     if kind != "gate":
-        made.append(p.Cascade(every, 0.5, max(config.mixture.shares)))
+        made.append(p.Cascade(every, 0.5, max(config.mixture.shares), cascade.confidence(task)))
     return made
 
 

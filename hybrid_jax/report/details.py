@@ -151,7 +151,8 @@ def gate(results: Results) -> Section:
         text += "The table gives the share of test images on which two experts disagree."
     rows = [(f"expert {e}", *map(percent, row)) for e, row in enumerate(matrix)]
     table = Table(("disagreement", *(row[0] for row in rows)), rows)
-    return Section("The gate and its experts", (text,), table, plotted)
+    title = "The experts" if share is None else "The gate and its experts"
+    return Section(title, (text,), table, plotted)
 
 
 def layers(results: Results) -> Section:

@@ -15,7 +15,7 @@ from hybrid_jax.report.rows import Results
 WORDS = {
     "parent": "the trained network that was given, in floats; in int8 it is not trained again",
     "expert": "one of the small networks of a mixture",
-    "mixture": "a gate and its experts: for each image the gate chooses the one that runs",
+    "mixture": "several experts: a gate, or how sure the first is, decides what runs for an image",
     "control": "a model to compare with: a mixture that does not beat it buys nothing",
     "bound": "no model: a gate that chooses blindly, and the oracle, which reads the label",
     "covers": "the gate's place between the two bounds: 0 % is blind, 100 % always right",

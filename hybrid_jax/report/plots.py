@@ -239,7 +239,11 @@ def _lines(curves: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool = Fa
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     axes.set_xlabel(xlabel, fontsize=_SMALL)
     axes.set_ylabel(ylabel, fontsize=_SMALL)
-    axes.set_yscale("log" if log else "linear")
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.LogFormatter())
+        axes.tick_params(axis="y", which="minor", labelsize=_SMALL)
     last = np.array([(x[-1], y[-1]) for x, y in curves.values()])
     _label_right(axes, *last.T, [_shorten(name) for name in curves], colors)
     return axes.figure
@@ -248,7 +252,7 @@ def _lines(curves: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool = Fa
 def _labelled_axes(height: float, width: float):
     """Axes over a fraction of the figure's width, with room on the right for _label_right."""
     figure = Figure(figsize=(6, height))
-    axes = figure.add_axes((0.115, 0.52 / height, width, 1 - 0.88 / height))
+    axes = figure.add_axes((0.115, 0.52 / height, width, 1 - 1.02 / height))
     axes.tick_params(labelsize=_SMALL)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

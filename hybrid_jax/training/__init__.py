@@ -10,6 +10,7 @@ from hybrid_jax.training.objectives import (
     OBJECTIVES,
     Objective,
     check_objective,
+    class_probability,
     classification,
     example_loss,
     loss_of,

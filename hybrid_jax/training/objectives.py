@@ -22,6 +22,11 @@ OfLabels = Callable[[jax.Array, jax.Array], jax.Array]
 """(outputs (B, …), labels (B, …)) -> (B,), one number for each example."""
 
 
+def class_probability(outputs: jax.Array) -> jax.Array:
+    """The largest probability of a class (B,), of pixels its mean."""
+    return mean_of_each(experts.max_probability(core.widen(outputs)))
+
+
 class Objective(NamedTuple):
     """Functions of a batch of outputs, each of which gives one number for each example, (B,).
 
@@ -55,7 +60,7 @@ def classification(smoothing: float = 0.0, temperature: float = 4.0) -> Objectiv
         functools.partial(cross_entropy, smoothing=smoothing),
         functools.partial(distillation_loss, temperature=temperature),
         score,
-        lambda outputs: mean_of_each(experts.max_probability(core.widen(outputs))),
+        class_probability,
         "accuracy",
     )
 

@@ -31,11 +31,12 @@ def opened(request, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 2)])
 @pytest.mark.parametrize("share", choices.BY_HAND)
-def test_three_images_by_hand(opened, share):
-    x, run = choices.IMAGES, opened(choices.by_hand(share))
+def test_three_images_by_hand(opened, share, shape):
+    x, run = choices.IMAGES.reshape(-1, *shape), opened(choices.by_hand(share, shape))
     got = np.concatenate([run(x[i : i + 1]) for i in range(3)])
-    np.testing.assert_array_equal(got, np.float32(choices.BY_HAND[share]))
+    np.testing.assert_array_equal(got, np.float32(choices.BY_HAND[share]).reshape(x.shape))
 
 
 def test_stages_in_integers_keep_a_share(opened):

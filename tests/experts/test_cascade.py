@@ -16,7 +16,7 @@ PROBABILITIES = jnp.array(
 )
 LOGITS = jnp.log(PROBABILITIES)
 
-cascade = jax.jit(experts.cascade)
+cascade = jax.jit(experts.cascade, static_argnames="confidence")
 
 
 def test_confidence():
@@ -43,6 +43,16 @@ def test_a_share_of_the_answer_before():
     np.testing.assert_array_equal(got.stage, [0, 2, 2, 2])
     second = LOGITS[1] + 0.5 * LOGITS[0]
     np.testing.assert_allclose(got.logits[1:], (LOGITS[2] + 0.5 * second)[1:], rtol=1e-6)
+
+
+def test_a_confidence_of_ones_own_of_answers_of_any_shape():
+    # Each answer is (2, 1): by their first numbers 0.9 and 0.7 are sure at 0.6, then 0.6 is.
+    values = PROBABILITIES[..., None]
+    got = cascade(values, 0.6, confidence=lambda y: y[:, 0, 0])
+    np.testing.assert_array_equal(got.stage, [0, 0, 1, 2])
+    np.testing.assert_array_equal(got.went_on, [2, 1])
+    want = [values[0, 0], values[0, 1], values[1, 2], values[2, 3]]
+    np.testing.assert_array_equal(got.logits, want)
 
 
 def test_an_expert_that_is_sure_answers_whatever_comes_after():

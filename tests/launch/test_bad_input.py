@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from hybrid_jax import recipes
+from hybrid_jax import pruning, recipes
 from launch import command, compress
 
 DIGITS = "--config=configs/digits.py"
@@ -181,6 +181,20 @@ def test_a_config_goes_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, workdir, *_ = compress.parse(["compress", "--config=digits", "--workdir=run"])
     assert (config.data.name, workdir) == ("digits", "run")
+
+
+def test_help_knows_the_names_that_a_config_adds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pruning, "CRITERIA", dict(pruning.CRITERIA))
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from hybrid_jax import pruning, recipes\n"
+        "pruning.CRITERIA['my_own'] = lambda given: given.params\n"
+        "get_config = recipes.default_config\n"
+    )
+    assert compress.cli(["compress", f"--config={file}", "--help"]) == 0
+    assert "my_own" in capsys.readouterr().out
+    assert compress.cli(["compress", "--config=nothing", "--help"]) == 2
+    assert "--config must be a file, or one of" in capsys.readouterr().err
 
 
 def test_what_could_not_be_known_is_told_in_a_line(capsys):

@@ -16,9 +16,11 @@ from hybrid_jax import program as p
 from hybrid_jax.program import Encoding, Program, Tensor, choice
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 2)])
 @pytest.mark.parametrize(("share", "want"), choices.BY_HAND.items())
-def test_three_images_by_hand(share, want):
-    x, cascade = choices.IMAGES, choices.by_hand(share)
+def test_three_images_by_hand(share, want, shape):
+    x, cascade = choices.IMAGES.reshape(-1, *shape), choices.by_hand(share, shape)
+    want = np.reshape(want, x.shape)
     for way in (p.run, p.simulate):
         fn = jax.jit(way(cascade))
         np.testing.assert_array_equal(fn(x), np.float32(want))
@@ -146,13 +148,18 @@ def test_one_threshold_is_that_of_all_stages():
         ((identity(2), identity(2)), (0.5, 0.5), r"thresholds must be 1, one for each stage"),
         ((identity(2), identity(2)), 1.5, r"thresholds must be in \[0, 1\], got 1.5"),
         ((identity(2), identity(3)), 0.5, "one input shape, got"),
-        ((Program("x", "x", {"x": Tensor((2, 2))}, ()),), (), r"stages must return shape \(N,\)"),
+        ((Program("x", "x", {"x": Tensor((2, 2))}, ()),), (), r"must return shape \(N,\), got"),
         ((Program("x", "x", {"x": Tensor((2,), dtype="int32")}, ()),), (), "must return float32"),
     ],
 )
 def test_what_is_no_cascade(stages, thresholds, message):
     with pytest.raises(ValueError, match=message):
         p.Cascade(stages, thresholds)
+
+
+def test_a_confidence_is_a_number_for_each_answer():
+    with pytest.raises(ValueError, match=r"confidence must be of shape \(2,\) to \(\), got \(2,\)"):
+        p.Cascade((identity(2), identity(2)), 0.5, confidence=identity(2))
 
 
 def test_a_share_is_a_fraction():

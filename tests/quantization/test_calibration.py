@@ -186,7 +186,7 @@ def plan_of_parts():
     return q.plan(p.lower(two_parts, params, x), q.spec(core.trace(two_parts, params, x))), x
 
 
-@pytest.mark.parametrize("method", observers.METHODS_OF_ANY_BITS)
+@pytest.mark.parametrize("method", observers.of_any_bits())
 def test_edges_stored_alike_are_seen_side_by_side(method):
     plan, x = plan_of_parts()
     # The parts go to 1 and to 10: however often and in whatever order, the whole goes to 10.

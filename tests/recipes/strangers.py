@@ -1,12 +1,17 @@
-"""Networks as somebody writes them who has never seen this library, and what they are for."""
+"""Networks as somebody writes them who has never seen this library, and runs of seconds of them."""
+
+import json
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
+
+from hybrid_jax import recipes
 
 
 def digits():
@@ -122,3 +127,34 @@ def trained(module, images, labels, loss, steps=150):
             index = jax.random.randint(jax.random.key(i), (64,), 0, len(x))
             variables, state, _ = step(variables, state, index)
     return module, variables
+
+
+def settings(effort, **changes):
+    """A run of seconds."""
+    config = recipes.default_config()
+    config.effort = effort
+    config.evaluation.latency_calls = 1
+    config.ptq.images = 128
+    config.experts.count = 2
+    config.gate.size = 4
+    for stage, steps in (("parent", 60), ("experts", 20), ("gate", 10), ("joint", 10)):
+        config[stage].steps = steps
+        config[stage].batch_size = 32
+    recipes.override(config, changes)
+    return config
+
+
+def checks(result, targets, least):
+    """What holds of every run: files that answer as the model does, a report, a state on disk."""
+    rows = {row.name: row for row in result.results.rows}
+    own = next(row for row in rows.values() if row.role in ("single", "mixture"))
+    assert result.accuracy >= least
+    for target in targets:
+        file = own.files[target]
+        assert not file.error, file.error
+        assert file.accuracy == pytest.approx(own.accuracy, abs=0.02)
+        assert result.files[target].is_file()
+    assert result.report.is_file()
+    stored = json.loads((result.report.parent / "results.json").read_text())
+    assert [row["name"] for row in stored["rows"]] == list(rows)
+    return own, rows

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import data
+from hybrid_jax import data, models, training
+from hybrid_jax import program as p
 from hybrid_jax.recipes import cascade, state
 
 CHEAP = np.array([[6.0, 0], [0, 4.0], [1.0, 0], [0.5, 0]], np.float32)
@@ -20,6 +21,7 @@ def task():
     images = data.Arrays(np.zeros((4, 1, 1, 1), np.uint8), LABELS)
     return types.SimpleNamespace(
         splits=types.SimpleNamespace(validation=images),
+        objective=training.classification(),
         outputs=lambda fn, params, arrays: params,
         score=lambda outputs, arrays: np.asarray(outputs.argmax(-1) == arrays.labels, float),
         scores=lambda made, arrays: np.stack(
@@ -62,6 +64,32 @@ def test_a_share_of_the_first_answer_is_chosen_where_it_helps(task):
     made[0] = types.SimpleNamespace(fn=None, params=cheap)
     found = cascade.choose(task, made, COSTS, shares=(0.0, 0.5))
     assert (found.score, found.share) == (1.0, 0.5)
+
+
+def test_a_confidence_that_is_no_probability_of_a_class_is_lowered():
+    """That of pixels as it is, one of the user's own too; what cannot be is told."""
+
+    def found(own, *shape):
+        x = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+        network = models.Network(lambda params, images: images * params, None, np.float32(1))
+        objective = training.classification()._replace(confidence=own)
+        task = types.SimpleNamespace(objective=objective, network=network, images=jnp.asarray(x))
+        return cascade.confidence(task), x
+
+    assert found(training.class_probability, 3)[0] is None
+    for own, shape in (
+        (training.class_probability, (4, 4, 3)),
+        (lambda y: jnp.exp(-jnp.abs(y[:, 1])), (2,)),
+    ):
+        program, x = found(own, *shape)
+        np.testing.assert_allclose(p.run(program)(x), own(x), rtol=1e-6)
+    for own, message in (
+        (None, "confidence must be given for a cascade"),
+        (lambda y: y[:, 0] - 9, r"confidence must be in \[0, 1\], got -1"),
+        (lambda y: jnp.ones(len(y)), "confidence must be one that is lowered: .* got a constant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found(own, 2)
 
 
 GATES = {"right": [1, 1, 1, 0], "dear": [0, 0, 0, 0], "cheap": [1, 1, 1, 1]}

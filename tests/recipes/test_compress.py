@@ -1,7 +1,5 @@
 """`compress` on networks that nobody here wrote, for what each of them is for, at every effort."""
 
-import json
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,37 +10,7 @@ from flax import nnx
 
 from hybrid_jax import recipes
 from tests.recipes import strangers
-
-
-def settings(effort, **changes):
-    """A run of seconds."""
-    config = recipes.default_config()
-    config.effort = effort
-    config.evaluation.latency_calls = 1
-    config.ptq.images = 128
-    config.experts.count = 2
-    config.gate.size = 4
-    for stage, steps in (("parent", 60), ("experts", 20), ("gate", 10), ("joint", 10)):
-        config[stage].steps = steps
-        config[stage].batch_size = 32
-    recipes.override(config, changes)
-    return config
-
-
-def checks(result, targets, least):
-    """What holds of every run: files that answer as the model does, a report, a state on disk."""
-    rows = {row.name: row for row in result.results.rows}
-    own = next(row for row in rows.values() if row.role in ("single", "mixture"))
-    assert result.accuracy >= least
-    for target in targets:
-        file = own.files[target]
-        assert not file.error, file.error
-        assert file.accuracy == pytest.approx(own.accuracy, abs=0.02)
-        assert result.files[target].is_file()
-    assert result.report.is_file()
-    stored = json.loads((result.report.parent / "results.json").read_text())
-    assert [row["name"] for row in stored["rows"]] == list(rows)
-    return own, rows
+from tests.recipes.strangers import checks, settings
 
 
 def test_linen_is_trained_pruned_and_quantized(tmp_path):
@@ -86,27 +54,6 @@ def test_nnx_is_quantized_without_training(tmp_path):
     assert result.results.dataset["mean"] == [0.0]  # as it was trained
 
 
-def test_functions_become_a_cascade(tmp_path):
-    config = settings(
-        "mixture",
-        **{
-            "mixture.kind": "cascade",
-            "experts.diversity": "width",
-            "controls.same_bytes": False,
-            "controls.same_bops": False,
-        },
-    )
-    images = strangers.digits()
-    result = recipes.compress(
-        strangers.functions(), images, workdir=tmp_path / "run", config=config
-    )
-    own, rows = checks(result, ["onnx"], 0.05)
-    cheap, dear = (controls.macs for controls in (rows["expert 0"], rows["expert 1"]))
-    assert cheap < dear
-    assert cheap <= own.macs <= own.macs_worst == cheap + dear
-    assert len(result.state.thresholds) == 1
-
-
 def test_segmentation_by_batches_with_void_pixels(tmp_path):
     """Pixels that do not count are labelled wrongly for the network, and judged by nobody."""
     images, _ = strangers.digits()
@@ -129,27 +76,50 @@ def test_segmentation_by_batches_with_void_pixels(tmp_path):
     np.testing.assert_allclose(parts, np.round(parts), atol=1e-3)
 
 
-def test_regression(tmp_path):
+def centres():
+    """Images of digits, and where the ink of each is, in pixels (n, 2)."""
     images, _ = strangers.digits()
-    weight = images.sum((1, 2), keepdims=True) / 255
-    rows = np.arange(8)
-    centre = np.stack(
-        [
-            (images.sum(2) * rows[None]).sum(1) / 255 / weight[:, 0, 0],
-            (images.sum(1) * rows[None]).sum(1) / 255 / weight[:, 0, 0],
-        ],
-        1,
-    ).astype(np.float32)
+    weight, rows = images.sum((1, 2)) / 255, np.arange(8)
+    ends = [(images.sum(axis) * rows[None]).sum(1) / 255 / weight for axis in (2, 1)]
+    return images, np.stack(ends, 1).astype(np.float32)
 
-    def loss(outputs, labels):
-        return ((outputs - labels) ** 2).mean()
 
-    given = strangers.trained(strangers.Regress(), images, centre, loss)
+def squared(outputs, labels):
+    return ((outputs - labels) ** 2).mean()
+
+
+def test_regression(tmp_path):
+    images, centre = centres()
+    given = strangers.trained(strangers.Regress(), images, centre, squared)
     result = recipes.compress(
         given, (images, centre), workdir=tmp_path / "run", config=settings("ptq")
     )
     own, rows = checks(result, ["onnx"], -0.1)
     assert own.accuracy == pytest.approx(rows["parent"].accuracy, abs=0.02)
+
+
+def test_regressions_become_a_cascade_by_the_confidence_of_the_user(tmp_path):
+    images, centre = centres()
+    given = strangers.trained(strangers.Regress(), images, centre, squared, steps=20)
+    alone = {"controls.same_bytes": False, "controls.same_bops": False}
+    asked = {"mixture.kind": "cascade", "experts.diversity": "width", "experts.deployed": 0.0}
+
+    def in_the_middle(outputs):
+        return jnp.exp(-jnp.abs(outputs - 3.5).mean(-1))
+
+    result = recipes.compress(
+        given,
+        (images, centre),
+        workdir=tmp_path / "run",
+        config=settings("mixture", **asked, **alone, **{"experts.steps": 4}),
+        confidence=in_the_middle,
+        targets=["onnx", "c"],
+    )
+    own, rows = checks(result, ["onnx", "c"], -30.0)  # which hand on what it hands on here
+    cheap, dear = (rows[f"expert {e}"].macs for e in (0, 1))
+    assert cheap < dear
+    assert cheap <= own.macs <= own.macs_worst == cheap + dear
+    assert len(result.state.thresholds) == 1
 
 
 def test_a_budget_of_bytes_is_met_by_bits(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hybrid_jax import data, models, recipes, report
 from hybrid_jax.recipes import files, within
 from tests.recipes import strangers
-from tests.recipes.test_compress import settings
+from tests.recipes.strangers import settings
 
 PREDICT, TRAIN, PARAMS = strangers.functions()
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_done_is_refused_at_the_start(case, tmp_path):
         (
             values,
             {"effort": "mixture", "mixture.kind": "cascade"},
-            "config.mixture.kind must be gate where nothing says how sure an answer is",
+            "confidence must be given for a cascade where outputs are no classes",
         ),
         (
             values,
@@ -146,6 +146,19 @@ def test_images_that_do_not_do_are_refused_at_the_start(images, changes, message
     given = images(strangers.digits()[0])
     with pytest.raises(ValueError, match=message):
         recipes.compress(FUNCTIONS, given, workdir=tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"loss": lambda outputs, labels: outputs.mean(-1)}])
+def test_labels_are_smoothed_for_cross_entropy_alone(given, tmp_path):
+    images, labels = strangers.digits()
+    config = settings("ptq", **{"parent.label_smoothing": 0.1})
+    message = (
+        "config.parent.label_smoothing must be 0 where the loss is no cross-entropy .*, got 0.1"
+    )
+    own = (images, labels) if given else values(images)
+    with pytest.raises(ValueError, match=message):
+        recipes.compress(strangers.Linen(), own, workdir=tmp_path / "run", config=config, **given)
     assert not (tmp_path / "run").exists()
 
 

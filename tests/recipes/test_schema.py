@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 import hybrid_jax
-from hybrid_jax import core, deploy, pruning, recipes
+from hybrid_jax import core, deploy, models, quantization, recipes
 from hybrid_jax.recipes import bounds, schema, usage
 from hybrid_jax.recipes.schema import KEYS
 
@@ -161,21 +161,46 @@ def test_unknown_and_missing_keys():
         recipes.override(config, {"gates": 3})
 
 
-def test_an_entry_of_a_registry_is_one_by_name(monkeypatch):
-    config = changed("experts.criteria", ("mine", "obs"))
-    with pytest.raises(ValueError, match=r"criteria\[0\] must be one of .*, got 'mine'"):
-        recipes.read(config)
-    monkeypatch.setitem(pruning.CRITERIA, "mine", lambda given: given.params)
-    assert recipes.read(config).experts.criteria == ("mine", "obs")
-    assert "mine" in usage.help_text()
-
-
 def choices_of(bound):
     """The choices among names of the library that a bound consists of."""
     if isinstance(bound, bounds.Choice):
         return [bound] if bound.late else []
     inner = [getattr(bound, name, None) for name in ("of", "first", "second")]
     return [c for own in inner if isinstance(own, bounds.Bound) for c in choices_of(own)]
+
+
+LATE = {c.of for known in KEYS.values() for c in choices_of(known.bound)}
+OWNERS = {
+    "hybrid_jax.models:names": models.registry._MODELS,  # ours alone: of one's own is model.make
+    "hybrid_jax.quantization.learning:of_activations": quantization.LEARNING,
+    "hybrid_jax.quantization.learning:of_weights": quantization.LEARNING,
+    "hybrid_jax.quantization.observers:of_any_bits": quantization.observers.METHODS,
+}
+"""The registries whose names keys do not take as they are."""
+
+
+@pytest.mark.parametrize("of", sorted(LATE))
+def test_an_entry_of_any_registry_is_one_by_name(of, monkeypatch):
+    """Of checks, errors and `--help`, by nothing but an entry of a dict."""
+    keys = [key for key, known in KEYS.items() if of in [c.of for c in choices_of(known.bound)]]
+    registry = OWNERS[of] if of in OWNERS else bounds._of_library(of)
+    one, first = "mine", next(iter(registry.values()))
+
+    def read(key, name):
+        value = (name,) if isinstance(KEYS[key].bound, bounds.Each) else name
+        return recipes.read(changed(key, value))
+
+    for key in keys:
+        with pytest.raises(ValueError, match=rf"{key}(\[0\])? must be one of .*, got 'mine'"):
+            read(key, one)
+    monkeypatch.setitem(registry, one, first)
+    for key in keys:
+        assert one in str(operator.attrgetter(key)(read(key, one)))
+        with pytest.raises(ValueError, match="got 'minne'; did you mean mine"):
+            read(key, "minne")
+    listed = {row.split("`")[1] for row in usage.table().splitlines() if " mine" in row}
+    assert listed >= set(keys)
+    assert one in usage.help_text()
 
 
 NO_KEY = {

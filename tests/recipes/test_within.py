@@ -9,7 +9,7 @@ from hybrid_jax.recipes import pipeline, within
 from hybrid_jax.recipes.config import expert_specs
 from hybrid_jax.report.formatting import si
 from tests.recipes import strangers
-from tests.recipes.test_compress import checks, settings
+from tests.recipes.strangers import checks, settings
 
 BYTES = {"gate": 9600, "cascade": 6000, "auto": 9600}
 """For each kind of mixture fewer than its networks take whole."""

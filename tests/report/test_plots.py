@@ -123,6 +123,27 @@ def test_stacked_stages_are_drawn_one_line_per_expert():
     assert plots.training_curve({"parent": []}, "loss") is None
 
 
+@pytest.mark.parametrize("factor", [0.99, 0.6])
+def test_numbers_beside_a_loss_are_plain_and_within_the_figure(factor):
+    """Within a decade, where a log axis has no power of ten, and over more."""
+    history = {"parent": [{"step": s, "loss": 2.3 * factor**s} for s in (1, 3, 8)]}
+    figure = plots.training_curve(history, "loss")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    texts = [t.get_text() for t in axes.get_yticklabels(which="both")]
+    assert len([float(text) for text in texts if text]) > 1
+    assert axes.get_tightbbox().x0 >= 0
+
+
+@pytest.mark.parametrize("roles", [["parent", "single"], list(plots.ROLES)])
+def test_the_legend_is_above_the_axes(roles):
+    points = [plots.Point(role, role, i + 1.0, 0.9 + i / 99) for i, role in enumerate(roles)]
+    figure = _against(points)
+    figure.draw_without_rendering()
+    [legend], [axes] = figure.legends, figure.axes
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+
+
 def test_sensitivity_has_a_labelled_line_for_each_layer_in_order():
     losses = {f"params/conv{i}/kernel": np.array([2.0 + i, 1.0]) for i in range(60)}
     figure = plots.sensitivity(losses, [0.8, 0.2], dense=0.5, ylabel="cross-entropy")
