@@ -15,11 +15,11 @@ from tests.recipes import strangers
 
 
 def settings(effort, **changes):
-    """A run of seconds."""
+    """A run of seconds, of ranges and roundings that compile quickly."""
     config = recipes.default_config()
     config.effort = effort
     config.evaluation.latency_calls = 1
-    config.ptq.images = 128
+    config.ptq.update(images=128, calibration="minmax", rounding="nearest")
     config.experts.count = 2
     config.gate.size = 4
     for stage, steps in (("parent", 60), ("experts", 20), ("gate", 10), ("joint", 10)):
@@ -78,6 +78,7 @@ def test_nnx_is_quantized_without_training(tmp_path):
             index = jax.random.randint(jax.random.key(i), (64,), 0, len(x))
             step(model, optimizer, x[index], jnp.asarray(labels)[index])
     config = settings("ptq", **{"data.mean": (0.0,), "data.std": (1.0,)})
+    config.ptq.update(calibration="mse", rounding="gptq")
     result = recipes.compress(
         model, (images, labels), workdir=tmp_path / "run", config=config, targets=["onnx", "tflite"]
     )
@@ -86,6 +87,7 @@ def test_nnx_is_quantized_without_training(tmp_path):
     assert result.results.dataset["mean"] == [0.0]  # as it was trained
 
 
+@pytest.mark.slow
 def test_functions_become_a_cascade(tmp_path):
     config = settings(
         "mixture",
