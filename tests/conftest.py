@@ -17,9 +17,10 @@ import optax
 import pytest
 
 from hybrid_jax import core, data, models
-from hybrid_jax.core import versions
+from launch import compilation
 
-os.environ.setdefault("XLA_FLAGS", versions.QUICK_XLA)
+# Workers and later runs share what was compiled once; keyed by jax version through XLA itself.
+compilation.set_up(str(pathlib.Path(tempfile.gettempdir()) / "hybrid_jax_test_cache"))
 os.environ["HYBRID_JAX_CACHE"] = str(pathlib.Path(tempfile.gettempdir()) / "hybrid_jax_tests")
 jax.config.update("jax_num_cpu_devices", 4)
 # What is not about several devices runs on one, and compiles once.
@@ -28,11 +29,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of a run: what is tested is the program, not how hard XLA works on it.
 jax.config.update("jax_disable_most_optimizations", True)
-# Workers and later runs share what was compiled once; keyed by jax version through XLA itself.
-cache = pathlib.Path(tempfile.gettempdir()) / "hybrid_jax_test_cache"
-jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 STEPS = 250

@@ -18,8 +18,8 @@ class Deployed(NamedTuple):
 
 
 def in_integers(fn: Callable[..., Any], params: Any, spec: Any, ranges: Any, *xs: Any) -> p.Program:
-    """With the ranges of sites, as training leaves them."""
-    planned = quantization.plan(p.lower(fn, params, *xs), spec)
+    """With the ranges of sites, as training leaves them; what `lower` checks has its own tests."""
+    planned = quantization.plan(p.lower(fn, params, *xs, check=False), spec)
     return quantization.encode(planned, quantization.edge_ranges(planned, ranges, *xs), *xs)
 
 
@@ -27,7 +27,7 @@ def deployed(
     fn: Callable[..., Any], params: Any, *xs: Any, method: str = "minmax", **bits: Any
 ) -> Deployed:
     """Calibrated on the inputs."""
-    floats = p.lower(fn, params, *xs)
+    floats = p.lower(fn, params, *xs, check=False)
     spec = quantization.spec(core.trace(fn, params, *xs), **bits)
     planned = quantization.plan(floats, spec)
     ranges = quantization.calibrate_edges(planned, [xs], method)

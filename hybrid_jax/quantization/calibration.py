@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -128,19 +129,24 @@ def _streamed(see, params, batches, quantizers, bits=None, stacked=False):
         return jax.tree.map(lambda a, b: a.merge(b.state), old, new, is_leaf=_is_observed)
 
     def finish(seen, bits):
-        return {
-            name: {
-                role: conclude(
-                    got.watch,
-                    got.state,
-                    got.shape,
-                    quantizers[name][role].grid,
-                    bits[name][role] if name in bits else quantizers[name][role].bits,
-                )
-                for role, got in roles.items()
-            }
-            for name, roles in seen.items()
-        }
+        # Together those that are found in one way: one by one, each would be compiled.
+        ways, found = collections.defaultdict(list), {name: {} for name in seen}
+        for name, roles in seen.items():
+            for role, got in roles.items():
+                own = quantizers[name][role]
+                given = bits[name][role] if name in bits else own.bits
+                traced = isinstance(given, jax.Array)
+                way = got.watch, own, (name, role) if traced else given
+                ways[way].append((name, role, got, given))
+        for (watch, own, _), places in ways.items():
+            states = jax.tree.map(lambda *a: jnp.concatenate(a), *(p[2].state for p in places))
+            counts = [len(got.state.low) for *_, got, _ in places]
+            whole = conclude(watch, states, (sum(counts),), own.grid, places[0][3])
+            starts = itertools.accumulate(counts, initial=0)
+            for (name, role, got, _), start, count in zip(places, starts, counts):
+                ends = (end[start : start + count].reshape(got.shape) for end in whole)
+                found[name][role] = grids.Range(*ends)
+        return found
 
     def over_experts(f, axes):
         return jax.jit(core.fast_convolutions(jax.vmap(f, axes) if stacked else f))

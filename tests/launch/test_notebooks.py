@@ -8,8 +8,18 @@ import types
 import jax
 import pytest
 
+from hybrid_jax import recipes
+
 FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "notebooks"
-SMALL = {"compress": {"STEPS": 40, "TUNING": 10}, "tour": {"STEPS": 40}}
+SMALL = {"compress": {"STEPS": 10, "TUNING": 4}, "tour": {"STEPS": 8}}
+
+
+def quick_config(made=recipes.default_config):
+    """What compiles quickly, and is told in few lines."""
+    config = made()
+    config.ptq.update(images=64, calibration="minmax", rounding="nearest")
+    config.evaluation.latency_calls = 1
+    return config
 
 
 def cells(name):
@@ -26,6 +36,7 @@ def cells(name):
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.ipynb")))
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "default_config", quick_config)
     # What shows a page in a notebook; of its version others ask.
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(version_info=(9, 0)))
     monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(HTML=str))

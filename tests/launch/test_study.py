@@ -19,8 +19,8 @@ def get_config():
     config.effort = "ptq"
     config.data.train_size = 200
     config.model.widths = (4, 8, 8)
-    config.parent.steps = 20
-    config.ptq.images = 64
+    config.parent.steps = 4
+    config.ptq.update(images=64, calibration="minmax", rounding="nearest", correct_biases=False)
     config.evaluation.latency_calls = 1
     return config
 """

@@ -84,7 +84,14 @@ def test_every_model_that_we_ship(small_model, name):
     assert not extra or name.startswith("densenet")
 
 
-@pytest.mark.parametrize("name", models.names())
+# Of layers that others have too.
+DEEP = ("resnet50", "vgg16_bn")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in models.names()],
+)
 def test_integers_of_every_model_that_we_ship(small_model, name):
     model = small_model(name)
     program, fake, spec, ranges = of_sites(model.fn, model.params, model.images, weight_bits=4)

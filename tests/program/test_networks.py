@@ -31,10 +31,10 @@ def spread(a, b):
     return max(float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(x).max(), 1e-3)) for x, y in pairs)
 
 
-def check(network, bits, activation_bits, scheme):
+def check(network, bits, activation_bits, scheme, batches=(1, 3, 4)):
     with jax.numpy_rank_promotion("allow"):
         floats = p.lower(network.fn, network.params, network.images(2))
-        for batch in (1, 3, 4):
+        for batch in batches:
             x = network.images(batch, 1)
             wanted = jax.jit(network.fn)(network.params, x)
             assert spread(wanted, jax.jit(p.run(floats))(x)) < 1e-4
@@ -80,10 +80,11 @@ def check_file(target, path, integers, network):
             assert np.abs(ours - theirs).mean() < room, target
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=5, deadline=None, suppress_health_check=SLOW)
 @given(networks(), *STORED)
 def test_a_drawn_network(network, bits, activation_bits, scheme):
-    check(network, bits, activation_bits, scheme)
+    """With more examples than the three, and the one, for which `lower` compares them itself."""
+    check(network, bits, activation_bits, scheme, batches=(4,))
 
 
 TARGETS = {"c": None, "onnx": "onnxruntime", "tflite": "ai_edge_litert"}

@@ -35,9 +35,9 @@ def test_minmax_by_hand(model):
 @pytest.mark.parametrize("method", ["ema", "mse"])
 def test_a_stack_equals_separate_calibrations(model, method):
     spec = spec_of(model)
-    experts = [jax.tree.map(lambda leaf, s=s: leaf * s, model.params) for s in (0.5, 1.0, 2.0)]
+    experts = [jax.tree.map(lambda leaf, s=s: leaf * s, model.params) for s in (0.5, 2.0)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
-    bits = [jax.tree.map(lambda _, b=b: jnp.int32(b), spec.bits()) for b in (2, 4, 8)]
+    bits = [jax.tree.map(lambda _, b=b: jnp.int32(b), spec.bits()) for b in (2, 8)]
     batches = [(model.x[:2],), (model.x[2:],)]
     together = q.calibrate(
         model.fn, stack, batches, spec, method, stacked=True,
@@ -190,10 +190,9 @@ def plan_of_parts():
 def test_edges_stored_alike_are_seen_side_by_side(method):
     plan, x = plan_of_parts()
     # The parts go to 1 and to 10: however often and in whatever order, the whole goes to 10.
-    for count in (1, 4):
-        ranges = q.calibrate_edges(plan, [(x,)] * count, method)
-        span = ranges[plan.slots["concatenate"].name]["activation"]
-        np.testing.assert_allclose(span.high, 10.0, rtol=0.02)
+    ranges = q.calibrate_edges(plan, [(x,)] * 4, method)
+    span = ranges[plan.slots["concatenate"].name]["activation"]
+    np.testing.assert_allclose(span.high, 10.0, rtol=0.02)
 
 
 def test_edges_stream_over_batches_of_any_size():
@@ -211,20 +210,20 @@ def test_edges_stream_over_batches_of_any_size():
     assert ema["a"]["weight"].high.shape == (1, 2)
 
 
-def test_ranges_of_edges_are_searched_as_those_of_sites_are(model):
+@pytest.mark.parametrize("method", ["percentile", pytest.param("mse", marks=pytest.mark.slow)])
+def test_ranges_of_edges_are_searched_as_those_of_sites_are(model, method):
     spec = spec_of(model, weight_bits=4, activation_bits=4)
     plan = q.plan(p.lower(model.fn, model.params, model.x), spec)
     batches = [(model.x[:1],), (model.x[1:],)]
-    for method in ("mse", "percentile"):
-        sites = q.calibrate(model.fn, model.params, batches, spec, method)
-        edges = q.calibrate_edges(plan, batches, method)
-        for name, slot in plan.stored.items():
-            if slot.site is not None:
-                jax.tree.map(
-                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-                    edges[name]["activation"],
-                    sites[slot.site]["activation"],
-                )
+    sites = q.calibrate(model.fn, model.params, batches, spec, method)
+    edges = q.calibrate_edges(plan, batches, method)
+    for name, slot in plan.stored.items():
+        if slot.site is not None:
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+                edges[name]["activation"],
+                sites[slot.site]["activation"],
+            )
 
 
 def test_bad_batches_of_a_plan():

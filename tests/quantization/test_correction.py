@@ -85,7 +85,7 @@ def test_without_quantization_biases_stay():
 LAYERS = ["conv", "strided", "depthwise", "residual", "branches", "gate"]
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 3])
 def test_means_of_a_network_become_those_in_floats(bits):
     net = build([(name, 2, "relu") for name in LAYERS], "two")
     x = net.images(16)

@@ -191,7 +191,7 @@ def scaled(params, x):
         q.Quantizer(1, "binary", per_channel=True, learning="fixed"),
     ],
 )
-@pytest.mark.parametrize("activation", [8, 4])
+@pytest.mark.parametrize("activation", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_scaled_input_that_two_kernels_share(quantizer, activation):
     random = np.random.default_rng(0)
     params = {n: jnp.asarray(random.normal(size=(3, 3, 2, 3)), jnp.float32) for n in "ab"}

@@ -130,11 +130,11 @@ def trained(module, images, labels, loss, steps=150):
 
 
 def settings(effort, **changes):
-    """A run of seconds."""
+    """A run of seconds, of ranges and roundings that compile quickly."""
     config = recipes.default_config()
     config.effort = effort
     config.evaluation.latency_calls = 1
-    config.ptq.images = 128
+    config.ptq.update(images=128, calibration="minmax", rounding="nearest")
     config.experts.count = 2
     config.gate.size = 4
     for stage, steps in (("parent", 60), ("experts", 20), ("gate", 10), ("joint", 10)):

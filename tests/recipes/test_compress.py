@@ -46,6 +46,7 @@ def test_nnx_is_quantized_without_training(tmp_path):
             index = jax.random.randint(jax.random.key(i), (64,), 0, len(x))
             step(model, optimizer, x[index], jnp.asarray(labels)[index])
     config = settings("ptq", **{"data.mean": (0.0,), "data.std": (1.0,)})
+    config.ptq.update(calibration="mse", rounding="gptq")
     result = recipes.compress(
         model, (images, labels), workdir=tmp_path / "run", config=config, targets=["onnx", "tflite"]
     )

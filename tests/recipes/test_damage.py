@@ -110,7 +110,7 @@ def check(made, what, capsys):
     return True
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_damaged_directory_goes_on_rightly_or_says_so(made, capsys, count):
     rng = np.random.default_rng(count)
     files = [p.relative_to(made.whole) for p in sorted(made.whole.rglob("*")) if p.is_file()]
@@ -186,11 +186,11 @@ def test_killed_at_any_change_on_disk_it_goes_on_to_the_bit(made, count):
         assert not list(made.path.rglob("*.draft")), number
 
 
-SLOW = range(0, 19, 4)
+SLOW = (2, *range(0, 19, 4))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("at", [2, 9, *(pytest.param(i, marks=pytest.mark.slow) for i in SLOW)])
+@pytest.mark.parametrize("at", [9, *(pytest.param(i, marks=pytest.mark.slow) for i in SLOW)])
 def test_a_signal_in_any_stage_stops_the_command_in_a_line(made, monkeypatch, capfd, at):
     """Before the batch `at`; the same command then goes on to the same weights."""
 

@@ -61,6 +61,7 @@ def test_members_of_two_networks_become_a_cascade(runs, tmp_path):
         np.testing.assert_array_equal(ours.fn(ours.params, x), theirs.fn(theirs.params, x))
 
 
+@pytest.mark.slow
 def test_auto_takes_what_validation_prefers(runs, tmp_path):
     """Of the gate that was learned and the cascade of no more MACs than it: told anew by hand."""
     folder, _ = runs

@@ -1,6 +1,7 @@
 """A run on several devices computes what it computes on one, stage by stage."""
 
 import dataclasses
+import functools
 import signal
 
 import jax
@@ -19,9 +20,9 @@ def settings():
 
 @pytest.fixture(scope="module")
 def alone(settings, tmp_path_factory):
-    """What the stages make on one device."""
+    """What the stages make on one device; with `plain` the first of them."""
     task, _ = several.task(tmp_path_factory.mktemp("alone"))
-    return several.stages(task, settings)
+    return functools.cache(lambda plain=False: several.stages(task, settings, plain))
 
 
 @pytest.fixture
@@ -57,12 +58,11 @@ def assert_nearly_all_close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_stages_in_steps_of_one_network_and_of_a_stack(tasks, alone, settings):
     """A plain one; two quantized at their sites, divided by expert, and then as deployed."""
-    one, four = tasks
-    assert [one.mesh(16), dict(four.mesh(16).shape)] == [None, {"batch": 4}]
-    assert dict(four.mesh(16, 2).shape) == {"expert": 2, "batch": 2}
-    (dense, *got), (expected, *others) = several.stages(four, settings), alone
+    _, four = tasks
+    (dense, *got), (expected, *others) = several.stages(four, settings), alone()
     assert_close(dense, expected)
     assert_nearly_all_close(got, others)
 
@@ -74,7 +74,7 @@ def test_steps_in_one_program_with_the_images_on_every_device(
     """As an accelerator does them."""
     monkeypatch.setattr("hybrid_jax.recipes.task.on_accelerator", lambda: True)
     task = dataclasses.replace(several.task(tmp_path)[0], devices=jax.devices())
-    (dense, *got), (expected, *others) = several.stages(task, settings), alone
+    (dense, *got), (expected, *others) = several.stages(task, settings), alone()
     assert_close(dense, expected)
     assert_nearly_all_close(got, others)
 
@@ -119,7 +119,9 @@ def test_devices_that_a_run_has(tasks, settings):
         assert demands.devices(3) == jax.devices()[:3]
         with pytest.raises(ValueError, match=r"config\.devices must be at most the 4 there are"):
             demands.devices(5)
-    _, task = tasks
+    one, task = tasks
+    assert [one.mesh(16), dict(task.mesh(16).shape)] == [None, {"batch": 4}]
+    assert dict(task.mesh(16, 2).shape) == {"expert": 2, "batch": 2}
     assert task.mesh(6).size == 2
     assert task.mesh(5) is None
     gate = dataclasses.replace(settings.gate, batch_size=6)
@@ -133,7 +135,7 @@ def test_devices_that_a_run_has(tasks, settings):
 @pytest.mark.parametrize("what", ["plain", pytest.param("stages", marks=pytest.mark.slow)])
 def test_two_processes_of_two_devices(alone, tmp_path, what):
     """Both have the same, and all of it; the first has written the records."""
-    dense, *others = alone[:1] if what == "plain" else alone
+    dense, *others = alone(what == "plain")
     made = several.run(what, tmp_path / "run", 2, 2)
     assert made[0] == made[1]
     got, count = list(map(np.array, made[0]["leaves"])), len(jax.tree.leaves(dense))

@@ -97,6 +97,7 @@ def test_labels_of_pixels_move_with_their_view():
     assert 0 < metrics["moved"] < 8
 
 
+@pytest.mark.slow
 def test_a_run_with_views_goes_on_where_it_was(tmp_path):
     own = {"effort": "finetune", "teacher.views": 2, "deploy.targets": ("packed",)}
     config = tiny(**own, **{"teacher.answers": str(tmp_path / "shared")})

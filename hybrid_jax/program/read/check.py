@@ -17,6 +17,7 @@ _TOLERANCE = 1e-4
 _HALF = 2.0**-5
 _FEW = 1e-4
 _NUDGE, _FAR = 2.0**-22, 8
+_HELD = 2**26  # numbers of edges that are compared on the host, 256 MB
 
 
 def verify(
@@ -29,24 +30,25 @@ def verify(
     places = [(var, node.value.held, node) for var, node in reading.env.items()]
     places = sorted((p for p in places if p[1] in order), key=lambda place: order[place[1]])
 
-    def differences(leaves, weights, given):
+    def values(leaves, weights, given):
         # Weights are arguments: XLA computes with constants while it compiles.
         own, env = program.replace(weights), _values(reading.graph.jaxpr, [*leaves, *given])
         made = evaluate.edges(own, given)
-        pairs = [
-            _difference(env[var], _as_traced(made[name], node), var.aval.dtype)
-            for var, name, node in places
-        ]
+        pairs = [(env[var], _as_traced(made[name], node)) for var, name, node in places]
         # Not the first of the three: one alone is summed in another order.
         one = [x[:1] for x in given]
         alone = jax.tree.leaves(fn(jax.tree.unflatten(jax.tree.structure(params), leaves), *one))
         whole = jax.tree.leaves(evaluate.results(own, evaluate.edges(own, one)))
-        return pairs, [_difference(a, b, a.dtype) for a, b in zip(alone, whole, strict=True)]
+        found = pairs, list(zip(alone, whole, strict=True))
+        return found if held else _differences(found, jnp)
 
-    # Compiled quickly: it runs once.
+    # Compiled quickly, and without what compares, which takes as long: it runs once.
+    held = sum(var.aval.size for var, *_ in places) <= _HELD
     arguments = leaves, program.params, given
-    compiled = jax.jit(differences).lower(*arguments).compile(versions.run_once())
-    pairs, alone = jax.device_get(compiled(*arguments))
+    compiled = jax.jit(values).lower(*arguments).compile(versions.run_once())
+    found = jax.device_get(compiled(*arguments))
+    with np.errstate(all="ignore"):
+        pairs, alone = _differences(found, np) if held else found
     for (var, name, _), (share, most, largest) in zip(places, pairs, strict=True):
         if share > 0 and most > _FAR * _wobble(reading, leaves, given, var):
             raise ValueError(_MESSAGE.format(repr(name), most, largest, EXAMPLES))
@@ -110,16 +112,19 @@ def _as_traced(edge, node):
     return jnp.broadcast_to(edge.transpose(order).reshape(lengths), node.sizes).reshape(node.traced)
 
 
-def _difference(wanted, got, dtype):
+def _differences(found, xp):
+    return [[_difference(*pair, xp) for pair in pairs] for pairs in found]
+
+
+def _difference(wanted, got, xp):
     """How many entries differ beyond the few that may, by how much at most, and of what."""
-    half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    half = jnp.issubdtype(wanted.dtype, jnp.floating) and jnp.finfo(wanted.dtype).bits < 32
     tolerance = _HALF if half else _TOLERANCE
-    wanted, got = wanted.astype(jnp.float32), got.astype(jnp.float32)
-    finite = jnp.isfinite(wanted)
-    largest = jnp.max(jnp.abs(wanted), initial=0.0, where=finite)
-    gap = jnp.where(wanted == got, 0.0, jnp.abs(wanted - got))
-    gap = jnp.where(jnp.isnan(wanted) & jnp.isnan(got), 0.0, gap)
+    wanted, got = wanted.astype(np.float32), got.astype(np.float32)
+    largest = xp.max(xp.abs(wanted), initial=0.0, where=xp.isfinite(wanted))
+    gap = xp.where(wanted == got, 0.0, xp.abs(wanted - got))
+    gap = xp.where(xp.isnan(wanted) & xp.isnan(got), 0.0, gap)
     # What is not finite in one alone is a difference.
-    gap = jnp.where(jnp.isnan(gap), jnp.inf, gap)
-    beyond = jnp.sum(gap > tolerance * jnp.maximum(largest, 1e-30))
-    return beyond - int(_FEW * wanted.size), jnp.max(gap, initial=0.0), largest
+    gap = xp.where(xp.isnan(gap), np.inf, gap)
+    beyond = xp.sum(gap > tolerance * xp.maximum(largest, 1e-30))
+    return beyond - int(_FEW * wanted.size), xp.max(gap, initial=0.0), largest
