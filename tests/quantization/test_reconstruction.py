@@ -111,22 +111,27 @@ def test_kernels_lie_on_their_grids_next_to_the_float_weights(digits, case):
         np.testing.assert_allclose(kernel, rounded[op.output]["kernel"], rtol=1e-5, atol=1e-7)
 
 
-@settings(max_examples=4, deadline=None)
-@given(networks(3))
-def test_a_drawn_network_as_one_block_is_no_worse(network):
-    x = network.images(8)
-    with jax.numpy_rank_promotion("allow"):
-        made, ranges = planned(network.fn, network.params, [(x,)], 3)
-        new = q.adaround(made, ranges, [(x[:4],), (x[4:],)], KEY, [".*"], steps=8)
-        q_fn, wanted = jax.jit(q.as_deployed(made)), jax.tree.leaves(network.fn(network.params, x))
+@pytest.mark.parametrize(("examples", "most"), [(2, 2), pytest.param(8, 3, marks=pytest.mark.slow)])
+def test_a_drawn_network_as_one_block_is_no_worse(examples, most):
+    @settings(max_examples=examples, deadline=None)
+    @given(networks(most))
+    def check(network):
+        x = network.images(8)
+        with jax.numpy_rank_promotion("allow"):
+            made, ranges = planned(network.fn, network.params, [(x,)], 3)
+            new = q.adaround(made, ranges, [(x[:4],), (x[4:],)], KEY, [".*"], steps=8)
+            q_fn = jax.jit(q.as_deployed(made))
+            wanted = jax.tree.leaves(network.fn(network.params, x))
 
-        def error(params):
-            got = jax.tree.leaves(q_fn(params, ranges, x))
-            return sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(got, wanted, strict=True))
+            def error(params):
+                got = jax.tree.leaves(q_fn(params, ranges, x))
+                return sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(got, wanted, strict=True))
 
-        # Biases are rounded to steps of the sums, which is not learned.
-        assert error(new) <= 1.01 * error(made.program.params)
-        q.encode(made.replace(new), ranges, x)
+            # Biases are rounded to steps of the sums, which is not learned.
+            assert error(new) <= 1.01 * error(made.program.params)
+            q.encode(made.replace(new), ranges, x)
+
+    check()
 
 
 def adaround(fn, params, x, bits=2, blocks=(), rules=(), **options):
