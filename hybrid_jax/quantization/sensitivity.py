@@ -109,9 +109,8 @@ def sensitivity(
     for name, role, width in itertools.product(names, roles, ranges):
         bits = {**base, name: {**base[name], role: width}}
         tries[name, role, width] = _at_bits(ranges, bits, first), bits
-    q_fn, reference = model.fake_quantized(fn, spec), core.fast_convolutions(fn)
     result: Sensitivity = {name: {role: {} for role in roles} for name in names}
-    found = _damages(q_fn, reference, params, batches, tries, damage)
+    found = _damages(model.fake_quantized(fn, spec), fn, params, batches, tries, damage)
     for (name, role, width), value in found.items():
         result[name][role][width] = value
     return result
@@ -155,7 +154,7 @@ def plan_sensitivity(
         for width in sorted(set(choices[role]) - {most[role]} if key in base else ()):
             bits = {**base, key: {**base[key], role: width}}
             tries[name, role, width] = _at_bits(ranges, bits, widest), bits
-    reference = core.fast_convolutions(functools.partial(apply, planned.program))
+    reference = functools.partial(apply, planned.program)
     params = planned.program.params
     found = _damages(as_deployed(planned), reference, params, batches, tries, damage)
     least, result = found.pop(None), {name: {} for name in operations}
@@ -176,9 +175,10 @@ def _at_bits(ranges, bits, first):
 
 def _damages(q_fn, reference, params, batches, tries, damage) -> dict[Any, float]:
     """The mean damage of each of {key: (ranges, bits)} over the batches; one compilation."""
-    reference = jax.jit(reference)
+    reference = jax.jit(core.fast_convolutions(reference))
 
     @jax.jit
+    @core.fast_convolutions
     def one(params, spans, bits, inputs, outputs):
         return damage(q_fn(params, spans, *inputs, bits=bits), outputs)
 
