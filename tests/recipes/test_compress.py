@@ -50,7 +50,7 @@ def test_nnx_is_quantized_without_training(tmp_path):
     result = recipes.compress(
         model, (images, labels), workdir=tmp_path / "run", config=config, targets=["onnx", "tflite"]
     )
-    own, rows = checks(result, ["onnx", "tflite"], 0.8)
+    own, rows = checks(result, ["onnx", "tflite"], 0.5)
     assert own.accuracy > rows["parent"].accuracy - 0.03
     assert result.results.dataset["mean"] == [0.0]  # as it was trained
 
