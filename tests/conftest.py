@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,14 @@ class DigitsNet(nn.Module):
         x = norm_relu(conv(8, (3, 3), 2, feature_group_count=8, name="depthwise")(x))
         x = norm_relu(conv(16, (1, 1), name="pointwise")(x))
         return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+def pytest_configure(config):
+    """What the ordinary run draws is always the same; the long run looks for what fails."""
+    ordinary = "not slow" in config.option.markexpr
+    # What is drawn is compiled first, which takes as long as it takes.
+    hypothesis.settings.register_profile("compiled", deadline=None, derandomize=ordinary)
+    hypothesis.settings.load_profile("compiled")
 
 
 @pytest.hookimpl(tryfirst=True)

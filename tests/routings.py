@@ -64,7 +64,7 @@ def weights(routing, logits, key=None):
 
 
 def check_weights_are_a_choice(case, key):
-    @hypothesis.settings(deadline=None, max_examples=20)
+    @hypothesis.settings(max_examples=20)
     @hypothesis.given(
         logits=hypothesis.extra.numpy.arrays(
             np.float32, (5, 4), elements=st.floats(-50, 50, width=32, allow_subnormal=False)

@@ -13,7 +13,7 @@ masks_of_any_shape = st_numpy.arrays(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(mask=masks_of_any_shape)
 def test_masks_come_back_from_their_bits(mask):
     masks = {"w": jnp.asarray(mask), "bias": optax.MaskedNode()}

@@ -51,7 +51,7 @@ def test_rewire_keeps_two_of_four():
     np.testing.assert_array_equal(got["w"].T, bits(0, 0, 1, 1, 0, 0, 1, 1))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     mask=st.lists(st.booleans(), min_size=12, max_size=12),
     growth=st.lists(

@@ -80,7 +80,7 @@ def test_every_form_of_result_and_gradients(layout, options, groups):
                 break
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3)),
     taps=st.integers(1, 4),

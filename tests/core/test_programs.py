@@ -427,7 +427,7 @@ def _attention(p, x):
     return x + jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ p["o"]
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(
     names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
     seed=st.integers(0, 2**16),
@@ -464,7 +464,7 @@ def test_random_networks(names, seed):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(
     channels=st.integers(2, 5),
     ratio=st.sampled_from([2, 3]),

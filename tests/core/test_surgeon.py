@@ -61,7 +61,7 @@ def literal(weights, gram, project):
 
 
 @hypothesis.given(seed=st.integers(0, 10**6))
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(max_examples=20)
 def test_the_loss_is_the_sum_of_the_errors(seed):
     gram, weights = problem(seed, 5)
     swept = SWEEP(weights, core.inverse_factor(gram), jnp.round)

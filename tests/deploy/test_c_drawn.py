@@ -189,7 +189,7 @@ STEPS = [_conv, _conv, _pool, _pairwise, _join, _single, _move, _reduce]
 
 @pytest.mark.parametrize("examples", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_random_programs_give_what_the_reference_gives(examples):
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     @given(st.lists(built_programs(), min_size=8, max_size=12), st.booleans())
     def check(drawn, pack):
         given = {f"net_{i}": (program, inputs(program)) for i, program in enumerate(drawn)}

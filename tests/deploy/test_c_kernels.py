@@ -99,7 +99,7 @@ def test_edges_give_the_bits_of_the_reference_by_both_kernels():
 
 @pytest.mark.parametrize("examples", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_drawn_layers_give_the_bits_of_the_reference_by_both_kernels(examples):
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     @given(st.lists(layers(), min_size=10, max_size=10), st.booleans())
     def check(drawn, pack):
         check_both(drawn, pack)

@@ -357,7 +357,7 @@ def test_the_file_holds_the_integers_of_the_program():
     assert floats == ["serving_default_x", "serving_default_y_output"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     scale=st.floats(2**-8, 2**-2),
     ends=st.lists(st.integers(0, 255), min_size=3, max_size=3, unique=True).map(sorted),

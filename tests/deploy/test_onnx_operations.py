@@ -101,7 +101,7 @@ def recoded(name, given_, made):
     return dataclasses.replace(program, tensors=tensors)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(5, 7),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from built import Build, Q
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from operation_cases import CASES
 from safetensors import numpy as safetensors
@@ -149,7 +149,6 @@ def test_the_bytes_of_a_kernel_by_hand(tmp_path):
 WIDEST = 2**62 - 2**31, 2**62 + 2**31 - 1
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(packed._DTYPES[1:]).flatmap(
         lambda kind: st_numpy.arrays(

@@ -53,7 +53,7 @@ def test_update():
     np.testing.assert_array_equal(experts.budget_update(price, 1.0, 1.5, 0.5), 0)
 
 
-@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.floats(0, 1e6, width=32), st.floats(0, 1e6, width=32))
 def test_the_price_is_never_negative_and_rises_only_above_the_budget(cost, budget):
     price = jnp.float32(1.0)

@@ -81,7 +81,7 @@ def parts(draw):
 @pytest.mark.skipif(not COMPILERS, reason="no C compiler")
 @pytest.mark.parametrize("examples", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_any_part_in_bands_of_any_height_has_the_bits_of_the_whole(examples):
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     @given(st.lists(parts(), min_size=4, max_size=4))
     def check(drawn):
         given = {}

@@ -90,7 +90,7 @@ def identity(count):
     return Program("x", "x", {"x": Tensor((count,))}, ())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 999), st.sampled_from([1, 2, 10, 100, 1000]), st.floats(0.05, 0.99))
 def test_a_confidence_is_the_largest_probability(seed, count, threshold):
     rng = np.random.default_rng(seed)

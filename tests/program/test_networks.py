@@ -80,7 +80,7 @@ def check_file(target, path, integers, network):
             assert np.abs(ours - theirs).mean() < room, target
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=5, suppress_health_check=SLOW)
 @given(networks(), *STORED)
 def test_a_drawn_network(network, bits, activation_bits, scheme):
     """With more examples than the three, and the one, for which `lower` compares them itself."""

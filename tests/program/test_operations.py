@@ -184,7 +184,7 @@ def encodings(draw):
 
 
 @pytest.mark.parametrize("name", ENCODED)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(st.data(), st.integers(0, 999))
 def test_integers(name, data, seed):
     op, shapes = CASES[name]

@@ -112,7 +112,7 @@ UNIFORM, GLOBAL = pruning.uniform(), pruning.global_()
 compiled_keep = jax.jit(pruning.keep_channels, static_argnames=("allocation", "multiple"))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(values=several_scores, percent=percents, multiple=st.sampled_from([1, 4, 8]))
 def test_uniform_widths_are_exact_and_hold_the_best(values, percent, multiple):
     scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
@@ -123,7 +123,7 @@ def test_uniform_widths_are_exact_and_hold_the_best(values, percent, multiple):
         assert np.flatnonzero(keep[name]).tolist() == sorted(best)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(values=several_scores, percent=percents)
 def test_global_counts_are_exact(values, percent):
     scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
@@ -139,7 +139,7 @@ def test_global_counts_are_exact(values, percent):
     assert got == sorted(expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(values=several_scores, percent=percents)
 def test_global_widths_come_within_half_a_step(values, percent):
     scores = {str(i): jnp.array(s, jnp.float32) for i, s in enumerate(values)}
@@ -154,7 +154,7 @@ def test_global_widths_come_within_half_a_step(values, percent):
     assert abs(sum(counts) - max(wanted, sum(min(n, 4) for n in SIZES))) <= 2
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     values=several_scores,
     percent=percents,

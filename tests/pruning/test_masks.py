@@ -29,7 +29,7 @@ def exact_count(sparsity, n):
 counts = jax.vmap(removed_count, in_axes=(0, None))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     n=st.one_of(st.integers(1, 50), st.sampled_from([999_999, 25_557_032, 2**31 - 1])),
     millionths=st.lists(st.integers(0, 10**6), min_size=8, max_size=8),
@@ -49,7 +49,7 @@ def test_halves_are_removed(sparsity, n, expected):
     assert removed_count(sparsity, n) == expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0]), min_size=12, max_size=12),
     kept=st.integers(0, 12),
@@ -61,7 +61,7 @@ def test_keep_best_keeps_the_highest_then_the_first(values, kept):
         assert np.flatnonzero(mask).tolist() == sorted(order)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     values=st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 2.0]), min_size=15, max_size=15),
     kept=st.lists(st.integers(0, 5), min_size=3, max_size=3),
@@ -106,7 +106,7 @@ def compiled_masks(allocation, scores, sparsity):
     return pruning.masks(scores, sparsity, allocation=made(allocation, scores))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(values=few_values, percent=st.integers(0, 100))
 def test_counts_are_exact_for_any_scores(values, percent):
     sparsity = percent / 100
@@ -129,7 +129,7 @@ def test_counts_are_exact_for_any_scores(values, percent):
     assert (erk <= sizes).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(values=few_values, percent=st.integers(0, 100))
 def test_masks_of_known_scores_are_those_of_traced_ones(values, percent):
     scores = {
@@ -189,7 +189,7 @@ def test_a_leaf_keeps_at_least_what_its_granularity_says():
     assert kept(0.75, pruning.uniform(), 1) == {"a": [1], "b": [3]}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(values=few_values, percent=st.integers(0, 100))
 def test_the_others_pay_for_what_a_leaf_keeps(values, percent):
     scores = {
@@ -232,7 +232,7 @@ def test_lamp_is_global_on_its_scores():
 not_finite = st.sampled_from([jnp.nan, jnp.inf, -jnp.inf, -1.0, 0.0, 2.0])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(values=st.lists(not_finite, min_size=18, max_size=18), percent=st.integers(0, 100))
 def test_traced_scores_that_are_not_finite_keep_the_counts(values, percent):
     scores = {"w": jnp.array(values, jnp.float32).reshape(2, 9)}

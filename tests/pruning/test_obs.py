@@ -67,7 +67,7 @@ def least_squares(x, target, kept):
 @hypothesis.given(
     seed=st.integers(0, 10**6), kept=st.lists(st.booleans(), min_size=15, max_size=15)
 )
-@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.settings(max_examples=25)
 def test_compensation_is_least_squares(seed, kept):
     x, w = random_layer(seed)
     kept = np.array(kept).reshape(5, 3)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_jax import contrib, core, cost, models, pruning
@@ -23,7 +23,6 @@ def test_a_falling_cost_is_met_by_the_least_sparsity():
     assert found == (0.275, 0.275, 7.25)
 
 
-@settings(deadline=None)
 @given(
     costs=st.lists(st.integers(0, 50), min_size=2, max_size=20).map(lambda c: sorted(c)[::-1]),
     data=st.data(),
@@ -199,7 +198,6 @@ def test_widths_that_do_not_pay_are_rejected():
     assert pruning.paying_widths(TABLE, margin=0.05) == {"conv": (40, 56, 64), "head": (8,)}
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.integers(1, 64), st.floats(0.1, 9.0), min_size=1), st.sampled_from([0, 0.1])
 )

@@ -40,7 +40,7 @@ def counted(bits, scales=None):
     return cost.count(GRAPH, None, weight, activation, scales)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     damages=st.lists(st.lists(st.integers(0, 30), min_size=6, max_size=6), min_size=3, max_size=3),
     part=st.floats(0, 1),

@@ -134,7 +134,7 @@ def test_a_block_between_layers_stays_what_it_is(name):
         equalized(fn, PARAMS | {"first": first}, x, 3, check=False)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(networks())
 def test_a_drawn_network_stays_what_it_is(network):
     with jax.numpy_rank_promotion("allow"):

@@ -285,7 +285,7 @@ def test_the_kernels_of_a_plan(digits):
         float(jnp.mean((q_fn(params, ranges, digits.held_out_images) - expected) ** 2))
         for params in (made.program.params, new)
     )
-    assert swept < 0.6 * nearest
+    assert swept < 0.75 * nearest  # of networks trained on different machines 0.25 to 0.62
     q.encode(made.replace(new), ranges, digits.images[:8])
     with pytest.raises(ValueError, match=rf"ranges must have \['{made.ranged[0]}'\]\['weight'\]"):
         q.gptq_planned(made, {}, batches)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_jax import quantization as q
@@ -23,7 +23,6 @@ def span(low, high):
     st.integers(2, 8),
     st.booleans(),
 )
-@settings(deadline=None)
 def test_idempotent_for_any_range(values, one, other, scheme, bits, rounded_up):
     grid = SCHEMES[scheme](span(min(one, other), max(one, other)), bits)
     grid = q.power_of_two(grid) if rounded_up else grid

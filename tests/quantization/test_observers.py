@@ -52,7 +52,7 @@ def test_percentile_counts_the_zeros():
 @given(
     scales=st.lists(st.integers(-20, 20), min_size=2, max_size=4), seed=st.integers(0, 2**31 - 1)
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_streaming_a_histogram_is_exact(factory, scales, seed):
     """Batches in any order, of any magnitude, give the very counts of all values at once."""
     rng = np.random.default_rng(seed)

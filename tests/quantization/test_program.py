@@ -47,7 +47,7 @@ limits = st.lists(
 damages = st.lists(tables([("a",), ("b",), ("c",)], st.integers(-50, 50)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(damages, limits)
 def test_equals_brute_force(damage, limits):
     limits = [limit._replace(name=f"bytes{i}") for i, limit in enumerate(limits)]

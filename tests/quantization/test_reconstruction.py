@@ -113,7 +113,7 @@ def test_kernels_lie_on_their_grids_next_to_the_float_weights(digits, case):
 
 @pytest.mark.parametrize(("examples", "most"), [(2, 2), pytest.param(8, 3, marks=pytest.mark.slow)])
 def test_a_drawn_network_as_one_block_is_no_worse(examples, most):
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples)
     @given(networks(most))
     def check(network):
         x = network.images(8)

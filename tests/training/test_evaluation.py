@@ -28,7 +28,7 @@ def by_numpy(arrays, scale):
     return {"accuracy": np.mean(logits.argmax(-1) == arrays.labels), "loss": loss.mean()}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(count=COUNT, batch_size=st.sampled_from([1, 4, 5]))
 def test_equals_numpy(count, batch_size):
     arrays = make_arrays(count)
