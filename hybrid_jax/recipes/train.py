@@ -23,11 +23,10 @@ def parent(task: Task, dense: Model, settings: Any) -> Model:
     """Returns the dense network after `settings.steps` steps of training without a teacher."""
     cut = dense.cut
     params, rest = cut.split(cut.variables)
-    forward = in_training(cut, cut.network.train)
+    forward = task.computed(in_training(cut, cut.network.train))
     tx = optimizer(
         settings.learning_rate, settings.weight_decay, settings.steps, direction=settings.optimizer
     )
-    forward = task.computed(forward)
     step = training.make_step(task.loss(forward), task.augmented, choices=task.choices)
     state = task.start("parent", {"params": params}, {"rest": rest}, tx)
     trained = task.fit("parent", step, state, settings.steps, settings.batch_size)
