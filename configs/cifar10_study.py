@@ -42,7 +42,14 @@ CASCADE = {
     "mixture.kind": "cascade",
     "mixture.members": ("half ResNet-56", "half ResNet-20"),
 }
-W4 = {"mixture.members": ("half ResNet-56 W4A8", "half ResNet-20 W4A8")}
+SMALL = {
+    **TAUGHT,
+    "budget.macs": 0.5,
+    "experts.recovery": "obs",
+    "experts.floats": 0.6,
+    "experts.deployed": 0.1,
+}
+BOTH_SMALL = {"mixture.members": ("small ResNet-20", "small ResNet-56")}
 UNTRAINED = {"mixture.members": ("ResNet-20 W4A8 PTQ", "ResNet-56 W4A8 PTQ")}
 W4_PARTLY = {"mixture.members": ("half ResNet-20 W4A8", "ResNet-56 W4A8 PTQ")}
 PARTLY = {"mixture.members": ("half ResNet-20", "ResNet-56 W4A8 PTQ")}
@@ -55,11 +62,13 @@ STUDY = {
     "cascade of half and whole at a third": {**CASCADE, **PARTLY, "budget.macs": 1 / 3},
     "cascade of half and whole at a quarter": {**CASCADE, **PARTLY, "budget.macs": 0.25},
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
-    "half ResNet-56 W4A8": {**RESNET56, **HALF, "experts.steps": LONG},
+    # A budget of bytes has widths and bits chosen together: 4 nearly everywhere.
+    "small ResNet-20": {**RESNET20, **SMALL, "budget.bytes": 0.07, "experts.steps": 10 * EPOCH},
+    "small ResNet-56": {**RESNET56, **SMALL, "budget.bytes": 0.06, "experts.steps": 1800},
+    "small cascade at a third": {**CASCADE, **BOTH_SMALL, "budget.macs": 1 / 3},
+    "small cascade at a quarter": {**CASCADE, **BOTH_SMALL, "budget.macs": 0.25},
+    "small cascade at a fifth": {**CASCADE, **BOTH_SMALL, "budget.macs": 0.2},
     "half ResNet-20 W4A8": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 12 * EPOCH},
-    "W4A8 cascade at a third": {**CASCADE, **W4, "budget.macs": 1 / 3},
-    "W4A8 cascade at a quarter": {**CASCADE, **W4, "budget.macs": 0.25},
-    "W4A8 cascade at a fifth": {**CASCADE, **W4, "budget.macs": 0.2},
     "W4A8 cascade of half and whole at a third": {**CASCADE, **W4_PARTLY, "budget.macs": 1 / 3},
     "W4A8 cascade of half and whole at a quarter": {**CASCADE, **W4_PARTLY, "budget.macs": 0.25},
     # The same of experts in 8 bits.

@@ -19,6 +19,8 @@ from hybrid_jax.core import versions
 
 # Entries of the patches that are side by side at a time: a megabyte stays in a core's cache.
 _PATCHES = 2**18
+# Channels that a product needs to be fast, found by measuring: two vectors of 16 numbers.
+_ENOUGH = 32
 
 
 class Conv(NamedTuple):
@@ -76,6 +78,36 @@ def last_numbers(rank: int) -> lax.ConvDimensionNumbers:
     return lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
 
 
+def neighbours(conv: Conv, kernel: Sequence[int], places: Sequence[int]) -> int:
+    """How many places along the last axis `together` takes as one; 1 if their outputs do as is.
+
+    No more than double the work: a place's kernel is wider by the strides to the last of them.
+    """
+    *_, taps, _, outputs = kernel
+    if conv.groups > 1 or conv.spread[-1] > 1 or conv.dilation[-1] > 1:
+        return 1
+    most = min(_ENOUGH // outputs, taps // conv.strides[-1] + 1)
+    return next(count for count in range(max(most, 1), 0, -1) if places[-1] % count == 0)
+
+
+def together(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same with `neighbours` as outputs of one place, of whose kernel a part is zero for each.
+
+    What is not finite reaches those beside it.
+    """
+    *window, _, outputs = kernel.shape
+    count = neighbours(conv, kernel.shape, conv.places(x.shape[1:-1], window))
+    *strides, stride = conv.strides
+    still = [(0, 0)] * (len(window) - 1)
+    moved = [
+        jnp.pad(kernel, [*still, (i * stride, (count - 1 - i) * stride), (0, 0), (0, 0)])
+        for i in range(count)
+    ]
+    wide = jnp.concatenate(moved, -1)
+    y = channels_last(conv._replace(strides=(*strides, count * stride)), x, wide)
+    return y.reshape(*y.shape[:-2], -1, outputs)
+
+
 def at_once(conv: Conv, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same as the product of what every place sees with the kernel."""
     *window, inner, outputs = kernel.shape
@@ -110,10 +142,12 @@ def tall(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.
 
     def part(x, dy):
         seen = _side_by_side(conv, x, window, dy.shape[1:-1])
-        return _product(conv, seen, dy.reshape(len(seen), conv.groups, -1), "mgk,mgo->kgo")
+        # The longer rows last: half again to twice as fast as the other way round.
+        return _product(conv, dy.reshape(len(seen), conv.groups, -1), seen, "mgo,mgk->gok")
 
     count = _steps(window, dy.shape[1:-1], x)
-    return _summed(part, count, x, dy).reshape(*window, -1, dy.shape[-1])
+    gradient = _summed(part, count, x, dy)
+    return gradient.reshape(dy.shape[-1], -1).T.reshape(*window, -1, dy.shape[-1])
 
 
 def wide(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -145,6 +179,7 @@ def tapped(conv: Conv, window: Sequence[int], x: jax.Array, dy: jax.Array) -> ja
 
 RESULT: dict[str, Callable[..., jax.Array]] = {
     "channels last": channels_last,
+    "together": together,
     "patches": patches,
     "taps": taps,
 }

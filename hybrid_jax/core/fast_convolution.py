@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_jax.core import interpreter, measure
-from hybrid_jax.core.convolution import GRADIENT, RESULT, Conv, last_numbers
+from hybrid_jax.core.convolution import GRADIENT, RESULT, Conv, last_numbers, neighbours
 
 # Below so many multiply-accumulates a form is not worth the second that measuring it takes.
 _WORTH_MEASURING = 2**26
@@ -118,6 +118,9 @@ def _forms(choices, loop, eqn, params, shape, kernel_shape):
         names = ("channels last", "patches") if half else ("channels last",)
         if numbers == last_numbers(len(shape)) and not loop:
             names = names[1:]
+        outputs, inner = (kernel_shape[axis] for axis in numbers.rhs_spec[:2])
+        if neighbours(conv, (*window, inner, outputs), places) > 1:
+            names += ("together",)
     elif groups[0] == shape[numbers.lhs_spec[1]] == kernel_shape[numbers.rhs_spec[0]]:
         return {"taps": _result(RESULT["taps"], conv, numbers)}
     else:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.core import processes, sealed
+from hybrid_jax.core import processes, sealed, versions
 from hybrid_jax.core.files import as_path, cache_folder, write_json
 
 _ROUNDS = 3
@@ -87,6 +87,7 @@ class Choices:
             return next(iter(forms))
         file = pathlib.Path(self._cache) if self._cache else cache_folder() / "choices.json"
         known = _read(file) if file.exists() else {}
+        question = f"{question} of {', '.join(sorted(forms))}"  # another version may know others
         proposed = known.get(machine(), {}).get(question)
         if proposed in forms:
             return proposed
@@ -103,7 +104,8 @@ CHOICES = Choices()
 
 def fastest(forms: Mapping[str, Callable[..., Any]], *args: jax.ShapeDtypeStruct) -> str:
     """Compiles each form and runs them by turns on drawn floats; names the fastest."""
-    run = {name: jax.jit(form).lower(*args).compile() for name, form in forms.items()}
+    options = versions.run_often()
+    run = {name: jax.jit(form).lower(*args).compile(options) for name, form in forms.items()}
     with jax.ensure_compile_time_eval():
         arrays = jax.tree.map(_drawn, args)
     for compiled in run.values():  # the first call warms up

@@ -139,3 +139,10 @@ def run_once() -> dict[str, Any]:
     if not _SINCE_11 and jax.default_backend() == "cpu":
         options["xla_cpu_use_fusion_emitters"] = False
     return options
+
+
+def run_often() -> dict[str, Any]:
+    """Options of `compile` for what runs many times, whatever `QUICK_XLA` says of the others."""
+    if _SINCE_11 or jax.default_backend() != "cpu":
+        return {}
+    return {"xla_cpu_use_fusion_emitters": True}

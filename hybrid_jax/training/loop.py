@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hybrid_jax import core
+from hybrid_jax.core import versions
 from hybrid_jax.training.checkpoints import Checkpoints
 from hybrid_jax.training.progress import progress
 from hybrid_jax.training.records import Path, drop_records, write_record
@@ -89,7 +90,7 @@ def fit(
         drop_records(records, name, after=done)
 
     ends = (every, record_every) if scan else (1,)
-    run = _scanned(step, resident or {}) if scan else functools.partial(_one, step)
+    run = _scanned(step, resident or {}) if scan else functools.partial(_one, _compiled(step))
     begun, underway = time.monotonic(), collections.deque()
     saving = checkpoint or contextlib.nullcontext()
     with Held() as held, saving, progress(name, steps, start=done) as show:
@@ -135,6 +136,13 @@ def fit(
     return state
 
 
+def _compiled(step: Step) -> Step:
+    """A step compiled as what runs often is, which a jit within another can't say for itself."""
+    if not hasattr(step, "lower"):
+        return step
+    return jax.jit(step, donate_argnums=0, compiler_options=versions.run_often())
+
+
 def _one(step: Step, state: TrainState, chunk: Sequence[Batch]) -> tuple[TrainState, list[Metrics]]:
     """One step."""
     state, metrics = step(state, *chunk)
@@ -144,7 +152,7 @@ def _one(step: Step, state: TrainState, chunk: Sequence[Batch]) -> tuple[TrainSt
 def _scanned(step: Step, resident: Mapping[str, Any]) -> Callable:
     """run(state, chunk) -> (state, metrics of each step), all steps of a chunk as one program."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @jax.jit
     def several(state, chunk, resident):
         def one(state, batch):
             taken = {name: own[batch["index"]] for name, own in resident.items()}
@@ -152,8 +160,10 @@ def _scanned(step: Step, resident: Mapping[str, Any]) -> Callable:
 
         return jax.lax.scan(one, state, jax.tree.map(lambda *own: jnp.stack(own), *chunk))
 
+    compiled = _compiled(several)
+
     def run(state: TrainState, chunk: Sequence[Batch]) -> tuple[TrainState, list[Metrics]]:
-        state, metrics = several(state, tuple(chunk), resident)
+        state, metrics = compiled(state, tuple(chunk), resident)
         metrics = core.whole(metrics)
         return state, [{n: own[i] for n, own in metrics.items()} for i in range(len(chunk))]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from hybrid_jax import core
-from hybrid_jax.core import fast_convolution
+from hybrid_jax.core import convolution, fast_convolution
 
 LAYOUTS = [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("CWNH", "WIOH", "HNCW")]
 OPTIONS = {
@@ -72,7 +72,7 @@ def test_every_form_of_result_and_gradients(layout, options, groups):
     cases = [(weighted(fn), kernel), (both, kernels)]
     for (case, weights), loop in itertools.product(cases, (False, True)):
         want = jax.jit(case)(weights, x)
-        for place in range(3):
+        for place in range(4):
             choices = Told(place)
             got = jax.jit(core.fast_convolutions(case, loop=loop, choices=choices))(weights, x)
             assert_close(got, want)
@@ -104,6 +104,35 @@ def test_windows_of_any_size(sizes, taps, stride, dilation, padding):
 
     fast = core.fast_convolutions(weighted(fn), loop=True)
     assert_close(fast(kernel, x), weighted(fn)(kernel, x))
+
+
+@settings(max_examples=10)
+@given(
+    length=st.integers(1, 12),
+    taps=st.integers(1, 5),
+    outputs=st.sampled_from((3, 8, 16)),
+    stride=st.integers(1, 2),
+    padding=st.tuples(st.integers(-1, 3), st.integers(-1, 3)),
+)
+def test_neighbours_as_outputs_of_one_place(length, taps, outputs, stride, padding):
+    if length + sum(padding) < taps:
+        return
+    x, kernel = drawn((2, 3, length, 2), range(4), 0), drawn((2, taps, 2, outputs), range(4), 1)
+    conv = convolution.Conv((1, stride), ((1, 0), padding), (1, 1), (1, 1))
+    assert_close(convolution.together(conv, x, kernel), convolution.channels_last(conv, x, kernel))
+
+
+def test_how_many_neighbours():
+    conv = convolution.Conv((1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
+    assert convolution.neighbours(conv, (3, 3, 16, 8), (32, 32)) == 4
+    assert convolution.neighbours(conv, (3, 3, 16, 12), (32, 32)) == 2
+    assert convolution.neighbours(conv, (3, 3, 16, 16), (7, 7)) == 1
+    assert convolution.neighbours(conv, (3, 3, 16, 64), (32, 32)) == 1
+    # A window of one entry sees nothing that its neighbour sees.
+    assert convolution.neighbours(conv, (1, 1, 16, 8), (32, 32)) == 2
+    assert convolution.neighbours(conv._replace(strides=(2, 2)), (3, 3, 8, 8), (16, 16)) == 2
+    assert convolution.neighbours(conv._replace(groups=2), (3, 3, 8, 8), (16, 16)) == 1
+    assert convolution.neighbours(conv._replace(dilation=(1, 2)), (3, 3, 8, 8), (16, 16)) == 1
 
 
 def test_images_are_taken_a_few_at_a_time(monkeypatch):

@@ -44,14 +44,14 @@ def test_the_fastest_is_chosen_and_kept_for_run_and_machine(tmp_path):
 def test_a_run_holds_against_the_cache(tmp_path):
     run, cache = tmp_path / "run.json", tmp_path / "cache.json"
     core.Choices(run, cache).choose("q", forms("a"), SHAPE)
-    cache.write_text(json.dumps({core.machine(): {"q": "c"}}))
+    cache.write_text(json.dumps({core.machine(): {"q of a, b, c": "c"}}))
     assert core.Choices(run, cache).choose("q", dict.fromkeys("abc", never), SHAPE) == "a"
 
 
 def test_one_form_is_not_run_and_an_unknown_answer_is_asked_again(tmp_path):
     cache = tmp_path / "cache.json"
     assert core.Choices(cache=cache).choose("q", {"only": never}, SHAPE) == "only"
-    cache.write_text(json.dumps({core.machine(): {"q": "gone"}}))
+    cache.write_text(json.dumps({core.machine(): {"q of a, b, c": "gone"}}))
     assert core.Choices(cache=cache).choose("q", forms("c"), SHAPE) == "c"
 
 
@@ -62,7 +62,7 @@ def test_a_spoilt_cache_is_measured_anew_and_a_spoilt_run_is_refused(tmp_path, t
     with pytest.raises(ValueError, match=r"file\.json must be as it was written"):
         core.Choices(file)
     assert core.Choices(cache=file).choose("q", forms("a"), SHAPE) == "a"
-    assert json.loads(file.read_text()) == {core.machine(): {"q": "a"}}
+    assert json.loads(file.read_text()) == {core.machine(): {"q of a, b, c": "a"}}
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
