@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -45,17 +46,28 @@ class Choices:
 
 
 def offer(
-    program: p.Program, spec: quantization.Spec, bits: Mapping[str, Sequence[int]]
+    program: p.Program,
+    spec: quantization.Spec,
+    bits: Mapping[str, Sequence[int]],
+    least: Mapping[str, int] = MappingProxyType({}),
 ) -> Choices:
     """What may be chosen of a program, before anything is measured: to ask what a budget can be.
 
     `bits` are {'weight' or 'activation': bits}, as `what_pays` has them; a role left out keeps its
-    bits in `spec`. Damages are alike for all operations: the power of rounding, a quarter for each
-    bit more, less that at the most bits.
+    bits in `spec`. `least` are {site: bits that its kernel has at least}. Damages are alike for all
+    operations: the power of rounding, a quarter for each bit more, less that at the most bits.
     """
     planned = quantization.plan(program, spec)
     alike = {role: {b: 4.0**-b - 4.0 ** -max(own) for b in own} for role, own in bits.items()}
-    return Choices(program, spec, dict.fromkeys(stored.chosen_operations(planned, bits), alike))
+
+    def of(op):
+        enough = least.get(program.sources[op].site, 0)
+        return {
+            role: {b: d for b, d in own.items() if role != "weight" or b >= min(enough, max(own))}
+            for role, own in alike.items()
+        }
+
+    return Choices(program, spec, {op: of(op) for op in stored.chosen_operations(planned, bits)})
 
 
 def measure_bits(
@@ -71,8 +83,11 @@ def measure_bits(
     a few inputs say, so that none are taken that no limit asks for.
     """
     batches = list(batches)
-    offered = next(iter(made.bits.values()), {})
-    bits = {role: tuple(table) for role, table in offered.items()}
+    roles = {role for own in made.bits.values() for role in own}
+    bits = {
+        role: tuple(sorted(set().union(*(own[role] for own in made.bits.values()))))
+        for role in sorted(roles)
+    }
     if all(len(own) == 1 for own in bits.values()):
         return made
     widest = {role: max(own) for role, own in bits.items()}
@@ -83,7 +98,10 @@ def measure_bits(
         ranges[b] = quantization.calibrate_edges(planned, batches, method)
     found = quantization.plan_sensitivity(made.planned, batches, ranges, made.bits, bits, damage)
     rising = {
-        op: {role: _rising(table, made.bits[op][role]) for role, table in own.items()}
+        op: {
+            role: _rising({b: table[b] for b in made.bits[op][role]}, made.bits[op][role])
+            for role, table in own.items()
+        }
         for op, own in found.items()
     }
     return dataclasses.replace(made, bits={op: made.bits[op] | own for op, own in rising.items()})

@@ -89,17 +89,24 @@ class Cut:
     def with_bits(self, weight: int, activation: int, first_last: int, depthwise: int = 2) -> "Cut":
         """Returns the same cut to be quantized in these bits, see `quantization.spec`.
 
-        Depthwise kernels, few weights of which each output has only its own, have at least theirs.
+        Depthwise kernels have at least theirs.
         """
         own = quantization.spec(
             self.graph, weight_bits=weight, activation_bits=activation, first_last_bits=first_last
         )
-        least = {site.name: depthwise if site.groups > 1 else 2 for site in self.graph.sites}
+        least = self.least_bits(depthwise)
         bits = {
-            s.name: {"weight": max(s.weight.bits, least[s.name]), "activation": s.activation.bits}
+            s.name: {
+                "weight": max(s.weight.bits, least.get(s.name, 2)),
+                "activation": s.activation.bits,
+            }
             for s in own.sites
         }
         return self.in_bits(bits)
+
+    def least_bits(self, depthwise: int) -> dict[str, int]:
+        """{site: `depthwise`} of grouped kernels: each output has only a few weights of its own."""
+        return {site.name: depthwise for site in self.graph.sites if site.groups > 1}
 
     def in_bits(self, bits: Mapping[str, Mapping[str, int]]) -> "Cut":
         """Returns the same cut to be quantized in other bits, {site: {'weight', 'activation'}}."""

@@ -47,7 +47,8 @@ def planned(task: Task, config: Any, specs: Sequence[ExpertSpec] = ()) -> dict[s
     if not most:
         return {}
     spec, targets = parent.with_bits(8, 8, 8).spec, config.deploy.targets
-    offered = choices.offer(parent.program, spec, budget.what_pays(most, targets))
+    least = {} if specs else parent.least_bits(config.ptq.depthwise_bits)
+    offered = choices.offer(parent.program, spec, budget.what_pays(most, targets), least)
     if not specs:
         return choices.choose(offered, _counted(most), targets).costs
     alike = {
@@ -108,7 +109,8 @@ def quantized(task: Task, parent: Model, config: Any) -> Model:
     )
     if not most:
         return ptq.quantized(parent, dense.bits)
-    offered = choices.offer(dense.program, dense.spec, budget.what_pays(most, targets))
+    least = dense.least_bits(c.depthwise_bits)
+    offered = choices.offer(dense.program, dense.spec, budget.what_pays(most, targets), least)
     damage = damage_of(task, config)
     measured = choices.measure_bits(offered, ptq.batches(task, IMAGES), c.calibration, damage)
 

@@ -229,6 +229,20 @@ def test_bits_that_nothing_limited_pays_stay_as_asked(digits, traced):
     assert activations == [s.activation.bits for s in asked.sites]
 
 
+def test_a_kernel_keeps_the_bits_that_it_has_at_least(digits, traced):
+    graph, spec, net = traced
+    site = graph.sites[1].name
+    for least, of_site in ((8, {8}), (5, {8}), (4, {4, 8}), (9, {8})):
+        made = choices.offer(net, spec, {"weight": (4, 8)}, {site: least})
+        made = choices.measure_bits(made, [(digits.images[:16],)], "minmax")
+        offered = {net.sources[op].site: set(own["weight"]) for op, own in made.bits.items()}
+        assert offered == {s.name: {4, 8} for s in graph.sites} | {site: of_site}
+    most = choices.choose(made, {}).costs["bytes"]
+    found = choices.choose(made, {"bytes": most * 9 // 10}).bits
+    assert found[site]["weight"] == 8
+    assert min(own["weight"] for own in found.values()) == 4
+
+
 def test_bops_are_fewer_by_fewer_bits_of_activations(digits, traced):
     _, spec, net = traced
     bits = {"weight": (4, 8), "activation": (4, 8)}
