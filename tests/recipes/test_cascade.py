@@ -52,6 +52,17 @@ def test_the_mean_keeps_the_budget(task, most, went_on):
     assert all(found.cost[name] <= limit for name, limit in most.items())
 
 
+def test_a_limit_is_spent_where_that_is_no_worse(task):
+    right = np.array([[3.0, 0], [0, 3.0], [3.0, 0], [0, 3.0]], np.float32)
+    made = [MADE[0], types.SimpleNamespace(fn=None, params=right)]
+    assert cascade.choose(task, made, COSTS).went_on == (0.25,)
+    found = cascade.choose(task, made, COSTS, most={"macs": 25.0})
+    assert (found.score, found.went_on, found.cost["macs"]) == (1.0, (0.5,), 25.0)
+    # More than half a limit is left: as without one.
+    assert cascade.choose(task, made, COSTS, most={"macs": 90.0}).went_on == (0.25,)
+    assert cascade.choose(task, MADE, COSTS, most={"macs": 25.0}).went_on == (0.25,)
+
+
 def test_what_nothing_keeps_gives_the_cheapest(task):
     assert cascade.choose(task, MADE, COSTS, most={"macs": 1.0}).cost["macs"] == 10
 
