@@ -62,11 +62,12 @@ STUDY = {
     "cascade of half and whole at a third": {**CASCADE, **PARTLY, "budget.macs": 1 / 3},
     "cascade of half and whole at a quarter": {**CASCADE, **PARTLY, "budget.macs": 0.25},
     # Goal A: what a cascade is made of, the cascade at three budgets, and what it has to beat.
-    # A budget of bytes has widths and bits chosen together: 4 nearly everywhere.
+    # A budget of bytes has widths and bits chosen together: 4 nearly everywhere. What validation
+    # images say of a mean cost is off by some 2 % on others, hence 0.245.
     "small ResNet-20": {**RESNET20, **SMALL, "budget.bytes": 0.07, "experts.steps": 10 * EPOCH},
     "small ResNet-56": {**RESNET56, **SMALL, "budget.bytes": 0.06, "experts.steps": 1800},
     "small cascade at a third": {**CASCADE, **BOTH_SMALL, "budget.macs": 1 / 3},
-    "small cascade at a quarter": {**CASCADE, **BOTH_SMALL, "budget.macs": 0.25},
+    "small cascade at a quarter": {**CASCADE, **BOTH_SMALL, "budget.macs": 0.245},
     "small cascade at a fifth": {**CASCADE, **BOTH_SMALL, "budget.macs": 0.2},
     "half ResNet-20 W4A8": {**RESNET20, **HALF, **TAUGHT, "experts.steps": 12 * EPOCH},
     "W4A8 cascade of half and whole at a third": {**CASCADE, **W4_PARTLY, "budget.macs": 1 / 3},
